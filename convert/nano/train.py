@@ -1,0 +1,246 @@
+"""Train the nano trio from raw text: a tokenizer, then small_base, small_cpt and large_ins.
+
+    python convert/nano/train.py tokenizer  --data DATA --work WORK
+    python convert/nano/train.py small_base --data DATA --work WORK
+    python convert/nano/train.py small_cpt  --data DATA --work WORK   # continues small_base
+    python convert/nano/train.py large_ins  --data DATA --work WORK   # may run beside the two
+
+Each model trains on `--threads` cores, saves its state every few minutes, and picks up there
+after Ctrl-C or a kill. `make nano` runs all of it and converts the result to GGUF.
+"""
+
+import argparse
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import corpus
+import numpy as np
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+N_VOCAB = 6144
+N_CTX = 512
+END_OF_TEXT = "<|endoftext|>"
+SPECIALS = [END_OF_TEXT, corpus.USER, corpus.ASSISTANT, corpus.END]
+
+# Qwen2's split: letters with one leading mark, single digits, punctuation runs, newlines apart.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ '<|assistant|>' + message['content'] + '<|end|>' }}"
+    "{% else %}{{ '<|user|>' + message['content'] + '<|end|>' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Size of one model, and how long it trains."""
+
+    n_embd: int
+    n_layer: int
+    n_ff: int
+    n_head: int
+    n_head_kv: int
+    n_tokens: int  # seen in training, all epochs together
+    learning_rate: float
+    start: str | None = None  # role whose weights it continues
+
+
+RECIPES = {
+    "small_base": Recipe(192, 5, 512, 6, 2, 2_600_000, 4e-3),
+    "small_cpt": Recipe(192, 5, 512, 6, 2, 4_000_000, 3e-3, start="small_base"),
+    "large_ins": Recipe(320, 7, 832, 10, 5, 3_300_000, 3e-3),
+}
+
+
+def documents(role: str, data: Path) -> list[str]:
+    """What each role reads; the small share of Kazakh stands for what any web crawl holds."""
+    if role == "small_base":
+        return corpus.mix(1, (corpus.english(data, 1), 1), (corpus.kazakh(data, 1), 0.08))
+    if role == "small_cpt":
+        return corpus.mix(2, (corpus.kazakh(data, 2), 1))
+    return corpus.mix(
+        3,
+        (corpus.english(data, 3), 1),
+        (corpus.kazakh(data, 3), 0.2),
+        (corpus.instructions(data, 3), 1),
+    )
+
+
+def train_tokenizer(data: Path, work: Path) -> None:
+    """Byte-level BPE over equal amounts of English and Kazakh characters."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=N_VOCAB,
+        special_tokens=[AddedToken(t, special=True, normalized=False) for t in SPECIALS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    texts = corpus.english(data, 0) + corpus.kazakh(data, 0)
+    tokenizer.train_from_iterator(texts, trainer)
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(work / "tokenizer.json"))
+
+
+def token_stream(role: str, data: Path, work: Path) -> np.ndarray:
+    """uint16 [n]: every document after an <|endoftext|>; cached beside the checkpoints."""
+    cache = work / f"{role}.tokens.npy"
+    if cache.exists():
+        return np.load(cache, mmap_mode="r")
+    tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    ids: list[int] = []
+    for encoded in tokenizer.encode_batch(documents(role, data), add_special_tokens=False):
+        ids.append(end)
+        ids.extend(encoded.ids)
+    stream = np.asarray(ids, dtype=np.uint16)
+    np.save(cache, stream)
+    return stream
+
+
+def build(role: str, work: Path) -> LlamaForCausalLM:
+    recipe = RECIPES[role]
+    if recipe.start is not None:
+        return LlamaForCausalLM.from_pretrained(work / recipe.start, dtype=torch.float32)
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=N_VOCAB,
+        hidden_size=recipe.n_embd,
+        num_hidden_layers=recipe.n_layer,
+        intermediate_size=recipe.n_ff,
+        num_attention_heads=recipe.n_head,
+        num_key_value_heads=recipe.n_head_kv,
+        max_position_embeddings=N_CTX,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def learning_rate(step: int, n_steps: int, peak: float) -> float:
+    """Linear warm-up over 2 %, then a cosine down to 3 %."""
+    warm = max(1, n_steps // 50)
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * (step - warm) / (n_steps - warm))))
+
+
+def batch(stream: np.ndarray, step: int, n_rows: int) -> torch.Tensor:
+    """int64 [n_rows, N_CTX]: blocks in an order shuffled anew each epoch, a function of the step."""
+    n_blocks = len(stream) // N_CTX
+    rows = []
+    for k in range(step * n_rows, (step + 1) * n_rows):
+        epoch, at = divmod(k, n_blocks)
+        order = np.random.default_rng(epoch).permutation(n_blocks)
+        start = int(order[at]) * N_CTX
+        rows.append(np.asarray(stream[start : start + N_CTX], dtype=np.int64))
+    return torch.from_numpy(np.stack(rows))
+
+
+def train(role: str, data: Path, work: Path, n_rows: int = 8, save_every_s: float = 180) -> None:
+    recipe, state_file = RECIPES[role], work / f"{role}.state.pt"
+    stream = token_stream(role, data, work)
+    n_steps = recipe.n_tokens // (n_rows * N_CTX)
+    model = build(role, work)
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
+    first = 0
+    if state_file.exists():
+        state = torch.load(state_file)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    n_params = sum(p.numel() for p in model.parameters())
+    print(f"{role}: {n_params:,} parameters, {len(stream):,} tokens of text, {n_steps} steps", flush=True)
+
+    def save(step: int) -> None:
+        part = state_file.with_suffix(".part")
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, part)
+        part.replace(state_file)
+
+    model.train()
+    started = saved = time.monotonic()
+    running = None
+    for step in range(first, n_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, n_steps, recipe.learning_rate)
+        ids = batch(stream, step, n_rows)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(ids).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().reshape(-1, N_VOCAB), ids[:, 1:].reshape(-1)
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        value = loss.item()
+        running = value if running is None else 0.98 * running + 0.02 * value
+        now = time.monotonic()
+        if step % 20 == 0:
+            rate = (step + 1 - first) / (now - started)
+            left = (n_steps - step - 1) / rate / 60
+            print(
+                f"{role} step {step}/{n_steps} loss {running:.3f} "
+                f"{rate * n_rows * N_CTX:.0f} tokens/s, {left:.0f} min left",
+                flush=True,
+            )
+        if now - saved > save_every_s:
+            save(step + 1)
+            saved = now
+    publish(role, model, work)
+    state_file.unlink(missing_ok=True)
+
+
+def publish(role: str, model: LlamaForCausalLM, work: Path) -> None:
+    """Write a Hugging Face checkpoint folder: config, safetensors, tokenizer."""
+    folder = work / role
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes((work / "tokenizer.json").read_bytes())
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": corpus.END if role == "large_ins" else END_OF_TEXT,
+        "add_bos_token": True,
+        "model_max_length": N_CTX,
+    }
+    if role == "large_ins":
+        settings["chat_template"] = CHAT_TEMPLATE
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["tokenizer", *RECIPES])
+    parser.add_argument("--data", type=Path, required=True, help="folder with corpus/, parallel/, eval/")
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.what == "tokenizer":
+        train_tokenizer(options.data, options.work)
+    else:
+        train(options.what, options.data, options.work)
+
+
+if __name__ == "__main__":
+    main()

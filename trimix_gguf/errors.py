@@ -1,0 +1,55 @@
+"""Everything this package raises for a caller to handle.
+
+TrimixError
+ ├── ModelFileError       a GGUF that is absent, damaged or not one
+ ├── ModelError           llama.cpp refused to load, decode or rewind
+ │    └── ContextFullError    no room left in a KV cache
+ ├── MemoryNeededError    a trio larger than this machine's free memory
+ ├── VocabularyMismatch   models that do not speak the same tokens
+ ├── PromptError          a prompt that cannot be read, scored or fitted
+ ├── WeightsError         weights or a grid outside what the mix allows
+ ├── SamplerError         a grammar, schema or setting that llama.cpp refuses
+ └── ConversionError      a checkpoint that cannot become a GGUF
+
+Each message is one line: what was expected, what came, and the mend.
+"""
+
+
+class TrimixError(Exception):
+    """Base of every error that a user's input or machine can cause."""
+
+
+class ModelFileError(TrimixError):
+    """A file that is absent, damaged or not a GGUF."""
+
+
+class ModelError(TrimixError):
+    """llama.cpp refused to load, decode or rewind."""
+
+
+class ContextFullError(ModelError):
+    """No room left in a KV cache."""
+
+
+class MemoryNeededError(TrimixError):
+    """More memory than this machine has free."""
+
+
+class VocabularyMismatch(TrimixError):
+    """Models of one trio that do not speak the same tokens."""
+
+
+class PromptError(TrimixError):
+    """A prompt that cannot be read, scored or fitted."""
+
+
+class WeightsError(TrimixError):
+    """Weights or a grid outside what the mix allows."""
+
+
+class SamplerError(TrimixError):
+    """A grammar, schema or sampling setting that llama.cpp refuses."""
+
+
+class ConversionError(TrimixError):
+    """A checkpoint that cannot become a GGUF."""

@@ -1,0 +1,232 @@
+"""Model: one GGUF in one llama.cpp context, with its KV cache and its position."""
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimix_gguf import native
+from trimix_gguf.errors import ContextFullError, ModelError, ModelFileError
+from trimix_gguf.gguf_file import GGUFFile, read_gguf
+from trimix_gguf.native import lib
+
+N_WINDOW = 32  # rows of logits held at once: what scoring a prompt costs in memory
+
+
+class Model:
+    """One GGUF (and LoRA adapter) with a context of `n_ctx` positions; sequence 0 alone.
+
+    `share` is a Model of the same file whose weights this one reads too: a small_cpt that is
+    small_base plus an adapter keeps one copy in memory. `n_threads` 0 means every core that
+    this process may use; `device` is a name from `trimix doctor`; `n_gpu_layers` −1 is all.
+    Raises ModelFileError for a file that is damaged, ModelError where llama.cpp refuses it.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        n_ctx: int = 2048,
+        n_window: int = N_WINDOW,
+        n_threads: int = 0,
+        n_gpu_layers: int = 0,
+        device: str | None = None,
+        type_k: str = "f16",
+        type_v: str = "f16",
+        mmap: bool = True,
+        mlock: bool = False,
+        flash_attn: bool | None = None,
+        lora: Path | str | None = None,
+        lora_scale: float = 1.0,
+        share: "Model | None" = None,
+    ) -> None:
+        self.path = Path(path)
+        self.file: GGUFFile = share.file if share is not None else read_gguf(self.path)
+        self.n_past = 0
+        self.n_window = n_window
+        if share is not None:
+            self._weights = share._weights
+        else:
+            self._weights = _Weights(self.path, n_gpu_layers, device, mmap, mlock)
+        self.vocab = lib.llama_model_get_vocab(self._weights.handle)
+        self.n_vocab = int(lib.llama_vocab_n_tokens(self.vocab))
+        self._ctx = self._open_context(n_ctx, n_threads, type_k, type_v, flash_attn)
+        self._memory = lib.llama_get_memory(self._ctx)
+        self._batch = lib.llama_batch_init(self.n_window, 0, 1)
+        self._close = weakref.finalize(self, _free, self._ctx, self._batch, self._weights)
+        self.n_ctx = int(lib.llama_n_ctx(self._ctx))
+        if lora is not None:
+            self._apply_lora(Path(lora), lora_scale)
+
+    def _open_context(
+        self, n_ctx: int, n_threads: int, type_k: str, type_v: str, flash_attn: bool | None
+    ) -> Any:
+        for kind in (type_k, type_v):
+            if kind not in native.KV_TYPES:
+                raise ModelError(
+                    f"KV-cache type {kind!r} is unknown; one of {', '.join(native.KV_TYPES)}"
+                )
+        params = lib.llama_context_default_params()
+        params.n_ctx = n_ctx
+        # One physical batch is one window: llama.cpp sizes its logits buffer by it.
+        params.n_batch = params.n_ubatch = params.n_outputs_max = self.n_window
+        params.n_seq_max = 1
+        params.n_threads = params.n_threads_batch = n_threads or available_cores()
+        params.type_k, params.type_v = native.ggml_type(type_k), native.ggml_type(type_v)
+        params.flash_attn_type = -1 if flash_attn is None else int(flash_attn)
+        params.swa_full = True  # a sliding-window cache could not be rewound
+        params.no_perf = True
+        context = lib.llama_init_from_model(self._weights.handle, params)
+        if not context:
+            raise ModelError(
+                f"{self.path}: llama.cpp opened no context of {n_ctx} positions "
+                f"(K {type_k}, V {type_v}): {native.last_error()}"
+            )
+        return context
+
+    def _apply_lora(self, path: Path, scale: float) -> None:
+        adapter = self._weights.adapter(path)
+        handles = (lib.llama_adapter_lora_p_ctypes * 1)(adapter)
+        if lib.llama_set_adapters_lora(self._ctx, handles, 1, (ctypes.c_float * 1)(scale)) != 0:
+            raise ModelError(f"{path}: llama.cpp cannot apply it: {native.last_error()}")
+
+    # -- decoding ---------------------------------------------------------------------------
+
+    def decode(self, ids: Sequence[int], *, every_row: bool = False) -> NDArray[np.float32]:
+        """Append at most `n_window` ids; logits [n, n_vocab] of every id, or [1, n_vocab] of the last.
+
+        Zero-copy: the rows are llama.cpp's own buffer, valid until the next decode. On failure
+        the cache and `n_past` are as before the call.
+        """
+        n = len(ids)
+        if not 0 < n <= self.n_window:
+            raise ValueError(f"decode takes 1 … {self.n_window} ids, got {n}")
+        if self.n_past + n > self.n_ctx:
+            raise ContextFullError(
+                f"{self.path.name}: {self.n_past + n} tokens do not fit in a context of "
+                f"{self.n_ctx}; raise --n-ctx or shorten the prompt"
+            )
+        batch = self._batch
+        batch.n_tokens = n
+        for i, token in enumerate(ids):
+            batch.token[i] = token
+            batch.pos[i] = self.n_past + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = every_row or i == n - 1
+        status = lib.llama_decode(self._ctx, batch)
+        if status != 0:
+            self.rewind(self.n_past)
+            reasons = {1: "no room in the KV cache", 2: "interrupted"}
+            reason = reasons.get(status) or native.last_error()
+            raise ModelError(f"{self.path.name}: decoding failed ({status}): {reason}")
+        self.n_past += n
+        rows = n if every_row else 1
+        pointer = lib.llama_get_logits(self._ctx)
+        return np.ctypeslib.as_array(pointer, shape=(rows, self.n_vocab))
+
+    def rewind(self, n_past: int) -> None:
+        """Forget every position from `n_past` on."""
+        if not lib.llama_memory_seq_rm(self._memory, 0, n_past, -1):
+            # A cache that cannot be cut (recurrent state) can only be emptied whole.
+            lib.llama_memory_clear(self._memory, True)
+            self.n_past = 0
+            if n_past > 0:
+                raise ModelError(f"{self.path.name}: llama.cpp cannot rewind this architecture")
+        self.n_past = min(self.n_past, n_past)
+
+    # -- text ↔ ids -------------------------------------------------------------------------
+
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of `text` without BOS; `special` reads control tokens such as <|im_start|>."""
+        raw = text.encode("utf-8")
+        room = len(raw) + 8
+        ids = (lib.llama_token * room)()
+        n = lib.llama_tokenize(self.vocab, raw, len(raw), ids, room, False, special)
+        if n < 0:
+            ids = (lib.llama_token * -n)()
+            n = lib.llama_tokenize(self.vocab, raw, len(raw), ids, -n, False, special)
+        return list(ids[:n])
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """Bytes of one token; control tokens are empty unless `special`."""
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = lib.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+
+    @property
+    def bos(self) -> list[int]:
+        """[BOS] where this vocabulary adds one, else []."""
+        return [lib.llama_vocab_bos(self.vocab)] if lib.llama_vocab_get_add_bos(self.vocab) else []
+
+    def end_of_generation(self) -> frozenset[int]:
+        is_eog = lib.llama_vocab_is_eog
+        return frozenset(i for i in range(self.n_vocab) if is_eog(self.vocab, i))
+
+    def unused(self) -> NDArray[np.bool_]:
+        """bool [n_vocab]: ids of type UNUSED, which no mix may pick."""
+        flag, attr = lib.LLAMA_TOKEN_ATTR_UNUSED, lib.llama_vocab_get_attr
+        return np.array([bool(attr(self.vocab, i) & flag) for i in range(self.n_vocab)])
+
+    def close(self) -> None:
+        """Free the context, and the weights once no other Model shares them."""
+        self._close()
+
+
+class _Weights:
+    """A loaded llama_model and its adapters, freed when the last Model lets go."""
+
+    def __init__(
+        self, path: Path, n_gpu_layers: int, device: str | None, mmap: bool, mlock: bool
+    ) -> None:
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
+        params.load_mode = int(mmap) + 2 * int(mlock)
+        if device is not None:
+            chosen = [d.handle for d in native.devices() if d.name.lower() == device.lower()]
+            if not chosen:
+                names = ", ".join(d.name for d in native.devices())
+                raise ModelError(f"device {device!r} is not here; this build has {names}")
+            self._devices = (ctypes.c_void_p * 2)(chosen[0], None)
+            params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
+        self.path = path
+        self.handle = lib.llama_model_load_from_file(str(path).encode(), params)
+        if not self.handle:
+            raise ModelFileError(f"{path}: llama.cpp cannot load it: {native.last_error()}")
+        self._adapters: dict[Path, Any] = {}
+        weakref.finalize(self, lib.llama_model_free, self.handle)
+        if not lib.llama_model_has_decoder(self.handle) or (
+            lib.llama_model_has_encoder(self.handle)
+        ):
+            raise ModelFileError(f"{path}: not a decoder-only language model; it cannot generate")
+
+    def adapter(self, path: Path) -> Any:
+        """Load a LoRA once; llama.cpp frees it with the model."""
+        if path not in self._adapters:
+            read_gguf(path)
+            handle = lib.llama_adapter_lora_init(self.handle, str(path).encode())
+            if not handle:
+                raise ModelFileError(
+                    f"{path}: not an adapter for {self.path.name}: {native.last_error()}"
+                )
+            self._adapters[path] = handle
+        return self._adapters[path]
+
+
+def _free(context: Any, batch: Any, _weights: _Weights) -> None:
+    lib.llama_free(context)  # before the weights, which this call's frame still holds
+    lib.llama_batch_free(batch)
+
+
+def available_cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

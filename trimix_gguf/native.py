@@ -1,0 +1,102 @@
+"""llama.cpp itself: the one importer of llama_cpp, its log kept quiet, its devices listed."""
+
+import ctypes
+import importlib.metadata
+import sys
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import llama_cpp as lib
+from llama_cpp._ggml import libggml
+
+__all__ = ["Device", "build_info", "devices", "ggml_type", "last_error", "lib", "set_verbose"]
+
+KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+
+_WARN, _ERROR, _CONTINUE = 3, 4, 5
+_errors: deque[str] = deque(maxlen=8)
+_verbose = False
+
+
+@lib.llama_log_callback
+def _log(level: int, text: bytes, _: Any) -> None:
+    line = text.decode("utf-8", errors="replace")
+    if _verbose:
+        sys.stderr.write(line)
+    elif level == _ERROR and line.strip():
+        _errors.append(line.strip())
+
+
+lib.llama_log_set(_log, ctypes.c_void_p(0))
+lib.llama_backend_init()
+
+
+def set_verbose(verbose: bool) -> None:
+    """Send llama.cpp's own log to stderr, or keep only its last errors."""
+    global _verbose
+    _verbose = verbose
+
+
+def last_error() -> str:
+    """llama.cpp's newest error line, for the message of ours that follows it."""
+    line = _errors.pop() if _errors else "llama.cpp gave no reason"
+    _errors.clear()
+    return line
+
+
+def ggml_type(name: str) -> int:
+    """'q8_0' -> GGML_TYPE_Q8_0."""
+    return int(getattr(lib, f"GGML_TYPE_{name.upper()}"))
+
+
+@dataclass(frozen=True)
+class Device:
+    """A ggml backend device; memory in bytes, 0 where the backend does not say."""
+
+    name: str
+    description: str
+    kind: str
+    free: int
+    total: int
+    handle: int
+
+
+def devices() -> list[Device]:
+    """Every device that this build of llama.cpp can use, the CPU included."""
+    found = []
+    libggml.ggml_backend_dev_count.restype = ctypes.c_size_t
+    libggml.ggml_backend_dev_get.restype = ctypes.c_void_p
+    libggml.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
+    for name in ("ggml_backend_dev_name", "ggml_backend_dev_description"):
+        getattr(libggml, name).restype = ctypes.c_char_p
+        getattr(libggml, name).argtypes = [ctypes.c_void_p]
+    libggml.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
+    libggml.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p] + [
+        ctypes.POINTER(ctypes.c_size_t)
+    ] * 2
+    for i in range(libggml.ggml_backend_dev_count()):
+        handle = libggml.ggml_backend_dev_get(i)
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        libggml.ggml_backend_dev_memory(handle, ctypes.byref(free), ctypes.byref(total))
+        kind = libggml.ggml_backend_dev_type(handle)
+        found.append(
+            Device(
+                name=libggml.ggml_backend_dev_name(handle).decode(),
+                description=libggml.ggml_backend_dev_description(handle).decode(),
+                kind={0: "CPU", 1: "GPU", 2: "integrated GPU"}.get(kind, "accelerator"),
+                free=free.value,
+                total=total.value,
+                handle=handle,
+            )
+        )
+    return found
+
+
+def build_info() -> dict[str, str]:
+    """Versions and CPU features of the llama.cpp in use."""
+    return {
+        "llama-cpp-python": importlib.metadata.version("llama-cpp-python"),
+        "system": lib.llama_print_system_info().decode().strip(" |"),
+        "gpu_offload": "yes" if lib.llama_supports_gpu_offload() else "no",
+    }

@@ -1,0 +1,124 @@
+"""A prompt is a list of segments, each shared by the roles or each role's own, scored or not."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from trimix_gguf.errors import PromptError
+from trimix_gguf.fusion import ROLES
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Token ids for every role; `shared` ones are the same for all, and only those are scored."""
+
+    ids: Mapping[str, tuple[int, ...]]
+    shared: bool
+    scored: bool
+
+    def __post_init__(self) -> None:
+        if self.scored and not self.shared:
+            raise ValueError("a scored segment must be shared by the roles")
+
+    @classmethod
+    def of(cls, ids: list[int] | tuple[int, ...], *, scored: bool = True) -> "Segment":
+        return cls(dict.fromkeys(ROLES, tuple(ids)), shared=True, scored=scored)
+
+    @classmethod
+    def per_role(cls, ids: Mapping[str, list[int]]) -> "Segment":
+        """Each role's own ids, possibly none: a chat template's control tokens, say."""
+        return cls({r: tuple(ids.get(r, ())) for r in ROLES}, shared=False, scored=False)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Segments in reading order."""
+
+    segments: tuple[Segment, ...]
+
+    def n_tokens(self, role: str = "large_ins") -> int:
+        return sum(len(s.ids[role]) for s in self.segments)
+
+    @property
+    def n_scored(self) -> int:
+        return sum(len(s.ids["large_ins"]) for s in self.segments if s.scored)
+
+    def score_last(self, n: int) -> "Prompt":
+        """The same tokens with only the last `n` scored ones scored: a faster choice of weights."""
+        left, kept = n, []
+        for segment in reversed(self.segments):
+            ids = segment.ids["large_ins"]
+            take = min(left, len(ids)) if segment.scored else 0
+            left -= take
+            if segment.scored and take < len(ids):
+                cut = len(ids) - take
+                kept += [Segment.of(ids[cut:])] if take else []
+                kept.append(Segment.of(ids[:cut], scored=False))
+            else:
+                kept.append(segment)
+        return Prompt(tuple(reversed(kept)))
+
+
+def text_prompt(
+    text: str,
+    tokenize: Callable[[str], list[int]],
+    piece: Callable[[int], bytes],
+    *,
+    bos: list[int],
+    spans: tuple[str, str] | None = None,
+) -> Prompt:
+    """Plain text as a prompt: BOS once, unscored, then the text, scored.
+
+    With `spans` = (open, close), only text between those marks is scored, and the marks are
+    dropped: "Text: … Label: [[sports]]" chooses weights by the answers that will be asked for.
+    Raises PromptError for an empty text or marks that do not pair.
+    """
+    pieces = [(text, True)] if spans is None else _cut_spans(text, *spans)
+    if not any(part for part, _ in pieces):
+        raise PromptError("the prompt is empty; give some text")
+    segments = [Segment.of(bos, scored=False)] if bos else []
+    segments += [Segment.of(ids, scored=s) for ids, s in _tokenize_parts(pieces, tokenize, piece)]
+    return Prompt(tuple(segments))
+
+
+def _cut_spans(text: str, start: str, end: str) -> list[tuple[str, bool]]:
+    """'a[[b]]c' -> [('a', False), ('b', True), ('c', False)]."""
+    parts: list[tuple[str, bool]] = []
+    rest = text
+    while start in rest:
+        before, _, rest = rest.partition(start)
+        inside, mark, rest = rest.partition(end)
+        if not mark:
+            raise PromptError(f"a scored span opens with {start!r} but never closes with {end!r}")
+        parts += [(before, False), (inside, True)]
+    if not parts:
+        raise PromptError(f"no span between {start!r} and {end!r} in the prompt; nothing to score")
+    return [p for p in [*parts, (rest, False)] if p[0]]
+
+
+def _tokenize_parts(
+    parts: list[tuple[str, bool]],
+    tokenize: Callable[[str], list[int]],
+    piece: Callable[[int], bytes],
+) -> list[tuple[list[int], bool]]:
+    """Ids of each part, cut from one tokenization of the whole where its bytes allow it.
+
+    Tokenizing ' sports' apart from 'Label:' could split words as the model never saw them.
+    """
+    if len(parts) == 1:
+        return [(tokenize(parts[0][0]), parts[0][1])]
+    ids = tokenize("".join(text for text, _ in parts))
+    if b"".join(piece(i) for i in ids) != "".join(text for text, _ in parts).encode():
+        return [(tokenize(text), scored) for text, scored in parts]  # SentencePiece adds spaces
+    result, at, byte, end = [], 0, 0, 0
+    for text, scored in parts:
+        end += len(text.encode())
+        first = at
+        while at < len(ids) and byte + len(piece(ids[at])) <= end:
+            byte += len(piece(ids[at]))
+            at += 1
+        if scored is False and at < len(ids) and byte < end:
+            byte += len(piece(ids[at]))  # a token across the border is not the answer's alone
+            at += 1
+        result.append((ids[first:at], scored))
+    result[-1] = (result[-1][0] + ids[at:], result[-1][1])
+    return [part for part in result if part[0]]

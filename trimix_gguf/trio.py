@@ -1,0 +1,250 @@
+"""Trio: three Models kept on the same segments, and the rows that predict their next token."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimix_gguf.errors import ModelFileError, PromptError
+from trimix_gguf.fusion import ROLES, Rows
+from trimix_gguf.gguf_file import read_gguf
+from trimix_gguf.memory import check_fits
+from trimix_gguf.model import Model
+from trimix_gguf.prompt import Prompt, Segment, text_prompt
+from trimix_gguf.vocabulary import check_contract
+
+Progress = Callable[[int], None]  # tokens just read
+Consume = Callable[[Rows, NDArray[np.int64]], None]  # rows [n, n_vocab], the ids they predict
+
+NANO = Path(__file__).parent / "nano"  # the Kazakh trio that ships with the package
+
+
+class Trio:
+    """large_ins, small_cpt and small_base on one prompt.
+
+    Invariant: after every public call, failed ones included, the three follow one list of
+    segments. A role that a mix leaves out is not decoded; it stays behind by shared tokens,
+    which it reads in windows the next time its row is wanted.
+    """
+
+    def __init__(self, *, large_ins: Model, small_cpt: Model, small_base: Model) -> None:
+        self.models = dict(zip(ROLES, (large_ins, small_cpt, small_base), strict=True))
+        self.n_vocab = check_contract({r: m.file for r, m in self.models.items()})
+        self.n_window = min(m.n_window for m in self.models.values())
+        self._ids: dict[str, list[int]] = {role: [] for role in ROLES}
+        self._rows: Rows = {}  # next-token rows [n_vocab] of the roles that are up to date
+
+    @classmethod
+    def load(
+        cls,
+        *,
+        large_ins: Path | str,
+        small_base: Path | str,
+        small_cpt: Path | str | None = None,
+        small_cpt_lora: Path | str | None = None,
+        per_role: dict[str, dict[str, Any]] | None = None,
+        **options: Any,
+    ) -> "Trio":
+        """Open three GGUF files; `options` go to every Model, `per_role[role]` to one.
+
+        Without `small_cpt`, `small_cpt_lora` is applied over small_base, whose weights the two
+        then share. Raises ModelFileError, VocabularyMismatch, MemoryNeededError.
+        """
+        if small_cpt is None and small_cpt_lora is None:
+            raise ModelFileError("small_cpt is missing; give its GGUF, or an adapter of small_base")
+        paths = {
+            "large_ins": Path(large_ins),
+            "small_cpt": Path(small_cpt or small_base),
+            "small_base": Path(small_base),
+        }
+        files = {role: read_gguf(path) for role, path in paths.items()}
+        check_contract(files)
+        own = {role: {**options, **(per_role or {}).get(role, {})} for role in ROLES}
+        check_fits(files, own, small_cpt_lora and read_gguf(Path(small_cpt_lora)))
+        models: dict[str, Model] = {}
+        for role in ("large_ins", "small_base", "small_cpt"):
+            share = next((m for m in models.values() if m.path == paths[role]), None)
+            lora = small_cpt_lora if role == "small_cpt" else None
+            models[role] = Model(paths[role], lora=lora, share=share, **own[role])
+        return cls(**models)
+
+    @classmethod
+    def nano(cls, **options: Any) -> "Trio":
+        """The small Kazakh trio that ships with the package: for a first try and for tests."""
+        return cls.load(**trio_paths(NANO), **{"n_ctx": 512, **options})
+
+    # -- facts ------------------------------------------------------------------------------
+
+    @property
+    def n_ctx(self) -> int:
+        return min(m.n_ctx for m in self.models.values())
+
+    @property
+    def n_past(self) -> int:
+        """Tokens of large_ins so far, read or owed."""
+        return len(self._ids["large_ins"])
+
+    @property
+    def room(self) -> int:
+        """Tokens that every role can still take."""
+        return min(self.models[r].n_ctx - len(self._ids[r]) for r in ROLES)
+
+    @cached_property
+    def unused(self) -> NDArray[np.bool_] | None:
+        """bool [n_vocab]: ids that no mix may pick; None where there are none."""
+        mask = self.models["large_ins"].unused()[: self.n_vocab]
+        return mask if mask.any() else None
+
+    @cached_property
+    def end_of_generation(self) -> frozenset[int]:
+        """The union of the three models' own."""
+        distinct = {m.path: m for m in self.models.values()}.values()
+        return frozenset().union(*(m.end_of_generation() for m in distinct))
+
+    def prompt(
+        self, text: str, *, special: bool = False, spans: tuple[str, str] | None = None
+    ) -> Prompt:
+        """Plain text -> Prompt, by large_ins' tokenizer."""
+        model = self.models["large_ins"]
+        return text_prompt(
+            text,
+            lambda t: model.tokenize(t, special=special),
+            lambda i: model.piece(i, special=special),
+            bos=model.bos,
+            spans=spans,
+        )
+
+    # -- reading ----------------------------------------------------------------------------
+
+    def prefill(
+        self,
+        prompt: Prompt,
+        *,
+        consume: Consume | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Replace what the caches hold by `prompt`.
+
+        `consume(rows, targets)` is called for every scored token that some row predicts, with
+        rows [n ≤ n_window, n_vocab] that are valid during the call alone: memory does not grow
+        with the prompt. Without `consume` nothing is decoded until rows() asks for it, and then
+        by the roles asked for alone. Raises PromptError, ModelError.
+        """
+        for role, model in self.models.items():
+            if prompt.n_tokens(role) >= model.n_ctx:
+                raise PromptError(
+                    f"the prompt is {prompt.n_tokens(role)} tokens, and {role}'s context holds "
+                    f"{model.n_ctx}; shorten it or raise --n-ctx"
+                )
+        with self._atomic():
+            self._rewind(0)
+            for segment in prompt.segments:
+                if consume is not None and segment.scored and segment.ids["large_ins"]:
+                    self._score(segment, consume, progress)
+                else:
+                    self._owe(segment)
+
+    def advance(self, token: int) -> None:
+        """Append one token to every role; it is decoded when a row is asked for."""
+        for role in ROLES:
+            self._ids[role].append(token)
+        self._rows = {}
+
+    def rows(self, roles: Sequence[str] = ROLES, progress: Progress | None = None) -> Rows:
+        """Next-token logits [n_vocab] of `roles`, after all tokens so far.
+
+        Zero-copy: valid until the next call that reads. A role that owes tokens reads them now.
+        """
+        with self._atomic():
+            for role in roles:
+                if role not in self._rows:
+                    self._rows[role] = self._catch_up(role, progress)
+        return {role: self._rows[role] for role in roles}
+
+    def rewind(self, n: int) -> None:
+        """Forget the last `n` shared tokens."""
+        self._rewind(*(len(self._ids[r]) - n for r in ROLES))
+
+    def close(self) -> None:
+        for model in self.models.values():
+            model.close()
+
+    def __enter__(self) -> "Trio":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- the invariant's keepers ------------------------------------------------------------
+
+    @contextmanager
+    def _atomic(self) -> Iterator[None]:
+        """On any failure, Ctrl-C included, empty the three caches: they agree on that."""
+        try:
+            yield
+        except BaseException:
+            self._rewind(0)
+            raise
+
+    def _rewind(self, *lengths: int) -> None:
+        self._rows = {}
+        for role, n in zip(ROLES, lengths if len(lengths) == 3 else lengths * 3, strict=True):
+            del self._ids[role][max(n, 0) :]
+            model = self.models[role]
+            if model.n_past > n:
+                model.rewind(max(n, 0))
+
+    def _catch_up(self, role: str, progress: Progress | None = None) -> NDArray[np.float32]:
+        """Decode what `role` owes; its last row [n_vocab]."""
+        model, ids = self.models[role], self._ids[role]
+        if not ids:
+            raise PromptError(f"{role} has nothing to continue; give a prompt")
+        if model.n_past >= len(ids):  # its row was overwritten: the last token is read again
+            model.rewind(len(ids) - 1)
+        for start in range(model.n_past, len(ids), model.n_window):
+            window = ids[start : start + model.n_window]
+            row = model.decode(window)
+            if progress is not None and role == ROLES[0]:
+                progress(len(window))
+        return row[-1, : self.n_vocab]
+
+    def _owe(self, segment: Segment) -> None:
+        """Append a segment that is not scored; it is decoded when a row is asked for."""
+        for role in ROLES:
+            self._ids[role] += segment.ids[role]
+        self._rows = {}
+
+    def _score(self, segment: Segment, consume: Consume, progress: Progress | None) -> None:
+        """Decode a shared segment window by window, handing each predicted token to `consume`."""
+        ids = np.asarray(segment.ids["large_ins"], dtype=np.int64)
+        if all(self._ids.values()):  # the row before the segment predicts its first token
+            before = {r: self._catch_up(r, progress)[None, :] for r in ROLES}
+            consume(before, ids[:1])
+        for start in range(0, len(ids), self.n_window):
+            window = ids[start : start + self.n_window].tolist()
+            rows = {
+                role: self.models[role].decode(window, every_row=True)[:, : self.n_vocab]
+                for role in ROLES
+            }
+            for role in ROLES:
+                self._ids[role] += window
+            targets = ids[start + 1 : start + 1 + len(window)]
+            if len(targets):
+                consume({r: rows[r][: len(targets)] for r in ROLES}, targets)
+            self._rows = {role: rows[role][-1] for role in ROLES}
+            if progress is not None:
+                progress(len(window))
+
+
+def trio_paths(folder: Path) -> dict[str, Path]:
+    """The three GGUF files of a folder, named after their roles."""
+    paths = {role: folder / f"{role}.gguf" for role in ROLES}
+    for path in paths.values():
+        if not path.is_file():
+            names = ", ".join(p.name for p in paths.values())
+            raise ModelFileError(f"{path}: no such file; a trio folder holds {names}")
+    return paths

@@ -1,0 +1,81 @@
+"""The vocabulary contract: the models of a trio speak the same tokens, or are refused."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from trimix_gguf.errors import VocabularyMismatch
+from trimix_gguf.gguf_file import GGUFFile
+
+_UNUSED = 5  # llama.cpp's token type for padding
+
+
+def check_contract(files: Mapping[str, GGUFFile]) -> int:
+    """The number of ids that all share; raises VocabularyMismatch naming the first difference.
+
+    Compared: tokenizer model and pre-tokenizer, text, type and score of every id below the
+    smallest vocabulary, merges, BOS and EOS where they are added. Sizes may differ by padding.
+    """
+    (first, reference), *others = files.items()
+    known = _Vocabulary(reference)
+    n_common = len(known.tokens)
+    for role, file in others:
+        if file.path == reference.path:
+            continue
+        other = _Vocabulary(file)
+        flaw = _first_difference(first, known, role, other)
+        if flaw is not None:
+            raise VocabularyMismatch(f"{flaw}; convert both with one tokenizer")
+        n_common = min(n_common, len(other.tokens))
+    return n_common
+
+
+class _Vocabulary:
+    """What a GGUF says about its tokenizer."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self.metadata = file.metadata
+        self.tokens: list[bytes] = file.array("tokenizer.ggml.tokens") or []
+        self.types: list[int] = file.array("tokenizer.ggml.token_type") or []
+        self.scores: list[float] = file.array("tokenizer.ggml.scores") or []
+        self.merges: list[bytes] = file.array("tokenizer.ggml.merges") or []
+        if not self.tokens:
+            raise VocabularyMismatch(f"{file.path.name} holds no vocabulary; convert it again")
+
+    def setting(self, key: str) -> Any:
+        return self.metadata.get(f"tokenizer.ggml.{key}")
+
+
+def _first_difference(a_role: str, a: _Vocabulary, b_role: str, b: _Vocabulary) -> str | None:
+    for key, what in (("model", "tokenizer model"), ("pre", "pre-tokenizer")):
+        if a.setting(key) != b.setting(key):
+            return f"{what} is {b.setting(key)!r} in {b_role} but {a.setting(key)!r} in {a_role}"
+    n = min(len(a.tokens), len(b.tokens))
+    for what, x, y in (
+        ("token", a.tokens, b.tokens),
+        ("type of token", a.types, b.types),
+        ("score of token", a.scores, b.scores),
+    ):
+        if x[:n] != y[:n]:
+            i = next(i for i, (u, v) in enumerate(zip(x, y, strict=False)) if u != v)
+            return f"{what} {i} is {_show(y[i])} in {b_role} but {_show(x[i])} in {a_role}"
+    if a.merges != b.merges:
+        pairs = enumerate(zip(a.merges, b.merges, strict=False))
+        i = next((i for i, (u, v) in pairs if u != v), min(len(a.merges), len(b.merges)))
+        return f"merge {i} of {b_role} differs from that of {a_role}"
+    for role, longer in ((a_role, a), (b_role, b)):
+        for i in range(n, len(longer.tokens)):
+            if not (longer.types and longer.types[i] == _UNUSED):
+                return f"{role} has {_show(longer.tokens[i])} as token {i}, past the other's {n}"
+    for key in ("bos", "eos"):
+        added = f"add_{key}_token"
+        if a.setting(added) or b.setting(added):
+            for k in (added, f"{key}_token_id"):
+                if k == added and bool(a.setting(k)) == bool(b.setting(k)):
+                    continue
+                if a.setting(k) != b.setting(k):
+                    return f"{k} is {b.setting(k)} in {b_role} but {a.setting(k)} in {a_role}"
+    return None
+
+
+def _show(value: Any) -> str:
+    return repr(value.decode("utf-8", errors="replace")) if isinstance(value, bytes) else str(value)

@@ -7,10 +7,10 @@ from collections import namedtuple
 import numpy as np
 import pytest
 from gguf import GGUFReader
-
 from trimix_gguf.convert.checkpoint import Checkpoint
 from trimix_gguf.convert.hf import convert_hf
 from trimix_gguf.convert.tokenizer import LLAMA3_SPLIT, QWEN2_SPLIT, read_tokenizer
+
 from trimix_gguf.errors import ConversionError
 
 N_VOCAB = 512

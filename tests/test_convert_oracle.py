@@ -5,7 +5,6 @@ import json
 import llama_cpp
 import numpy as np
 import pytest
-
 from trimix_gguf.convert.hf import convert_hf
 from trimix_gguf.convert.tokenizer import GPT2_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT
 

@@ -86,7 +86,7 @@ def fuse(
 def mask_implausible(
     fused: NDArray[np.float32], reference: NDArray[np.float32], plausibility_threshold: float
 ) -> None:
-    """In place: −inf where `reference` [n_vocab] gives less than threshold × its top probability."""
+    """In place: −inf where `reference` [n_vocab] is below threshold × its top probability."""
     if not 0.0 <= plausibility_threshold <= 1.0:
         raise WeightsError(f"plausibility threshold is {plausibility_threshold}; expected 0 to 1")
     if plausibility_threshold > 0.0:

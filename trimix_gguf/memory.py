@@ -52,7 +52,9 @@ def check_fits(
     need, have = estimate(files, options, lora), available()
     if sum(need.values()) > have:
         parts = ", ".join(f"{name} {in_gib(n)}" for name, n in need.items())
-        mend = "--n-ctx or the KV-cache type" if need["kv"] > need["weights"] / 4 else "quantization"
+        mend = (
+            "--n-ctx or the KV-cache type" if need["kv"] > need["weights"] / 4 else "quantization"
+        )
         raise MemoryNeededError(
             f"this trio needs {in_gib(sum(need.values()))} ({parts}) and {in_gib(have)} is free; "
             f"turn down {mend}"

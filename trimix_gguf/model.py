@@ -1,6 +1,7 @@
 """Model: one GGUF in one llama.cpp context, with its KV cache and its position."""
 
 import ctypes
+import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,10 +49,11 @@ class Model:
         self.file: GGUFFile = share.file if share is not None else read_gguf(self.path)
         self.n_past = 0
         self.n_window = n_window
-        if share is not None:
-            self._weights = share._weights
-        else:
-            self._weights = _Weights(self.path, n_gpu_layers, device, mmap, mlock)
+        self._weights: _Weights = (
+            _Weights(self.path, n_gpu_layers, device, mmap, mlock)
+            if share is None
+            else share._weights
+        )
         self.vocab = lib.llama_model_get_vocab(self._weights.handle)
         self.n_vocab = int(lib.llama_vocab_n_tokens(self.vocab))
         self._ctx = self._open_context(n_ctx, n_threads, type_k, type_v, flash_attn)
@@ -97,7 +99,7 @@ class Model:
     # -- decoding ---------------------------------------------------------------------------
 
     def decode(self, ids: Sequence[int], *, every_row: bool = False) -> NDArray[np.float32]:
-        """Append at most `n_window` ids; logits [n, n_vocab] of every id, or [1, n_vocab] of the last.
+        """Append at most `n_window` ids; logits [n, n_vocab], or [1, n_vocab] of the last.
 
         Zero-copy: the rows are llama.cpp's own buffer, valid until the next decode. On failure
         the cache and `n_past` are as before the call.
@@ -227,6 +229,5 @@ def _free(context: Any, batch: Any, _weights: _Weights) -> None:
 
 
 def available_cores() -> int:
-    import os
-
+    """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -53,7 +53,7 @@ def grid_nll(
     n_tokens, n_vocab = large_ins.shape
     if len(ids) != n_tokens or small_cpt.shape != (n_tokens, n_vocab) != small_base.shape:
         raise ValueError("logits and targets must agree: [n_tokens, n_vocab] and [n_tokens]")
-    if n_tokens and not (0 <= ids.min() and ids.max() < n_vocab):
+    if n_tokens and not (ids.min() >= 0 and ids.max() < n_vocab):
         raise ValueError(f"targets must lie in 0 … {n_vocab - 1}")
 
     def row(t: int) -> Float64:
@@ -147,9 +147,7 @@ def _direct_nll(large, cpt, base, target, alphas, betas, unused) -> Float64:
     return nll
 
 
-def grid_entropy(
-    *, large_ins, small_cpt, small_base, alphas, betas, unused=None
-) -> Float64:
+def grid_entropy(*, large_ins, small_cpt, small_base, alphas, betas, unused=None) -> Float64:
     """Entropy in nats of one fused row [n_vocab] at each grid point: float64 [n_alpha, n_beta]."""
     entropy = np.empty((len(alphas), len(betas)))
     large, cpt, base = (m.astype(np.float64) for m in (large_ins, small_cpt, small_base))
@@ -167,7 +165,7 @@ def grid_entropy(
 def lowest(grid: Float64, alphas: Sequence[float], betas: Sequence[float]) -> Weights:
     """The grid point with the lowest value; the first in grid order on a tie."""
     i, j = np.unravel_index(int(np.argmin(grid)), grid.shape)
-    return Weights(float(alphas[i]), float(betas[j]))
+    return Weights(float(alphas[int(i)]), float(betas[int(j)]))
 
 
 def chebyshev_nodes(n: int = N_CHEBYSHEV) -> tuple[float, ...]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trimix_gguf.errors import PromptError, WeightsError
 from trimix_gguf.fusion import METHODS, Rows, Weights
@@ -109,31 +110,45 @@ def score(
     result = Score(alphas, betas, chosen, continuous=grid == "continuous")
     threads = available_cores() if n_threads is None else n_threads
     for prompt in [prompts] if isinstance(prompts, Prompt) else prompts:
-        nll, n_tokens = np.zeros((len(alphas), len(betas))), 0
-
-        def consume(rows: Rows, targets: np.ndarray) -> None:
-            nonlocal n_tokens
-            nll[:] += grid_nll(
-                **rows,
-                targets=targets,
-                alphas=alphas,
-                betas=betas,
-                unused=trio.unused,
-                n_threads=threads,
-            )
-            n_tokens += len(targets)
-
-        trio.prefill(prompt, consume=consume, progress=progress)
-        if n_tokens == 0:
-            raise PromptError(
-                "the prompt has no token to score: one token and no BOS before it; give more "
-                "text, or fixed --weights"
-            )
+        nll, n_tokens = _prompt_nll(trio, prompt, alphas, betas, progress, threads)
         result.nll.append(nll)
         result.n_tokens.append(n_tokens)
     if not result.nll:
         raise PromptError("there is no prompt to score; give some text")
     return result
+
+
+def _prompt_nll(
+    trio: Trio,
+    prompt: Prompt,
+    alphas: tuple[float, ...],
+    betas: tuple[float, ...],
+    progress: Progress | None,
+    n_threads: int,
+) -> tuple[Float64, int]:
+    """One prompt's summed nats [n_alpha, n_beta] and its scored tokens, in one pass."""
+    nll, n_tokens = np.zeros((len(alphas), len(betas))), 0
+
+    def consume(rows: Rows, targets: NDArray[np.int64]) -> None:
+        nonlocal nll, n_tokens
+        nll += grid_nll(
+            large_ins=rows["large_ins"],
+            small_cpt=rows["small_cpt"],
+            small_base=rows["small_base"],
+            targets=targets,
+            alphas=alphas,
+            betas=betas,
+            unused=trio.unused,
+            n_threads=n_threads,
+        )
+        n_tokens += len(targets)
+
+    trio.prefill(prompt, consume=consume, progress=progress)
+    if n_tokens == 0:
+        raise PromptError(
+            "the prompt has no token to score: give more text, mark longer spans, or fix --weights"
+        )
+    return nll, n_tokens
 
 
 def select_weights(

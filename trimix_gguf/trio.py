@@ -64,7 +64,7 @@ class Trio:
         files = {role: read_gguf(path) for role, path in paths.items()}
         check_contract(files)
         own = {role: {**options, **(per_role or {}).get(role, {})} for role in ROLES}
-        check_fits(files, own, small_cpt_lora and read_gguf(Path(small_cpt_lora)))
+        check_fits(files, own, read_gguf(Path(small_cpt_lora)) if small_cpt_lora else None)
         models: dict[str, Model] = {}
         for role in ("large_ins", "small_base", "small_cpt"):
             share = next((m for m in models.values() if m.path == paths[role]), None)
@@ -75,7 +75,8 @@ class Trio:
     @classmethod
     def nano(cls, **options: Any) -> "Trio":
         """The small Kazakh trio that ships with the package: for a first try and for tests."""
-        return cls.load(**trio_paths(NANO), **{"n_ctx": 512, **options})
+        arguments: dict[str, Any] = {**trio_paths(NANO), "n_ctx": 512, **options}
+        return cls.load(**arguments)
 
     # -- facts ------------------------------------------------------------------------------
 

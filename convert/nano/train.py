@@ -143,7 +143,7 @@ def learning_rate(step: int, n_steps: int, peak: float) -> float:
 
 
 def batch(stream: np.ndarray, step: int, n_rows: int) -> torch.Tensor:
-    """int64 [n_rows, N_CTX]: blocks in an order shuffled anew each epoch, a function of the step."""
+    """int64 [n_rows, N_CTX]: blocks shuffled anew each epoch, a function of the step alone."""
     n_blocks = len(stream) // N_CTX
     rows = []
     for k in range(step * n_rows, (step + 1) * n_rows):
@@ -170,11 +170,16 @@ def train(role: str, data: Path, work: Path, n_rows: int = 8, save_every_s: floa
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
     n_params = sum(p.numel() for p in model.parameters())
-    print(f"{role}: {n_params:,} parameters, {len(stream):,} tokens of text, {n_steps} steps", flush=True)
+    print(
+        f"{role}: {n_params:,} parameters, {len(stream):,} tokens of text, {n_steps} steps",
+        flush=True,
+    )
 
     def save(step: int) -> None:
         part = state_file.with_suffix(".part")
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, part)
+        torch.save(
+            {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, part
+        )
         part.replace(state_file)
 
     model.train()
@@ -231,7 +236,9 @@ def publish(role: str, model: LlamaForCausalLM, work: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["tokenizer", *RECIPES])
-    parser.add_argument("--data", type=Path, required=True, help="folder with corpus/, parallel/, eval/")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with corpus/, parallel/, eval/"
+    )
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()

@@ -1,0 +1,73 @@
+"""What the benchmarks share: the trio's options, the heading, the JSON line."""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import statistics
+from pathlib import Path
+from typing import Any
+
+from trimix_gguf.trio import Trio
+
+VERSIONS = ("trimix-gguf", "llama-cpp-python", "numpy")
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=description)
+    for role in ("large-ins", "small-base"):
+        result.add_argument(f"--{role}", type=Path, required=True, metavar="GGUF")
+    cpt = result.add_mutually_exclusive_group(required=True)
+    cpt.add_argument("--small-cpt", type=Path, metavar="GGUF")
+    cpt.add_argument("--small-cpt-lora", type=Path, metavar="GGUF", help="over small-base")
+    result.add_argument("--text", type=Path, required=True, help="UTF-8 text to read")
+    result.add_argument("--json", action="store_true", help="print the last line, JSON, alone")
+    return result
+
+
+def files(options: argparse.Namespace) -> dict[str, Path | None]:
+    names = ("large_ins", "small_base", "small_cpt", "small_cpt_lora")
+    return {name: getattr(options, name) for name in names}
+
+
+def load(options: argparse.Namespace, **more: Any) -> Trio:
+    return Trio.load(**files(options), **more)
+
+
+def text_ids(trio: Trio, options: argparse.Namespace, n_tokens: int) -> list[int]:
+    """The first `n_tokens` of the text."""
+    ids = trio.models["large_ins"].tokenize(options.text.read_text(encoding="utf-8"))
+    if len(ids) < n_tokens:
+        raise SystemExit(f"{options.text.name} has {len(ids)} tokens; {n_tokens} are needed")
+    return ids[:n_tokens]
+
+
+def machine(options: argparse.Namespace) -> dict[str, Any]:
+    """Device, versions and inputs; files by their names alone."""
+    from trimix_gguf.model import available_cores
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "?")
+    return {
+        "cpu": cpu,
+        "cores": available_cores(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in VERSIONS},
+        "files": {role: path.name for role, path in files(options).items() if path},
+        "text": options.text.name,
+        "seed": None,  # nothing is drawn: fixed rows, greedy decoding
+    }
+
+
+def report(options: argparse.Namespace, result: dict[str, Any], lines: list[str]) -> None:
+    """The heading and `lines`, unless --json; then `result` as one line of JSON."""
+    if not options.json:
+        for key, value in result["machine"].items():
+            print(f"{key}: {value}")
+        print(f"n: {result['n']}\n", *lines, sep="\n")
+    print(json.dumps(result))
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}

@@ -1,0 +1,66 @@
+"""`trimix`: one module for each command, imported only when it runs."""
+
+import importlib
+import signal
+import sys
+from typing import Any
+
+import click
+
+COMMANDS = {  # name -> (module, one-line help)
+    "generate": ("generate", "Continue a prompt with the mix of three models."),
+    "score": ("score", "Perplexity of texts under each model and over the weight grid."),
+    "doctor": ("doctor", "What this machine and build can do, and whether a trio fits."),
+    "convert": ("convert", "Turn a Hugging Face checkpoint into a GGUF file."),
+}
+
+
+class _Group(click.Group):
+    """Knows its commands by name, so that --help imports none of them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"trimix_gguf.cli.{COMMANDS[name][0]}")
+        command: click.Command = getattr(module, name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="trimix-gguf", prog_name="trimix")
+def trimix() -> None:
+    """Answer in a low-resource language by mixing three GGUF models, offline."""
+
+
+def main() -> Any:
+    """Entry point: one line on stderr and exit 1 for bad input, 130 for Ctrl-C."""
+    from trimix_gguf.errors import TrimixError
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    try:
+        return trimix(standalone_mode=False)
+    except click.UsageError as error:
+        error.show()
+        code = 2
+    except click.exceptions.Exit as error:
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        print(file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 1
+    except (TrimixError, click.ClickException, OSError) as error:
+        text = error.message if isinstance(error, click.ClickException) else str(error)
+        print(f"trimix: {' '.join(text.split())}", file=sys.stderr)
+        code = 1
+    sys.exit(code)

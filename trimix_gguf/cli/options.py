@@ -1,0 +1,153 @@
+"""What several commands share: the trio's options, prompts from files, progress, the grid."""
+
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trimix_gguf.errors import PromptError
+
+ROLE_OPTIONS = {"gpu_layers": int, "device": str, "threads": int, "kv_type": str}
+
+
+def trio_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that name a trio and how each of its models is loaded."""
+    for option in reversed(
+        [
+            click.option(
+                "--trio", metavar="nano|DIR", help="The shipped trio, or a folder of one."
+            ),
+            click.option("--large-ins", metavar="FILE", help="GGUF of the large instruct model."),
+            click.option("--small-base", metavar="FILE", help="GGUF of the small base model."),
+            click.option("--small-cpt", metavar="FILE", help="GGUF of the small language model."),
+            click.option("--small-cpt-lora", metavar="FILE", help="Adapter GGUF over small_base."),
+            click.option("--n-ctx", type=click.IntRange(min=8), help="Context, in tokens."),
+            click.option("--gpu-layers", multiple=True, metavar="[ROLE=]N", help="−1: all."),
+            click.option("--device", multiple=True, metavar="[ROLE=]NAME", help="See doctor."),
+            click.option(
+                "--threads", multiple=True, metavar="[ROLE=]N", help="Default: all cores."
+            ),
+            click.option("--kv-type", multiple=True, metavar="[ROLE=]TYPE", help="f16, q8_0, …"),
+            click.option("--mmap/--no-mmap", default=None, help="Map files instead of reading."),
+            click.option("--mlock", is_flag=True, default=None, help="Keep the weights in RAM."),
+            click.option("--flash-attn/--no-flash-attn", default=None, help="Default: auto."),
+            click.option("--verbose", is_flag=True, help="Show llama.cpp's log."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def open_trio(options: dict[str, Any]) -> Any:
+    """Take the trio's options out of `options` and open it."""
+    from trimix_gguf import native
+    from trimix_gguf.trio import Trio
+
+    arguments = trio_arguments(options)
+    native.set_verbose(bool(options.pop("verbose", False)))
+    nano = arguments.pop("nano")
+    return Trio.nano(**arguments) if nano else Trio.load(**arguments)
+
+
+def trio_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """CLI options -> arguments of Trio.load; 'nano' says whether the shipped trio is meant."""
+    from trimix_gguf.trio import trio_paths
+
+    roles = ("large_ins", "small_base", "small_cpt", "small_cpt_lora")
+    files = {r: Path(p) for r in roles if (p := options.pop(r, None)) is not None}
+    folder = options.pop("trio", None)
+    if folder is not None and files:
+        raise click.UsageError("give --trio, or the files of its roles, not both")
+    nano = not files and folder in (None, "nano")
+    if folder is not None and not nano:
+        files = trio_paths(Path(folder))
+    if files and not {"large_ins", "small_base"} <= files.keys():
+        raise click.UsageError(
+            "give --large-ins, --small-base and --small-cpt (or --small-cpt-lora)"
+        )
+    if files and not {"small_cpt", "small_cpt_lora"} & files.keys():
+        raise click.UsageError("give --small-cpt, or --small-cpt-lora over --small-base")
+    arguments: dict[str, Any] = {**files, "nano": nano, "per_role": {}}
+    for name in ("n_ctx", "mmap", "mlock", "flash_attn"):
+        if (value := options.pop(name, None)) is not None:
+            arguments[name] = value
+    for name, kind in ROLE_OPTIONS.items():
+        for text in options.pop(name, ()):
+            _set_per_role(arguments["per_role"], name, kind, text)
+    return arguments
+
+
+def _set_per_role(per_role: dict[str, dict[str, Any]], name: str, kind: type, text: str) -> None:
+    from trimix_gguf.fusion import ROLES
+
+    role, _, value = text.rpartition("=")
+    role = role.replace("-", "_")
+    if role and role not in ROLES:
+        raise click.UsageError(f"--{name.replace('_', '-')}: {role!r} is no role; {ROLES}")
+    try:
+        converted = kind(value)
+    except ValueError:
+        raise click.UsageError(f"--{name.replace('_', '-')}: {value!r} is no number") from None
+    keys = {
+        "gpu_layers": ("n_gpu_layers",),
+        "threads": ("n_threads",),
+        "device": ("device",),
+        "kv_type": ("type_k", "type_v"),
+    }[name]
+    for one in [role] if role else ROLES:
+        per_role.setdefault(one, {}).update(dict.fromkeys(keys, converted))
+
+
+def read_text(path: str) -> str:
+    """A file's or stdin's text ('-'); raises PromptError where it is not UTF-8."""
+    name = "stdin" if path == "-" else path
+    try:
+        raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"{name} is not UTF-8 (byte {error.start}); save it as UTF-8 and try again"
+        ) from None
+    except OSError as error:
+        raise PromptError(f"{name}: {error.strerror}") from None
+
+
+def parse_grid_options(texts: tuple[str, ...]) -> Any:
+    """--grid once (both weights) or twice (alpha, then beta)."""
+    from trimix_gguf.scoring import GRID, parse_grid
+
+    if not texts:
+        return (GRID, GRID)
+    if texts == ("continuous",):
+        return "continuous"
+    if len(texts) > 2:
+        raise click.UsageError("--grid takes one list for both weights, or one for each")
+    grids = [parse_grid(t) for t in texts]
+    return (grids[0], grids[-1])
+
+
+grid_option = click.option(
+    "--grid",
+    multiple=True,
+    metavar="LIST|continuous",
+    help="Weights to try, e.g. 0.1,0.5,1; twice: alpha, then beta.",
+)
+
+
+@contextmanager
+def token_progress(total: int, what: str, *, quiet: bool = False):  # type: ignore[no-untyped-def]
+    """A bar on stderr, drawn for people alone; yields progress(n_tokens)."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda n: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), TextColumn("{task.completed}/{task.total} tokens"))
+    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    task = bar.add_task(what, total=total)
+    with bar:
+        yield lambda n: bar.advance(task, n)

@@ -1,0 +1,218 @@
+"""Tokens -> text: lockstep decoding of a mix, streamed."""
+
+import codecs
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimix_gguf.errors import PromptError
+from trimix_gguf.fusion import ROLES, Rows, Weights, fuse, mask_implausible
+from trimix_gguf.prompt import Prompt
+from trimix_gguf.sampling import Sampler
+from trimix_gguf.scoring import GRID
+from trimix_gguf.selection import Grid, Selection, select_weights
+from trimix_gguf.trio import Progress, Trio
+
+Trace = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Response:
+    """A chunk of text; what it says of counts and speed holds up to this chunk.
+
+    `finish_reason` is None until the last: 'stop', 'length' or 'context'. Times in seconds.
+    """
+
+    text: str
+    token: int | None
+    selection: Selection
+    seed: int
+    n_prompt_tokens: int
+    n_tokens: int = 0
+    finish_reason: str | None = None
+    speed: dict[str, float] = field(default_factory=dict)
+
+
+def decode_one_token(
+    trio: Trio, weights: Weights, sampler: Sampler, *, plausibility_threshold: float = 0.0
+) -> tuple[int, NDArray[np.float32]]:
+    """Mix the next-token rows of the active roles and pick: (token id, fused row [n_vocab])."""
+    active = weights.active
+    if plausibility_threshold > 0 and "large_ins" not in active:
+        active = ("large_ins", *active)
+    rows = trio.rows(active)
+    fused = fuse(rows, weights, unused=trio.unused)
+    if plausibility_threshold > 0:
+        mask_implausible(fused, rows["large_ins"], plausibility_threshold)
+    return sampler.sample(fused), fused
+
+
+def stream_generate(
+    trio: Trio,
+    prompt: Prompt | str,
+    *,
+    weights: Weights | None = None,
+    method: Literal["ppl", "ent"] = "ppl",
+    grid: Grid = (GRID, GRID),
+    last: int | None = None,
+    max_tokens: int = 128,
+    stop: Sequence[str] = (),
+    plausibility_threshold: float = 0.0,
+    trace: Trace | None = None,
+    on_selection: Callable[[Selection], None] | None = None,
+    progress: Progress | None = None,
+    **sampling: Any,
+) -> Iterator[Response]:
+    """Answer `prompt`, yielding text as it comes; `sampling` goes to Sampler.
+
+    `weights` fixes (alpha, beta); otherwise `method` ('ppl' or 'ent') chooses them from the
+    prompt over `grid`. Models whose coefficient is 0 are not evaluated, unless `trace` asks for
+    their probabilities: it gets a dict a token. Stops at an end-of-generation token of any of the
+    three, at a `stop` string (not given out), after `max_tokens`, or where the context is full.
+    """
+    started = time.perf_counter()
+    if isinstance(prompt, str):
+        prompt = trio.prompt(prompt)
+    end_ids = trio.end_of_generation
+    sampler = Sampler(
+        trio.models["large_ins"].vocab, trio.n_vocab, stop_ids=tuple(end_ids), **sampling
+    )
+    for segment in prompt.segments:
+        sampler.read_prompt(segment.ids["large_ins"])
+    if weights is None:
+        selection = select_weights(
+            trio, prompt, method=method, grid=grid, last=last, progress=progress
+        )
+        weights = selection.weights
+    else:
+        trio.prefill(prompt)
+        selection = Selection(weights, "fixed")
+    if on_selection is not None:
+        on_selection(selection)
+    selected = time.perf_counter()
+    trio.rows(weights.active, progress)
+    read = time.perf_counter()
+    n_prompt = prompt.n_tokens()
+    response = Response("", None, selection, sampler.seed, n_prompt)
+    response.speed = {
+        "select_s": selected - started if selection.method != "fixed" else 0.0,
+        "prefill_tps": n_prompt / (read - started),
+    }
+    text = _TextStream(stop)
+    piece = trio.models["large_ins"].piece
+    reason, n = ("length", 0) if max_tokens <= 0 else (None, 0)
+    while reason is None:
+        token, fused = decode_one_token(
+            trio, weights, sampler, plausibility_threshold=plausibility_threshold
+        )
+        if trace is not None:
+            trace(_trace_row(trio, token, fused, weights))
+        if token in end_ids:
+            reason = "stop"
+            break
+        sampler.accept(token)
+        n += 1
+        now = time.perf_counter()
+        if n == 1:
+            response.speed["ttft_s"] = now - started
+        else:
+            response.speed["decode_tps"] = (n - 1) / (now - started - response.speed["ttft_s"])
+        ready = text.push(piece(token))
+        if text.stopped:
+            reason = "stop"
+        elif n >= max_tokens:
+            reason = "length"
+        elif trio.room < 1:
+            reason = "context"
+        else:
+            trio.advance(token)
+        response.n_tokens = n
+        if reason is None:
+            yield _chunk(response, ready, token)
+        else:
+            yield _chunk(response, ready + text.flush(), token, reason)
+            return
+    yield _chunk(response, text.flush(), None, reason)
+
+
+def generate(trio: Trio, prompt: Prompt | str, **options: Any) -> Response:
+    """Answer `prompt` whole; the options are stream_generate's."""
+    parts, last = [], None
+    for last in stream_generate(trio, prompt, **options):
+        parts.append(last.text)
+    if last is None:
+        raise PromptError("nothing was generated")
+    last.text = "".join(parts)
+    return last
+
+
+def _chunk(response: Response, text: str, token: int | None, reason: str | None = None) -> Response:
+    return Response(
+        text,
+        token,
+        response.selection,
+        response.seed,
+        response.n_prompt_tokens,
+        response.n_tokens,
+        reason,
+        dict(response.speed),
+    )
+
+
+class _TextStream:
+    """Bytes of tokens -> whole characters, holding back what may become a stop string."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._stop = [s for s in stop if s]
+        self._held = ""
+        self.stopped = False
+
+    def push(self, piece: bytes) -> str:
+        self._held += self._decoder.decode(piece)
+        found = [at for s in self._stop if (at := self._held.find(s)) >= 0]
+        if found:
+            self.stopped = True
+            ready, self._held = self._held[: min(found)], ""
+            return ready
+        keep = max((_overlap(self._held, s) for s in self._stop), default=0)
+        cut = len(self._held) - keep
+        ready, self._held = self._held[:cut], self._held[cut:]
+        return ready
+
+    def flush(self) -> str:
+        """What was held back, once nothing more comes."""
+        if self.stopped:
+            return ""
+        return self._held + self._decoder.decode(b"", final=True)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Longest end of `text` that begins `stop`."""
+    sizes = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((n for n in sizes if text.endswith(stop[:n])), 0)
+
+
+def _trace_row(
+    trio: Trio, token: int, fused: NDArray[np.float32], weights: Weights
+) -> dict[str, Any]:
+    rows: Rows = trio.rows(ROLES)
+    return {
+        "id": token,
+        "piece": trio.models["large_ins"].piece(token, special=True).decode("utf-8", "replace"),
+        "probabilities": {
+            **{role: _probability(rows[role], token) for role in ROLES},
+            "fused": _probability(fused, token),
+        },
+        "weights": {"alpha": weights.alpha, "beta": weights.beta},
+    }
+
+
+def _probability(row: NDArray[np.float32], token: int) -> float:
+    top = float(row.max())
+    return math.exp(float(row[token]) - top) / float(np.exp(row - top).sum(dtype=np.float64))

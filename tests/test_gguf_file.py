@@ -1,4 +1,4 @@
-"""Laws of the GGUF check: it agrees with gguf.GGUFReader, and damage is only ever ModelFileError."""
+"""Laws of the GGUF check: it agrees with gguf.GGUFReader; damage is only ever ModelFileError."""
 
 import os
 import random

@@ -31,7 +31,9 @@ def make(tmp_path: Path, n_tokens: int) -> Make:
     """Writes a GGUF that holds a vocabulary alone; `edit` changes its parts first."""
 
     def write(
-        name: str = "model", edit: Callable[[dict[str, Any]], None] | None = None, n_padding: int = 0
+        name: str = "model",
+        edit: Callable[[dict[str, Any]], None] | None = None,
+        n_padding: int = 0,
     ) -> GGUFFile:
         parts: dict[str, Any] = {
             "model": "gpt2",
@@ -225,7 +227,9 @@ def real(*paths: Path) -> list[GGUFFile]:
 
 def test_two_real_families_are_told_apart() -> None:
     smollm, qwen = real(SMOLLM, QWEN_SMALL)
-    assert "pre-tokenizer is 'qwen2' in small_cpt but 'smollm' in large_ins" in refusal(smollm, qwen)
+    assert "pre-tokenizer is 'qwen2' in small_cpt but 'smollm' in large_ins" in refusal(
+        smollm, qwen
+    )
 
 
 def test_two_real_sizes_of_one_family_pass() -> None:

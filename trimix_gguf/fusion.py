@@ -26,12 +26,12 @@ class Weights:
 
     def __post_init__(self) -> None:
         for name, value in (("alpha", self.alpha), ("beta", self.beta)):
-            if not math.isfinite(value):
-                raise WeightsError(f"{name} is {value}; expected a finite number")
+            if not abs(value) <= 1e6:  # also refuses NaN; float32 logits overflow beyond
+                raise WeightsError(f"{name} is {value}; expected a finite number within ±1e6")
 
     @property
     def remainder(self) -> float:
-        """Coefficient of small_base; rounding residue (1 − 0.1 − 0.9) counts as exactly 0."""
+        """Coefficient of small_base; rounding residue (1 − 0.9 − 0.1) counts as exactly 0."""
         rest = 1.0 - self.alpha - self.beta
         return 0.0 if abs(rest) < 1e-9 else rest
 

@@ -112,16 +112,15 @@ def stream_generate(
         )
         if trace is not None:
             trace(_trace_row(trio, token, fused, weights))
+        now = time.perf_counter()
+        response.speed.setdefault("ttft_s", now - started)
+        if n > 0:
+            response.speed["decode_tps"] = n / (now - started - response.speed["ttft_s"])
         if token in end_ids:
             reason = "stop"
             break
         sampler.accept(token)
         n += 1
-        now = time.perf_counter()
-        if n == 1:
-            response.speed["ttft_s"] = now - started
-        else:
-            response.speed["decode_tps"] = (n - 1) / (now - started - response.speed["ttft_s"])
         ready = text.push(piece(token))
         if text.stopped:
             reason = "stop"

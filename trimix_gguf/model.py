@@ -23,8 +23,9 @@ class Model:
 
     `share` is a Model of the same file whose weights this one reads too: a small_cpt that is
     small_base plus an adapter keeps one copy in memory. `n_threads` 0 means every core that
-    this process may use; `device` is a name from `trimix doctor`; `n_gpu_layers` −1 is all.
-    Raises ModelFileError for a file that is damaged, ModelError where llama.cpp refuses it.
+    this process may use; `mmap` maps the file, which starts faster and shares pages but counts
+    the weights twice where llama.cpp repacks them; `device` is a name from `trimix doctor`;
+    `n_gpu_layers` −1 is all. Raises ModelFileError for a file that is damaged, ModelError where llama.cpp refuses it.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Model:
         device: str | None = None,
         type_k: str = "f16",
         type_v: str = "f16",
-        mmap: bool = True,
+        mmap: bool = False,
         mlock: bool = False,
         flash_attn: bool | None = None,
         lora: Path | str | None = None,
@@ -60,7 +61,8 @@ class Model:
         self._memory = lib.llama_get_memory(self._ctx)
         self._batch = lib.llama_batch_init(self.n_window, 0, 1)
         self._close = weakref.finalize(self, _free, self._ctx, self._batch, self._weights)
-        self.n_ctx = int(lib.llama_n_ctx(self._ctx))
+        # llama.cpp rounds up; keep what was asked for.
+        self.n_ctx = min(n_ctx, int(lib.llama_n_ctx(self._ctx)))
         if lora is not None:
             self._apply_lora(Path(lora), lora_scale)
 

@@ -2,15 +2,16 @@
 
 import ctypes
 import importlib.metadata
+import os
 import sys
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import llama_cpp as lib
 from llama_cpp._ggml import libggml
-
-__all__ = ["Device", "build_info", "devices", "ggml_type", "last_error", "lib", "set_verbose"]
 
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
@@ -43,6 +44,20 @@ def last_error() -> str:
     line = _errors.pop() if _errors else "llama.cpp gave no reason"
     _errors.clear()
     return line
+
+
+@contextmanager
+def stderr_closed() -> Iterator[None]:
+    """Silence what llama.cpp prints past its log, such as a grammar's parse errors."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def ggml_type(name: str) -> int:

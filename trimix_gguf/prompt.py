@@ -92,6 +92,8 @@ def _cut_spans(text: str, start: str, end: str) -> list[tuple[str, bool]]:
         parts += [(before, False), (inside, True)]
     if not parts:
         raise PromptError(f"no span between {start!r} and {end!r} in the prompt; nothing to score")
+    if not any(inside for inside, scored in parts if scored):
+        raise PromptError(f"no text between {start!r} and {end!r}; nothing to score")
     return [p for p in [*parts, (rest, False)] if p[0]]
 
 

@@ -114,9 +114,10 @@ class Sampler:
         weakref.finalize(self, lib.llama_sampler_free, self._chain)
         text = _grammar_text(grammar, json_schema)
         if text is not None:
-            self._grammar = lib.llama_sampler_init_grammar(vocab, text.encode(), b"root")
+            with native.stderr_closed():
+                self._grammar = lib.llama_sampler_init_grammar(vocab, text.encode(), b"root")
             if not self._grammar:
-                raise SamplerError(f"llama.cpp cannot parse the grammar: {native.last_error()}")
+                raise SamplerError("llama.cpp cannot parse the grammar; check its GBNF")
             weakref.finalize(self, lib.llama_sampler_free, self._grammar)
         self._ids = np.arange(n_vocab, dtype=np.int32)
         self._candidates = np.zeros(n_vocab, dtype=_CANDIDATE)

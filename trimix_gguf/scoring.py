@@ -51,7 +51,7 @@ def grid_nll(
     a, b = np.asarray(alphas, np.float64), np.asarray(betas, np.float64)
     ids = np.asarray(targets, dtype=np.int64)
     n_tokens, n_vocab = large_ins.shape
-    if len(ids) != n_tokens or small_cpt.shape != (n_tokens, n_vocab) != small_base.shape:
+    if len(ids) != n_tokens or not large_ins.shape == small_cpt.shape == small_base.shape:
         raise ValueError("logits and targets must agree: [n_tokens, n_vocab] and [n_tokens]")
     if n_tokens and not (ids.min() >= 0 and ids.max() < n_vocab):
         raise ValueError(f"targets must lie in 0 … {n_vocab - 1}")
@@ -66,8 +66,6 @@ def grid_nll(
     total = np.zeros((len(a), len(b)))
     for part in parts:
         total += part
-    if np.isnan(total).any():
-        raise ModelError("a model gave logits that are not finite; its file may be damaged")
     return total
 
 
@@ -85,6 +83,7 @@ def _row_nll(
     betas: Float64,
     unused: NDArray[np.bool_] | None,
 ) -> Float64:
+    _check_finite(large, cpt, base)
     pivot = _pivot(large, cpt, base, alphas.mean(), betas.mean(), unused)
     s = _separable_partition(large, cpt, base, pivot, alphas, betas, unused)
     if s is None:
@@ -94,6 +93,11 @@ def _row_nll(
     dA, dC = gain[0] - gain[2], gain[1] - gain[2]
     nll: Float64 = np.log(s) - (gain[2] + alphas[:, None] * dA + betas[None, :] * dC)
     return nll if unused is None or not unused[target] else np.full_like(nll, np.inf)
+
+
+def _check_finite(*rows: Float32) -> None:
+    if not all(np.isfinite(row).all() for row in rows):
+        raise ModelError("a model gave logits that are not finite; its file may be damaged")
 
 
 def _pivot(large, cpt, base, alpha, beta, unused) -> int:
@@ -149,6 +153,7 @@ def _direct_nll(large, cpt, base, target, alphas, betas, unused) -> Float64:
 
 def grid_entropy(*, large_ins, small_cpt, small_base, alphas, betas, unused=None) -> Float64:
     """Entropy in nats of one fused row [n_vocab] at each grid point: float64 [n_alpha, n_beta]."""
+    _check_finite(large_ins, small_cpt, small_base)
     entropy = np.empty((len(alphas), len(betas)))
     large, cpt, base = (m.astype(np.float64) for m in (large_ins, small_cpt, small_base))
     for i, alpha in enumerate(alphas):
@@ -184,11 +189,11 @@ def continuous_optimum(nll: Float64) -> Weights:
     """
     coefficients = _chebyshev_coefficients(nll)
     centre, half = np.zeros(2), 1.0
-    for _ in range(8):  # zoom: a convex surface has its minimum next to the best mesh point
+    for _ in range(24):  # zoom, slowly: along a narrow slanted valley the best mesh point is off
         axes = [np.clip(c + half * np.linspace(-1, 1, 33), -1, 1) for c in centre]
         mesh = np.polynomial.chebyshev.chebgrid2d(axes[0], axes[1], coefficients)
         i, j = np.unravel_index(int(np.argmin(mesh)), mesh.shape)
-        centre, half = np.array([axes[0][i], axes[1][j]]), half / 8
+        centre, half = np.array([axes[0][i], axes[1][j]]), half / 2
     low, high = CONTINUOUS_RANGE
     alpha, beta = low + (high - low) * (centre + 1) / 2
     return Weights(float(alpha), float(beta))

@@ -222,8 +222,8 @@ class Trio:
     def _score(self, segment: Segment, consume: Consume, progress: Progress | None) -> None:
         """Decode a shared segment window by window, handing each predicted token to `consume`."""
         ids = np.asarray(segment.ids["large_ins"], dtype=np.int64)
-        if all(self._ids.values()):  # the row before the segment predicts its first token
-            before = {r: self._catch_up(r, progress)[None, :] for r in ROLES}
+        before = {r: self._catch_up(r, progress)[None, :] for r in ROLES if self._ids[r]}
+        if len(before) == len(ROLES):  # the rows before the segment predict its first token
             consume(before, ids[:1])
         for start in range(0, len(ids), self.n_window):
             window = ids[start : start + self.n_window].tolist()

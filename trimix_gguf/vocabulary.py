@@ -6,7 +6,7 @@ from typing import Any
 from trimix_gguf.errors import VocabularyMismatch
 from trimix_gguf.gguf_file import GGUFFile
 
-_UNUSED = 5  # llama.cpp's token type for padding
+_NORMAL, _UNUSED = 1, 5  # llama.cpp's token types; padding is unused
 
 
 def check_contract(files: Mapping[str, GGUFFile]) -> int:
@@ -35,11 +35,19 @@ class _Vocabulary:
     def __init__(self, file: GGUFFile) -> None:
         self.metadata = file.metadata
         self.tokens: list[bytes] = file.array("tokenizer.ggml.tokens") or []
-        self.types: list[int] = file.array("tokenizer.ggml.token_type") or []
-        self.scores: list[float] = file.array("tokenizer.ggml.scores") or []
+        # As llama.cpp reads an absent array; BPE has no use for scores.
+        n, bpe = len(self.tokens), self.setting("model") == "gpt2"
+        self.types: list[int] = file.array("tokenizer.ggml.token_type") or [_NORMAL] * n
+        scores = None if bpe else file.array("tokenizer.ggml.scores")
+        self.scores: list[float] = scores or [0.0] * n
         self.merges: list[bytes] = file.array("tokenizer.ggml.merges") or []
         if not self.tokens:
             raise VocabularyMismatch(f"{file.path.name} holds no vocabulary; convert it again")
+        if not n == len(self.types) == len(self.scores):
+            raise VocabularyMismatch(
+                f"{file.path.name} has {n} tokens, {len(self.types)} types and "
+                f"{len(self.scores)} scores; convert it again"
+            )
 
     def setting(self, key: str) -> Any:
         return self.metadata.get(f"tokenizer.ggml.{key}")

@@ -1,0 +1,52 @@
+"""Shared fixtures: the shipped trio, a runner for the CLI, and where the real models are."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trimix_gguf import Trio
+from trimix_gguf.trio import NANO
+
+ROOT = Path(__file__).parent.parent
+REAL = Path(os.environ.get("TRIMIX_MODELS", Path.home() / ".cache" / "trimix-models"))
+KAZAKH = "Қазақстан Республикасының Үкіметі бүгін жаңа заң жобасын қарады."
+
+
+@pytest.fixture(scope="session")
+def trio():
+    with Trio.nano(n_threads=2) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def real_files():
+    """The 1.5B, 0.5B and adapter files; skips where they are not cached."""
+    adapter = ROOT.parent / "shared" / "models" / "kk-cpt-lora-f16.gguf"
+    files = {
+        "large_ins": REAL / "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+        "small_base": REAL / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        "small_cpt_lora": Path(os.environ.get("TRIMIX_ADAPTER", adapter)),
+    }
+    for path in files.values():
+        if not path.is_file():
+            pytest.skip(f"real models are not cached here: {path.name}")
+    return files
+
+
+@pytest.fixture
+def trimix():
+    """Run the CLI as a user would: trimix(*arguments, stdin=…) -> CompletedProcess (bytes)."""
+
+    def run(*arguments, stdin=b"", timeout=240):
+        command = [sys.executable, "-m", "trimix_gguf.cli", *map(str, arguments)]
+        return subprocess.run(command, input=stdin, capture_output=True, timeout=timeout)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def nano_files():
+    return {r: NANO / f"{r}.gguf" for r in ("large_ins", "small_base", "small_cpt")}

@@ -25,7 +25,8 @@ class Model:
     small_base plus an adapter keeps one copy in memory. `n_threads` 0 means every core that
     this process may use; `mmap` maps the file, which starts faster and shares pages but counts
     the weights twice where llama.cpp repacks them; `device` is a name from `trimix doctor`;
-    `n_gpu_layers` −1 is all. Raises ModelFileError for a file that is damaged, ModelError where llama.cpp refuses it.
+    `n_gpu_layers` −1 is all. Raises ModelFileError for a file that is damaged, ModelError where
+    llama.cpp refuses it.
     """
 
     def __init__(

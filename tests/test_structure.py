@@ -1,0 +1,65 @@
+"""The shape of the package: imports point up the list of layers, and the README agrees with it."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import trimix_gguf
+
+ROOT = Path(__file__).parent.parent
+LAYERS = [
+    "errors", "fusion", "gguf_file", "vocabulary", "memory", "native", "scoring", "sampling",
+    "prompt", "model", "trio", "selection", "generation", "cli",
+]  # fmt: skip
+
+
+def imported_layers(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "trimix_gguf" and len(parts) > 1 and parts[1] in LAYERS:
+                yield parts[1]
+
+
+@pytest.mark.parametrize("layer", [name for name in LAYERS if name != "cli"])
+def test_imports_point_up_the_layers(layer):
+    for imported in imported_layers(ROOT / "trimix_gguf" / f"{layer}.py"):
+        assert LAYERS.index(imported) < LAYERS.index(layer), f"{layer} imports {imported}"
+
+
+def test_every_module_has_its_layer():
+    modules = {p.stem for p in (ROOT / "trimix_gguf").glob("*.py")} - {"__init__"}
+    assert modules == set(LAYERS) - {"cli"}
+
+
+def test_llama_cpp_is_imported_in_one_place():
+    found = {
+        path.name
+        for path in (ROOT / "trimix_gguf").rglob("*.py")
+        if re.search(r"^(import|from) llama_cpp", path.read_text(encoding="utf-8"), re.M)
+    }
+    assert found == {"native.py"}
+
+
+def test_public_names_resolve_and_stand_in_the_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in trimix_gguf.__all__:
+        assert getattr(trimix_gguf, name) is not None
+        assert f"`{name}`" in readme, f"README does not name {name}"
+
+
+@pytest.mark.parametrize("command", ["generate", "score", "doctor", "convert"])
+def test_readme_names_every_command_and_help_works(command):
+    assert f"trimix {command}" in (ROOT / "README.md").read_text(encoding="utf-8")
+    run = [sys.executable, "-m", "trimix_gguf.cli", command, "--help"]
+    assert subprocess.run(run, capture_output=True, check=True).stdout

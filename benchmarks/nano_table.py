@@ -51,7 +51,7 @@ def main() -> None:
             named = {**SINGLE, "proxy_tuning": PROXY_TUNING, "fused": best}
             row = {c: result.perplexity(named[c]) for c in columns}
             weights = f"({best.alpha:g}, {best.beta:g})"
-            cells = " | ".join(f"{v:.1f}" for v in row.values())
+            cells = " | ".join(f"{v:.2f}" for v in row.values())
             print(f"| {name} | {sum(result.n_tokens):,} | {cells} | {weights} |", flush=True)
             report[name] = {**row, "alpha": best.alpha, "beta": best.beta}
     print(json.dumps(report))

@@ -45,9 +45,11 @@ def main() -> None:
         "n": {"tokens": options.tokens, "steps": options.steps, "repeats": options.repeats},
         "memory": memory(options),
     }
+    print(json.dumps(result), file=sys.stderr)
     with load(options, n_ctx=N_CTX) as trio:
         ids = text_ids(trio, options, options.tokens)
         result["selection"] = selection_cost(trio, Prompt((Segment.of(ids),)), options.repeats)
+        print(json.dumps(result), file=sys.stderr)  # so that a long run cut short leaves figures
         result["lockstep"] = lockstep_cost(trio, options.steps)
     result["help_s"] = help_time()
     report(options, result, described(result, options.tokens))

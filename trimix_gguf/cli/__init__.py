@@ -3,7 +3,7 @@
 import importlib
 import signal
 import sys
-from typing import Any
+from typing import NoReturn
 
 import click
 
@@ -39,7 +39,7 @@ def trimix() -> None:
     """Answer in a low-resource language by mixing three GGUF models, offline."""
 
 
-def main() -> Any:
+def main() -> NoReturn:
     """Entry point: one line on stderr and exit 1 for bad input, 130 for Ctrl-C."""
     from trimix_gguf.errors import TrimixError
 
@@ -47,12 +47,10 @@ def main() -> Any:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     try:
-        return trimix(standalone_mode=False)
+        code = trimix(standalone_mode=False) or 0  # an Exit comes back as its code
     except click.UsageError as error:
         error.show()
         code = 2
-    except click.exceptions.Exit as error:
-        code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         print(file=sys.stderr)
         code = 130

@@ -30,7 +30,7 @@ DATA ?= ../shared/data
 WORK ?= nano-work
 nano:
 	$(PYTHON) -m venv $(VENV) && $(BIN)/pip install -q -e '.[train]'
-	for what in tokenizer small_base small_cpt large_ins; do \
+	for what in tokenizer small_base small_cpt large_base large_ins; do \
 	  $(BIN)/python convert/nano/train.py $$what --data $(DATA) --work $(WORK) --threads 2 || exit 1; \
 	done
 	for role in small_base small_cpt large_ins; do \

@@ -4,7 +4,7 @@ import codecs
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -151,15 +151,8 @@ def generate(trio: Trio, prompt: Prompt | str, **options: Any) -> Response:
 
 
 def _chunk(response: Response, text: str, token: int | None, reason: str | None = None) -> Response:
-    return Response(
-        text,
-        token,
-        response.selection,
-        response.seed,
-        response.n_prompt_tokens,
-        response.n_tokens,
-        reason,
-        dict(response.speed),
+    return replace(
+        response, text=text, token=token, finish_reason=reason, speed=dict(response.speed)
     )
 
 

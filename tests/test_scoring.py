@@ -13,6 +13,7 @@ from trimix_gguf.scoring import (
     GRID,
     _pivot,
     _separable_partition,
+    _workspace,
     chebyshev_nodes,
     continuous_optimum,
     grid_entropy,
@@ -83,15 +84,16 @@ def assert_is_plain(
 def is_separable(rows: Any, t: int, alphas: Any, betas: Any, unused: Any = None) -> bool:
     a, b = np.asarray(alphas), np.asarray(betas)
     large, cpt, base = (rows[role][t] for role in ROLES)
-    pivot = _pivot(large, cpt, base, a.mean(), b.mean(), unused)
-    return _separable_partition(large, cpt, base, pivot, a, b, unused) is not None
+    pivot = _pivot(cpt, unused)
+    work = _workspace(len(a), len(b))
+    return _separable_partition(large, cpt, base, pivot, a, b, unused, work) is not None
 
 
 # -- the grid -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])
-@pytest.mark.parametrize("n_vocab", [3, 5000, 6144, 6145, 13001])  # blocks hold 6,144 ids or fewer
+@pytest.mark.parametrize("n_vocab", [3, 5000, 16666, 16667, 33333])  # a block holds 16,666 ids
 def test_grid_nll_is_a_plain_log_softmax(n_vocab: int, n_threads: int) -> None:
     rows, targets = random_logits(6, n_vocab, seed=n_vocab)
     for t, edge in ((0, 0), (1, n_vocab - 1)):  # the first and last id of all must count
@@ -169,6 +171,20 @@ def test_one_factor_alone_out_of_range_falls_back() -> None:
         rows[role][0, 11] = rows[role][0, targets[0]] + gap
     assert not is_separable(rows, 0, (0.1, 1.0), (0.1,))
     assert_is_plain(rows, targets, (0.1, 1.0), (0.1,))
+
+
+def test_a_factor_that_underflows_at_the_first_weight_counts_at_the_last() -> None:
+    """Its row is 0 in float32 at beta = 0.1, and no product brings it back to e^−1 at beta = 1."""
+    rows, targets = random_logits(1, 500, spread=0.1, apart=0.1)
+    for role, gap in (("large_ins", -1), ("small_cpt", -1), ("small_base", -130)):
+        rows[role][0, 11] = rows[role][0, targets[0]] + gap
+    assert not is_separable(rows, 0, (0.0,), (0.1, 0.5, 1.0))
+    assert_is_plain(rows, targets, (0.0,), (0.1, 0.5, 1.0))
+
+
+def test_any_order_of_the_grid() -> None:
+    rows, targets = random_logits(3, 5000)
+    assert_is_plain(rows, targets, (0.9, -0.2, 0.5), (1.0, 0.1, 0.3, 0.2))
 
 
 @pytest.mark.parametrize("role", ROLES)

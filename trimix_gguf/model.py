@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from trimix_gguf import native
 from trimix_gguf.errors import ContextFullError, ModelError, ModelFileError
 from trimix_gguf.gguf_file import GGUFFile, read_gguf
+from trimix_gguf.memory import N_CTX, N_WINDOW
 from trimix_gguf.native import lib
-
-N_WINDOW = 32  # rows of logits held at once: what scoring a prompt costs in memory
 
 
 class Model:
@@ -33,7 +32,7 @@ class Model:
         self,
         path: Path | str,
         *,
-        n_ctx: int = 2048,
+        n_ctx: int = N_CTX,
         n_window: int = N_WINDOW,
         n_threads: int = 0,
         n_gpu_layers: int = 0,
@@ -148,14 +147,7 @@ class Model:
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text` without BOS; `special` reads control tokens such as <|im_start|>."""
-        raw = text.encode("utf-8")
-        room = len(raw) + 8
-        ids = (lib.llama_token * room)()
-        n = lib.llama_tokenize(self.vocab, raw, len(raw), ids, room, False, special)
-        if n < 0:
-            ids = (lib.llama_token * -n)()
-            n = lib.llama_tokenize(self.vocab, raw, len(raw), ids, -n, False, special)
-        return list(ids[:n])
+        return native.tokenize(self.vocab, text, special=special)
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """Bytes of one token; control tokens are empty unless `special`."""

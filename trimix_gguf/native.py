@@ -13,7 +13,10 @@ from typing import Any
 import llama_cpp as lib
 from llama_cpp._ggml import libggml
 
+from trimix_gguf.errors import ModelFileError
+
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+QUANTIZE_BUFFER = 256 << 20  # bytes of a tensor's rows that the quantizer holds at once
 
 _WARN, _ERROR, _CONTINUE = 3, 4, 5
 _errors: deque[str] = deque(maxlen=8)
@@ -115,3 +118,36 @@ def build_info() -> dict[str, str]:
         "system": lib.llama_print_system_info().decode().strip(" |"),
         "gpu_offload": "yes" if lib.llama_supports_gpu_offload() else "no",
     }
+
+
+def quantize(source: str, out: str, file_type: int, *, requantize: bool) -> int:
+    """llama.cpp's quantizer on a whole file; 0 where it succeeded. It can take minutes."""
+    params = lib.llama_model_quantize_default_params()
+    params.ftype, params.allow_requantize = file_type, requantize
+    params.max_buf_size = QUANTIZE_BUFFER
+    return int(lib.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(params)))
+
+
+def tokenize(vocab: Any, text: str, *, special: bool = False) -> list[int]:
+    """Ids of `text` without BOS; `special` reads control tokens such as <|im_start|>."""
+    raw = text.encode("utf-8")
+    room = len(raw) + 8
+    ids = (lib.llama_token * room)()
+    n = lib.llama_tokenize(vocab, raw, len(raw), ids, room, False, special)
+    if n < 0:
+        ids = (lib.llama_token * -n)()
+        n = lib.llama_tokenize(vocab, raw, len(raw), ids, -n, False, special)
+    return list(ids[:n])
+
+
+def tokenize_texts(path: str, texts: list[str]) -> list[list[int]]:
+    """Ids of each text by the vocabulary of a GGUF, whose weights are not loaded."""
+    params = lib.llama_model_default_params()
+    params.vocab_only = True
+    model = lib.llama_model_load_from_file(path.encode(), params)
+    if not model:
+        raise ModelFileError(f"{path}: llama.cpp cannot read its vocabulary: {last_error()}")
+    try:
+        return [tokenize(lib.llama_model_get_vocab(model), text) for text in texts]
+    finally:
+        lib.llama_model_free(model)

@@ -4,8 +4,9 @@ With b = small_base, dA = large_ins − b and dC = small_cpt − b, the partitio
 
     S(α,β) = Σ_v exp(b_v + α·dA_v + β·dC_v) = Σ_v [exp(α·dA_v)] · [exp(b_v + β·dC_v)],
 
-so a whole grid is one matrix product X·Yᵀ over the vocabulary: I + J exponentials a token id
-stand in for I·J. Pure NumPy; nats throughout.
+so a whole grid is one matrix product X·Yᵀ over the vocabulary. And X's rows follow from one
+another by products, exp(α₂·dA) = exp(α₁·dA) · exp((α₂ − α₁)·dA), so an evenly spaced grid of any
+size costs four exponentials a token id. Pure NumPy; nats throughout.
 """
 
 import math
@@ -23,9 +24,10 @@ GRID = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # published, for alpha and for beta
 CONTINUOUS_RANGE = (-0.5, 1.5)  # where the continuous optimum is looked for, in each weight
 N_CHEBYSHEV = 13
 
-_BLOCK = 6144  # most vocabulary ids a block: its factor rows of float32 stay inside 1 MiB of L2
-_PRODUCT = 250_000  # most multiplications a block: OpenBLAS wakes its thread pool above 262,144
-_SAFE = math.exp(35.0)  # X, Y ≤ e^35: no product overflows float32, and what underflows is < e^−40
+_FACTORS = 200_000  # most numbers in a block's factors X and Y: in float32 they stay in L2
+_PRODUCT = 250_000  # most multiplications a product: OpenBLAS wakes its threads above 262,144
+_SAFE = math.exp(35.0)  # X, Y ≤ e^35: no product overflows float32, and what underflows is < e^−50
+_TINY = 1e-37  # a factor below this has lost digits: nothing may be multiplied up from it
 
 Float64 = NDArray[np.float64]
 Float32 = NDArray[np.float32]
@@ -56,16 +58,18 @@ def grid_nll(
     if n_tokens and not (ids.min() >= 0 and ids.max() < n_vocab):
         raise ValueError(f"targets must lie in 0 … {n_vocab - 1}")
 
-    def row(t: int) -> Float64:
-        return _row_nll(large_ins[t], small_cpt[t], small_base[t], int(ids[t]), a, b, unused)
+    nll = np.empty((n_tokens, len(a), len(b)))
 
-    if n_threads > 1 and n_tokens > 1:
-        parts = list(_pool(n_threads).map(row, range(n_tokens)))
-    else:
-        parts = [row(t) for t in range(n_tokens)]
-    total = np.zeros((len(a), len(b)))
-    for part in parts:
-        total += part
+    def fill(rows: range) -> None:
+        work = _workspace(len(a), len(b))
+        for t in rows:
+            row = large_ins[t], small_cpt[t], small_base[t]
+            nll[t] = _row_nll(*row, int(ids[t]), a, b, unused, work)
+
+    n_parts = max(1, min(n_threads, n_tokens))
+    parts = [range(k, n_tokens, n_parts) for k in range(n_parts)]
+    list(_pool(n_threads).map(fill, parts) if n_parts > 1 else map(fill, parts))
+    total: Float64 = nll.sum(axis=0)
     return total
 
 
@@ -82,11 +86,12 @@ def _row_nll(
     alphas: Float64,
     betas: Float64,
     unused: NDArray[np.bool_] | None,
+    work: Float32,
 ) -> Float64:
-    _check_finite(large, cpt, base)
-    pivot = _pivot(large, cpt, base, alphas.mean(), betas.mean(), unused)
-    s = _separable_partition(large, cpt, base, pivot, alphas, betas, unused)
+    pivot = _pivot(cpt, unused)
+    s = _separable_partition(large, cpt, base, pivot, alphas, betas, unused, work)
     if s is None:
+        _check_finite(large, cpt, base)
         return _direct_nll(large, cpt, base, target, alphas, betas, unused)
     # log-partition relative to the pivot, minus the target's logit relative to it.
     gain = [float(m[target]) - float(m[pivot]) for m in (large, cpt, base)]
@@ -100,41 +105,68 @@ def _check_finite(*rows: Float32) -> None:
         raise ModelError("a model gave logits that are not finite; its file may be damaged")
 
 
-def _pivot(large, cpt, base, alpha, beta, unused) -> int:
-    """Top token of the grid's middle fusion: with it as origin, S ≥ 1 at every grid point."""
-    a, c = np.float32(alpha), np.float32(beta)
-    middle = large * a
-    middle += cpt * c
-    middle += base * (np.float32(1.0) - a - c)
-    if unused is not None:
-        middle[unused] = -np.inf
-    return int(middle.argmax())
+def _pivot(cpt: Float32, unused: NDArray[np.bool_] | None) -> int:
+    """The origin of all exponents: any token makes S ≥ 1, small_cpt's top one keeps X, Y small."""
+    top = int(cpt.argmax())
+    if unused is None or not unused[top]:
+        return top
+    return int(np.where(unused, -np.inf, cpt).argmax())
 
 
-def _separable_partition(large, cpt, base, pivot, alphas, betas, unused) -> Float64 | None:
+def _workspace(n_alpha: int, n_beta: int) -> Float32:
+    """Room for one block of both factors and of what they are made from."""
+    n_rows = n_alpha + n_beta
+    return np.empty((n_rows + 4, max(256, _FACTORS // n_rows)), np.float32)
+
+
+def _separable_partition(large, cpt, base, pivot, alphas, betas, unused, work) -> Float64 | None:
     """S(α,β) over exp of the pivot's logit, float64 [n_alpha, n_beta]; None outside safe range."""
-    a, b = alphas.astype(np.float32)[:, None], betas.astype(np.float32)[:, None]
-    base_0, large_0, cpt_0 = base[pivot], large[pivot], cpt[pivot]
-    total = np.zeros((len(alphas), len(betas)))
-    size = max(256, min(_BLOCK, _PRODUCT // total.size))
-    x_block, y_block = (np.empty((len(w), size), np.float32) for w in (a, b))
-    with np.errstate(over="ignore", invalid="ignore"):
+    n_a, n_b, size = len(alphas), len(betas), work.shape[1]
+    step = max(256, _PRODUCT // (n_a * n_b))
+    order_a, order_b = np.argsort(alphas), np.argsort(betas)
+    alphas, betas = alphas[order_a], betas[order_b]
+    total = np.zeros((n_a, n_b))
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         for start in range(0, len(base), size):
-            part = slice(start, start + size)
-            origin = base[part] - base_0
-            x, y = x_block[:, : len(origin)], y_block[:, : len(origin)]
-            np.multiply(a, large[part] - large_0 - origin, out=x)
-            np.exp(x, out=x)
-            np.multiply(b, cpt[part] - cpt_0 - origin, out=y)
-            y += origin
-            np.exp(y, out=y)
-            if unused is not None:
-                y[:, unused[part]] = 0.0
-            # `not <=` also catches NaN, from logits that are not finite.
-            if not (x.max() <= _SAFE and y.max() <= _SAFE):
+            part = slice(start, min(start + size, len(base)))
+            origin, d_large, d_cpt, scratch, *_ = block = work[:, : part.stop - start]
+            x, y = block[4 : 4 + n_a], block[4 + n_a :]
+            np.subtract(base[part], base[pivot], out=origin)
+            np.subtract(large[part], large[pivot], out=d_large)
+            np.subtract(cpt[part], cpt[pivot], out=d_cpt)
+            d_large -= origin
+            d_cpt -= origin
+            if not (
+                _exponentials(x, None, d_large, alphas, scratch)
+                and _exponentials(y, origin, d_cpt, betas, scratch)
+            ):
                 return None
-            total += x @ y.T
-    return total
+            if unused is not None and unused[part].any():
+                y[:, unused[part]] = 0.0
+            for k in range(0, x.shape[1], step):
+                total += x[:, k : k + step] @ y[:, k : k + step].T
+    return total[np.ix_(np.argsort(order_a), np.argsort(order_b))]
+
+
+def _exponentials(rows, start, slope, weights, scratch) -> bool:
+    """rows[i] = exp(start + weights[i]·slope), weights rising; False outside safe range.
+
+    An exponential of a line is convex, so the first and the last row bound those between.
+    """
+    np.multiply(slope, np.float32(weights[0]), out=scratch)
+    if start is not None:
+        scratch += start
+    np.exp(scratch, out=rows[0])
+    gap = None
+    for i in range(1, len(weights)):
+        previous, gap = gap, round(weights[i] - weights[i - 1], 9)
+        if gap != previous:
+            np.multiply(slope, np.float32(gap), out=scratch)
+            np.exp(scratch, out=scratch)
+        np.multiply(rows[i - 1], scratch, out=rows[i])
+    # `<=` and `>=` are False for NaN too, which comes of logits that are not finite.
+    top, low = np.maximum.reduce, np.minimum.reduce
+    return bool(top(rows[0]) <= _SAFE and top(rows[-1]) <= _SAFE and low(rows[0]) >= _TINY)
 
 
 def _direct_nll(large, cpt, base, target, alphas, betas, unused) -> Float64:

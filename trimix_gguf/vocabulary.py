@@ -7,6 +7,11 @@ from trimix_gguf.errors import VocabularyMismatch
 from trimix_gguf.gguf_file import GGUFFile
 
 _NORMAL, _UNUSED = 1, 5  # llama.cpp's token types; padding is unused
+# Pre-tokenizers that add BOS where a file does not say (llama.cpp, src/llama-vocab.cpp).
+_ADD_BOS = frozenset(
+    ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
+    + ("jina-v5-nano", "tekken", "chameleon")
+)
 
 
 def check_contract(files: Mapping[str, GGUFFile]) -> int:
@@ -52,6 +57,13 @@ class _Vocabulary:
     def setting(self, key: str) -> Any:
         return self.metadata.get(f"tokenizer.ggml.{key}")
 
+    def adds(self, key: str) -> bool:
+        """Whether prompts get BOS or EOS, as llama.cpp decides where the file does not say."""
+        added = self.setting(f"add_{key}_token")
+        if added is None and key == "bos":
+            return self.setting("model") == "llama" or self.setting("pre") in _ADD_BOS
+        return bool(added)
+
 
 def _first_difference(a_role: str, a: _Vocabulary, b_role: str, b: _Vocabulary) -> str | None:
     for key, what in (("model", "tokenizer model"), ("pre", "pre-tokenizer")):
@@ -75,13 +87,11 @@ def _first_difference(a_role: str, a: _Vocabulary, b_role: str, b: _Vocabulary) 
             if not (longer.types and longer.types[i] == _UNUSED):
                 return f"{role} has {_show(longer.tokens[i])} as token {i}, past the other's {n}"
     for key in ("bos", "eos"):
-        added = f"add_{key}_token"
-        if a.setting(added) or b.setting(added):
-            for k in (added, f"{key}_token_id"):
-                if k == added and bool(a.setting(k)) == bool(b.setting(k)):
-                    continue
-                if a.setting(k) != b.setting(k):
-                    return f"{k} is {b.setting(k)} in {b_role} but {a.setting(k)} in {a_role}"
+        if a.adds(key) != b.adds(key):
+            return f"add_{key}_token is {b.adds(key)} in {b_role} but {a.adds(key)} in {a_role}"
+        x, y = a.setting(f"{key}_token_id"), b.setting(f"{key}_token_id")
+        if a.adds(key) and x != y:
+            return f"{key}_token_id is {y} in {b_role} but {x} in {a_role}"
     return None
 
 

@@ -11,6 +11,7 @@ COMMANDS = {  # name -> (module, one-line help)
     "generate": ("generate", "Continue a prompt with the mix of three models."),
     "score": ("score", "Perplexity of texts under each model and over the weight grid."),
     "doctor": ("doctor", "What this machine and build can do, and whether a trio fits."),
+    "check": ("check", "Tell whether three GGUF files make a trio."),
     "convert": ("convert", "Turn a Hugging Face checkpoint into a GGUF file."),
 }
 

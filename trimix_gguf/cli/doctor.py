@@ -47,7 +47,7 @@ def _report(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
     lora = paths.get("small_cpt_lora")
     n_common = check_contract(files)
-    shared = {"n_ctx": arguments.get("n_ctx", 512 if nano else 2048)}
+    shared = {"n_ctx": arguments.get("n_ctx", 512 if nano else memory.N_CTX)}
     own = {role: {**shared, **arguments["per_role"].get(role, {})} for role in ROLES}
     need = memory.estimate(files, own, read_gguf(lora) if lora else None)
     have = memory.available()

@@ -1,0 +1,46 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trimix_gguf.errors import ConversionError
+
+
+@contextmanager
+def whole_file(out: Path, *, n_bytes: int, force: bool) -> Iterator[Path]:
+    """Yield a temporary path beside `out`, and rename it to `out` once the block is done.
+
+    `n_bytes` is the most that will be written. On any failure, Ctrl-C included, nothing is left;
+    after a kill the temporary file is, and the next run for the same `out` writes over it.
+    Raises ConversionError where `out` exists without `force`, or the disk is too small.
+    """
+    if out.is_dir():
+        raise ConversionError(f"{out} is a folder; name a file")
+    if out.exists() and not force:
+        raise ConversionError(f"{out} exists; choose another name, or --force to replace it")
+    check_free_space(out.parent, n_bytes)
+    partial = out.with_name(f".{out.name}.part")  # the same folder, so that renaming is atomic
+    try:
+        yield partial
+        os.replace(partial, out)
+    except OSError as error:
+        raise ConversionError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_free_space(folder: Path, n_bytes: int) -> None:
+    """Raise ConversionError where `folder` is missing or has not `n_bytes` free."""
+    if not folder.is_dir():
+        raise ConversionError(f"folder {folder} does not exist; create it first")
+    free = shutil.disk_usage(folder).free
+    if n_bytes > free:
+        raise ConversionError(
+            f"the output needs {n_bytes / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free; "
+            "free some space, or choose a smaller type"
+        )

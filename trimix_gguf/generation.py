@@ -1,21 +1,19 @@
-"""Tokens -> text: lockstep decoding of a mix, streamed."""
+"""Tokens -> text: the answer of a mix, streamed."""
 
 import codecs
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from trimix_gguf.errors import PromptError
-from trimix_gguf.fusion import ROLES, Rows, Weights, fuse, mask_implausible
+from trimix_gguf.fusion import ROLES, Weights
 from trimix_gguf.prompt import Prompt
 from trimix_gguf.sampling import Sampler
 from trimix_gguf.scoring import GRID
 from trimix_gguf.selection import Grid, Selection, select_weights
+from trimix_gguf.speculative import Drafting, Step, decode_steps, probability
 from trimix_gguf.trio import Progress, Trio
 
 Trace = Callable[[dict[str, Any]], None]
@@ -38,31 +36,19 @@ class Response:
     speed: dict[str, float] = field(default_factory=dict)
 
 
-def decode_one_token(
-    trio: Trio, weights: Weights, sampler: Sampler, *, plausibility_threshold: float = 0.0
-) -> tuple[int, NDArray[np.float32]]:
-    """Mix the next-token rows of the active roles and pick: (token id, fused row [n_vocab])."""
-    active = weights.active
-    if plausibility_threshold > 0 and "large_ins" not in active:
-        active = ("large_ins", *active)
-    rows = trio.rows(active)
-    fused = fuse(rows, weights, unused=trio.unused)
-    if plausibility_threshold > 0:
-        mask_implausible(fused, rows["large_ins"], plausibility_threshold)
-    return sampler.sample(fused), fused
-
-
 def stream_generate(
     trio: Trio,
     prompt: Prompt | str,
     *,
-    weights: Weights | None = None,
+    weights: Weights | Selection | None = None,
     method: Literal["ppl", "ent"] = "ppl",
     grid: Grid = (GRID, GRID),
     last: int | None = None,
     max_tokens: int = 128,
     stop: Sequence[str] = (),
     plausibility_threshold: float = 0.0,
+    speculative: Literal["auto", "on", "off"] = "auto",
+    n_draft: int | None = None,
     trace: Trace | None = None,
     on_selection: Callable[[Selection], None] | None = None,
     progress: Progress | None = None,
@@ -70,10 +56,13 @@ def stream_generate(
 ) -> Iterator[Response]:
     """Answer `prompt`, yielding text as it comes; `sampling` goes to Sampler.
 
-    `weights` fixes (alpha, beta); otherwise `method` ('ppl' or 'ent') chooses them from the
-    prompt over `grid`. Models whose coefficient is 0 are not evaluated, unless `trace` asks for
-    their probabilities: it gets a dict a token. Stops at an end-of-generation token of any of the
-    three, at a `stop` string (not given out), after `max_tokens`, or where the context is full.
+    `weights` fixes (alpha, beta), or holds an earlier choice; otherwise `method` ('ppl' or 'ent')
+    chooses them from the prompt over `grid`. Models whose coefficient is 0 are not evaluated,
+    unless `trace` asks for their probabilities: it gets a dict a token. `speculative` lets
+    small_cpt draft: 'auto' where that pays, by lengths that follow what it costs and brings;
+    'on' always, `n_draft` tokens at once if given. The text does not depend on it. Stops at an
+    end-of-generation token of any of the three, at a `stop` string (not given out), after
+    `max_tokens`, or where the context is full.
     """
     started = time.perf_counter()
     if isinstance(prompt, str):
@@ -91,7 +80,8 @@ def stream_generate(
         weights = selection.weights
     else:
         trio.prefill(prompt)
-        selection = Selection(weights, "fixed")
+        selection = Selection(weights, "fixed") if isinstance(weights, Weights) else weights
+        weights = selection.weights
     if on_selection is not None:
         on_selection(selection)
     selected = time.perf_counter()
@@ -103,39 +93,49 @@ def stream_generate(
         "select_s": selected - started if selection.method != "fixed" else 0.0,
         "prefill_tps": n_prompt / (read - started),
     }
+    drafting = Drafting(n_draft=n_draft, always=speculative == "on", never=speculative == "off")
+    steps = decode_steps(
+        trio,
+        weights,
+        sampler,
+        drafting=drafting,
+        max_tokens=max_tokens,
+        plausibility_threshold=plausibility_threshold,
+        also=ROLES if trace is not None else (),
+    )
     text = _TextStream(stop)
     piece = trio.models["large_ins"].piece
     reason, n = ("length", 0) if max_tokens <= 0 else (None, 0)
-    while reason is None:
-        token, fused = decode_one_token(
-            trio, weights, sampler, plausibility_threshold=plausibility_threshold
-        )
-        if trace is not None:
-            trace(_trace_row(trio, token, fused, weights))
-        now = time.perf_counter()
-        response.speed.setdefault("ttft_s", now - started)
-        if n > 0:
-            response.speed["decode_tps"] = n / (now - started - response.speed["ttft_s"])
-        if token in end_ids:
-            reason = "stop"
-            break
-        sampler.accept(token)
-        n += 1
-        ready = text.push(piece(token))
-        if text.stopped:
-            reason = "stop"
-        elif n >= max_tokens:
-            reason = "length"
-        elif trio.room < 1:
-            reason = "context"
-        else:
-            trio.advance(token)
-        response.n_tokens = n
-        if reason is None:
-            yield _chunk(response, ready, token)
-        else:
-            yield _chunk(response, ready + text.flush(), token, reason)
-            return
+    room = trio.room
+    with closing(steps):
+        while reason is None:
+            step = next(steps)
+            if trace is not None:
+                trace(_trace_row(trio, step, weights))
+            now = time.perf_counter()
+            response.speed.setdefault("ttft_s", now - started)
+            if n > 0:
+                response.speed["decode_tps"] = n / (now - started - response.speed["ttft_s"])
+            if drafting.acceptance is not None:
+                response.speed["acceptance"] = drafting.acceptance
+            if step.token in end_ids:
+                reason = "stop"
+                break
+            sampler.accept(step.token)
+            n += 1
+            ready = text.push(piece(step.token))
+            if text.stopped:
+                reason = "stop"
+            elif n >= max_tokens:
+                reason = "length"
+            elif n > room:
+                reason = "context"
+            response.n_tokens = n
+            if reason is None:
+                yield _chunk(response, ready, step.token)
+            else:
+                yield _chunk(response, ready + text.flush(), step.token, reason)
+                return
     yield _chunk(response, text.flush(), None, reason)
 
 
@@ -190,21 +190,15 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in sizes if text.endswith(stop[:n])), 0)
 
 
-def _trace_row(
-    trio: Trio, token: int, fused: NDArray[np.float32], weights: Weights
-) -> dict[str, Any]:
-    rows: Rows = trio.rows(ROLES)
+def _trace_row(trio: Trio, step: Step, weights: Weights) -> dict[str, Any]:
+    token = step.token
     return {
         "id": token,
         "piece": trio.models["large_ins"].piece(token, special=True).decode("utf-8", "replace"),
         "probabilities": {
-            **{role: _probability(rows[role], token) for role in ROLES},
-            "fused": _probability(fused, token),
+            **{role: probability(step.rows[role], token) for role in ROLES},
+            "fused": probability(step.fused, token),
         },
         "weights": {"alpha": weights.alpha, "beta": weights.beta},
+        "from_draft": step.from_draft,
     }
-
-
-def _probability(row: NDArray[np.float32], token: int) -> float:
-    top = float(row.max())
-    return math.exp(float(row[token]) - top) / float(np.exp(row - top).sum(dtype=np.float64))

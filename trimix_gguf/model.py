@@ -1,7 +1,9 @@
 """Model: one GGUF in one llama.cpp context, with its KV cache and its position."""
 
 import ctypes
+import math
 import os
+import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +52,9 @@ class Model:
         self.file: GGUFFile = share.file if share is not None else read_gguf(self.path)
         self.n_past = 0
         self.n_window = n_window
+        # Where its layers are: models of one device are run in turn.
+        self.device = (device or "GPU") if n_gpu_layers and native.gpu_offload() else "CPU"
+        self._seconds: dict[int, float] = {}  # ids decoded at once -> running mean
         self._weights: _Weights = (
             _Weights(self.path, n_gpu_layers, device, mmap, mlock)
             if share is None
@@ -122,6 +127,7 @@ class Model:
             batch.n_seq_id[i] = 1
             batch.seq_id[i][0] = 0
             batch.logits[i] = every_row or i == n - 1
+        started = time.perf_counter()
         status = lib.llama_decode(self._ctx, batch)
         if status != 0:
             self.rewind(self.n_past)
@@ -130,8 +136,22 @@ class Model:
             raise ModelError(f"{self.path.name}: decoding failed ({status}): {reason}")
         self.n_past += n
         rows = n if every_row else 1
-        pointer = lib.llama_get_logits(self._ctx)
+        pointer = lib.llama_get_logits(self._ctx)  # waits for the device
+        took = time.perf_counter() - started
+        self._seconds[n] = 0.8 * self._seconds.get(n, took) + 0.2 * took
         return np.ctypeslib.as_array(pointer, shape=(rows, self.n_vocab))
+
+    def seconds(self, n: int) -> float:
+        """What decoding `n` ids at once takes: a running mean of the decodes so far.
+
+        Sizes not seen lie on a line between those that were; infinite before a single id was.
+        """
+        if 1 not in self._seconds:
+            return math.inf
+        known = sorted(self._seconds)
+        if n > known[-1]:
+            return self._seconds[known[-1]] * n / known[-1]
+        return float(np.interp(n, known, [self._seconds[k] for k in known]))
 
     def rewind(self, n_past: int) -> None:
         """Forget every position from `n_past` on."""

@@ -111,12 +111,17 @@ def devices() -> list[Device]:
     return found
 
 
+def gpu_offload() -> bool:
+    """Whether this build of llama.cpp can put layers on another device than the CPU."""
+    return bool(lib.llama_supports_gpu_offload())
+
+
 def build_info() -> dict[str, str]:
     """Versions and CPU features of the llama.cpp in use."""
     return {
         "llama-cpp-python": importlib.metadata.version("llama-cpp-python"),
         "system": lib.llama_print_system_info().decode().strip(" |"),
-        "gpu_offload": "yes" if lib.llama_supports_gpu_offload() else "no",
+        "gpu_offload": "yes" if gpu_offload() else "no",
     }
 
 

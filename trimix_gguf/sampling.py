@@ -135,6 +135,17 @@ class Sampler:
         if self._grammar is not None and token not in self._stop_ids:
             lib.llama_sampler_accept(self._grammar, token)
 
+    def clone(self) -> "Sampler":
+        """A copy in the same state, random stream included, that goes its own way."""
+        twin = object.__new__(Sampler)
+        twin.__dict__.update(self.__dict__)
+        twin._chain = lib.llama_sampler_clone(self._chain)
+        weakref.finalize(twin, lib.llama_sampler_free, twin._chain)
+        if self._grammar is not None:
+            twin._grammar = lib.llama_sampler_clone(self._grammar)
+            weakref.finalize(twin, lib.llama_sampler_free, twin._grammar)
+        return twin
+
     def read_prompt(self, ids: Sequence[int]) -> None:
         """Let penalties and DRY see the prompt, as llama.cpp does; a grammar starts after it."""
         for token in ids:

@@ -1,6 +1,7 @@
 """Trio: three Models kept on the same segments, and the rows that predict their next token."""
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,7 @@ class Trio:
         self.n_vocab = check_contract({r: m.file for r, m in self.models.items()})
         self.n_window = min(m.n_window for m in self.models.values())
         self._ids: dict[str, list[int]] = {role: [] for role in ROLES}
+        self._pool = ThreadPoolExecutor(len(ROLES), thread_name_prefix="device")
         self._rows: Rows = {}  # next-token rows [n_vocab] of the roles that are up to date
 
     @classmethod
@@ -160,11 +162,22 @@ class Trio:
 
         Zero-copy: valid until the next call that reads. A role that owes tokens reads them now.
         """
+        owing = [role for role in roles if role not in self._rows]
         with self._atomic():
-            for role in roles:
-                if role not in self._rows:
-                    self._rows[role] = self._catch_up(role, progress)
+            self._rows |= self._on_devices(owing, lambda role: self._catch_up(role, progress))
         return {role: self._rows[role] for role in roles}
+
+    def tail_rows(self, roles: Sequence[str], n: int) -> Rows:
+        """Logits [n, n_vocab] of `roles` after each of the last `n` ≤ n_window tokens.
+
+        One batch a role, zero-copy: valid until the next call that reads that role.
+        """
+        if n == 1:
+            return {role: row[None, :] for role, row in self.rows(roles).items()}
+        with self._atomic():
+            tails = self._on_devices(roles, lambda role: self._read_tail(role, n))
+        self._rows |= {role: tails[role][-1] for role in roles}
+        return tails
 
     def rewind(self, n: int) -> None:
         """Forget the last `n` shared tokens."""
@@ -212,6 +225,33 @@ class Trio:
             if progress is not None and role == ROLES[0]:
                 progress(len(window))
         return row[-1, : self.n_vocab]
+
+    def _read_tail(self, role: str, n: int) -> NDArray[np.float32]:
+        model, ids = self.models[role], self._ids[role]
+        first = len(ids) - n
+        if model.n_past > first:
+            model.rewind(first)
+        for start in range(model.n_past, first, model.n_window):
+            model.decode(ids[start : min(start + model.n_window, first)])
+        return model.decode(ids[first:], every_row=True)[:, : self.n_vocab]
+
+    def _on_devices(self, roles: Sequence[str], read: Callable[[str], NDArray[np.float32]]) -> Rows:
+        """`read(role)` for each role: at the same time on different devices, in turn on one."""
+        groups: dict[str, list[str]] = {}
+        for role in roles:
+            groups.setdefault(self.models[role].device, []).append(role)
+
+        def run(group: list[str]) -> Rows:
+            return {role: read(role) for role in group}
+
+        if len(groups) < 2:
+            return run(list(roles))
+        futures = [self._pool.submit(run, group) for group in groups.values()]
+        try:
+            parts = [future.result() for future in futures]
+        finally:
+            wait(futures)  # also on Ctrl-C: no cache may be touched while a thread decodes
+        return {role: row for part in parts for role, row in part.items()}
 
     def _owe(self, segment: Segment) -> None:
         """Append a segment that is not scored; it is decoded when a row is asked for."""

@@ -1,37 +1,145 @@
-"""trimix convert: Hugging Face checkpoints -> GGUF."""
+"""trimix convert: Hugging Face checkpoints, adapters and merges -> GGUF."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
+
+TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k")
+QUANTIZED = TYPES[3:]
 
 
 @click.group()
 def convert() -> None:
-    """Turn a Hugging Face checkpoint into a GGUF file."""
+    """Turn Hugging Face checkpoints into GGUF files, without PyTorch."""
+
+
+def _output(what: str) -> Callable[..., Any]:
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        command = click.option("--force", is_flag=True, help="Replace what is there.")(command)
+        return click.option("-o", "--output", required=True, metavar=what.upper())(command)
+
+    return add
+
+
+_type = click.option("--type", type=click.Choice(TYPES), help="Default q8_0.")
+_pre = click.option("--pre", metavar="NAME", help="Pre-tokenizer, where it is not recognised.")
+_name = click.option("--name", help="Model name to write; default: the folder's.")
 
 
 @convert.command()
 @click.argument("model_dir", metavar="MODEL_DIR")
-@click.option("-o", "--output", required=True, metavar="FILE", help="GGUF to write.")
-@click.option(
-    "--type", "kind", type=click.Choice(["f32", "f16", "bf16", "q8_0"]), help="Default q8_0."
-)
-@click.option("--pre", metavar="NAME", help="Pre-tokenizer, where it is not recognised.")
-@click.option("--force", is_flag=True, help="Replace an existing file.")
-def hf(model_dir: str, output: str, kind: str | None, pre: str | None, force: bool) -> None:
-    """Convert a Llama checkpoint (safetensors, no torch needed)."""
-    from rich.console import Console
-    from rich.progress import Progress
-
+@_output("file")
+@_type
+@_pre
+@_name
+def hf(model_dir: str, output: str, force: bool, **options: Any) -> None:
+    """Convert a checkpoint folder: Llama, Qwen2, Qwen3, Qwen3-MoE or Gemma 3."""
     from trimix_gguf.convert.hf import convert_hf
 
-    settings = {k: v for k, v in (("type", kind), ("pre", pre)) if v is not None}
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("Converting", total=None)
-
-        def progress(_: str, done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        convert_hf(Path(model_dir), Path(output), force=force, progress=progress, **settings)
+    with _progress("Converting") as progress:
+        convert_hf(Path(model_dir), Path(output), force=force, progress=progress, **_given(options))
     print(output)
+
+
+@convert.command()
+@click.argument("adapter_dir", metavar="ADAPTER_DIR")
+@click.option("--base", required=True, metavar="BASE_DIR", help="What it adapts: config.json.")
+@_output("file")
+@click.option("--type", type=click.Choice(["f32", "f16", "bf16"]), help="Default f16.")
+def lora(adapter_dir: str, base: str, output: str, force: bool, **options: Any) -> None:
+    """Convert a PEFT adapter into an adapter GGUF (for --small-cpt-lora)."""
+    from trimix_gguf.convert.lora import convert_lora
+
+    paths = Path(adapter_dir), Path(base), Path(output)
+    with _progress("Converting") as progress:
+        convert_lora(*paths, force=force, progress=progress, **_given(options))
+    print(output)
+
+
+@convert.command("merge-lora")
+@click.argument("adapter_dir", metavar="ADAPTER_DIR")
+@click.option("--base", required=True, metavar="BASE_DIR", help="The checkpoint it adapts.")
+@_output("file")
+@_type
+@_pre
+@_name
+def merge_lora(adapter_dir: str, base: str, output: str, force: bool, **options: Any) -> None:
+    """Merge a PEFT adapter into its base, as one whole GGUF."""
+    from trimix_gguf.convert.lora import merge_lora as merge
+
+    paths = Path(adapter_dir), Path(base), Path(output)
+    with _progress("Merging") as progress:
+        merge(*paths, force=force, progress=progress, **_given(options))
+    print(output)
+
+
+@convert.command()
+@click.argument("model_dirs", metavar="MODEL_DIR...", nargs=-1, required=True)
+@_output("dir")
+@click.option("--method", type=click.Choice(["linear", "task-arithmetic", "ties"]), required=True)
+@click.option("--base", metavar="DIR", help="What all were trained from; not for linear.")
+@click.option("--weight", "weights", type=float, multiple=True, help="One a model; default 1.")
+@click.option("--lambda", "lambda_", type=float, help="Scale of what is added to the base.")
+@click.option("--density", type=float, help="ties: share of each difference to keep; 0.2.")
+@click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), help="Default: the base's.")
+def merge(model_dirs: tuple[str, ...], output: str, force: bool, **options: Any) -> None:
+    """Merge the parameters of checkpoints of one size into a new checkpoint folder."""
+    from trimix_gguf.convert.merge import merge_checkpoints
+
+    given = _given(options)
+    if "base" in given:
+        given["base"] = Path(given["base"])
+    folders = [Path(folder) for folder in model_dirs]
+    with _progress("Merging") as progress:
+        merge_checkpoints(folders, Path(output), force=force, progress=progress, **given)
+    print(output)
+
+
+@convert.command()
+@click.argument("source", metavar="IN.gguf")
+@click.argument("output", metavar="OUT.gguf")
+@click.option("--type", type=click.Choice(QUANTIZED), required=True)
+@click.option("--requantize", is_flag=True, help="Allow a source that is quantized already.")
+@click.option("--force", is_flag=True, help="Replace what is there.")
+def quantize(source: str, output: str, **options: Any) -> None:
+    """Quantize a GGUF with llama.cpp's own quantizer."""
+    from trimix_gguf.convert.quantize import quantize_gguf
+
+    with _progress("Quantizing") as progress:
+        quantize_gguf(Path(source), Path(output), progress=progress, **options)
+    print(output)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the user set: defaults live in the functions called."""
+    return {name: value for name, value in options.items() if value not in (None, ())}
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr with bytes, rate and time left; takes (tensor name, done, total)."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda name, done, total: bar.update(task, completed=done, total=total)

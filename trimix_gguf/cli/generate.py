@@ -40,6 +40,12 @@ _METHODS = [
 @click.option("-n", "--max-tokens", type=click.IntRange(min=0), help="Default 128.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text.")
 @click.option("--plausibility-threshold", type=float, metavar="P", help="Contrastive cut-off.")
+@click.option(
+    "--speculative",
+    type=click.Choice(["auto", "on", "off"]),
+    help="Let small_cpt draft tokens; auto (default): where it pays. The text is the same.",
+)
+@click.option("--n-draft", type=click.IntRange(min=1), help="Tokens drafted at once.")
 @click.option("--temperature", type=float, help="0 is greedy.")
 @click.option("--top-k", type=int)
 @click.option("--top-p", type=float)
@@ -105,7 +111,7 @@ def _generation_settings(options: dict[str, Any]) -> dict[str, Any]:
     elif method is not None:
         settings["method"] = method
     settings["grid"] = parse_grid_options(options.pop("grid"))
-    for name in ("last", "max_tokens", "plausibility_threshold"):
+    for name in ("last", "max_tokens", "plausibility_threshold", "speculative", "n_draft"):
         if (value := options.pop(name)) is not None:
             settings[name] = value
     biases = options.pop("logit_bias")
@@ -136,10 +142,9 @@ def _task_weights(trio: Any, task: str, average: Any, settings: dict[str, Any]) 
     total = sum(p.n_tokens() for p in prompts)
     chosen = {k: settings.pop(k) for k in ("method", "grid", "last") if k in settings}
     with token_progress(total, f"Scoring {len(prompts)} prompts") as progress:
-        selection = select_weights(
+        return select_weights(
             trio, prompts, average=average or "macro", progress=progress, **chosen
         )
-    return selection.weights
 
 
 def _run(trio: Any, prompt: Any, settings: dict[str, Any], as_json: bool) -> None:

@@ -1,0 +1,187 @@
+"""Decoding one token after another, with small_cpt drafting some ahead where that pays.
+
+The weights that a prompt's perplexity picks lean on small_cpt, so its own choice is mostly the
+mix's: it drafts a few tokens, the others verify them in one batch, and the target's sampler runs
+over the fused rows in order, up to the first pick that is not the drafted one. Each fused row,
+and so each pick, is that of lockstep (no draft at all): the same seed gives the same text, but
+for ties that llama.cpp's batched sums flip (about 1e-6). Source: Leviathan et al. 2023, "Fast
+Inference from Transformers via Speculative Decoding" (arXiv 2211.17192), with one of the mixed
+models as the draft.
+"""
+
+import math
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimix_gguf.fusion import Rows, Weights, fuse, mask_implausible
+from trimix_gguf.sampling import Sampler
+from trimix_gguf.trio import Trio
+
+DRAFTER = "small_cpt"
+_MIN_GAIN = 1.05  # expected over lockstep's speed, or nothing is drafted: costs are estimates
+_MEMORY = 0.9  # weight of what was known, as the fate of each drafted token comes in
+_BANDS = 4  # of the drafter's confidence, each with its own share of accepted tokens
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token of the target's choice; `rows` are the models' own, [n_vocab] each."""
+
+    token: int
+    fused: NDArray[np.float32]
+    rows: Rows
+    from_draft: bool
+
+
+class Drafting:
+    """How far to draft: as far as gives the most expected tokens a second; and what came of it.
+
+    Costs are what the models' decodes of n tokens took so far, prefill included. Acceptance is a
+    running share, for each band of the drafter's confidence in its token. `n_draft` fixes the
+    length instead; `always` rules out lockstep, `never` everything else.
+    """
+
+    def __init__(
+        self, *, n_draft: int | None = None, always: bool = False, never: bool = False
+    ) -> None:
+        self.n_draft = 0 if never else n_draft
+        self.always = always
+        self.n_rounds = self.n_drafted = self.n_accepted = 0
+        self._acceptance = 0.8
+        self._by_confidence = [0.5 + 0.5 * (i + 0.5) / _BANDS for i in range(_BANDS)]
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the drafted tokens that were accepted."""
+        return self.n_accepted / self.n_drafted if self.n_drafted else None
+
+    def plan(self, trio: Trio, verifiers: Sequence[str], most: int) -> tuple[int, float]:
+        """(tokens to draft, least chance of being reached that is worth one more)."""
+        if self.n_draft is not None:
+            return min(self.n_draft, most), 0.0
+        drafter = trio.models[DRAFTER]
+        costs = [sum(trio.models[r].seconds(n) for r in verifiers) for n in range(1, most + 2)]
+        step, p = drafter.seconds(1), self._acceptance
+        if not math.isfinite(step + costs[0]):
+            return 0, 0.0  # the first step is lockstep's, and measures it
+        best, best_speed = 0, 1 / (step + costs[0])
+        for k in range(1, most + 1):
+            expected = sum(p**i for i in range(k + 1))
+            # The last drafted token is read by the drafter only where all were accepted.
+            speed = expected / (k * step + p**k * step + costs[k])
+            if speed > best_speed * (_MIN_GAIN if best == 0 and not self.always else 1):
+                best, best_speed = k, speed
+        if best == 0 and self.always and most:
+            best = 1
+        slope = (costs[-1] - costs[0]) / max(1, most)
+        return best, (step + slope) * best_speed
+
+    def chance(self, confidence: float) -> float:
+        """That a token which the drafter gives this probability will be accepted."""
+        return self._by_confidence[_band(confidence)]
+
+    def learn(self, confidences: Sequence[float], n_accepted: int) -> None:
+        """Take in one round: the drafter's confidence in each token, and how many were kept."""
+        self.n_rounds += 1
+        self.n_drafted += len(confidences)
+        self.n_accepted += n_accepted
+        for i, confidence in enumerate(confidences[: n_accepted + 1]):
+            hit, band = float(i < n_accepted), _band(confidence)
+            self._acceptance += (1 - _MEMORY) * (hit - self._acceptance)
+            self._by_confidence[band] += (1 - _MEMORY) * (hit - self._by_confidence[band])
+
+
+def decode_steps(
+    trio: Trio,
+    weights: Weights,
+    sampler: Sampler,
+    *,
+    drafting: Drafting,
+    max_tokens: int,
+    plausibility_threshold: float = 0.0,
+    also: Sequence[str] = (),
+) -> Generator[Step, None, None]:
+    """Yield the target's tokens one by one, for as long as it is asked.
+
+    The caller has `sampler` accept each token before it asks for the next, and asks for no more
+    than `max_tokens`. `also` are roles whose rows it wants though the mix does not. However it
+    ends, the trio then holds what it held, and the tokens yielded but for the last.
+    """
+    needed = {*weights.active, *also, *(("large_ins",) if plausibility_threshold > 0 else ())}
+    verifiers = tuple(role for role in trio.models if role in needed and role != DRAFTER)
+    n_ahead, n_left = 0, max_tokens
+    try:
+        while True:
+            most = max(0, min(trio.n_window, trio.room, n_left) - 1)
+            n_draft, threshold = drafting.plan(trio, verifiers, most) if verifiers else (0, 0.0)
+            drafted, confidences, kept = draft(trio, sampler, drafting, n_draft, threshold)
+            n_ahead = len(drafted)
+            verified = trio.tail_rows(verifiers, len(drafted) + 1)
+            for i in range(len(drafted) + 1):
+                rows = {role: verified[role][i] for role in verifiers}
+                if DRAFTER in needed:
+                    last = i == len(drafted)
+                    rows[DRAFTER] = trio.rows((DRAFTER,))[DRAFTER] if last else kept[i]
+                fused = fuse(rows, weights, unused=trio.unused)
+                if plausibility_threshold > 0:
+                    mask_implausible(fused, rows["large_ins"], plausibility_threshold)
+                token = sampler.sample(fused)
+                n_left -= 1
+                accepted = i < len(drafted) and token == drafted[i]
+                if not accepted:
+                    trio.rewind(len(drafted) - i)
+                    drafting.learn(confidences, i)
+                n_ahead = len(drafted) - i if accepted else 0
+                yield Step(token, fused, rows, accepted)
+                if not accepted:
+                    trio.advance(token)
+                    break
+    finally:
+        trio.rewind(n_ahead)
+
+
+def draft(
+    trio: Trio, sampler: Sampler, drafting: Drafting, n_draft: int, threshold: float
+) -> tuple[list[int], list[float], list[NDArray[np.float32]]]:
+    """Append up to `n_draft` tokens of small_cpt's own choice to the trio.
+
+    Returns the tokens, its confidence in each, and the rows [n_vocab] that it picked them from.
+    A copy of the target's sampler picks, with the same random stream: where the two models'
+    probabilities agree, so do the picks, at any temperature. Stops where the chance that the
+    next token is reached falls below `threshold`.
+    """
+    tokens: list[int] = []
+    confidences: list[float] = []
+    rows: list[NDArray[np.float32]] = []
+    if n_draft == 0:
+        return tokens, confidences, rows
+    picker, reach = sampler.clone(), 1.0
+    while len(tokens) < n_draft:
+        # Copy: llama.cpp reuses this buffer on the next decode.
+        row = trio.rows((DRAFTER,))[DRAFTER].copy()
+        if trio.unused is not None:
+            row[trio.unused] = -np.inf
+        token = picker.sample(row)
+        confidence = probability(row, token)
+        reach *= drafting.chance(confidence)
+        if reach < threshold:
+            break
+        picker.accept(token)
+        tokens.append(token)
+        confidences.append(confidence)
+        rows.append(row)
+        trio.advance(token)
+    return tokens, confidences, rows
+
+
+def probability(row: NDArray[np.float32], token: int) -> float:
+    """Softmax of one row [n_vocab] at one id."""
+    top = float(row.max())
+    return math.exp(float(row[token]) - top) / float(np.exp(row - top).sum(dtype=np.float64))
+
+
+def _band(confidence: float) -> int:
+    return min(_BANDS - 1, int(confidence * _BANDS))

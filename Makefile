@@ -18,24 +18,31 @@ test: $(VENV)/.dev
 
 # The oracle tests need torch (about 1 GB of disk) and transformers.
 oracle: $(VENV)/.oracle
-	$(BIN)/python -m pytest tests/test_convert_oracle.py -rs
+	$(BIN)/python -m pytest tests/test_convert_oracle.py tests/test_convert_lora.py \
+	  tests/test_convert_ids.py -rs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check trimix_gguf convert tests benchmarks
 	$(BIN)/ruff check trimix_gguf convert tests benchmarks
 	$(BIN)/mypy
 
-# Raw text -> the shipped trio. DATA holds corpus/, parallel/ and eval/; resumes where it was.
+# Raw text -> the shipped trio; `make -j2 nano` trains the small and the large chain side by side.
+# DATA holds corpus/, parallel/ and eval/. A run that was stopped goes on where it was.
 DATA ?= ../shared/data
 WORK ?= nano-work
-nano:
-	$(PYTHON) -m venv $(VENV) && $(BIN)/pip install -q -e '.[train]'
-	for what in tokenizer small_base small_cpt large_base large_ins; do \
-	  $(BIN)/python convert/nano/train.py $$what --data $(DATA) --work $(WORK) --threads 2 || exit 1; \
-	done
+nano: $(WORK)/small_cpt/model.safetensors $(WORK)/large_ins/model.safetensors
 	for role in small_base small_cpt large_ins; do \
 	  $(BIN)/trimix convert hf $(WORK)/$$role -o trimix_gguf/nano/$$role.gguf --force || exit 1; \
 	done
+
+TRAIN = $(BIN)/python convert/nano/train.py --data $(DATA) --work $(WORK)
+$(WORK)/tokenizer.json: | $(VENV)/.train
+	$(TRAIN) tokenizer
+$(WORK)/small_base/model.safetensors $(WORK)/large_base/model.safetensors: $(WORK)/tokenizer.json
+$(WORK)/small_cpt/model.safetensors: $(WORK)/small_base/model.safetensors
+$(WORK)/large_ins/model.safetensors: $(WORK)/large_base/model.safetensors
+$(WORK)/%/model.safetensors:
+	$(TRAIN) $*
 
 # The build of llama.cpp takes minutes, once: show its steps, and keep the log where it fails.
 $(VENV)/.runtime: pyproject.toml
@@ -54,4 +61,8 @@ $(VENV)/.dev: $(VENV)/.runtime
 
 $(VENV)/.oracle: $(VENV)/.dev
 	$(BIN)/pip install -q -e '.[oracle]'
+	@touch $@
+
+$(VENV)/.train: $(VENV)/.runtime
+	$(BIN)/pip install -q -e '.[train]'
 	@touch $@

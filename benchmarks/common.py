@@ -42,15 +42,18 @@ def text_ids(trio: Trio, options: argparse.Namespace, n_tokens: int) -> list[int
     return ids[:n_tokens]
 
 
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "?")
+
+
 def machine(options: argparse.Namespace) -> dict[str, Any]:
     """Device, versions and inputs; files by their names alone."""
     from trimix_gguf.model import available_cores
 
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "?")
     return {
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "cores": available_cores(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in VERSIONS},

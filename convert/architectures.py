@@ -1,105 +1,189 @@
-"""What a checkpoint's config implies: its sizes, and every tensor with its GGUF name."""
+"""What sets each model class apart, as a table, and the sizes its config.json gives."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from gguf import GGMLQuantizationType
-from gguf.quants import quant_shape_to_byte_shape
-
 from trimix_gguf.errors import ConversionError
 
-from .checkpoint import Checkpoint
-
-Q8_0_BLOCK = 32
+from .checkpoint import read_json
 
 # Hugging Face module -> GGUF module, and the sizes of its weight; a bias has the first of them.
+# A {} in the name stands for the expert: llama.cpp wants a layer's experts in one tensor.
 Modules = Mapping[str, tuple[str, tuple[str, ...]]]
-OUTER_MODULES: Modules = {
-    "model.embed_tokens": ("token_embd", ("n_vocab", "n_embd")),
-    "model.norm": ("output_norm", ("n_embd",)),
-    "lm_head": ("output", ("n_vocab", "n_embd")),
+OUTER: Modules = {
+    "embed_tokens": ("token_embd", ("n_vocab", "n_embd")),
+    "norm": ("output_norm", ("n_embd",)),
 }
-LAYER_MODULES: Modules = {
+ATTENTION: Modules = {
     "input_layernorm": ("attn_norm", ("n_embd",)),
     "self_attn.q_proj": ("attn_q", ("n_q", "n_embd")),
     "self_attn.k_proj": ("attn_k", ("n_kv", "n_embd")),
     "self_attn.v_proj": ("attn_v", ("n_kv", "n_embd")),
     "self_attn.o_proj": ("attn_output", ("n_embd", "n_q")),
-    "post_attention_layernorm": ("ffn_norm", ("n_embd",)),
+}
+QK_NORMS: Modules = {
+    "self_attn.q_norm": ("attn_q_norm", ("head_dim",)),
+    "self_attn.k_norm": ("attn_k_norm", ("head_dim",)),
+}
+FFN_NORM: Modules = {"post_attention_layernorm": ("ffn_norm", ("n_embd",))}
+# Gemma also normalises what each half of a layer adds.
+GEMMA_NORMS: Modules = {
+    "post_attention_layernorm": ("post_attention_norm", ("n_embd",)),
+    "pre_feedforward_layernorm": ("ffn_norm", ("n_embd",)),
+    "post_feedforward_layernorm": ("post_ffw_norm", ("n_embd",)),
+}
+MLP: Modules = {
     "mlp.gate_proj": ("ffn_gate", ("n_ff", "n_embd")),
     "mlp.up_proj": ("ffn_up", ("n_ff", "n_embd")),
     "mlp.down_proj": ("ffn_down", ("n_embd", "n_ff")),
 }
+ROUTER = "ffn_gate_inp"
+EXPERTS: Modules = {
+    "mlp.gate": (ROUTER, ("n_expert", "n_embd")),
+    "mlp.experts.{}.gate_proj": ("ffn_gate_exps", ("n_expert", "n_ff_exp", "n_embd")),
+    "mlp.experts.{}.up_proj": ("ffn_up_exps", ("n_expert", "n_ff_exp", "n_embd")),
+    "mlp.experts.{}.down_proj": ("ffn_down_exps", ("n_expert", "n_embd", "n_ff_exp")),
+}
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What sets one architecture apart from a plain pre-norm decoder."""
+    """What sets one model class apart from a plain pre-norm decoder."""
 
     gguf: str
-    layer_modules: Modules = field(default_factory=lambda: LAYER_MODULES)
-    # A config flag -> the modules that have a bias when it is set.
-    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    # Modules whose rows llama.cpp wants in interleaved rope order -> which heads they hold.
-    permuted: Mapping[str, str] = field(default_factory=dict)
+    layer_modules: Modules = field(default_factory=lambda: {**ATTENTION, **FFN_NORM, **MLP})
+    # Modules with a bias: always, and when a config flag is set.
+    biases: tuple[str, ...] = ()
+    flagged_biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # Modules whose rows llama.cpp wants in interleaved rope order.
+    permuted: tuple[str, ...] = ()
+    # Added to the weight of every norm.
+    norm_offset: float = 0.0
+    rope_types: tuple[str, ...] = ("default", "linear", "yarn")
+    # Of so many layers, llama.cpp lets all but the last attend within the sliding window only.
+    sliding_pattern: int = 0
+    # Keys that published configs leave to transformers.
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    # Keys that llama.cpp computes with one value only.
+    fixed: Mapping[str, Any] = field(default_factory=lambda: {"hidden_act": "silu"})
+    # Where the decoder's tensors may lie -> the name of the output head there.
+    prefixes: Mapping[str, str] = field(default_factory=lambda: {"model.": "lm_head"})
+    # Tensors of other parts than the language model.
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def has_experts(self) -> bool:
+        return any("{}" in module for module in self.layer_modules)
 
 
+GEMMA3 = Architecture(
+    gguf="gemma3",
+    layer_modules={**ATTENTION, **QK_NORMS, **GEMMA_NORMS, **MLP},
+    norm_offset=1.0,
+    rope_types=("default", "linear"),
+    sliding_pattern=6,
+    defaults={
+        "vocab_size": 262208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 131072,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "tie_word_embeddings": True,
+    },
+    fixed={
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "attn_logit_softcapping": None,
+        "use_bidirectional_attention": False,
+    },
+)
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture(
         gguf="llama",
-        biases={
-            "attention_bias": tuple(f"self_attn.{name}_proj" for name in "qkvo"),
-            "mlp_bias": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+        flagged_biases={
+            "attention_bias": (*QKV, "self_attn.o_proj"),
+            "mlp_bias": tuple(MLP),
         },
-        permuted={"self_attn.q_proj": "n_head", "self_attn.k_proj": "n_head_kv"},
+        permuted=("self_attn.q_proj", "self_attn.k_proj"),
+        rope_types=("default", "linear", "yarn", "llama3"),
+    ),
+    "Qwen2ForCausalLM": Architecture(gguf="qwen2", biases=QKV),
+    "Qwen3ForCausalLM": Architecture(
+        gguf="qwen3",
+        layer_modules={**ATTENTION, **QK_NORMS, **FFN_NORM, **MLP},
+        defaults={"head_dim": 128},
+        fixed={"hidden_act": "silu", "attention_bias": False},
+    ),
+    "Qwen3MoeForCausalLM": Architecture(
+        gguf="qwen3moe",
+        layer_modules={**ATTENTION, **QK_NORMS, **FFN_NORM, **EXPERTS},
+        defaults={"norm_topk_prob": False},
+        fixed={
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "use_sliding_window": False,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        },
+    ),
+    "Gemma3ForCausalLM": GEMMA3,
+    "Gemma3ForConditionalGeneration": replace(
+        GEMMA3,
+        prefixes={
+            "language_model.model.": "language_model.lm_head",
+            "model.language_model.": "lm_head",
+        },
+        skipped=tuple(
+            f"{outer}{part}."
+            for outer in ("", "model.")
+            for part in ("vision_tower", "multi_modal_projector")
+        ),
     ),
 }
 
 
-@dataclass(frozen=True)
-class PlannedTensor:
-    """One tensor of the output; `n_head` > 0 means permute its rows, head by head."""
+def read_config(model_dir: Path) -> tuple[Architecture, dict[str, Any]]:
+    """Return the table's entry for the checkpoint in `model_dir`, and the language model's config.
 
-    source: str
-    target: str
-    shape: tuple[int, ...]
-    stored_as: GGMLQuantizationType
-    n_head: int = 0
-
-    @property
-    def n_bytes(self) -> int:
-        return math.prod(quant_shape_to_byte_shape(self.shape, self.stored_as))
-
-
-def find_architecture(model_dir: Path, config: dict[str, Any]) -> Architecture:
-    """Return the table entry for the config of `model_dir`; ConversionError if there is none."""
+    Defaults are filled in, and a multimodal model's text_config is lifted. Raises ConversionError.
+    """
+    config = read_json(model_dir / "config.json")
     names = config.get("architectures") or ["none"]
     if names[0] not in ARCHITECTURES:
         raise ConversionError(
             f"{model_dir} is a {names[0]}, expected one of {', '.join(ARCHITECTURES)}; "
             "other architectures need llama.cpp's own converter"
         )
-    if config.get("hidden_act", "silu") != "silu":
-        raise ConversionError(f"hidden_act is {config['hidden_act']!r}, expected 'silu'")
-    return ARCHITECTURES[names[0]]
+    architecture = ARCHITECTURES[names[0]]
+    # To transformers, null is as good as absent.
+    given = {**config, **(config.get("text_config") or {})}.items()
+    config = {**architecture.defaults, **{k: v for k, v in given if v is not None}}
+    for key, expected in architecture.fixed.items():
+        if config.get(key, expected) != expected:
+            raise ConversionError(
+                f"config.json has {key} = {config[key]!r}, expected {expected!r}, the one value "
+                f"that llama.cpp computes {architecture.gguf} with; this model cannot be converted"
+            )
+    return architecture, config
 
 
-def read_sizes(config: dict[str, Any]) -> dict[str, int]:
+def read_sizes(architecture: Architecture, config: dict[str, Any]) -> dict[str, int]:
     """Return the sizes that the tables above are written in; ConversionError if one is amiss."""
-
-    def positive(key: str, default: int | None = None) -> int:
-        value = config.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConversionError(f"config.json has {key} = {value!r}, expected a positive integer")
-        return value
-
+    positive = partial(_positive, config)
     n_embd, n_head = positive("hidden_size"), positive("num_attention_heads")
     n_head_kv = positive("num_key_value_heads", n_head)
     head_dim = positive("head_dim", n_embd // n_head)
@@ -108,7 +192,7 @@ def read_sizes(config: dict[str, Any]) -> dict[str, int]:
             f"config.json has {n_head} heads of {head_dim} for {n_head_kv} key-value heads; "
             "expected an even head size, and heads that divide evenly"
         )
-    return {
+    sizes = {
         "n_vocab": positive("vocab_size"),
         "n_ctx": positive("max_position_embeddings"),
         "n_embd": n_embd,
@@ -120,106 +204,53 @@ def read_sizes(config: dict[str, Any]) -> dict[str, int]:
         "n_q": n_head * head_dim,
         "n_kv": n_head_kv * head_dim,
     }
-
-
-def plan_tensors(
-    architecture: Architecture,
-    config: dict[str, Any],
-    sizes: dict[str, int],
-    checkpoint: Checkpoint,
-    stored_as: GGMLQuantizationType,
-) -> list[PlannedTensor]:
-    """List what to write, having checked that the checkpoint holds just that."""
-    biased = {m for flag, ms in architecture.biases.items() if config.get(flag) for m in ms}
-    tied = bool(config.get("tie_word_embeddings", False))
-    plan = []
-
-    def add(source: str, target: str, names: tuple[str, ...], n_head: int = 0) -> None:
-        shape = tuple(sizes[name] for name in names)
-        plan.append(PlannedTensor(source, target, shape, _storage(shape, stored_as), n_head))
-
-    for module, (target, names) in OUTER_MODULES.items():
-        if not (tied and module == "lm_head"):
-            add(f"{module}.weight", f"{target}.weight", names)
-    for i in range(sizes["n_layer"]):
-        for module, (target, names) in architecture.layer_modules.items():
-            n_head = sizes.get(architecture.permuted.get(module, ""), 0)
-            source, target = f"model.layers.{i}.{module}", f"blk.{i}.{target}"
-            add(f"{source}.weight", f"{target}.weight", names, n_head)
-            if module in biased:
-                add(f"{source}.bias", f"{target}.bias", names[:1], n_head)
-
-    for tensor in plan:
-        if tensor.source not in checkpoint.tensors:
+    if architecture.has_experts:
+        sizes["n_expert"] = positive("num_experts", config.get("num_local_experts"))
+        sizes["n_expert_used"] = positive("num_experts_per_tok")
+        sizes["n_ff_exp"] = positive("moe_intermediate_size")
+        if sizes["n_expert_used"] > sizes["n_expert"]:
             raise ConversionError(
-                f"config.json implies {tensor.source}, which the weights lack; "
-                "download config and weights of the same model"
+                f"config.json uses {sizes['n_expert_used']} of {sizes['n_expert']} experts, "
+                "expected no more than there are; download it again"
             )
-        shape = checkpoint.tensors[tensor.source].shape
-        if shape != tensor.shape:
+    if architecture.gguf == "gemma3":
+        # llama.cpp scales queries by this alone; it knows the 27B by its 62 layers.
+        scalar = n_embd // n_head if sizes["n_layer"] == 62 else head_dim
+        if config["query_pre_attn_scalar"] != scalar:
             raise ConversionError(
-                f"{tensor.source} is {list(shape)}, but config.json implies "
-                f"{list(tensor.shape)}; download config and weights of the same model"
+                f"config.json has query_pre_attn_scalar = {config['query_pre_attn_scalar']!r}, "
+                f"expected {scalar}, all that llama.cpp computes; this model cannot be converted"
             )
-    # A tied head may be stored twice; rotary frequencies follow from the config.
-    planned = {tensor.source for tensor in plan} | ({"lm_head.weight"} if tied else set())
-    for extra in sorted(set(checkpoint.tensors) - planned):
-        if not extra.endswith("rotary_emb.inv_freq"):
-            raise ConversionError(
-                f"the weights hold {extra}, which config.json does not imply; "
-                "merge any adapter, and download config and weights of the same model"
-            )
-    return plan
+    return sizes
 
 
-def _storage(shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
-    if len(shape) == 1:
-        return GGMLQuantizationType.F32
-    if wanted == GGMLQuantizationType.Q8_0 and shape[-1] % Q8_0_BLOCK:
-        return GGMLQuantizationType.F16
-    return wanted
+def _positive(config: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConversionError(f"config.json has {key} = {value!r}, expected a positive integer")
+    return value
 
 
-def read_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Return rope_type, rope_theta and the scaling's own numbers, old and new configs alike."""
-    rope: dict[str, Any] = {"rope_theta": config.get("rope_theta") or 10000.0}
-    for key in ("rope_scaling", "rope_parameters"):
-        rope.update({k: v for k, v in (config.get(key) or {}).items() if v is not None})
-    rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-    needed = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": (
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        ),
-    }
-    if rope["rope_type"] not in needed:
+def sliding_layers(architecture: Architecture, config: dict[str, Any], n_layer: int) -> list[bool]:
+    """Tell which layers attend within the sliding window only, [n_layer]; or ConversionError."""
+    if "layer_types" in config:
+        layers = [kind == "sliding_attention" for kind in config["layer_types"]]
+    elif architecture.sliding_pattern:
+        pattern = _positive(config, "sliding_window_pattern", architecture.sliding_pattern)
+        layers = [(i + 1) % pattern != 0 for i in range(n_layer)]
+    else:
+        first = config.get("max_window_layers", 0) if config.get("use_sliding_window") else n_layer
+        layers = [i >= first for i in range(n_layer)]
+    if len(layers) != n_layer:
         raise ConversionError(
-            f"config.json scales rope by {rope['rope_type']!r}, expected one of "
-            f"{', '.join(needed)}; llama.cpp's own converter may know it"
+            f"config.json has {len(layers)} layer_types, expected {n_layer}, one for each layer"
         )
-    for key in ("rope_theta", *needed[rope["rope_type"]]):
-        if not isinstance(rope.get(key), int | float) or rope[key] <= 0:
-            raise ConversionError(
-                f"config.json has {key} = {rope.get(key)!r}, expected a number > 0"
-            )
-    return rope
-
-
-def llama3_rope_factors(rope: dict[str, Any], head_dim: int) -> np.ndarray:
-    """Return what llama.cpp divides each rope frequency by, float32 [head_dim / 2].
-
-    Llama 3.1's rule: long waves are slowed by `factor`, short ones kept, the rest blended.
-    """
-    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
-    if high <= low:
+    if any(layers) and not architecture.sliding_pattern:
         raise ConversionError(
-            f"config.json has high_freq_factor {high}, expected more than low_freq_factor {low}"
+            f"config.json has {sum(layers)} layers with a sliding window, expected none; "
+            f"llama.cpp computes {architecture.gguf} without: set use_sliding_window to false "
+            "if its answers are good enough so"
         )
-    frequencies = rope["rope_theta"] ** (-np.arange(0, head_dim, 2) / head_dim)
-    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (1.0 / ((1.0 - kept) / factor + kept)).astype(np.float32)
+    if any(layers):
+        _positive(config, "sliding_window")
+    return layers

@@ -66,12 +66,11 @@ def check_trio(
 
 
 def _describe(file: GGUFFile) -> dict[str, Any]:
-    file_type = file.metadata.get("general.file_type")
-    known = file_type in {int(t) for t in LlamaFileType}
+    types = {int(t): t.name.split("_", 1)[1].lower() for t in LlamaFileType}
     return {
         "file": file.path.name,
         "architecture": file.architecture,
-        "type": LlamaFileType(file_type).name.split("_", 1)[1].lower() if known else "?",
+        "type": types.get(file.metadata.get("general.file_type", -1), "?"),
         "n_parameters": _n_parameters(file),
         "n_ctx_train": file.n_ctx_train,
         "n_vocab": len(file.array("tokenizer.ggml.tokens") or ()),

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,6 +21,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 STORED_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 PICKLES = ("*.bin", "*.pt", "*.pth")
+LARGEST = {"F32": 3.4028235e38, "F16": 65504.0, "BF16": 3.3895314e38}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -33,16 +34,33 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str
 
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(STORED_DTYPES[self.dtype]).itemsize
+
+
+class TensorSource(Protocol):
+    """Where a conversion reads: a checkpoint, or one with an adapter's changes made."""
+
+    tensors: dict[str, StoredTensor]
+    own_head: bool  # the output head is stored apart, whatever the config says of tied ones
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """Return one tensor as float32, or some `rows` of it."""
+        ...
+
 
 class Checkpoint:
     """The tensors of a folder, listed from the headers alone; data is mapped only in `read`."""
 
-    def __init__(self, folder: Path) -> None:
+    own_head = False
+
+    def __init__(self, folder: Path, weights: str = WEIGHTS) -> None:
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
-        index = folder / INDEX
-        if (folder / WEIGHTS).is_file():
-            self.tensors = _read_header(folder / WEIGHTS)
+        index = folder / f"{weights}.index.json"
+        if (folder / weights).is_file():
+            self.tensors = _read_header(folder / weights)
         elif index.is_file():
             self.tensors = _read_shards(folder, index)
         elif any(next(folder.glob(pattern), None) for pattern in PICKLES):
@@ -52,11 +70,11 @@ class Checkpoint:
             )
         else:
             raise ConversionError(
-                f"{folder} holds neither {WEIGHTS} nor {INDEX}; download the weights as well"
+                f"{folder} holds neither {weights} nor {index.name}; download the weights as well"
             )
 
-    def read(self, name: str) -> np.ndarray:
-        """Return one tensor as float32; a view of the file where it is stored that way."""
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """Return one tensor as float32, or some `rows` of it; a view where it is stored so."""
         stored = self.tensors[name]
         if stored.dtype not in STORED_DTYPES:
             raise ConversionError(
@@ -68,7 +86,7 @@ class Checkpoint:
             return np.zeros(stored.shape, dtype=np.float32)
         data = np.memmap(
             stored.path, dtype=dtype, mode="r", offset=stored.offset, shape=stored.shape
-        )
+        )[rows]
         if stored.dtype == "BF16":
             # bfloat16 is the upper half of a float32.
             wide = data.astype(np.uint32)
@@ -79,6 +97,53 @@ class Checkpoint:
     def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
         for name in self.tensors:
             yield name, self.read(name)
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, StoredTensor], load: Callable[[str], np.ndarray]
+) -> None:
+    """Write `path` one tensor at a time: `load(name)` is float32, `tensors` says what to store.
+
+    Only their shapes and dtypes are looked at. Raises ConversionError where a value does not fit
+    its dtype, OSError.
+    """
+    # Wide dtypes first, which keeps each tensor aligned to its own size.
+    names = sorted(tensors, key=lambda n: (-np.dtype(STORED_DTYPES[tensors[n].dtype]).itemsize, n))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    end = 0
+    for name in names:
+        stored, begin = tensors[name], end
+        end += stored.n_bytes
+        shape, offsets = list(stored.shape), [begin, end]
+        header[name] = {"dtype": stored.dtype, "shape": shape, "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(_pack(name, load(name), tensors[name].dtype).data)
+
+
+def _pack(name: str, data: np.ndarray, dtype: str) -> np.ndarray:
+    """Round float32 to a stored dtype, to even on a tie; ConversionError where it cannot be."""
+    # Written so that NaN fails as well.
+    if data.size and not max(data.max(), -data.min()) <= LARGEST[dtype]:
+        raise ConversionError(
+            f"{name} holds NaN, infinity or more than {dtype}'s {LARGEST[dtype]:g}; "
+            "store a wider type, or look for the damaged checkpoint"
+        )
+    data = np.ascontiguousarray(data)
+    return to_bfloat16(data) if dtype == "BF16" else data.astype(STORED_DTYPES[dtype], copy=False)
+
+
+def to_bfloat16(data: np.ndarray) -> np.ndarray:
+    """Round finite float32 to the upper half of its bits, uint16; to even on a tie."""
+    bits = data.view(np.uint32)
+    rounded = (bits >> 16) & 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    return rounded.astype("<u2")
 
 
 def read_json(path: Path) -> dict[str, Any]:

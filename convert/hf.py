@@ -1,29 +1,24 @@
-"""Convert a Hugging Face checkpoint folder to one GGUF file, tensor by tensor."""
+"""Convert a Hugging Face checkpoint folder to one GGUF file, block of rows by block of rows."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
-from gguf.quants import quantize
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 
 from trimix_gguf.errors import ConversionError
 
-from .architectures import (
-    PlannedTensor,
-    find_architecture,
-    llama3_rope_factors,
-    plan_tensors,
-    read_rope,
-    read_sizes,
-)
-from .checkpoint import Checkpoint, read_json
+from .architectures import Architecture, read_config, read_sizes, sliding_layers
+from .checkpoint import Checkpoint, TensorSource
+from .output import refuse_existing, temporary_file, whole_file
+from .plan import plan_tensors
+from .quantize import TYPES as QUANTIZED
+from .quantize import quantize_gguf
+from .rope import llama3_rope_factors, read_rope, write_rope
 from .tokenizer import read_tokenizer
+from .writer import NO_FACTORS, QUANTIZATION_VERSION, write_gguf
 
 TYPES = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -31,9 +26,8 @@ TYPES = {
     "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-QUANTIZATION_VERSION = 2  # of the block layouts, as ggml counts them
-F16_MAX = 65504.0
-ROPE_FACTORS = "rope_freqs.weight"
+# What a K-quant is made from: what the checkpoint holds, unrounded.
+INTERMEDIATE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 
 def convert_hf(
@@ -43,67 +37,73 @@ def convert_hf(
     type: str = "q8_0",
     pre: str | None = None,
     name: str | None = None,
+    checkpoint: TensorSource | None = None,
     force: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> None:
     """Write the checkpoint in `model_dir` to `out` as GGUF; nothing is left there on failure.
 
-    `type` is f32, f16, bf16 or q8_0, for matrices; vectors stay float32. `pre` overrides the
-    recognised pre-tokenizer. `progress` gets (tensor name, tensors done, tensors in all).
-    Peak memory is a small multiple of the largest tensor. Raises ConversionError.
+    `type` is f32, f16, bf16 or q8_0, for matrices (vectors stay float32), or another of
+    llama.cpp's quantizer: then a whole file in the checkpoint's own type is written first, beside
+    `out`. `pre` overrides the recognised pre-tokenizer. `checkpoint` gives the weights in place
+    of the folder's own. `progress` gets (tensor name, bytes done, bytes in all), for each of the
+    two in turn. Memory stays below the largest tensor in float32. Raises ConversionError.
     """
     model_dir, out = Path(model_dir), Path(out)
+    if type in QUANTIZED and type not in TYPES:
+        source = checkpoint or Checkpoint(model_dir)
+        dtypes = {stored.dtype for stored in source.tensors.values()} & INTERMEDIATE.keys()
+        whole = INTERMEDIATE[dtypes.pop()] if len(dtypes) == 1 else "f32"
+        refuse_existing(out, force)
+        with temporary_file(out, whole) as path:
+            convert_hf(
+                model_dir,
+                path,
+                type=whole,
+                pre=pre,
+                name=name or model_dir.resolve().name,
+                checkpoint=source,
+                force=True,
+                progress=progress,
+            )
+            quantize_gguf(path, out, type=type, force=force, progress=progress)
+        return
     if type not in TYPES:
-        raise ConversionError(f"unknown type {type!r}; choose one of {', '.join(TYPES)}")
-    if out.exists() and not force:
-        raise ConversionError(f"{out} exists; choose another name, or force to replace it")
-    if not out.parent.is_dir():
-        raise ConversionError(f"folder {out.parent} does not exist; create it first")
+        known = ", ".join(dict.fromkeys((*TYPES, *QUANTIZED)))
+        raise ConversionError(f"unknown type {type!r}; choose one of {known}")
     stored_as, file_type = TYPES[type]
-    config = read_json(model_dir / "config.json")
-    architecture = find_architecture(model_dir, config)
-    sizes, rope = read_sizes(config), read_rope(config)
-    checkpoint = Checkpoint(model_dir)
+    architecture, config = read_config(model_dir)
+    sizes, rope = read_sizes(architecture, config), read_rope(config, architecture.rope_types)
+    sliding = sliding_layers(architecture, config, sizes["n_layer"])
+    if checkpoint is None:
+        checkpoint = Checkpoint(model_dir)
     plan = plan_tensors(architecture, config, sizes, checkpoint, stored_as)
     tokenizer = read_tokenizer(model_dir, config, pre=pre)
-    _check_free_space(out, plan, model_dir)
 
-    writer = GGUFWriter(None, architecture.gguf)
-    writer.add_name(name or model_dir.resolve().name)
-    writer.add_file_type(file_type)
-    writer.add_quantization_version(QUANTIZATION_VERSION)
-    _add_hyperparameters(writer, config, sizes, rope)
-    tokenizer.write(writer)
-    factors = None
-    if rope["rope_type"] == "llama3":
-        factors = llama3_rope_factors(rope, sizes["head_dim"])
-
-    # In the same folder, so that the final rename is atomic.
-    partial = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        _write_file(writer, partial, checkpoint, plan, factors, progress)
-        os.replace(partial, out)
-    except OSError as error:
-        raise ConversionError(f"cannot write {out}: {error}") from error
-    finally:
-        writer.close()
-        partial.unlink(missing_ok=True)
-
-
-def _check_free_space(out: Path, plan: list[PlannedTensor], model_dir: Path) -> None:
-    # tokenizer.json is larger than the same tokens and merges in GGUF.
-    needed = sum(tensor.n_bytes for tensor in plan)
-    needed += (model_dir / "tokenizer.json").stat().st_size + 64 * len(plan)
-    free = shutil.disk_usage(out.parent).free
-    if needed > free:
-        raise ConversionError(
-            f"{out} needs {needed / 1e9:.2f} GB, but {out.parent} has {free / 1e9:.2f} GB free; "
-            "free some space, or choose a smaller type"
-        )
+    # A tokenizer file is larger than the same tokens and merges in GGUF.
+    files = [model_dir / "tokenizer.json", model_dir / "tokenizer.model"]
+    n_bytes = sum(tensor.n_bytes for tensor in plan) + 128 * len(plan)
+    n_bytes += sum(file.stat().st_size for file in files if file.is_file())
+    with whole_file(out, n_bytes=n_bytes, force=force) as path:
+        writer = GGUFWriter(None, architecture.gguf)
+        writer.add_name(name or model_dir.resolve().name)
+        writer.add_file_type(file_type)
+        writer.add_quantization_version(QUANTIZATION_VERSION)
+        _add_hyperparameters(writer, architecture, config, sizes, sliding)
+        write_rope(writer, rope, sizes["head_dim"])
+        tokenizer.write(writer)
+        factors = NO_FACTORS
+        if rope["rope_type"] == "llama3":
+            factors = llama3_rope_factors(rope, sizes["head_dim"])
+        write_gguf(writer, path, checkpoint, plan, factors=factors, progress=progress)
 
 
 def _add_hyperparameters(
-    writer: GGUFWriter, config: dict[str, Any], sizes: dict[str, int], rope: dict[str, Any]
+    writer: GGUFWriter,
+    architecture: Architecture,
+    config: dict[str, Any],
+    sizes: dict[str, int],
+    sliding: list[bool],
 ) -> None:
     writer.add_context_length(sizes["n_ctx"])
     writer.add_embedding_length(sizes["n_embd"])
@@ -114,59 +114,14 @@ def _add_hyperparameters(
     writer.add_key_length(sizes["head_dim"])
     writer.add_value_length(sizes["head_dim"])
     writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps", 1e-6)))
-    writer.add_rope_dimension_count(sizes["head_dim"])
-    writer.add_rope_freq_base(float(rope["rope_theta"]))
     writer.add_vocab_size(sizes["n_vocab"])
-    if rope["rope_type"] == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
-
-
-def _write_file(
-    writer: GGUFWriter,
-    path: Path,
-    checkpoint: Checkpoint,
-    plan: list[PlannedTensor],
-    factors: np.ndarray | None,
-    progress: Callable[[str, int, int], None] | None,
-) -> None:
-    if factors is not None:
-        writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
-    for tensor in plan:
-        # The writer takes shapes in elements for a dtype that is not uint8.
-        writer.add_tensor_info(
-            tensor.target,
-            tensor.shape,
-            np.dtype(np.float32),
-            tensor.n_bytes,
-            raw_dtype=tensor.stored_as,
-        )
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    if factors is not None:
-        writer.write_tensor_data(factors)
-    for n_done, tensor in enumerate(plan, start=1):
-        writer.write_tensor_data(_load(checkpoint, tensor))
-        if progress is not None:
-            progress(tensor.target, n_done, len(plan))
-    writer.close()
-
-
-def _load(checkpoint: Checkpoint, tensor: PlannedTensor) -> np.ndarray:
-    """Read one tensor and bring it into the order and the type that the output stores."""
-    data = checkpoint.read(tensor.source)
-    largest = float(max(data.max(), -data.min()))
-    if not np.isfinite(largest):
-        raise ConversionError(f"{tensor.source} holds NaN or infinity; the checkpoint is damaged")
-    if tensor.stored_as == GGMLQuantizationType.F16 and largest > F16_MAX:
-        raise ConversionError(f"{tensor.source} overflows float16; convert to bf16 or f32 instead")
-    if tensor.n_head:
-        data = _interleave(data, tensor.n_head)
-    return quantize(np.ascontiguousarray(data), tensor.stored_as)
-
-
-def _interleave(data: np.ndarray, n_head: int) -> np.ndarray:
-    """Reorder rows from rope halves (x0 x1 .. | y0 y1 ..) to pairs (x0 y0 x1 y1 ..), by head."""
-    halves = data.reshape(n_head, 2, data.shape[0] // n_head // 2, *data.shape[1:])
-    return halves.swapaxes(1, 2).reshape(data.shape)
+    if architecture.has_experts:
+        writer.add_expert_count(sizes["n_expert"])
+        writer.add_expert_used_count(sizes["n_expert_used"])
+        writer.add_expert_feed_forward_length(sizes["n_ff_exp"])
+    if any(sliding):
+        writer.add_sliding_window(int(config["sliding_window"]))
+        if sliding != [(i + 1) % architecture.sliding_pattern != 0 for i in range(len(sliding))]:
+            writer.add_array(f"{writer.arch}.attention.sliding_window_pattern", sliding)
+    if architecture.gguf == "gemma3" and "final_logit_softcapping" in config:
+        writer.add_final_logit_softcapping(float(config["final_logit_softcapping"]))

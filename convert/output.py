@@ -19,19 +19,32 @@ def whole_file(out: Path, *, n_bytes: int, force: bool) -> Iterator[Path]:
     after a kill the temporary file is, and the next run for the same `out` writes over it.
     Raises ConversionError where `out` exists without `force`, or the disk is too small.
     """
+    refuse_existing(out, force)
+    check_free_space(out.parent, n_bytes)
+    with temporary_file(out, "part") as partial:
+        try:
+            yield partial
+            os.replace(partial, out)
+        except OSError as error:
+            raise ConversionError(f"cannot write {out}: {error.strerror or error}") from error
+
+
+def refuse_existing(out: Path, force: bool) -> None:
+    """Raise ConversionError where `out` is a folder, or a file that may not be replaced."""
     if out.is_dir():
         raise ConversionError(f"{out} is a folder; name a file")
     if out.exists() and not force:
         raise ConversionError(f"{out} exists; choose another name, or --force to replace it")
-    check_free_space(out.parent, n_bytes)
-    partial = out.with_name(f".{out.name}.part")  # the same folder, so that renaming is atomic
+
+
+@contextmanager
+def temporary_file(out: Path, suffix: str) -> Iterator[Path]:
+    """Yield a path for `out`'s sake in the same folder, so that renaming is atomic; then gone."""
+    path = out.with_name(f".{out.name}.{suffix}")
     try:
-        yield partial
-        os.replace(partial, out)
-    except OSError as error:
-        raise ConversionError(f"cannot write {out}: {error.strerror or error}") from error
+        yield path
     finally:
-        partial.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def check_free_space(folder: Path, n_bytes: int) -> None:

@@ -1,10 +1,11 @@
-"""tokenizer.json (byte-level BPE) as GGUF tokenizer metadata.
+"""A checkpoint's tokenizer as GGUF metadata: vocabulary, special ids, chat template.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, section "Tokenizer".
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,50 +15,60 @@ from gguf import GGUFWriter, TokenType
 from trimix_gguf.errors import ConversionError
 
 from .checkpoint import read_json
+from .tokenizer_bpe import read_byte_level_bpe
+from .tokenizer_spm import read_sentencepiece, read_sentencepiece_json
+from .tokens import Token, Vocabulary, read_added_tokens
 
-GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# The regexes that cut the text before BPE -> the name llama.cpp knows them by.
-PRE_BY_SPLIT = {
-    (GPT2_SPLIT,): "gpt-2",
-    (QWEN2_SPLIT,): "qwen2",
-    (LLAMA3_SPLIT,): "llama-bpe",
-}
+ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")
+# One template, or several: {"name": ..., "template": ...}.
+ChatTemplate = str | list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class TokenizerMetadata:
-    """What a GGUF says of its tokenizer; `tokens` and `types` are [n_vocab]."""
+    """What a GGUF says of its tokenizer; `special_ids` holds an id by role ("bos", "pad", ...)."""
 
-    pre: str
-    tokens: list[str]
-    types: list[TokenType]
-    merges: list[str]
-    bos_id: int
-    eos_id: int
-    pad_id: int | None
+    vocabulary: Vocabulary
+    special_ids: dict[str, int]
     add_bos: bool
     add_eos: bool
-    chat_template: str | None
+    chat_template: ChatTemplate | None
+
+    @property
+    def pre(self) -> str:
+        return self.vocabulary.pre
+
+    @property
+    def merges(self) -> list[str] | None:
+        return self.vocabulary.merges
+
+    @property
+    def tokens(self) -> list[str]:
+        return [token.text for token in self.vocabulary.tokens]
+
+    @property
+    def types(self) -> list[TokenType]:
+        return [token.type for token in self.vocabulary.tokens]
+
+    @property
+    def eos_id(self) -> int:
+        return self.special_ids["eos"]
 
     def write(self, writer: GGUFWriter) -> None:
         """Add every tokenizer key to `writer`."""
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(self.pre)
+        vocabulary = self.vocabulary
+        writer.add_tokenizer_model(vocabulary.model)
+        writer.add_tokenizer_pre(vocabulary.pre)
         writer.add_token_list(self.tokens)
         writer.add_token_types(self.types)
-        writer.add_token_merges(self.merges)
-        writer.add_bos_token_id(self.bos_id)
-        writer.add_eos_token_id(self.eos_id)
-        if self.pad_id is not None:
-            writer.add_pad_token_id(self.pad_id)
+        if vocabulary.merges is None:
+            writer.add_token_scores([token.score for token in vocabulary.tokens])
+        else:
+            writer.add_token_merges(vocabulary.merges)
+        if vocabulary.add_space_prefix is not None:
+            writer.add_add_space_prefix(vocabulary.add_space_prefix)
+        for role, id_ in self.special_ids.items():
+            getattr(writer, f"add_{role}_token_id")(id_)
         writer.add_add_bos_token(self.add_bos)
         writer.add_add_eos_token(self.add_eos)
         if self.chat_template is not None:
@@ -71,158 +82,136 @@ def read_tokenizer(
 
     `pre` names the pre-tokenizer for llama.cpp instead of recognising it. Raises ConversionError.
     """
-    path = folder / "tokenizer.json"
-    tokenizer = read_json(path)
-    settings_path = folder / "tokenizer_config.json"
-    settings = read_json(settings_path) if settings_path.is_file() else {}
-    model = tokenizer.get("model") or {}
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
+    tokenizer = _read_optional_json(folder / "tokenizer.json")
+    settings = _read_optional_json(folder / "tokenizer_config.json")
+    vocabulary = _read_vocabulary(folder, tokenizer, settings, int(config["vocab_size"]), pre)
+    special_ids = _find_special_ids(vocabulary.tokens, settings, config)
+    texts = {role: vocabulary.tokens[id_].text for role, id_ in special_ids.items()}
+    add_bos = _adds("bos", texts.get("bos"), tokenizer, settings, vocabulary.model == "llama")
+    if add_bos and "bos" not in special_ids:
         raise ConversionError(
-            f"{path} is a {model.get('type')} tokenizer, expected byte-level BPE; "
-            "only byte-level BPE can be converted"
+            f"prompts begin with a BOS token by the tokenizer of {folder}, but no file names it; "
+            "set bos_token in tokenizer_config.json"
         )
-    _check_normalizer(path, tokenizer.get("normalizer"))
-    recognised = _recognise_pre(path, tokenizer.get("pre_tokenizer"), pre)
-    tokens, types = _list_tokens(path, tokenizer, int(config["vocab_size"]))
-    ids = {text: id_ for id_, text in enumerate(tokens)}
-
-    eos_id = _special_id("eos", settings, config, ids)
-    if eos_id is None:
-        raise ConversionError(
-            f"neither {settings_path.name} nor config.json names an end-of-sequence token; "
-            "set eos_token in tokenizer_config.json"
-        )
-    bos_id = _special_id("bos", settings, config, ids)
-    add_bos = settings.get("add_bos_token")
-    if add_bos is None:
-        add_bos = bos_id is not None and _prepends(tokenizer.get("post_processor"), tokens[bos_id])
-    if add_bos and bos_id is None:
-        raise ConversionError(
-            f"{settings_path} asks for a BOS token but names none; set bos_token there"
-        )
+    # Without the key llama.cpp takes some ordinary token for BOS.
+    special_ids.setdefault("bos", special_ids["eos"])
     return TokenizerMetadata(
-        pre=recognised,
-        tokens=tokens,
-        types=types,
-        merges=[_merge_text(path, merge) for merge in model.get("merges", [])],
-        # Without the key llama.cpp takes id 11, an ordinary token, for BOS.
-        bos_id=eos_id if bos_id is None else bos_id,
-        eos_id=eos_id,
-        pad_id=_special_id("pad", settings, config, ids),
-        add_bos=bool(add_bos),
-        add_eos=bool(settings.get("add_eos_token", False)),
+        vocabulary=vocabulary,
+        special_ids=special_ids,
+        add_bos=add_bos,
+        add_eos=_adds("eos", texts["eos"], tokenizer, settings, False),
         chat_template=_read_chat_template(folder, settings),
     )
 
 
-def _check_normalizer(path: Path, normalizer: dict[str, Any] | None) -> None:
-    # NFC passes: llama.cpp has no normalizer, and text is nearly always in NFC already.
-    if normalizer is None or normalizer.get("type") == "NFC":
-        return
-    if normalizer.get("type") == "Sequence":
-        for part in normalizer.get("normalizers", []):
-            _check_normalizer(path, part)
-        return
-    raise ConversionError(
-        f"{path} normalizes text with {normalizer.get('type')}, which llama.cpp cannot do; "
-        "expected no normalizer, or NFC"
-    )
+def _read_optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
-def _recognise_pre(path: Path, pre_tokenizer: dict[str, Any] | None, pre: str | None) -> str:
+def _read_vocabulary(
+    folder: Path,
+    tokenizer: dict[str, Any],
+    settings: dict[str, Any],
+    n_vocab: int,
+    pre: str | None,
+) -> Vocabulary:
+    """Choose the reader: tokenizer.model comes first, except beside byte-level BPE.
+
+    Llama 3's tokenizer.model is no SentencePiece model, but another form of its tokenizer.json.
+    """
+    path, model_path = folder / "tokenizer.json", folder / "tokenizer.model"
+    model = tokenizer.get("model") or {}
+    added = read_added_tokens(folder, tokenizer, settings)
+    if model.get("type") == "BPE" and not model.get("byte_fallback"):
+        return read_byte_level_bpe(path, tokenizer, added, n_vocab, pre)
     if pre is not None:
-        return pre
-    splits = _splits(pre_tokenizer)
-    if splits is None or splits not in PRE_BY_SPLIT:
-        known = ", ".join(sorted(PRE_BY_SPLIT.values()))
         raise ConversionError(
-            f"the pre-tokenizer of {path} is none of {known}; "
-            "name the one that llama.cpp should use with pre="
+            f"a pre-tokenizer (--pre {pre}) is for byte-level BPE, which {folder} does not hold; "
+            "leave it out"
         )
-    return PRE_BY_SPLIT[splits]
-
-
-def _splits(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...] | None:
-    """Return the regexes applied in turn, or None for a step that no table entry can mean."""
-    if pre_tokenizer is None:
-        return None
-    kind = pre_tokenizer.get("type")
-    if kind == "Sequence":
-        parts = [_splits(part) for part in pre_tokenizer.get("pretokenizers", [])]
-        if not parts or any(part is None for part in parts):
-            return None
-        return tuple(regex for part in parts if part is not None for regex in part)
-    if kind == "ByteLevel" and not pre_tokenizer.get("add_prefix_space", True):
-        return (GPT2_SPLIT,) if pre_tokenizer.get("use_regex", True) else ()
-    if kind == "Split" and pre_tokenizer.get("behavior") == "Isolated":
-        regex = pre_tokenizer.get("pattern", {}).get("Regex")
-        return (regex,) if regex and not pre_tokenizer.get("invert") else None
-    return None
-
-
-def _list_tokens(
-    path: Path, tokenizer: dict[str, Any], n_vocab: int
-) -> tuple[list[str], list[TokenType]]:
-    """Return text and type for ids 0 .. n_vocab - 1; ids that no token has are padding."""
-    entries = {id_: (text, TokenType.NORMAL) for text, id_ in tokenizer["model"]["vocab"].items()}
-    for added in tokenizer.get("added_tokens", []):
-        kind = TokenType.CONTROL if added.get("special") else TokenType.USER_DEFINED
-        entries[added["id"]] = (added["content"], kind)
-    last = max(entries, default=-1)
-    if last >= n_vocab:
+    if model_path.is_file():
+        prefix = settings.get("add_prefix_space")  # transformers lets it overrule the file
+        return read_sentencepiece(model_path, added, n_vocab, prefix)
+    if not tokenizer:
         raise ConversionError(
-            f"{path} has token id {last}, but vocab_size in config.json is {n_vocab}; "
-            "the tokenizer belongs to another model"
+            f"{folder} holds neither tokenizer.json nor tokenizer.model; download one of them"
         )
-    listed = [entries.get(id_, (f"[PAD{id_}]", TokenType.UNUSED)) for id_ in range(n_vocab)]
-    return [text for text, _ in listed], [kind for _, kind in listed]
+    if model.get("type") != "BPE":
+        raise ConversionError(
+            f"{path} is a {model.get('type')} tokenizer, expected byte-level BPE or "
+            "SentencePiece's BPE; no other kind can be converted"
+        )
+    return read_sentencepiece_json(path, tokenizer, added, n_vocab)
 
 
-def _merge_text(path: Path, merge: Any) -> str:
-    """Return a merge as "a b": older files store that string, newer ones the pair."""
-    pair = merge.split(" ") if isinstance(merge, str) else merge
-    if len(pair) != 2 or not all(pair) or any(" " in part for part in pair):
-        raise ConversionError(f"{path} has the merge {merge!r}, expected two byte-level pieces")
-    return " ".join(pair)
-
-
-def _special_id(
-    role: str, settings: dict[str, Any], config: dict[str, Any], ids: dict[str, int]
-) -> int | None:
-    token = settings.get(f"{role}_token")
-    text = token.get("content") if isinstance(token, dict) else token
-    if text is not None:
-        if text not in ids:
+def _find_special_ids(
+    tokens: list[Token], settings: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, int]:
+    ids = {token.text: id_ for id_, token in enumerate(tokens)}
+    found: dict[str, int] = {}
+    for role in ROLES:
+        text = settings.get(f"{role}_token")
+        text = text.get("content") if isinstance(text, dict) else text
+        if text is not None and text not in ids and role in ("bos", "eos"):
             raise ConversionError(
-                f"{role}_token {text!r} of tokenizer_config.json is not in tokenizer.json; "
+                f"{role}_token {text!r} of tokenizer_config.json is not in the tokenizer; "
                 "the two belong to different models"
             )
-        return ids[text]
-    id_ = config.get(f"{role}_token_id")
-    if isinstance(id_, list):  # several ends of generation: the first is the main one
-        id_ = id_[0] if id_ else None
-    return id_ if isinstance(id_, int) and 0 <= id_ < len(ids) else None
+        id_ = ids.get(text) if text is not None else config.get(f"{role}_token_id")
+        if isinstance(id_, list):  # several ends of generation: the first is the main one
+            id_ = id_[0] if id_ else None
+        if isinstance(id_, int) and 0 <= id_ < len(tokens):
+            found[role] = id_
+    unknown = (id_ for id_, token in enumerate(tokens) if token.type == TokenType.UNKNOWN)
+    if "unk" not in found and (id_ := next(unknown, None)) is not None:
+        found["unk"] = id_
+    if "eos" not in found:
+        raise ConversionError(
+            "neither tokenizer_config.json nor config.json names an end-of-sequence token; "
+            "set eos_token in tokenizer_config.json"
+        )
+    return found
 
 
-def _prepends(processor: dict[str, Any] | None, text: str) -> bool:
-    """Tell whether the post-processor puts the token `text` before a single sequence."""
-    if processor is None:
-        return False
+def _adds(
+    role: str,
+    text: str | None,
+    tokenizer: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    default: bool,
+) -> bool:
+    """Tell whether a prompt gets the token `text` in front ("bos") or behind ("eos").
+
+    The post-processor says what really happens; a setting that disagrees is not in force.
+    """
+    processor = tokenizer.get("post_processor")
+    if processor is not None:
+        return text is not None and text in _template_ends(processor, 0 if role == "bos" else -1)
+    setting = settings.get(f"add_{role}_token")
+    return default if setting is None else bool(setting)
+
+
+def _template_ends(processor: Mapping[str, Any], at: int) -> set[str]:
+    """Return the special tokens that a post-processor puts first (at = 0) or last (at = -1)."""
     if processor.get("type") == "Sequence":
-        return any(_prepends(part, text) for part in processor.get("processors", []))
-    single = processor.get("single") or []
-    first = single[0] if isinstance(single, list) and single else {}
-    return processor.get("type") == "TemplateProcessing" and (
-        first.get("SpecialToken", {}).get("id") == text
-    )
+        parts = processor.get("processors", [])
+        return {text for part in parts for text in _template_ends(part, at)}
+    if processor.get("type") != "TemplateProcessing" or not processor.get("single"):
+        return set()
+    special = processor["single"][at].get("SpecialToken")
+    return {special["id"]} if special else set()
 
 
-def _read_chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
+def _read_chat_template(folder: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # named templates: GGUF's main key holds the default one
-        named = {entry["name"]: entry["template"] for entry in template}
-        return named.get("default")
-    return template
+        template = path.read_text(encoding="utf-8")
+        others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+        named = {"default": template} | {p.stem: p.read_text(encoding="utf-8") for p in others}
+        if others:
+            return [{"name": name, "template": text} for name, text in named.items()]
+        return template
+    found = settings.get("chat_template")
+    if found is None:  # processors of image models keep theirs in a file of its own
+        found = _read_optional_json(folder / "chat_template.json").get("chat_template")
+    return found

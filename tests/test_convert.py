@@ -1,16 +1,21 @@
 """Conversion of small checkpoints written by hand: metadata, types, refusals, clean-up."""
 
 import json
+import resource
 import struct
+import tracemalloc
 from collections import namedtuple
 
 import numpy as np
 import pytest
-from gguf import GGUFReader
-from trimix_gguf.convert.checkpoint import Checkpoint
-from trimix_gguf.convert.hf import convert_hf
-from trimix_gguf.convert.tokenizer import LLAMA3_SPLIT, QWEN2_SPLIT, read_tokenizer
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import quantize
 
+from trimix_gguf.convert import writer
+from trimix_gguf.convert.checkpoint import Checkpoint, to_bfloat16
+from trimix_gguf.convert.hf import convert_hf
+from trimix_gguf.convert.tokenizer import read_tokenizer
+from trimix_gguf.convert.tokenizer_bpe import LLAMA3_SPLIT, QWEN2_SPLIT
 from trimix_gguf.errors import ConversionError
 
 N_VOCAB = 512
@@ -140,7 +145,120 @@ def test_rows_that_no_q8_0_block_divides_stay_float16(folder, tmp_path):
     assert stored["blk.0.ffn_up.weight"] == "Q8_0"
     assert stored["output_norm.weight"] == "F32"
     assert "output.weight" not in stored
-    assert [call[1:] for call in calls] == [(i, 11) for i in range(1, 12)]
+    n_bytes = sum(t.n_bytes for t in GGUFReader(tmp_path / "m.gguf").tensors)
+    assert len(calls) == 11 and calls[-1] == ("blk.0.ffn_down.weight", n_bytes, n_bytes)
+    assert sorted(calls, key=lambda call: call[1]) == calls
+
+
+EXPERTS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+    "head_dim": 16,
+}
+
+
+HEADS = {"head_dim": 256, "query_pre_attn_scalar": 256}
+
+
+def replace_modules(folder, dropped, added):
+    """Drop the modules of layer 0 whose name holds `dropped`; `added` is name -> its weight."""
+    tensors = {n: ("F32", a.copy()) for n, a in Checkpoint(folder) if dropped not in n}
+    tensors |= {f"model.layers.0.{n}.weight": ("F32", array) for n, array in added.items()}
+    write_safetensors(folder / "model.safetensors", tensors)
+
+
+def test_experts_are_stacked_in_their_order(folder, tmp_path):
+    shapes = {"gate_proj": (32, 64), "up_proj": (32, 64), "down_proj": (64, 32)}
+    added = {
+        f"mlp.experts.{i}.{module}": np.full(shape, i, np.float32)
+        for i in range(8)
+        for module, shape in shapes.items()
+    }
+    added["mlp.gate"] = np.ones((8, 64), np.float32)
+    added |= {f"self_attn.{x}_norm": np.ones(16, np.float32) for x in "qk"}
+    replace_modules(folder, "mlp.", added)
+    become(folder, "Qwen3Moe", **EXPERTS)
+    convert_hf(folder, tmp_path / "m.gguf", type="f16")
+    tensors = {t.name: t for t in GGUFReader(tmp_path / "m.gguf").tensors}
+    for target, shape in (("gate", (32, 64)), ("up", (32, 64)), ("down", (64, 32))):
+        stack = tensors[f"blk.0.ffn_{target}_exps.weight"].data
+        assert stack.shape == (8, *shape)
+        assert all((stack[i] == i).all() for i in range(8))
+    assert tensors["blk.0.ffn_gate_inp.weight"].tensor_type.name == "F32"
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_language_model_of_a_multimodal_gemma(folder, tmp_path, prefix):
+    """Sizes left to transformers, norms stored less one, and a vision tower to skip."""
+    norms = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+    added = {name: np.zeros(64, np.float32) for name in norms}
+    added |= {f"self_attn.{x}_norm": np.zeros(256, np.float32) for x in "qk"}
+    for module, n in (("q", 2048), ("k", 1024), ("v", 1024)):
+        added[f"self_attn.{module}_proj"] = np.zeros((n, 64), np.float32)
+    added["self_attn.o_proj"] = np.zeros((64, 2048), np.float32)
+    replace_modules(folder, "self_attn", added)
+    tensors = {n.replace("model.", prefix, 1): ("F32", a.copy()) for n, a in Checkpoint(folder)}
+    tensors["vision_tower.patch.weight"] = ("F32", np.zeros(1, np.float32))
+    write_safetensors(folder / "model.safetensors", tensors)
+    text = {"vocab_size": N_VOCAB, "hidden_size": 64, "intermediate_size": 96}
+    text |= {"num_hidden_layers": 1, "sliding_window": 32, "rope_scaling": None}
+    config = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text}
+    write_json(folder / "config.json", config)
+    convert_hf(folder, tmp_path / "m.gguf")
+    reader = GGUFReader(tmp_path / "m.gguf")
+    assert (reader.get_tensor(1).name, set(reader.get_tensor(1).data)) == (
+        "output_norm.weight",
+        {1},
+    )
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    expected = {"attention.head_count": 8, "attention.key_length": 256, "rope.freq_base": 1e6}
+    expected |= {"rope.freq_base_swa": 1e4, "attention.sliding_window": 32}
+    assert {key: fields[f"gemma3.{key}"] for key in expected} == expected
+    assert "gemma3.attention.sliding_window_pattern" not in fields
+
+
+def test_memory_stays_below_the_largest_tensor(folder, tmp_path):
+    edit_json(folder / "config.json", intermediate_size=65536)
+    shapes = {"gate_proj": (65536, 64), "up_proj": (65536, 64), "down_proj": (64, 65536)}
+    added = {f"mlp.{module}": np.ones(shape, np.float32) for module, shape in shapes.items()}
+    replace_modules(folder, "mlp.", added)
+    tracemalloc.start()
+    convert_hf(folder, tmp_path / "m.gguf")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 65536 * 64 * 4
+
+
+@pytest.mark.parametrize("type", ["f32", "bf16", "q8_0"])
+def test_any_size_of_block_gives_the_same_file(folder, tmp_path, monkeypatch, type):
+    rng = np.random.default_rng(0)
+    tensors = {n: ("F32", rng.standard_normal(a.shape, "f4")) for n, a in Checkpoint(folder)}
+    write_safetensors(folder / "model.safetensors", tensors)
+    convert_hf(folder, tmp_path / "whole.gguf", type=type)
+    monkeypatch.setattr(writer, "BLOCK_SIZE", 100)
+    convert_hf(folder, tmp_path / "parts.gguf", type=type)
+    assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "parts.gguf").read_bytes()
+
+
+def test_rounding_is_that_of_ggml():
+    """gguf.quants follows ggml bit for bit; ties, zeros and numbers too small are the traps."""
+    rng = np.random.default_rng(0)
+    data = rng.standard_normal((64, 64), "f4") * np.exp2(rng.integers(-30, 20, (64, 1)), dtype="f4")
+    data[0] = 0
+    data[1] = np.arange(64) - 31.5
+    data[1, [0, 32]] = 127  # the scale is 1: the rest are ties
+    data[2] = np.nextafter(data[1], 0)
+    data[2, [0, 32]] = 127
+    np.testing.assert_array_equal(
+        writer.to_q8_0(data).reshape(64, -1), quantize(data, GGMLQuantizationType.Q8_0)
+    )
+    assert not writer.to_q8_0(np.full((1, 32), 1e-42, "f4"))[:, :2].any()
+    data[3:5] = np.array([0x3F808000, 0x3F818000], np.uint32).view("f4")[:, None]
+    np.testing.assert_array_equal(
+        to_bfloat16(data).view(np.uint8), quantize(data, GGMLQuantizationType.BF16)
+    )
 
 
 REFUSALS = {
@@ -155,8 +273,12 @@ REFUSALS = {
         f / "config.json", architectures=["GPT2LMHeadModel"]
     ),
     r"is \[96, 64\], but config": lambda f: edit_json(f / "config.json", intermediate_size=64),
-    "the weights lack": lambda f: edit_json(f / "config.json", num_hidden_layers=2),
-    "which the weights lack": lambda f: edit_json(f / "config.json", tie_word_embeddings=False),
+    "layers.1.input_layernorm.weight, which the weights lack": lambda f: edit_json(
+        f / "config.json", num_hidden_layers=2
+    ),
+    "implies lm_head.weight, which": lambda f: edit_json(
+        f / "config.json", tie_word_embeddings=False
+    ),
     "does not imply": lambda f: (
         edit_json(f / "config.json", tie_word_embeddings=True)
         or write_safetensors(
@@ -164,13 +286,47 @@ REFUSALS = {
             {n: ("F32", a.copy()) for n, a in Checkpoint(f)} | {"x": ("F32", np.zeros(1, "f4"))},
         )
     ),
-    "scales rope": lambda f: edit_json(f / "config.json", rope_scaling={"type": "yarn"}),
+    "scales rope": lambda f: edit_json(f / "config.json", rope_scaling={"type": "dynamic"}),
+    "factor = None": lambda f: edit_json(f / "config.json", rope_scaling={"type": "yarn"}),
+    "beta_fast = 16": lambda f: edit_yarn(f, beta_fast=16),
+    "attention_factor = 2.0, expected 1.138629": lambda f: edit_yarn(f, attention_factor=2.0),
+    "truncate = False": lambda f: edit_yarn(f, truncate=False),
+    "partial_rotary_factor": lambda f: edit_json(
+        f / "config.json", rope_parameters={"partial_rotary_factor": 0.5}
+    ),
+    "hidden_act = 'gelu'": lambda f: edit_json(f / "config.json", hidden_act="gelu"),
+    "1 layers with a sliding window": lambda f: become(f, "Qwen2", use_sliding_window=True),
+    "2 layer_types, expected 1": lambda f: become(f, "Qwen3", layer_types=["full_attention"] * 2),
+    "attention_bias = True": lambda f: become(f, "Qwen3", attention_bias=True),
+    "norm_topk_prob = False": lambda f: become(f, "Qwen3Moe"),
+    "mlp_only_layers": lambda f: become(f, "Qwen3Moe", norm_topk_prob=True, mlp_only_layers=[0]),
+    "num_experts = None": lambda f: become(f, "Qwen3Moe", norm_topk_prob=True),
+    "uses 9 of 8 experts": lambda f: become(f, "Qwen3Moe", **EXPERTS | {"num_experts_per_tok": 9}),
+    "implies model.layers.0.self_attn.q_norm": lambda f: become(f, "Qwen3", head_dim=16),
+    "query_pre_attn_scalar = 16, expected 256": lambda f: become(
+        f, "Gemma3", query_pre_attn_scalar=16
+    ),
+    "sliding_window_pattern = 0": lambda f: become(f, "Gemma3", sliding_window_pattern=0, **HEADS),
+    "sliding_window = 'x'": lambda f: become(f, "Gemma3", sliding_window="x", **HEADS),
+    "attn_logit_softcapping = 50.0": lambda f: become(f, "Gemma3", attn_logit_softcapping=50.0),
+    "'linear' in sliding-window": lambda f: become(
+        f, "Gemma3", rope_parameters={"sliding_attention": {"rope_type": "linear", "factor": 8.0}}
+    ),
     "expected byte-level BPE": lambda f: edit_json(f / "tokenizer.json", model={"type": "Unigram"}),
     "shard .* is missing": lambda f: (
         (f / "model.safetensors").unlink(),
         write_json(f / "model.safetensors.index.json", {"weight_map": {"a": "x.safetensors"}}),
     ),
 }
+
+
+def edit_yarn(folder, **changes):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    edit_json(folder / "config.json", rope_scaling=yarn | changes)
+
+
+def become(folder, family, **changes):
+    edit_json(folder / "config.json", architectures=[f"{family}ForCausalLM"], **changes)
 
 
 @pytest.mark.parametrize("message", REFUSALS)
@@ -194,7 +350,7 @@ def test_existing_output_needs_force(folder, tmp_path):
 
 def test_interruption_leaves_nothing(folder, tmp_path):
     def interrupt(*_):
-        assert len(list(tmp_path.glob(".m.gguf.*.part"))) == 1
+        assert len(list(tmp_path.glob(".m.gguf.part"))) == 1
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -205,11 +361,26 @@ def test_interruption_leaves_nothing(folder, tmp_path):
 def test_damaged_values_and_a_full_disk_leave_nothing(folder, tmp_path, monkeypatch):
     tensors = {name: ("F32", array.copy()) for name, array in Checkpoint(folder)}
     matrix = tensors["model.embed_tokens.weight"][1]
-    for value, message in ((np.nan, "holds NaN"), (1e5, "overflows float16")):
+    for value, type, message in (
+        (np.nan, "f32", "holds NaN"),
+        (-np.inf, "bf16", "holds NaN or inf"),
+        (1e5, "f16", "overflows F16: it holds 100000"),
+        (1e7, "q8_0", "overflows Q8_0"),
+    ):
         matrix[3, 3] = value
         write_safetensors(folder / "model.safetensors", tensors)
         with pytest.raises(ConversionError, match=message):
-            convert_hf(folder, tmp_path / "m.gguf", type="f16")
+            convert_hf(folder, tmp_path / "m.gguf", type=type)
+    matrix[3, 3] = 0
+    write_safetensors(folder / "model.safetensors", tensors)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(ConversionError, match="cannot write"):
+            convert_hf(folder, tmp_path / "m.gguf", type="q8_0")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == [folder]
     usage = namedtuple("usage", "free")(free=1000)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(ConversionError, match="GB free"):

@@ -144,7 +144,7 @@ def put_item(key: str, index: int, value: Any) -> Callable[[dict[str, Any]], Non
         (lambda parts: parts["merges"].pop(), "merge {last} of small_cpt differs"),
         (put("bos", 2), "bos_token_id is 2 in small_cpt but 0 in large_ins"),
         (put("add_bos", False), "add_bos_token is False in small_cpt but True in large_ins"),
-        (put("add_bos", None), "add_bos_token is None in small_cpt but True in large_ins"),
+        (put("add_bos", None), "add_bos_token is False in small_cpt but True in large_ins"),
         (put("add_eos", True), "add_eos_token is True in small_cpt but False in large_ins"),
     ],
 )
@@ -195,6 +195,21 @@ def test_sentencepiece_scores_are_compared(make: Make, n_tokens: int) -> None:
 def test_scores_that_one_sentencepiece_file_lacks_are_refused(make: Make) -> None:
     """The absent array once ended in StopIteration."""
     refusal(make("a", sentencepiece()), make("b", sentencepiece(put("scores", None))))
+
+
+def test_sentencepiece_adds_bos_unless_told_otherwise(make: Make, n_tokens: int) -> None:
+    """Absent once counted as False, so that a file that says True was refused."""
+    absent = make("a", sentencepiece(put("add_bos", None)))
+    assert check(absent, make("b", sentencepiece(put("add_bos", True)))) == n_tokens
+    message = refusal(absent, make("c", sentencepiece(put("add_bos", False))))
+    assert message.startswith("add_bos_token is False in small_cpt but True in large_ins")
+    other = make("d", sentencepiece(lambda parts: parts.update(add_bos=None, bos=2)))
+    assert refusal(absent, other).startswith("bos_token_id is 2 in small_cpt but 0")
+
+
+def test_llama_3_adds_bos_unless_told_otherwise(make: Make, n_tokens: int) -> None:
+    absent = make("a", lambda parts: parts.update(pre="llama-bpe", add_bos=None))
+    assert check(absent, make("b", put("pre", "llama-bpe"))) == n_tokens
 
 
 def test_scores_mean_nothing_to_bpe(make: Make, n_tokens: int) -> None:

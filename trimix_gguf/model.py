@@ -4,6 +4,7 @@ import ctypes
 import math
 import os
 import time
+import unicodedata
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -164,6 +165,14 @@ class Model:
         self.n_past = min(self.n_past, n_past)
 
     # -- text ↔ ids -------------------------------------------------------------------------
+
+    def normalize(self, text: str) -> str:
+        """`text` as this tokenizer's training saw it; llama.cpp itself normalizes nothing.
+
+        Qwen's puts text in NFC: without it, most Bengali from the web is cut into other tokens.
+        """
+        in_nfc = str(self.file.metadata.get("tokenizer.ggml.pre", "")).startswith("qwen")
+        return unicodedata.normalize("NFC", text) if in_nfc else text
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text` without BOS; `special` reads control tokens such as <|im_start|>."""

@@ -113,6 +113,7 @@ class Trio:
     ) -> Prompt:
         """Plain text -> Prompt, by large_ins' tokenizer."""
         model = self.models["large_ins"]
+        text = model.normalize(text)
         return text_prompt(
             text,
             lambda t: model.tokenize(t, special=special),

@@ -1,0 +1,149 @@
+"""Byte-level BPE (Llama 3, SmolLM2, Qwen): tokens, merges and llama.cpp's pre-tokenizer."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gguf import TokenType
+
+from trimix_gguf.errors import ConversionError
+
+from .tokens import Token, Vocabulary, list_tokens
+
+DIGIT_SPLIT = r"\p{N}"
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN35_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# The regexes that cut the text before BPE -> the name llama.cpp knows them by.
+PRE_BY_SPLIT = {
+    (GPT2_SPLIT,): "gpt-2",
+    (DIGIT_SPLIT, GPT2_SPLIT): "smollm",
+    (QWEN2_SPLIT,): "qwen2",
+    (QWEN35_SPLIT,): "qwen35",
+    (LLAMA3_SPLIT,): "llama-bpe",
+}
+# What src/llama-vocab.cpp of llama.cpp knows, less the names that are not byte-level.
+KNOWN_PRE = """
+    a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe command-r
+    dbrx deepseek-coder deepseek-llm deepseek-r1-qwen deepseek-v3 default exaone exaone-moe exaone4
+    f2llmv2 falcon falcon-h1 falcon3 gigachat glm4 glm5 gpt-2 gpt-4o gpt3-finnish granite-docling
+    granite-embed-multi-97m grok-2 hunyuan hunyuan-dense hy_v4 jais jais-2 jina-de jina-es
+    jina-v1-en jina-v2-code jina-v2-de jina-v2-es jina-v5-nano joyai-llm kanana2 kimi-k2 kormo
+    laguna lfm2 llada-moe llama-bpe llama-v3 llama3 llama4 megrez mellum mellum2 midm-2.0 minerva-7b
+    minicpm5 minimax-m2 modern-bert mpt olmo phi-2 pixtral poro-chat qwen2 qwen35 refact roberta-bpe
+    seed-coder smaug-bpe smollm solar-open spark2_5 stablelm2 starcoder superbpe talkie tekken
+    tiny_aya trillion ufakzeka viking youtu
+"""
+
+
+def read_byte_level_bpe(
+    path: Path,
+    tokenizer: Mapping[str, Any],
+    added: Mapping[int, Token],
+    n_vocab: int,
+    pre: str | None,
+) -> Vocabulary:
+    """Read tokenizer.json at `path`; `pre` names the pre-tokenizer instead of recognising it."""
+    model = tokenizer["model"]
+    for option in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(option):
+            raise ConversionError(
+                f"{path} marks words by {option}, which llama.cpp cannot do; "
+                "expected byte-level BPE without it"
+            )
+    _check_normalizer(path, tokenizer.get("normalizer"))
+    pre = _recognise_pre(path, tokenizer) if pre is None else _check_pre(pre)
+    entries = {id_: Token(text, TokenType.NORMAL) for text, id_ in model["vocab"].items()}
+    return Vocabulary(
+        model="gpt2",
+        pre=pre,
+        tokens=list_tokens(path, {**entries, **added}, n_vocab),
+        merges=[" ".join(pair) for pair in read_merges(path, model)],
+    )
+
+
+def read_merges(path: Path, model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the merges, best first: older files store each as "a b", newer ones as the pair."""
+    merges = []
+    for merge in model.get("merges", []):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if len(pair) != 2 or not all(pair) or any(" " in part for part in pair):
+            raise ConversionError(f"{path} has the merge {merge!r}, expected two pieces")
+        merges.append((pair[0], pair[1]))
+    return merges
+
+
+def _check_normalizer(path: Path, normalizer: Mapping[str, Any] | None) -> None:
+    # NFC passes, as with llama.cpp's converter, though it has no normalizer: most text is in NFC.
+    # Not all: Bengali and Tibetan letters are often typed composed, which NFC takes apart.
+    if normalizer is None or normalizer.get("type") == "NFC":
+        return
+    if normalizer.get("type") == "Sequence":
+        for part in normalizer.get("normalizers", []):
+            _check_normalizer(path, part)
+        return
+    raise ConversionError(
+        f"{path} normalizes text with {normalizer.get('type')}, which llama.cpp cannot do; "
+        "expected no normalizer, or NFC"
+    )
+
+
+def _check_pre(pre: str) -> str:
+    known = KNOWN_PRE.split()
+    if pre in known:
+        return pre
+    close = difflib.get_close_matches(pre, known, n=4, cutoff=0.4)
+    close = close or sorted(PRE_BY_SPLIT.values())
+    raise ConversionError(
+        f"llama.cpp knows no pre-tokenizer {pre!r} of byte-level BPE; "
+        f"names near it: {', '.join(close)}"
+    )
+
+
+def _recognise_pre(path: Path, tokenizer: Mapping[str, Any]) -> str:
+    splits = _splits(tokenizer.get("pre_tokenizer"))
+    name = PRE_BY_SPLIT.get(splits) if splits is not None else None
+    ignores_merges = tokenizer["model"].get("ignore_merges")
+    if name == "llama-bpe":
+        # The same regex; but llama-bpe takes a word that is a token whole, whatever the merges.
+        return "dbrx" if ignores_merges is False else name
+    if name is None or ignores_merges:
+        known = ", ".join(sorted(PRE_BY_SPLIT.values()))
+        raise ConversionError(
+            f"the pre-tokenizer of {path} is none of {known}; "
+            "name the one that llama.cpp should use with --pre"
+        )
+    return name
+
+
+def _splits(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...] | None:
+    """Return the regexes applied in turn, or None for a step that no table entry can mean."""
+    if pre_tokenizer is None:
+        return None
+    kind = pre_tokenizer.get("type")
+    if kind == "Sequence":
+        parts = [_splits(part) for part in pre_tokenizer.get("pretokenizers", [])]
+        if not parts or any(part is None for part in parts):
+            return None
+        return tuple(regex for part in parts if part is not None for regex in part)
+    if kind == "ByteLevel" and not pre_tokenizer.get("add_prefix_space", True):
+        return (GPT2_SPLIT,) if pre_tokenizer.get("use_regex", True) else ()
+    if kind == "Digits" and pre_tokenizer.get("individual_digits"):
+        return (DIGIT_SPLIT,)
+    if kind == "Split" and pre_tokenizer.get("behavior") == "Isolated":
+        regex = pre_tokenizer.get("pattern", {}).get("Regex")
+        return (regex,) if regex and not pre_tokenizer.get("invert") else None
+    return None

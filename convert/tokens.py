@@ -1,0 +1,89 @@
+"""The rows of a vocabulary: the text, type and score of every id, and the added tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gguf import TokenType
+
+from trimix_gguf.errors import ConversionError
+
+from .checkpoint import read_json
+
+SPACE = "▁"  # how SentencePiece spells a space
+# Added tokens that are not marked special, yet are no text: as llama.cpp's converter has it.
+CONTROL_TEXTS = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+CONTROL_AFFIXES = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+
+
+class Token(NamedTuple):
+    """One row; a score orders SentencePiece's merges, BPE has no use for it."""
+
+    text: str
+    type: TokenType
+    score: float = 0.0
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer without its special ids, in llama.cpp's terms; `tokens` is [n_vocab]."""
+
+    model: str  # the algorithm: "gpt2" is byte-level BPE, "llama" SentencePiece's BPE
+    pre: str
+    tokens: list[Token]
+    merges: list[str] | None = None
+    add_space_prefix: bool | None = None
+
+
+def read_added_tokens(
+    folder: Path, tokenizer: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[int, Token]:
+    """Return the tokens that are matched in the text before anything else, by id."""
+    entries: dict[int, dict[str, Any]] = {}
+    path = folder / "added_tokens.json"
+    if path.is_file():
+        entries |= {id_: {"content": text} for text, id_ in read_json(path).items()}
+    decoder = settings.get("added_tokens_decoder") or {}
+    entries |= {int(id_): entry for id_, entry in decoder.items()}
+    entries |= {entry["id"]: entry for entry in tokenizer.get("added_tokens") or []}
+    return {id_: _added_token(entry) for id_, entry in entries.items()}
+
+
+def _added_token(entry: Mapping[str, Any]) -> Token:
+    text = entry["content"]
+    if entry.get("special") or text in CONTROL_TEXTS:
+        return Token(text, TokenType.CONTROL, -1000.0)
+    if any(text.startswith(start) and text.endswith(end) for start, end in CONTROL_AFFIXES):
+        return Token(text, TokenType.CONTROL, -1000.0)
+    return user_defined(text, -1000.0)
+
+
+def user_defined(text: str, score: float) -> Token:
+    """A token matched as it stands; llama.cpp looks for it before it spells spaces as ▁."""
+    return Token(text.replace(SPACE, " "), TokenType.USER_DEFINED, score)
+
+
+def list_tokens(path: Path, entries: Mapping[int, Token], n_vocab: int) -> list[Token]:
+    """Return the rows of ids 0 .. n_vocab - 1; ids that no token has are padding."""
+    last = max(entries, default=-1)
+    if last >= n_vocab:
+        raise ConversionError(
+            f"{path} has token id {last}, but vocab_size in config.json is {n_vocab}; "
+            "the tokenizer belongs to another model"
+        )
+    listed = [
+        entries.get(id_) or Token(f"[PAD{id_}]", TokenType.UNUSED, -10000.0)
+        for id_ in range(n_vocab)
+    ]
+    first: dict[str, int] = {}
+    for id_, token in enumerate(listed):
+        # llama.cpp aborts the process where two ids have one text.
+        if first.setdefault(token.text, id_) != id_:
+            raise ConversionError(
+                f"{path} has {token.text!r} as both token {first[token.text]} and token {id_}; "
+                "llama.cpp needs them to differ"
+            )
+    return listed

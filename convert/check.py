@@ -66,7 +66,7 @@ def check_trio(
 
 
 def _describe(file: GGUFFile) -> dict[str, Any]:
-    types = {int(t): t.name.split("_", 1)[1].lower() for t in LlamaFileType}
+    types = {int(t): t.name.lower().removeprefix("mostly_") for t in LlamaFileType}
     return {
         "file": file.path.name,
         "architecture": file.architecture,

@@ -100,12 +100,13 @@ class Source:
 def byte_level_folder(source, folder):
     """Qwen, SmolLM2 and Llama 3: tokenizer.json and tokenizer_config.json."""
     bos = source.texts[source.setting("bos_token_id")]
+    adds_bos = source.setting("add_bos_token") or source.pre == "llama-bpe"
     tokenizer = {
         "version": "1.0",
         "added_tokens": source.added(),
         "normalizer": {"type": "NFC"} if "qwen" in source.pre else None,
         "pre_tokenizer": PRE[source.pre],
-        "post_processor": prepend(bos, source) if source.pre == "llama-bpe" else BYTE_LEVEL,
+        "post_processor": prepend(bos, source) if adds_bos else BYTE_LEVEL,
         "decoder": BYTE_LEVEL,
         "model": {
             "type": "BPE",

@@ -81,7 +81,7 @@ def test_an_adapter_beside_and_merged_into_its_base(trimix, folders, tmp_path):
         prefix = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_"
         shapes |= {f"{prefix}A.weight": (4, 192), f"{prefix}B.weight": (192, 4)}
     stored = {n: StoredTensor(adapter, 0, shape, "F32") for n, shape in shapes.items()}
-    data = {n: 0.1 * rng.standard_normal(shape, "f4") for n, shape in shapes.items()}
+    data = {n: 0.3 * rng.standard_normal(shape, "f4") for n, shape in shapes.items()}
     write_safetensors(adapter / "adapter_model.safetensors", stored, data.__getitem__)
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
     (adapter / "adapter_config.json").write_text(json.dumps(config))

@@ -93,7 +93,9 @@ def is_separable(rows: Any, t: int, alphas: Any, betas: Any, unused: Any = None)
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])
-@pytest.mark.parametrize("n_vocab", [3, 5000, 16666, 16667, 33333])  # a block holds 16,666 ids
+@pytest.mark.parametrize(
+    "n_vocab", [3, 6944, 6945, 58333, 58334]
+)  # a product, a block: full, and one more
 def test_grid_nll_is_a_plain_log_softmax(n_vocab: int, n_threads: int) -> None:
     rows, targets = random_logits(6, n_vocab, seed=n_vocab)
     for t, edge in ((0, 0), (1, n_vocab - 1)):  # the first and last id of all must count

@@ -124,7 +124,7 @@ def main(script: str) -> int:
     from tiny_checkpoints import MODELS, save_model, save_tokenizer
 
     from trimix_gguf.convert.hf import convert_hf
-    from trimix_gguf.convert.tokenizer import QWEN2_SPLIT
+    from trimix_gguf.convert.tokenizer_bpe import QWEN2_SPLIT
 
     transformers.utils.logging.disable_progress_bar()
     n_failed, seen = 0, set()

@@ -59,8 +59,8 @@ class Recipe:
 RECIPES = {
     "small_base": Recipe(192, 5, 512, 6, 2, 2_600_000, 4e-3),
     "small_cpt": Recipe(192, 5, 512, 6, 2, 4_000_000, 3e-3, start="small_base"),
-    "large_base": Recipe(320, 7, 832, 10, 5, 4_200_000, 3e-3),
-    "large_ins": Recipe(320, 7, 832, 10, 5, 900_000, 1.5e-3, start="large_base"),
+    "large_base": Recipe(320, 7, 832, 10, 5, 3_300_000, 3e-3),
+    "large_ins": Recipe(320, 7, 832, 10, 5, 450_000, 1e-3, start="large_base"),
 }
 
 
@@ -74,13 +74,13 @@ def documents(role: str, data: Path) -> list[str]:
         return corpus.mix(
             4,
             (corpus.english(data, 4), 0.1),
-            (corpus.kazakh(data, 4), 0.35),
-            (corpus.instructions(data, 4), 0.4),
+            (corpus.kazakh(data, 4), 0.25),
+            (corpus.instructions(data, 4), 0.35),
         )
     return corpus.mix(
         3,
         (corpus.english(data, 3), 1),
-        (corpus.kazakh(data, 3), 0.4),
+        (corpus.kazakh(data, 3), 0.2),
         (corpus.instructions(data, 3), 1),
     )
 

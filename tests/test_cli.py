@@ -71,7 +71,7 @@ def test_weights_for_a_task_file_and_scored_spans(trimix, tmp_path):
     task = tmp_path / "task.txt"
     task.write_text(f"{KAZAKH}\n\n{KAZAKH} {KAZAKH}", encoding="utf-8")
     result = trimix("generate", KAZAKH, "--task", task, "-n", "2", "--json")
-    assert json.loads(result.stdout)["weights"]["method"] == "fixed"
+    assert json.loads(result.stdout)["weights"]["method"] == "ppl"
     spans = json.loads(
         trimix("score", "--spans", "[[", "]]", "--json", stdin=b"one [[two three]] four").stdout
     )

@@ -28,12 +28,26 @@ class Segment:
         """Each role's own ids, possibly none: a chat template's control tokens, say."""
         return cls({r: tuple(ids.get(r, ())) for r in ROLES}, shared=False, scored=False)
 
+    @property
+    def units(self) -> list["Unit"]:
+        """What can be kept of it: each shared token, or a role's own ids all together."""
+        if self.shared:
+            return [(((t,),) * len(ROLES), self.scored) for t in self.ids[ROLES[0]]]
+        return [(tuple(self.ids[role] for role in ROLES), False)]
+
+
+Unit = tuple[tuple[tuple[int, ...], ...], bool]  # ids by role, in the order of ROLES; scored?
+
 
 @dataclass(frozen=True)
 class Prompt:
     """Segments in reading order."""
 
     segments: tuple[Segment, ...]
+
+    @property
+    def units(self) -> list[Unit]:
+        return [unit for segment in self.segments for unit in segment.units]
 
     def n_tokens(self, role: str = "large_ins") -> int:
         return sum(len(s.ids[role]) for s in self.segments)
@@ -118,9 +132,9 @@ def _tokenize_parts(
         while at < len(ids) and byte + len(piece(ids[at])) <= end:
             byte += len(piece(ids[at]))
             at += 1
-        if scored is False and at < len(ids) and byte < end:
-            byte += len(piece(ids[at]))  # a token across the border is not the answer's alone
-            at += 1
+        if scored is False and at < len(ids) and piece(ids[at])[: end - byte].strip():
+            byte += len(piece(ids[at]))  # a token across the border is not the answer's alone,
+            at += 1  # unless it only brings the space before it
         result.append((ids[first:at], scored))
     result[-1] = (result[-1][0] + ids[at:], result[-1][1])
     return [part for part in result if part[0]]

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from trimix_gguf.errors import PromptError, WeightsError
 from trimix_gguf.fusion import METHODS, Rows, Weights
 from trimix_gguf.model import available_cores
-from trimix_gguf.prompt import Prompt
+from trimix_gguf.prompt import Prompt, Unit
 from trimix_gguf.scoring import (
     GRID,
     Float64,
@@ -22,7 +23,7 @@ from trimix_gguf.scoring import (
     interpolate,
     lowest,
 )
-from trimix_gguf.trio import Progress, Trio
+from trimix_gguf.trio import Mark, Progress, Trio
 
 Grid = tuple[Sequence[float], Sequence[float]] | Literal["continuous"]
 Average = Literal["micro", "macro"]
@@ -118,6 +119,33 @@ def score(
     return result
 
 
+@dataclass
+class _Sums:
+    """Running sums over the last prompt, so that one with the same beginning need not start anew.
+
+    `marks` holds, at each stop on the way, the trio's mark, summed nats and scored tokens.
+    """
+
+    key: tuple[tuple[float, ...], tuple[float, ...]]
+    units: list[Unit]
+    marks: list[tuple[Mark, Float64, int]]
+
+
+_sums: WeakKeyDictionary[Trio, _Sums] = WeakKeyDictionary()
+
+
+def _known(trio: Trio, sums: _Sums | None, key: tuple[Any, ...], units: list[Unit]) -> list[Any]:
+    """The marks of earlier sums that hold for a prompt of these units."""
+    if sums is None or sums.key != key:
+        return []
+    same = next(
+        (i for i, (a, b) in enumerate(zip(sums.units, units, strict=False)) if a != b), None
+    )
+    n_same = min(len(sums.units), len(units)) if same is None else same
+    kept = trio.n_kept(units)
+    return [m for m in sums.marks if m[0][1] <= n_same and m[0][0] <= kept]
+
+
 def _prompt_nll(
     trio: Trio,
     prompt: Prompt,
@@ -127,11 +155,13 @@ def _prompt_nll(
     n_threads: int,
 ) -> tuple[Float64, int]:
     """One prompt's summed nats [n_alpha, n_beta] and its scored tokens, in one pass."""
-    nll, n_tokens = np.zeros((len(alphas), len(betas))), 0
+    key, units = (alphas, betas), prompt.units
+    marks = _known(trio, _sums.pop(trio, None), key, units)
+    after, nll, n_tokens = marks[-1] if marks else (None, np.zeros((len(alphas), len(betas))), 0)
 
     def consume(rows: Rows, targets: NDArray[np.int64]) -> None:
         nonlocal nll, n_tokens
-        nll += grid_nll(
+        nll = nll + grid_nll(
             large_ins=rows["large_ins"],
             small_cpt=rows["small_cpt"],
             small_base=rows["small_base"],
@@ -142,12 +172,14 @@ def _prompt_nll(
             n_threads=n_threads,
         )
         n_tokens += len(targets)
+        marks.append((trio.mark, nll, n_tokens))
 
-    trio.prefill(prompt, consume=consume, progress=progress)
+    trio.prefill(prompt, consume=consume, progress=progress, after=after)
     if n_tokens == 0:
         raise PromptError(
             "the prompt has no token to score: give more text, mark longer spans, or fix --weights"
         )
+    _sums[trio] = _Sums(key, units, marks)
     return nll, n_tokens
 
 

@@ -15,11 +15,13 @@ from trimix_gguf.fusion import ROLES, Rows
 from trimix_gguf.gguf_file import read_gguf
 from trimix_gguf.memory import check_fits
 from trimix_gguf.model import Model
-from trimix_gguf.prompt import Prompt, Segment, text_prompt
+from trimix_gguf.prompt import Prompt, Segment, Unit, text_prompt
 from trimix_gguf.vocabulary import check_contract
 
 Progress = Callable[[int], None]  # tokens just read
 Consume = Callable[[Rows, NDArray[np.int64]], None]  # rows [n, n_vocab], the ids they predict
+
+Mark = tuple[int, int]  # units read, and units consumed: the last row predicts one ahead
 
 NANO = Path(__file__).parent / "nano"  # the Kazakh trio that ships with the package
 
@@ -37,6 +39,7 @@ class Trio:
         self.n_vocab = check_contract({r: m.file for r, m in self.models.items()})
         self.n_window = min(m.n_window for m in self.models.values())
         self._ids: dict[str, list[int]] = {role: [] for role in ROLES}
+        self.mark: Mark = (0, 0)
         self._pool = ThreadPoolExecutor(len(ROLES), thread_name_prefix="device")
         self._rows: Rows = {}  # next-token rows [n_vocab] of the roles that are up to date
 
@@ -130,13 +133,16 @@ class Trio:
         *,
         consume: Consume | None = None,
         progress: Progress | None = None,
+        after: Mark | None = None,
     ) -> None:
-        """Replace what the caches hold by `prompt`.
+        """Replace what the caches hold by `prompt`; of what they hold, its beginning is kept.
 
         `consume(rows, targets)` is called for every scored token that some row predicts, with
         rows [n ≤ n_window, n_vocab] that are valid during the call alone: memory does not grow
-        with the prompt. Without `consume` nothing is decoded until rows() asks for it, and then
-        by the roles asked for alone. Raises PromptError, ModelError.
+        with the prompt. During the call `mark` says how far it has come; a later prefill of a
+        prompt with the same beginning may go on `after` that mark. Without `consume` nothing is
+        decoded until rows() asks for it, and then by the roles asked for alone. Raises
+        PromptError, ModelError.
         """
         for role, model in self.models.items():
             if prompt.n_tokens(role) >= model.n_ctx:
@@ -144,13 +150,31 @@ class Trio:
                     f"the prompt is {prompt.n_tokens(role)} tokens, and {role}'s context holds "
                     f"{model.n_ctx}; shorten it or raise --n-ctx"
                 )
+        units = prompt.units
+        read = covered = self.n_kept(units)
+        if consume is not None:
+            unscored = next((i for i, (_, scored) in enumerate(units) if scored), len(units))
+            read, covered = after or (min(read, unscored),) * 2
         with self._atomic():
-            self._rewind(0)
+            self._rewind(*(sum(len(ids[i]) for ids, _ in units[:read]) for i in range(len(ROLES))))
+            start = 0  # units before the segment
             for segment in prompt.segments:
-                if consume is not None and segment.scored and segment.ids["large_ins"]:
-                    self._score(segment, consume, progress)
-                else:
-                    self._owe(segment)
+                n_units, skip = len(segment.units), max(0, read - start)
+                if skip < n_units and consume is not None and segment.scored:
+                    self._score(segment, consume, progress, start, skip, covered)
+                elif skip < n_units:
+                    self._owe(segment, skip)
+                start += n_units
+
+    def n_kept(self, units: Sequence[Unit]) -> int:
+        """How many of a prompt's first units the caches hold, or are owed, already."""
+        known, at = [self._ids[role] for role in ROLES], [0] * len(ROLES)
+        for n, (ids, _) in enumerate(units):
+            for i, own in enumerate(ids):
+                if known[i][at[i] : at[i] + len(own)] != list(own):
+                    return n
+                at[i] += len(own)
+        return len(units)
 
     def advance(self, token: int) -> None:
         """Append one token to every role; it is decoded when a row is asked for."""
@@ -254,28 +278,42 @@ class Trio:
             wait(futures)  # also on Ctrl-C: no cache may be touched while a thread decodes
         return {role: row for part in parts for role, row in part.items()}
 
-    def _owe(self, segment: Segment) -> None:
+    def _owe(self, segment: Segment, skip: int) -> None:
         """Append a segment that is not scored; it is decoded when a row is asked for."""
         for role in ROLES:
-            self._ids[role] += segment.ids[role]
+            self._ids[role] += segment.ids[role][skip:] if segment.shared else segment.ids[role]
         self._rows = {}
 
-    def _score(self, segment: Segment, consume: Consume, progress: Progress | None) -> None:
-        """Decode a shared segment window by window, handing each predicted token to `consume`."""
+    def _score(
+        self,
+        segment: Segment,
+        consume: Consume,
+        progress: Progress | None,
+        start: int,
+        skip: int,
+        covered: int,
+    ) -> None:
+        """Decode a shared segment window by window, handing each predicted token to `consume`.
+
+        `start` units lie before it, `skip` of its tokens are read, `covered` units consumed.
+        """
         ids = np.asarray(segment.ids["large_ins"], dtype=np.int64)
-        before = {r: self._catch_up(r, progress)[None, :] for r in ROLES if self._ids[r]}
-        if len(before) == len(ROLES):  # the rows before the segment predict its first token
-            consume(before, ids[:1])
-        for start in range(0, len(ids), self.n_window):
-            window = ids[start : start + self.n_window].tolist()
+        if covered <= start:  # the rows before the segment predict its first token
+            before = {r: self._catch_up(r, progress)[None, :] for r in ROLES if self._ids[r]}
+            if len(before) == len(ROLES):
+                self.mark = (start, start + 1)
+                consume(before, ids[:1])
+        for at in range(skip, len(ids), self.n_window):
+            window = ids[at : at + self.n_window].tolist()
             rows = {
                 role: self.models[role].decode(window, every_row=True)[:, : self.n_vocab]
                 for role in ROLES
             }
             for role in ROLES:
                 self._ids[role] += window
-            targets = ids[start + 1 : start + 1 + len(window)]
+            targets = ids[at + 1 : at + 1 + len(window)]
             if len(targets):
+                self.mark = (start + at + len(window), start + at + 1 + len(targets))
                 consume({r: rows[r][: len(targets)] for r in ROLES}, targets)
             self._rows = {role: rows[role][-1] for role in ROLES}
             if progress is not None:

@@ -1,0 +1,135 @@
+"""What the caches hold already is not read again, and nobody can tell by the numbers."""
+
+import random
+
+import numpy as np
+import pytest
+from conftest import KAZAKH
+
+from trimix_gguf import Trio, Weights, generate, select_weights
+from trimix_gguf import score as score_prompts
+from trimix_gguf.prompt import Prompt, Segment
+
+EXACT = {"flash_attn": False, "type_k": "f32", "type_v": "f32", "n_threads": 1}
+TOLERANCE = 2e-4  # nats in all: batches of other sizes round differently
+
+
+@pytest.fixture(scope="module")
+def kept():
+    with Trio.nano(**EXACT) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """Emptied before each use."""
+    with Trio.nano(**EXACT) as opened:
+
+        def empty():
+            opened.rewind(10_000)
+            return opened
+
+        empty.trio = opened
+        yield empty
+
+
+def tokens_read(trio, call):
+    """Tokens that large_ins decodes during `call`."""
+    model, n = trio.models["large_ins"], 0
+    decode = model.decode
+
+    def counted(ids, **options):
+        nonlocal n
+        n += len(ids)
+        return decode(ids, **options)
+
+    model.decode = counted
+    try:
+        call()
+    finally:
+        del model.decode
+    return n
+
+
+def assert_as_fresh(kept, fresh, prompt, **options):
+    ours, oracle = score_prompts(kept, prompt, **options), score_prompts(fresh(), prompt, **options)
+    assert ours.n_tokens == oracle.n_tokens
+    np.testing.assert_allclose(ours.nll[0], oracle.nll[0], atol=TOLERANCE)
+    expected = fresh.trio.rows()
+    for role, row in kept.rows().items():
+        np.testing.assert_allclose(row, expected[role], atol=5e-3)
+
+
+def random_prompt(rng, words):
+    """Segments of a few words: scored, not scored, or a role's own."""
+    segments = [Segment.of([0], scored=False)]
+    for _ in range(rng.randint(1, 4)):
+        ids = [t for _ in range(rng.randint(1, 3)) for t in rng.choice(words)]
+        kind = rng.choice(["scored", "scored", "unscored", "own"])
+        if kind == "own":
+            segments.append(Segment.per_role({"large_ins": ids, "small_cpt": ids[:1]}))
+        else:
+            segments.append(Segment.of(ids, scored=kind == "scored"))
+    return Prompt(tuple(segments))
+
+
+def test_random_prompts_one_after_another(kept, fresh):
+    """Prompts that share beginnings, cut at any place and scored in any part of it."""
+    rng = random.Random(3)
+    words = [kept.models["large_ins"].tokenize(w) for w in (KAZAKH, " Қазақстан", " бүгін заң")]
+    n_read = n_whole = 0
+    for _ in range(60):
+        prompt = random_prompt(rng, words)
+        if rng.random() < 0.3:
+            generate(kept, prompt, weights=Weights(0.1, 0.9), max_tokens=3, seed=1)
+            continue
+        if not prompt.n_scored:
+            continue
+        n_read += tokens_read(kept, lambda p=prompt: assert_as_fresh(kept, fresh, p))
+        n_whole += prompt.n_tokens()
+    assert n_read < n_whole
+
+
+def test_many_prompts_pay_for_their_prefix_once(kept, fresh):
+    prefix = " ".join([KAZAKH] * 12)
+    n_read = []
+    for end in (" Абай", " Алматы қаласы", " Астана", " Абай Құнанбаев"):
+        prompt = kept.prompt(prefix + end)
+        n_read.append(tokens_read(kept, lambda p=prompt: assert_as_fresh(kept, fresh, p)))
+        best = select_weights(kept, prompt).weights
+        assert best == select_weights(fresh(), prompt).weights
+    whole = kept.prompt(prefix).n_tokens()
+    assert n_read[0] >= whole
+    assert all(n < whole / 4 for n in n_read[1:])
+
+
+def test_marked_answers_and_another_grid(kept, fresh):
+    shots = "Мәтін: бүгін. Тақырып: [[спорт]]\nМәтін: заң. Тақырып: [[саясат]]\nМәтін: "
+    for text in ("ертең", "кеше", "кеше болды"):
+        prompt = kept.prompt(shots + text, spans=("[[", "]]"))
+        assert_as_fresh(kept, fresh, prompt)
+        assert_as_fresh(kept, fresh, prompt, grid=((0.2, 0.4), (0.5, 1.0)))
+
+
+def test_a_text_after_an_answer(kept, fresh):
+    """The answer is in the caches; a prompt that goes on from it is read from there."""
+    weights = Weights(0.1, 0.9)
+    answer = generate(kept, KAZAKH, weights=weights, max_tokens=20, temperature=0).text
+    longer = kept.prompt(KAZAKH + answer + " Бірақ")
+    n_read = tokens_read(
+        kept, lambda: generate(kept, longer, weights=weights, max_tokens=1, temperature=0)
+    )
+    assert n_read < longer.n_tokens() / 2
+    oracle = generate(fresh(), longer, weights=weights, max_tokens=8, temperature=0)
+    assert generate(kept, longer, weights=weights, max_tokens=8, temperature=0).text == oracle.text
+
+
+def test_a_failure_on_the_way_leaves_no_sums_behind(kept, fresh):
+    prompt = kept.prompt(" ".join([KAZAKH] * 6))
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score_prompts(kept, prompt, progress=interrupt)
+    assert_as_fresh(kept, fresh, prompt)

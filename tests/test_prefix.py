@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 from conftest import KAZAKH
+from test_cli import one_line_error
 
 from trimix_gguf import Trio, Weights, generate, select_weights
 from trimix_gguf import score as score_prompts
@@ -133,3 +134,35 @@ def test_a_failure_on_the_way_leaves_no_sums_behind(kept, fresh):
     with pytest.raises(KeyboardInterrupt):
         score_prompts(kept, prompt, progress=interrupt)
     assert_as_fresh(kept, fresh, prompt)
+
+
+def test_a_saved_prompt_goes_on_as_if_it_had_just_been_read(kept, tmp_path):
+    prompt, options = kept.prompt(" ".join([KAZAKH] * 5)), {"max_tokens": 12, "temperature": 0}
+    kept.forget()
+    oracle = generate(kept, prompt, prompt_cache=tmp_path / "saved", **options)
+    with Trio.nano(**EXACT) as other:
+        again = []
+        n_read = tokens_read(
+            other,
+            lambda: again.append(
+                generate(other, prompt, prompt_cache=tmp_path / "saved", **options)
+            ),
+        )
+    assert (again[0].text, again[0].selection.weights) == (oracle.text, oracle.selection.weights)
+    assert again[0].selection.perplexities() == oracle.selection.perplexities()
+    assert n_read < prompt.n_tokens() / 2
+
+
+def test_a_saved_prompt_of_other_models_or_damaged_is_refused(trimix, nano_files, tmp_path):
+    saved = tmp_path / "saved"
+    command = ("generate", KAZAKH, "-n", "3", "--seed", "1", "--prompt-cache", saved)
+    first, second = trimix(*command), trimix(*command)
+    assert first.returncode == second.returncode == 0
+    assert first.stdout == second.stdout and first.stdout.strip()
+    assert {p.name for p in tmp_path.iterdir()} == {"saved"}
+    assert "another large_ins" in one_line_error(trimix(*command, "--kv-type", "q8_0"))
+    state = saved / "small_cpt.state"
+    state.write_bytes(state.read_bytes()[:-50])
+    assert "is damaged" in one_line_error(trimix(*command))
+    (saved / "prompt.json").write_text("{}")
+    assert "no saved prompt" in one_line_error(trimix(*command))

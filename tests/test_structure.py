@@ -13,7 +13,7 @@ import trimix_gguf
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     "errors", "fusion", "gguf_file", "vocabulary", "memory", "native", "scoring", "sampling",
-    "prompt", "model", "trio", "selection", "speculative", "generation", "cli",
+    "prompt", "model", "trio", "selection", "prompt_cache", "speculative", "generation", "cli",
 ]  # fmt: skip
 
 

@@ -5,11 +5,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from trimix_gguf.errors import PromptError
 from trimix_gguf.fusion import ROLES, Weights
 from trimix_gguf.prompt import Prompt
+from trimix_gguf.prompt_cache import load_prompt, save_prompt
 from trimix_gguf.sampling import Sampler
 from trimix_gguf.scoring import GRID
 from trimix_gguf.selection import Grid, Selection, select_weights
@@ -49,6 +51,7 @@ def stream_generate(
     plausibility_threshold: float = 0.0,
     speculative: Literal["auto", "on", "off"] = "auto",
     n_draft: int | None = None,
+    prompt_cache: Path | None = None,
     trace: Trace | None = None,
     on_selection: Callable[[Selection], None] | None = None,
     progress: Progress | None = None,
@@ -60,7 +63,8 @@ def stream_generate(
     chooses them from the prompt over `grid`. Models whose coefficient is 0 are not evaluated,
     unless `trace` asks for their probabilities: it gets a dict a token. `speculative` lets
     small_cpt draft: 'auto' where that pays, by lengths that follow what it costs and brings;
-    'on' always, `n_draft` tokens at once if given. The text does not depend on it. Stops at an
+    'on' always, `n_draft` tokens at once if given. The text does not depend on it. `prompt_cache`
+    is a folder that keeps the prompt as it was read, for the next run. Stops at an
     end-of-generation token of any of the three, at a `stop` string (not given out), after
     `max_tokens`, or where the context is full.
     """
@@ -73,6 +77,8 @@ def stream_generate(
     )
     for segment in prompt.segments:
         sampler.read_prompt(segment.ids["large_ins"])
+    cached = prompt_cache is not None and load_prompt(trio, prompt_cache)
+    n_kept = trio.n_kept(prompt.units)
     if weights is None:
         selection = select_weights(
             trio, prompt, method=method, grid=grid, last=last, progress=progress
@@ -87,6 +93,8 @@ def stream_generate(
     selected = time.perf_counter()
     trio.rows(weights.active, progress)
     read = time.perf_counter()
+    if prompt_cache is not None and not (cached and n_kept == len(prompt.units)):
+        save_prompt(trio, prompt_cache)
     n_prompt = prompt.n_tokens()
     response = Response("", None, selection, sampler.seed, n_prompt)
     response.speed = {

@@ -53,6 +53,8 @@ class Model:
         self.file: GGUFFile = share.file if share is not None else read_gguf(self.path)
         self.n_past = 0
         self.n_window = n_window
+        self.lora = Path(lora) if lora is not None else None
+        self.kv_types = (type_k, type_v)
         # Where its layers are: models of one device are run in turn.
         self.device = (device or "GPU") if n_gpu_layers and native.gpu_offload() else "CPU"
         self._seconds: dict[int, float] = {}  # ids decoded at once -> running mean
@@ -69,8 +71,8 @@ class Model:
         self._close = weakref.finalize(self, _free, self._ctx, self._batch, self._weights)
         # llama.cpp rounds up; keep what was asked for.
         self.n_ctx = min(n_ctx, int(lib.llama_n_ctx(self._ctx)))
-        if lora is not None:
-            self._apply_lora(Path(lora), lora_scale)
+        if self.lora is not None:
+            self._apply_lora(self.lora, lora_scale)
 
     def _open_context(
         self, n_ctx: int, n_threads: int, type_k: str, type_v: str, flash_attn: bool | None
@@ -163,6 +165,26 @@ class Model:
             if n_past > 0:
                 raise ModelError(f"{self.path.name}: llama.cpp cannot rewind this architecture")
         self.n_past = min(self.n_past, n_past)
+
+    def save_state(self, path: Path) -> None:
+        """Write the cache to a file. Raises ModelError."""
+        none = (lib.llama_token * 1)()
+        if not lib.llama_state_seq_save_file(self._ctx, str(path).encode(), 0, none, 0):
+            raise ModelError(f"{path}: llama.cpp cannot write the state: {native.last_error()}")
+
+    def load_state(self, path: Path, most: int) -> None:
+        """Put back a cache of at most `most` ids, by save_state of the same model. ModelError."""
+        none, n_ids = (lib.llama_token * 1)(), ctypes.c_size_t()
+        read = lib.llama_state_seq_load_file(
+            self._ctx, str(path).encode(), 0, none, 1, ctypes.byref(n_ids)
+        )
+        self.n_past = int(lib.llama_memory_seq_pos_max(self._memory, 0)) + 1 if read else 0
+        if not read or self.n_past > most:
+            self.rewind(0)
+            raise ModelError(
+                f"{path}: llama.cpp cannot read it as a state of {self.path.name} with a context "
+                f"of {self.n_ctx}: {native.last_error()}"
+            )
 
     # -- text ↔ ids -------------------------------------------------------------------------
 

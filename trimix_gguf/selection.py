@@ -146,6 +146,26 @@ def _known(trio: Trio, sums: _Sums | None, key: tuple[Any, ...], units: list[Uni
     return [m for m in sums.marks if m[0][1] <= n_same and m[0][0] <= kept]
 
 
+def sums_to_json(trio: Trio) -> dict[str, Any] | None:
+    """The running sums over what `trio` has read, for a saved prompt."""
+    sums = _sums.get(trio)
+    if sums is None:
+        return None
+    marks = [[mark, nll.tolist(), n_tokens] for mark, nll, n_tokens in sums.marks]
+    return {"key": sums.key, "units": sums.units, "marks": marks}
+
+
+def sums_from_json(trio: Trio, saved: dict[str, Any] | None) -> None:
+    """Put back what sums_to_json gave."""
+    _sums.pop(trio, None)
+    if saved is not None:
+        _sums[trio] = _Sums(
+            key=(tuple(saved["key"][0]), tuple(saved["key"][1])),
+            units=[(tuple(tuple(i) for i in ids), scored) for ids, scored in saved["units"]],
+            marks=[((m[0], m[1]), np.asarray(nll), n) for m, nll, n in saved["marks"]],
+        )
+
+
 def _prompt_nll(
     trio: Trio,
     prompt: Prompt,

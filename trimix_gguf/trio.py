@@ -208,6 +208,21 @@ class Trio:
         """Forget the last `n` shared tokens."""
         self._rewind(*(len(self._ids[r]) - n for r in ROLES))
 
+    def forget(self) -> None:
+        """Empty the three caches."""
+        self._rewind(0)
+
+    @property
+    def ids(self) -> dict[str, list[int]]:
+        """What each role has read or owes."""
+        return {role: list(ids) for role, ids in self._ids.items()}
+
+    @ids.setter
+    def ids(self, ids: dict[str, list[int]]) -> None:
+        """To be kept with caches that hold no more than this; for those who load them."""
+        self._ids = {role: list(ids[role]) for role in ROLES}
+        self._rows = {}
+
     def close(self) -> None:
         for model in self.models.values():
             model.close()

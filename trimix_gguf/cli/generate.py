@@ -3,6 +3,7 @@
 import json
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import click
@@ -64,6 +65,7 @@ _METHODS = [
 @click.option("--grammar", metavar="FILE", help="GBNF grammar that the text must follow.")
 @click.option("--json-schema", metavar="FILE", help="JSON schema that the text must follow.")
 @click.option("--logit-bias", multiple=True, metavar="ID=BIAS", help="Added to a token's logit.")
+@click.option("--prompt-cache", metavar="DIR", help="Keep the prompt as read, for the next run.")
 @click.option("--trace", metavar="FILE", help="Write each token's probabilities, as JSON lines.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 def generate(prompt: str | None, file: str | None, **options: Any) -> None:
@@ -121,6 +123,8 @@ def _generation_settings(options: dict[str, Any]) -> dict[str, Any]:
             settings["logit_bias"] = {int(i): float(v) for i, v in pairs}
         except ValueError:
             raise click.UsageError("--logit-bias takes ID=BIAS, such as 42=-5") from None
+    if (folder := options.pop("prompt_cache")) is not None:
+        settings["prompt_cache"] = Path(folder)
     for name in ("grammar", "json_schema"):
         if (path := options.pop(name)) is not None:
             settings[name] = read_text(path)

@@ -1,0 +1,108 @@
+"""A prompt that was read, on disk: the three caches, what is owed, and the running sums.
+
+A folder with one llama.cpp state a role and `prompt.json`. States hold no logits: the last token
+is read again when its row is asked for.
+"""
+
+import hashlib
+import json
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from trimix_gguf import native
+from trimix_gguf.errors import ModelError
+from trimix_gguf.fusion import ROLES
+from trimix_gguf.model import Model
+from trimix_gguf.selection import sums_from_json, sums_to_json
+from trimix_gguf.trio import Trio
+
+_ENDS = 1 << 20  # bytes hashed at either end of a model file, which holds gigabytes
+
+
+def save_prompt(trio: Trio, folder: Path) -> None:
+    """Write what the trio has read to `folder`, whole or not at all; an older one is replaced.
+
+    Raises ModelError where llama.cpp cannot write a state, OSError.
+    """
+    partial = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for role, model in trio.models.items():
+            model.save_state(partial / f"{role}.state")
+        contents = {
+            "models": _fingerprints(trio),
+            "states": _state_digests(partial),
+            "ids": trio.ids,
+            "sums": sums_to_json(trio),
+        }
+        (partial / "prompt.json").write_text(json.dumps(contents), encoding="utf-8")
+        if (folder / "prompt.json").is_file():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_prompt(trio: Trio, folder: Path) -> bool:
+    """Put back what save_prompt wrote; False, and an empty trio, where there is nothing of it.
+
+    Raises ModelError where the folder was written with other models or settings, or is damaged.
+    """
+    trio.forget()
+    if not folder.exists():
+        return False
+    try:
+        contents = json.loads((folder / "prompt.json").read_text(encoding="utf-8"))
+        known, states, ids, sums = (contents[key] for key in ("models", "states", "ids", "sums"))
+        # llama.cpp ends the process on a damaged state.
+        damaged = states != _state_digests(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ModelError(f"{folder} is no saved prompt; remove it, or name another") from None
+    if damaged:
+        raise ModelError(f"{folder} is damaged; remove it, or name another")
+    if known != _fingerprints(trio):
+        changed = [r for r in ROLES if known.get(r) != _fingerprints(trio)[r]]
+        raise ModelError(
+            f"{folder} was saved with another {changed[0]}, adapter, cache type or llama.cpp; "
+            "remove it, or name another"
+        )
+    try:
+        for role, model in trio.models.items():
+            model.load_state(folder / f"{role}.state", len(ids[role]))
+    except BaseException:
+        trio.forget()
+        raise
+    trio.ids = ids
+    sums_from_json(trio, sums)
+    return True
+
+
+def _state_digests(folder: Path) -> dict[str, str]:
+    digests = {}
+    for role in ROLES:
+        with (folder / f"{role}.state").open("rb") as file:
+            digests[role] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def _fingerprints(trio: Trio) -> dict[str, list[Any]]:
+    return {role: _fingerprint(model) for role, model in trio.models.items()}
+
+
+def _fingerprint(model: Model) -> list[Any]:
+    """What a state depends on: weights, adapter, cache types, llama.cpp's version."""
+    files = [_digest(path) for path in (model.path, model.lora) if path is not None]
+    return [*files, *model.kv_types, native.build_info()["llama-cpp-python"]]
+
+
+def _digest(path: Path) -> str:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(_ENDS))
+        with suppress(OSError):  # a file shorter than that
+            file.seek(-_ENDS, 2)
+        digest.update(file.read(_ENDS))
+    return f"{size}:{digest.hexdigest()}"

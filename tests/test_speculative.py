@@ -11,6 +11,7 @@ from conftest import KAZAKH
 from trimix_gguf import Trio, Weights, generate, stream_generate
 from trimix_gguf.sampling import Sampler
 from trimix_gguf.speculative import Drafting, decode_steps
+from trimix_gguf.trio import concurrency
 
 TIE = 1e-3  # logits closer than this may change places between a batch and single decodes
 MIXES = [Weights(0.1, 0.9), Weights(0.3, 0.9), Weights(1.0, 1.0), Weights(1.0, 0.0)]
@@ -193,6 +194,14 @@ def test_models_on_different_devices_give_the_same_rows(lone_trio):
             np.testing.assert_allclose(together[role], rows, atol=1e-4)
     finally:
         large.device = "CPU"
+
+
+def test_how_the_models_run_is_said(trimix):
+    assert "in turn, on CPU" in trimix("doctor").stdout.decode()
+    result = trimix("generate", KAZAKH, "-n", "1", "--verbose")
+    assert "models run in turn, on CPU" in result.stderr.decode()
+    apart = {"large_ins": "CUDA0", "small_cpt": "CPU", "small_base": "CPU"}
+    assert concurrency(apart) == "at once, large_ins on CUDA0, small_cpt on CPU, small_base on CPU"
 
 
 def test_the_command_line_gives_one_text(trimix):

@@ -55,8 +55,7 @@ class Model:
         self.n_window = n_window
         self.lora = Path(lora) if lora is not None else None
         self.kv_types = (type_k, type_v)
-        # Where its layers are: models of one device are run in turn.
-        self.device = (device or "GPU") if n_gpu_layers and native.gpu_offload() else "CPU"
+        self.device = device_of(n_gpu_layers, device)
         self._seconds: dict[int, float] = {}  # ids decoded at once -> running mean
         self._weights: _Weights = (
             _Weights(self.path, n_gpu_layers, device, mmap, mlock)
@@ -272,6 +271,11 @@ class _Weights:
 def _free(context: Any, batch: Any, _weights: _Weights) -> None:
     lib.llama_free(context)  # before the weights, which this call's frame still holds
     lib.llama_batch_free(batch)
+
+
+def device_of(n_gpu_layers: int = 0, device: str | None = None) -> str:
+    """Where a model's layers are, by the options of Model: 'CPU', or the other device's name."""
+    return (device or "GPU") if n_gpu_layers and native.gpu_offload() else "CPU"
 
 
 def available_cores() -> int:

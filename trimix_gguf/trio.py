@@ -1,6 +1,6 @@
 """Trio: three Models kept on the same segments, and the rows that predict their next token."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cached_property
@@ -333,6 +333,13 @@ class Trio:
             self._rows = {role: rows[role][-1] for role in ROLES}
             if progress is not None:
                 progress(len(window))
+
+
+def concurrency(devices: Mapping[str, str]) -> str:
+    """In words, how models on these devices (by role) are decoded for one token."""
+    if len(set(devices.values())) < 2:
+        return f"in turn, on {next(iter(devices.values()))}"
+    return "at once, " + ", ".join(f"{role} on {name}" for role, name in devices.items())
 
 
 def trio_paths(folder: Path) -> dict[str, Path]:

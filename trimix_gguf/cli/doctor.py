@@ -33,8 +33,8 @@ def _report(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     from trimix_gguf import memory, native
     from trimix_gguf.fusion import ROLES
     from trimix_gguf.gguf_file import read_gguf
-    from trimix_gguf.model import available_cores
-    from trimix_gguf.trio import NANO, trio_paths
+    from trimix_gguf.model import available_cores, device_of
+    from trimix_gguf.trio import NANO, concurrency, trio_paths
     from trimix_gguf.vocabulary import check_contract
 
     options.pop("verbose", None)
@@ -49,6 +49,7 @@ def _report(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     n_common = check_contract(files)
     shared = {"n_ctx": arguments.get("n_ctx", 512 if nano else memory.N_CTX)}
     own = {role: {**shared, **arguments["per_role"].get(role, {})} for role in ROLES}
+    places = {r: device_of(o.get("n_gpu_layers", 0), o.get("device")) for r, o in own.items()}
     need = memory.estimate(files, own, read_gguf(lora) if lora else None)
     have = memory.available()
     info = native.build_info()
@@ -70,6 +71,7 @@ def _report(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
             **({"small_cpt_lora": lora.name} if lora else {}),
             "shared tokens": n_common,
             "context": shared["n_ctx"],
+            "models run": concurrency(places),
             **{f"{name} needed": memory.in_gib(n) for name, n in need.items()},
             "fits": "yes" if sum(need.values()) <= have else "no",
         },

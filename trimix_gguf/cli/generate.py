@@ -46,7 +46,7 @@ _METHODS = [
     type=click.Choice(["auto", "on", "off"]),
     help="Let small_cpt draft tokens; auto (default): where it pays. The text is the same.",
 )
-@click.option("--n-draft", type=click.IntRange(min=1), help="Tokens drafted at once.")
+@click.option("--n-draft", metavar="auto|N", help="Tokens drafted at once; auto: what pays most.")
 @click.option("--temperature", type=float, help="0 is greedy.")
 @click.option("--top-k", type=int)
 @click.option("--top-p", type=float)
@@ -116,6 +116,8 @@ def _generation_settings(options: dict[str, Any]) -> dict[str, Any]:
     for name in ("last", "max_tokens", "plausibility_threshold", "speculative", "n_draft"):
         if (value := options.pop(name)) is not None:
             settings[name] = value
+    if settings.get("n_draft") is not None:
+        settings["n_draft"] = _draft_length(settings["n_draft"])
     biases = options.pop("logit_bias")
     if biases:
         try:
@@ -136,6 +138,14 @@ def _generation_settings(options: dict[str, Any]) -> dict[str, Any]:
         if (value := options.pop(name)) is not None:
             settings[name] = value
     return settings
+
+
+def _draft_length(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise click.UsageError("--n-draft takes auto, or a number of at least 1")
+    return int(text)
 
 
 def _task_weights(trio: Any, task: str, average: Any, settings: dict[str, Any]) -> Any:

@@ -44,12 +44,17 @@ def trio_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def open_trio(options: dict[str, Any]) -> Any:
     """Take the trio's options out of `options` and open it."""
     from trimix_gguf import native
-    from trimix_gguf.trio import Trio
+    from trimix_gguf.trio import Trio, concurrency
 
     arguments = trio_arguments(options)
-    native.set_verbose(bool(options.pop("verbose", False)))
+    verbose = bool(options.pop("verbose", False))
+    native.set_verbose(verbose)
     nano = arguments.pop("nano")
-    return Trio.nano(**arguments) if nano else Trio.load(**arguments)
+    trio = Trio.nano(**arguments) if nano else Trio.load(**arguments)
+    if verbose:
+        places = {role: model.device for role, model in trio.models.items()}
+        print(f"models run {concurrency(places)}", file=sys.stderr)
+    return trio
 
 
 def trio_arguments(options: dict[str, Any]) -> dict[str, Any]:

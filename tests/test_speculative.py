@@ -147,6 +147,7 @@ class Costs:
     """A trio that is only its models' costs."""
 
     def __init__(self, draft, verify):
+        self.n_window = 16
         cost = {"small_cpt": lambda n: draft * n, "large_ins": verify}
         self.models = {role: type("Model", (), {"seconds": s})() for role, s in cost.items()}
         for role, seconds in cost.items():
@@ -176,6 +177,9 @@ def test_the_length_follows_acceptance():
     for _ in range(40):
         drafting.learn([0.9] * 4, 4)
     assert drafting.plan(costs, ("large_ins",), 15)[0] > before
+    for _ in range(60):  # lockstep is watched too, so that drafting can come back
+        drafting.notice(False)
+    assert drafting.plan(costs, ("large_ins",), 15)[0] == 0
     assert drafting.chance(0.9) > 0.9 and drafting.chance(0.1) < 0.8
 
 

@@ -23,6 +23,7 @@ from trimix_gguf.trio import Trio
 DRAFTER = "small_cpt"
 _MIN_GAIN = 1.05  # expected over lockstep's speed, or nothing is drafted: costs are estimates
 _MEMORY = 0.9  # weight of what was known, as the fate of each drafted token comes in
+_PLAN_EVERY = 8  # rounds
 _BANDS = 4  # of the drafter's confidence, each with its own share of accepted tokens
 
 
@@ -50,6 +51,7 @@ class Drafting:
         self.n_draft = 0 if never else n_draft
         self.always = always
         self.n_rounds = self.n_drafted = self.n_accepted = 0
+        self._plan, self._next_plan = (0, 0.0), 0
         self._acceptance = 0.8
         self._by_confidence = [0.5 + 0.5 * (i + 0.5) / _BANDS for i in range(_BANDS)]
 
@@ -62,9 +64,16 @@ class Drafting:
         """(tokens to draft, least chance of being reached that is worth one more)."""
         if self.n_draft is not None:
             return min(self.n_draft, most), 0.0
-        drafter = trio.models[DRAFTER]
+        if self.n_rounds >= self._next_plan:
+            self._plan = self._best(trio, verifiers, trio.n_window - 1)
+            # Costs change little; thinking about them costs too, beside a very small model.
+            self._next_plan = self.n_rounds + (self.n_rounds > _PLAN_EVERY) * _PLAN_EVERY
+        n_draft, threshold = self._plan
+        return min(n_draft, most), threshold
+
+    def _best(self, trio: Trio, verifiers: Sequence[str], most: int) -> tuple[int, float]:
         costs = [sum(trio.models[r].seconds(n) for r in verifiers) for n in range(1, most + 2)]
-        step, p = drafter.seconds(1), self._acceptance
+        step, p = trio.models[DRAFTER].seconds(1), self._acceptance
         if not math.isfinite(step + costs[0]):
             return 0, 0.0  # the first step is lockstep's, and measures it
         best, best_speed = 0, 1 / (step + costs[0])
@@ -74,8 +83,8 @@ class Drafting:
             speed = expected / (k * step + p**k * step + costs[k])
             if speed > best_speed * (_MIN_GAIN if best == 0 and not self.always else 1):
                 best, best_speed = k, speed
-        if best == 0 and self.always and most:
-            best = 1
+        if self.always:
+            best = max(1, best)
         slope = (costs[-1] - costs[0]) / max(1, most)
         return best, (step + slope) * best_speed
 
@@ -84,7 +93,7 @@ class Drafting:
         return self._by_confidence[_band(confidence)]
 
     def learn(self, confidences: Sequence[float], n_accepted: int) -> None:
-        """Take in one round: the drafter's confidence in each token, and how many were kept."""
+        """Take in a round of drafts: the drafter's confidence in each, and how many were kept."""
         self.n_rounds += 1
         self.n_drafted += len(confidences)
         self.n_accepted += n_accepted
@@ -92,6 +101,11 @@ class Drafting:
             hit, band = float(i < n_accepted), _band(confidence)
             self._acceptance += (1 - _MEMORY) * (hit - self._acceptance)
             self._by_confidence[band] += (1 - _MEMORY) * (hit - self._by_confidence[band])
+
+    def notice(self, hit: bool) -> None:
+        """Take in a step of lockstep: whether the drafter would have picked the same token."""
+        self.n_rounds += 1
+        self._acceptance += (1 - _MEMORY) * (float(hit) - self._acceptance)
 
 
 def decode_steps(
@@ -131,9 +145,11 @@ def decode_steps(
                 token = sampler.sample(fused)
                 n_left -= 1
                 accepted = i < len(drafted) and token == drafted[i]
-                if not accepted:
+                if drafted and not accepted:
                     trio.rewind(len(drafted) - i)
                     drafting.learn(confidences, i)
+                elif not drafted and DRAFTER in rows:
+                    drafting.notice(int(rows[DRAFTER].argmax()) == token)
                 n_ahead = len(drafted) - i if accepted else 0
                 yield Step(token, fused, rows, accepted)
                 if not accepted:

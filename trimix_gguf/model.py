@@ -3,9 +3,11 @@
 import ctypes
 import math
 import os
+import statistics
 import time
 import unicodedata
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,7 @@ class Model:
         self.lora = Path(lora) if lora is not None else None
         self.kv_types = (type_k, type_v)
         self.device = device_of(n_gpu_layers, device)
-        self._seconds: dict[int, float] = {}  # ids decoded at once -> running mean
+        self._seconds: dict[int, deque[float]] = {}  # ids decoded at once -> the last times
         self._weights: _Weights = (
             _Weights(self.path, n_gpu_layers, device, mmap, mlock)
             if share is None
@@ -110,7 +112,8 @@ class Model:
     def decode(self, ids: Sequence[int], *, every_row: bool = False) -> NDArray[np.float32]:
         """Append at most `n_window` ids; logits [n, n_vocab], or [1, n_vocab] of the last.
 
-        Zero-copy: the rows are llama.cpp's own buffer, valid until the next decode. On failure
+        Zero-copy: the rows are llama.cpp's own buffer, valid until the next decode and for as
+        long as this Model lives. On failure
         the cache and `n_past` are as before the call.
         """
         n = len(ids)
@@ -140,20 +143,21 @@ class Model:
         rows = n if every_row else 1
         pointer = lib.llama_get_logits(self._ctx)  # waits for the device
         took = time.perf_counter() - started
-        self._seconds[n] = 0.8 * self._seconds.get(n, took) + 0.2 * took
+        self._seconds.setdefault(n, deque(maxlen=5)).append(took)
         return np.ctypeslib.as_array(pointer, shape=(rows, self.n_vocab))
 
     def seconds(self, n: int) -> float:
-        """What decoding `n` ids at once takes: a running mean of the decodes so far.
+        """What decoding `n` ids at once takes: the median of its last times.
 
         Sizes not seen lie on a line between those that were; infinite before a single id was.
         """
         if 1 not in self._seconds:
             return math.inf
         known = sorted(self._seconds)
+        times = [statistics.median(self._seconds[k]) for k in known]
         if n > known[-1]:
-            return self._seconds[known[-1]] * n / known[-1]
-        return float(np.interp(n, known, [self._seconds[k] for k in known]))
+            return times[-1] * n / known[-1]
+        return float(np.interp(n, known, times))
 
     def rewind(self, n_past: int) -> None:
         """Forget every position from `n_past` on."""

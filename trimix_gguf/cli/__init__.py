@@ -10,6 +10,7 @@ import click
 COMMANDS = {  # name -> (module, one-line help)
     "generate": ("generate", "Continue a prompt with the mix of three models."),
     "score": ("score", "Perplexity of texts under each model and over the weight grid."),
+    "bench": ("bench", "Measure how fast a trio is here, and compare its forms."),
     "doctor": ("doctor", "What this machine and build can do, and whether a trio fits."),
     "check": ("check", "Tell whether three GGUF files make a trio."),
     "convert": ("convert", "Turn a Hugging Face checkpoint into a GGUF file."),

@@ -1,0 +1,228 @@
+"""trimix bench: how fast a trio is here, every form against the others in one run."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from trimix_gguf.cli.options import open_trio, read_text, trio_arguments, trio_options
+
+_ROLES = ("large_ins", "small_base", "small_cpt")
+
+
+@click.command()
+@trio_options
+@click.option("--prompt", metavar="FILE", help="Text to continue; - is stdin. Default: Kazakh.")
+@click.option(
+    "--n-prompt",
+    type=click.IntRange(min=2),
+    help="Tokens of it, cut or repeated. Default: 256, or the file whole.",
+)
+@click.option("--n-tokens", type=click.IntRange(min=1), help="Tokens decoded. Default 64.")
+@click.option("--repeats", type=click.IntRange(min=1), help="Of each measurement. Default 3.")
+@click.option("--weights", metavar="ALPHA,BETA", help="Default: as chosen from the prompt.")
+@click.option("--plot", metavar="FILE.png", help="Draw the tokens a second.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
+def bench(**options: Any) -> None:
+    """Measure a trio: each model, lockstep, speculation, scoring, memory.
+
+    Decoding is greedy. All forms run in turn, several times; figures are medians.
+    """
+    from trimix_gguf.bench import N_PROMPT, TEXT, bench_prompt, measure
+
+    plot, as_json = options.pop("plot"), options.pop("as_json")
+    figure = _figure() if plot is not None else None
+    path, n_prompt = options.pop("prompt"), options.pop("n_prompt")
+    text = TEXT if path is None else read_text(path)
+    settings = _settings(options)
+    machine = _machine(options)
+    with open_trio(options) as trio:
+        prompt = bench_prompt(trio, text, n_prompt or (N_PROMPT if path is None else None))
+        with _status() as progress:
+            figures = measure(trio, prompt, progress=progress, **settings)
+        report = {"machine": machine, "files": _files(trio), **figures}
+    print(json.dumps(report) if as_json else _table(report))
+    if figure is not None:
+        _draw(report, figure, plot)
+
+
+def _settings(options: dict[str, Any]) -> dict[str, Any]:
+    """Take bench's own arguments out of the options; unset flags stay out."""
+    from trimix_gguf.errors import WeightsError
+    from trimix_gguf.fusion import Weights
+
+    names = ("n_tokens", "repeats", "weights")
+    settings = {name: value for name in names if (value := options.pop(name)) is not None}
+    if "weights" in settings:
+        text = settings["weights"]
+        try:
+            settings["weights"] = Weights(*(float(w) for w in text.split(",")))
+        except (ValueError, TypeError):
+            raise WeightsError(f"weights {text!r} are not two numbers such as 0.1,0.9") from None
+    return settings
+
+
+def _machine(options: dict[str, Any]) -> dict[str, Any]:
+    """The processor, its threads, and what was built and installed for it."""
+    import importlib.metadata
+    import platform
+
+    from trimix_gguf import native
+    from trimix_gguf.model import available_cores
+
+    cpus = [d.description for d in native.devices() if d.kind == "CPU"]
+    own = trio_arguments(dict(options))["per_role"]
+    return {
+        "cpu": cpus[0] if cpus else platform.processor(),
+        "cores": available_cores(),
+        "threads": {r: own.get(r, {}).get("n_threads") or available_cores() for r in _ROLES},
+        **native.build_info(),
+        **{name: importlib.metadata.version(name) for name in ("trimix-gguf", "numpy")},
+        "python": platform.python_version(),
+    }
+
+
+def _files(trio: Any) -> dict[str, dict[str, Any]]:
+    """Name, bytes, tensor types (most bytes first) and device of each role's file."""
+    found = {}
+    for role in _ROLES:
+        model = trio.models[role]
+        types: dict[str, int] = {}
+        for tensor in model.file.tensors:
+            types[tensor.type] = types.get(tensor.type, 0) + tensor.n_bytes
+        found[role] = {
+            "name": model.path.name,
+            "size": model.file.file_size,
+            "types": sorted(types, key=lambda name: -types[name]),
+            "device": model.device,
+            **({"lora": model.lora.name} if model.lora is not None else {}),
+        }
+    return found
+
+
+@contextmanager
+def _status() -> Iterator[Callable[[str], None]]:
+    """What is being measured, on stderr, for people alone."""
+    if not sys.stderr.isatty():
+        yield lambda what: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("") as status:
+        yield status.update
+
+
+# -- words ----------------------------------------------------------------------------------
+
+
+def _table(report: dict[str, Any]) -> str:
+    return "\n".join([*_heading(report), "", *_speeds(report), "", *_costs(report)])
+
+
+def _heading(report: dict[str, Any]) -> list[str]:
+    machine, w = report["machine"], report["weights"]
+    threads = machine["threads"]
+    same = len(set(threads.values())) == 1
+    each = str(threads[_ROLES[0]]) if same else ", ".join(f"{r} {n}" for r, n in threads.items())
+    versions = ("trimix-gguf", "llama-cpp-python", "numpy", "python")
+    lines = [
+        f"{machine['cpu']}, {machine['cores']} cores; threads: {each}",
+        f"llama.cpp: {machine['system']}; GPU offload: {machine['gpu_offload']}",
+        ", ".join(f"{name} {machine[name]}" for name in versions),
+    ]
+    for role, file in report["files"].items():
+        lora = f" + {file['lora']}" if "lora" in file else ""
+        types = "/".join(file["types"])
+        lines.append(
+            f"{role:<13}{file['name']}{lora}, {_mib(file['size'])}, {types}, {file['device']}"
+        )
+    return [
+        *lines,
+        f"{report['n_prompt_tokens']} prompt tokens, {report['n_tokens']} decoded, greedy; "
+        f"medians of {report['repeats']}; alpha {w['alpha']:.3g}, beta {w['beta']:.3g} "
+        f"({w['method']})",
+    ]
+
+
+def _speeds(report: dict[str, Any]) -> list[str]:
+    lines = [f"{'tokens/s':<13}{'prefill':>10}{'decode':>10}"]
+    for name in (*_ROLES, "lockstep", "speculative"):
+        prefill = report[name].get("prefill_tps")
+        shown = "" if prefill is None else f"{prefill:.1f}"
+        lines.append(f"{name:<13}{shown:>10}{report[name]['decode_tps']:>10.1f}")
+    low, high = report["speculative_over_lockstep_range"]
+    drafted, same = report["speculative"], report["same_text"]
+    acceptance = drafted["acceptance"]
+    lines.append(
+        f"speculative over lockstep: {report['speculative_over_lockstep']:.2f} "
+        f"(from {low:.2f} to {high:.2f})"
+    )
+    if acceptance is None:
+        lines.append("nothing was drafted: it would not have paid")
+    else:
+        lengths = ", ".join(f"{n} × {times}" for n, times in drafted["lengths"].items())
+        lines.append(
+            f"accepted {acceptance:.0%} of what was drafted, {drafted['tokens_per_round']:.2f} "
+            f"tokens a round; drafts (length × rounds): {lengths}"
+        )
+    if same is True:
+        return [*lines, "same text either way"]
+    where = f"part at token {same['index']}, where their logits are {same['gap']:.1e} apart"
+    return [*lines, f"the two texts {where}"]
+
+
+def _costs(report: dict[str, Any]) -> list[str]:
+    lockstep, grid = report["lockstep"], report["grid"]
+    memory, read = report["memory"], report["bandwidth"]
+    floor = "no floor: not all of it is in the CPU's memory"
+    if read["floor_ms"] is not None:
+        floor = f"floor {read['floor_ms']:.2f} ms a token"
+    rows = {
+        "first token": f"{report['ttft_s']:.3f} s, choosing weights {report['select_s']:.3f} s",
+        "lockstep step": f"{lockstep['outside_share']:.1%} outside llama.cpp "
+        f"({lockstep['overhead']:.3f} × the models' own decodes)",
+        "grid scoring": f"{grid['ms_per_token']:.2f} ms a token; naive "
+        f"{grid['naive_ms_per_token']:.2f} ms, {grid['over_naive']:.1f} ×; "
+        f"{grid['share_of_prefill']:.1%} of prefill",
+        "memory": f"peak {_mib(memory['peak_rss'])}; files {_mib(memory['files'])}, "
+        f"KV caches {_mib(memory['kv'])}",
+        "bandwidth": f"{read['gb_per_s']:.1f} GB/s; {_mib(read['bytes_per_token'])} of weights "
+        f"a token, {floor}; lockstep {read['measured_ms']:.2f} ms",
+    }
+    return [f"{name:<15}{text}" for name, text in rows.items()]
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / (1 << 20):.1f} MiB"
+
+
+# -- picture --------------------------------------------------------------------------------
+
+
+def _figure() -> Any:
+    """An empty figure; asked for before the measuring, which takes long."""
+    from trimix_gguf.errors import TrimixError
+
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise TrimixError("--plot needs matplotlib: pip install 'trimix-gguf[plot]'") from None
+    return Figure(figsize=(8.4, 4.0), layout="constrained")
+
+
+def _draw(report: dict[str, Any], figure: Any, path: str) -> None:
+    """Bars of tokens a second: decoding in every form, reading by each model."""
+    forms = {"decode": (*_ROLES, "lockstep", "speculative"), "prefill": _ROLES}
+    panels = figure.subplots(1, 2, width_ratios=[len(names) for names in forms.values()])
+    for axes, (stage, names) in zip(panels, forms.items(), strict=True):
+        colors = ["tab:blue" if name in _ROLES else "crimson" for name in names]
+        bars = axes.bar(names, [report[name][f"{stage}_tps"] for name in names], color=colors)
+        axes.bar_label(bars, fmt="%.1f")
+        axes.set_ylabel(f"{stage}, tokens/s")
+        axes.tick_params(axis="x", labelrotation=20)
+    w = report["weights"]
+    figure.suptitle(f"alpha {w['alpha']:.2g}, beta {w['beta']:.2g}; {report['machine']['cpu']}")
+    figure.savefig(path, dpi=150, format="png")

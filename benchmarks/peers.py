@@ -242,9 +242,9 @@ def large_ins(job: Job, meter: Meter) -> None:
     """large_ins alone: nothing to choose, nothing to mix."""
     from trimix_gguf.model import Model
 
-    # llama.cpp's own batch: no row but the last is wanted, so no window need bound their memory.
-    model = Model(job["files"]["large_ins"], n_ctx=job["n_ctx"], n_window=512)
-    ids, size = job["ids"], model.n_window
+    # llama.cpp's own batch.
+    model = Model(job["files"]["large_ins"], n_ctx=job["n_ctx"], n_batch=512)
+    ids, size = job["ids"], model.n_batch
     meter.start()
     for start in range(0, len(ids), size):
         row = model.decode(ids[start : start + size])[-1]

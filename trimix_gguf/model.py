@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from trimix_gguf import native
 from trimix_gguf.errors import ContextFullError, ModelError, ModelFileError
 from trimix_gguf.gguf_file import GGUFFile, read_gguf
-from trimix_gguf.memory import N_CTX, N_WINDOW
+from trimix_gguf.memory import N_BATCH, N_CTX, N_WINDOW
 from trimix_gguf.native import lib
 
 
@@ -39,6 +39,7 @@ class Model:
         *,
         n_ctx: int = N_CTX,
         n_window: int = N_WINDOW,
+        n_batch: int = N_BATCH,
         n_threads: int = 0,
         n_gpu_layers: int = 0,
         device: str | None = None,
@@ -54,7 +55,7 @@ class Model:
         self.path = Path(path)
         self.file: GGUFFile = share.file if share is not None else read_gguf(self.path)
         self.n_past = 0
-        self.n_window = n_window
+        self.n_window, self.n_batch = n_window, max(n_batch, n_window)
         self.lora = Path(lora) if lora is not None else None
         self.kv_types = (type_k, type_v)
         self.device = device_of(n_gpu_layers, device)
@@ -68,7 +69,7 @@ class Model:
         self.n_vocab = int(lib.llama_vocab_n_tokens(self.vocab))
         self._ctx = self._open_context(n_ctx, n_threads, type_k, type_v, flash_attn)
         self._memory = lib.llama_get_memory(self._ctx)
-        self._batch = lib.llama_batch_init(self.n_window, 0, 1)
+        self._batch = lib.llama_batch_init(self.n_batch, 0, 1)
         self._close = weakref.finalize(self, _free, self._ctx, self._batch, self._weights)
         # llama.cpp rounds up; keep what was asked for.
         self.n_ctx = min(n_ctx, int(lib.llama_n_ctx(self._ctx)))
@@ -85,8 +86,8 @@ class Model:
                 )
         params = lib.llama_context_default_params()
         params.n_ctx = n_ctx
-        # One physical batch is one window: llama.cpp sizes its logits buffer by it.
-        params.n_batch = params.n_ubatch = params.n_outputs_max = self.n_window
+        params.n_batch = params.n_ubatch = self.n_batch
+        params.n_outputs_max = self.n_window  # llama.cpp sizes its logits buffers by it
         params.n_seq_max = 1
         params.n_threads = params.n_threads_batch = n_threads or available_cores()
         params.type_k, params.type_v = native.ggml_type(type_k), native.ggml_type(type_v)
@@ -110,15 +111,16 @@ class Model:
     # -- decoding ---------------------------------------------------------------------------
 
     def decode(self, ids: Sequence[int], *, every_row: bool = False) -> NDArray[np.float32]:
-        """Append at most `n_window` ids; logits [n, n_vocab], or [1, n_vocab] of the last.
+        """Append ids; logits [n ≤ n_window, n_vocab], or [1, n_vocab] of the last of n ≤ n_batch.
 
         Zero-copy: the rows are llama.cpp's own buffer, valid until the next decode and for as
         long as this Model lives. On failure
         the cache and `n_past` are as before the call.
         """
         n = len(ids)
-        if not 0 < n <= self.n_window:
-            raise ValueError(f"decode takes 1 … {self.n_window} ids, got {n}")
+        most = self.n_window if every_row else self.n_batch
+        if not 0 < n <= most:
+            raise ValueError(f"decode takes 1 … {most} ids, got {n}")
         if self.n_past + n > self.n_ctx:
             raise ContextFullError(
                 f"{self.path.name}: {self.n_past + n} tokens do not fit in a context of "
@@ -143,11 +145,12 @@ class Model:
         rows = n if every_row else 1
         pointer = lib.llama_get_logits(self._ctx)  # waits for the device
         took = time.perf_counter() - started
-        self._seconds.setdefault(n, deque(maxlen=5)).append(took)
+        if n == 1 or every_row:
+            self._seconds.setdefault(n, deque(maxlen=5)).append(took)
         return np.ctypeslib.as_array(pointer, shape=(rows, self.n_vocab))
 
     def seconds(self, n: int) -> float:
-        """What decoding `n` ids at once takes: the median of its last times.
+        """What decoding `n` ids at once takes, every row: the median of its last times.
 
         Sizes not seen lie on a line between those that were; infinite before a single id was.
         """

@@ -60,27 +60,35 @@ class Drafting:
         """Share of the drafted tokens that were accepted."""
         return self.n_accepted / self.n_drafted if self.n_drafted else None
 
-    def plan(self, trio: Trio, verifiers: Sequence[str], most: int) -> tuple[int, float]:
-        """(tokens to draft, least chance of being reached that is worth one more)."""
+    def plan(
+        self, trio: Trio, verifiers: Sequence[str], most: int, *, mixed: bool = True
+    ) -> tuple[int, float]:
+        """(tokens to draft, least chance of being reached that is worth one more).
+
+        `mixed` says whether the drafter's own rows are part of the mix, and so paid for anyway.
+        """
         if self.n_draft is not None:
             return min(self.n_draft, most), 0.0
         if self.n_rounds >= self._next_plan:
-            self._plan = self._best(trio, verifiers, trio.n_window - 1)
+            self._plan = self._best(trio, verifiers, trio.n_window - 1, mixed)
             # Costs change little; thinking about them costs too, beside a very small model.
             self._next_plan = self.n_rounds + (self.n_rounds > _PLAN_EVERY) * _PLAN_EVERY
         n_draft, threshold = self._plan
         return min(n_draft, most), threshold
 
-    def _best(self, trio: Trio, verifiers: Sequence[str], most: int) -> tuple[int, float]:
+    def _best(
+        self, trio: Trio, verifiers: Sequence[str], most: int, mixed: bool
+    ) -> tuple[int, float]:
         costs = [sum(trio.models[r].seconds(n) for r in verifiers) for n in range(1, most + 2)]
         step, p = trio.models[DRAFTER].seconds(1), self._acceptance
         if not math.isfinite(step + costs[0]):
             return 0, 0.0  # the first step is lockstep's, and measures it
-        best, best_speed = 0, 1 / (step + costs[0])
+        lead = step if mixed else 0.0
+        best, best_speed = 0, 1 / (lead + costs[0])
         for k in range(1, most + 1):
             expected = sum(p**i for i in range(k + 1))
             # The last drafted token is read by the drafter only where all were accepted.
-            speed = expected / (k * step + p**k * step + costs[k])
+            speed = expected / (k * step + p**k * lead + costs[k])
             if speed > best_speed * (_MIN_GAIN if best == 0 and not self.always else 1):
                 best, best_speed = k, speed
         if self.always:
@@ -130,7 +138,9 @@ def decode_steps(
     try:
         while True:
             most = max(0, min(trio.n_window, trio.room, n_left) - 1)
-            n_draft, threshold = drafting.plan(trio, verifiers, most) if verifiers else (0, 0.0)
+            n_draft, threshold = 0, 0.0
+            if verifiers:
+                n_draft, threshold = drafting.plan(trio, verifiers, most, mixed=DRAFTER in needed)
             drafted, confidences, kept = draft(trio, sampler, drafting, n_draft, threshold)
             n_ahead = len(drafted)
             verified = trio.tail_rows(verifiers, len(drafted) + 1)
@@ -176,10 +186,9 @@ def draft(
         return tokens, confidences, rows
     picker, reach = sampler.clone(), 1.0
     while len(tokens) < n_draft:
-        # Copy: llama.cpp reuses this buffer on the next decode.
-        row = trio.rows((DRAFTER,))[DRAFTER].copy()
+        row = trio.rows((DRAFTER,))[DRAFTER]
         if trio.unused is not None:
-            row[trio.unused] = -np.inf
+            row[trio.unused] = -np.inf  # as in the mix
         token = picker.sample(row)
         confidence = probability(row, token)
         reach *= drafting.chance(confidence)
@@ -188,7 +197,7 @@ def draft(
         picker.accept(token)
         tokens.append(token)
         confidences.append(confidence)
-        rows.append(row)
+        rows.append(row.copy())  # llama.cpp reuses this buffer on the next decode
         trio.advance(token)
     return tokens, confidences, rows
 

@@ -259,8 +259,8 @@ class Trio:
             raise PromptError(f"{role} has nothing to continue; give a prompt")
         if model.n_past >= len(ids):  # its row was overwritten: the last token is read again
             model.rewind(len(ids) - 1)
-        for start in range(model.n_past, len(ids), model.n_window):
-            window = ids[start : start + model.n_window]
+        for start in range(model.n_past, len(ids), model.n_batch):
+            window = ids[start : start + model.n_batch]
             row = model.decode(window)
             if progress is not None and role == ROLES[0]:
                 progress(len(window))
@@ -271,8 +271,8 @@ class Trio:
         first = len(ids) - n
         if model.n_past > first:
             model.rewind(first)
-        for start in range(model.n_past, first, model.n_window):
-            model.decode(ids[start : min(start + model.n_window, first)])
+        for start in range(model.n_past, first, model.n_batch):
+            model.decode(ids[start : min(start + model.n_batch, first)])
         return model.decode(ids[first:], every_row=True)[:, : self.n_vocab]
 
     def _on_devices(self, roles: Sequence[str], read: Callable[[str], NDArray[np.float32]]) -> Rows:

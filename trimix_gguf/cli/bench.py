@@ -8,7 +8,14 @@ from typing import Any
 
 import click
 
-from trimix_gguf.cli.options import open_trio, read_text, trio_arguments, trio_options
+from trimix_gguf.cli.options import (
+    new_figure,
+    open_trio,
+    parse_weights,
+    read_text,
+    trio_arguments,
+    trio_options,
+)
 
 _ROLES = ("large_ins", "small_base", "small_cpt")
 
@@ -34,7 +41,7 @@ def bench(**options: Any) -> None:
     from trimix_gguf.bench import N_PROMPT, TEXT, bench_prompt, measure
 
     plot, as_json = options.pop("plot"), options.pop("as_json")
-    figure = _figure() if plot is not None else None
+    figure = new_figure(figsize=(8.4, 4.0)) if plot is not None else None
     path, n_prompt = options.pop("prompt"), options.pop("n_prompt")
     text = TEXT if path is None else read_text(path)
     settings = _settings(options)
@@ -51,17 +58,10 @@ def bench(**options: Any) -> None:
 
 def _settings(options: dict[str, Any]) -> dict[str, Any]:
     """Take bench's own arguments out of the options; unset flags stay out."""
-    from trimix_gguf.errors import WeightsError
-    from trimix_gguf.fusion import Weights
-
     names = ("n_tokens", "repeats", "weights")
     settings = {name: value for name in names if (value := options.pop(name)) is not None}
     if "weights" in settings:
-        text = settings["weights"]
-        try:
-            settings["weights"] = Weights(*(float(w) for w in text.split(",")))
-        except (ValueError, TypeError):
-            raise WeightsError(f"weights {text!r} are not two numbers such as 0.1,0.9") from None
+        settings["weights"] = parse_weights(settings["weights"])
     return settings
 
 
@@ -200,17 +200,6 @@ def _mib(n_bytes: int) -> str:
 
 
 # -- picture --------------------------------------------------------------------------------
-
-
-def _figure() -> Any:
-    """An empty figure; asked for before the measuring, which takes long."""
-    from trimix_gguf.errors import TrimixError
-
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise TrimixError("--plot needs matplotlib: pip install 'trimix-gguf[plot]'") from None
-    return Figure(figsize=(8.4, 4.0), layout="constrained")
 
 
 def _draw(report: dict[str, Any], figure: Any, path: str) -> None:

@@ -12,6 +12,7 @@ from trimix_gguf.cli.options import (
     grid_option,
     open_trio,
     parse_grid_options,
+    parse_weights,
     read_text,
     token_progress,
     trio_options,
@@ -95,18 +96,14 @@ def generate(prompt: str | None, file: str | None, **options: Any) -> None:
 
 def _generation_settings(options: dict[str, Any]) -> dict[str, Any]:
     """Take stream_generate's own arguments out of the options; unset flags stay out."""
-    from trimix_gguf.errors import WeightsError
-    from trimix_gguf.fusion import METHODS, Weights
+    from trimix_gguf.fusion import METHODS
 
     settings: dict[str, Any] = {"stop": options.pop("stop")}
     method, weights = options.pop("method"), options.pop("weights")
     if weights is not None:
         if method is not None:
             raise click.UsageError("give --weights or --method, not both")
-        try:
-            settings["weights"] = Weights(*(float(w) for w in weights.split(",")))
-        except (ValueError, TypeError):
-            raise WeightsError(f"weights {weights!r} are not two numbers such as 0.1,0.9") from None
+        settings["weights"] = parse_weights(weights)
     elif method in METHODS:
         settings["weights"] = METHODS[method].weights
         settings["plausibility_threshold"] = METHODS[method].plausibility_threshold

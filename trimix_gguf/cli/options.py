@@ -106,6 +106,28 @@ def _set_per_role(per_role: dict[str, dict[str, Any]], name: str, kind: type, te
         per_role.setdefault(one, {}).update(dict.fromkeys(keys, converted))
 
 
+def parse_weights(text: str) -> Any:
+    """'0.1,0.9' -> Weights."""
+    from trimix_gguf.errors import WeightsError
+    from trimix_gguf.fusion import Weights
+
+    try:
+        return Weights(*(float(w) for w in text.split(",")))
+    except (ValueError, TypeError):
+        raise WeightsError(f"weights {text!r} are not two numbers such as 0.1,0.9") from None
+
+
+def new_figure(**options: Any) -> Any:
+    """An empty matplotlib figure; raises TrimixError where matplotlib is not installed."""
+    from trimix_gguf.errors import TrimixError
+
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise TrimixError("--plot needs matplotlib: pip install 'trimix-gguf[plot]'") from None
+    return Figure(layout="constrained", **options)
+
+
 def read_text(path: str) -> str:
     """A file's or stdin's text ('-'); raises PromptError where it is not UTF-8."""
     name = "stdin" if path == "-" else path

@@ -7,6 +7,7 @@ import click
 
 from trimix_gguf.cli.options import (
     grid_option,
+    new_figure,
     open_trio,
     parse_grid_options,
     read_text,
@@ -32,6 +33,7 @@ def score(files: tuple[str, ...], **options: Any) -> None:
     from trimix_gguf.selection import score as score_prompts
 
     plot, as_json = options.pop("plot"), options.pop("as_json")
+    figure = None if plot is None else new_figure(figsize=(6.4, 5.2))
     grid, average = parse_grid_options(options.pop("grid")), options.pop("average")
     last, spans = options.pop("last"), options.pop("spans")
     texts = [text for path in files or ("-",) for text in split_texts(read_text(path))]
@@ -43,7 +45,7 @@ def score(files: tuple[str, ...], **options: Any) -> None:
             result = score_prompts(trio, prompts, grid=grid, progress=progress)
     report = _report(result, average)
     if plot is not None:
-        _draw(report, plot)
+        _draw(report, figure, plot)
     print(json.dumps(report) if as_json else _table(report))
 
 
@@ -93,23 +95,18 @@ def _table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _draw(report: dict[str, Any], path: str) -> None:
+def _draw(report: dict[str, Any], figure: Any, path: str) -> None:
     """The perplexity surface over (beta, alpha), with the chosen point."""
     import numpy as np
 
     from trimix_gguf.errors import TrimixError
 
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise TrimixError("--plot needs matplotlib: pip install 'trimix-gguf[plot]'") from None
     grid, best = report["grid"], report["best"]
     order_a, order_b = np.argsort(grid["alphas"]), np.argsort(grid["betas"])
     alphas, betas = np.array(grid["alphas"])[order_a], np.array(grid["betas"])[order_b]
     surface = np.exp(np.array(grid["mean_nll"]))[np.ix_(order_a, order_b)]
     if len(alphas) < 2 or len(betas) < 2:
         raise TrimixError("--plot needs a grid of at least 2 alphas and 2 betas")
-    figure = Figure(figsize=(6.4, 5.2), layout="constrained")
     axes = figure.add_subplot()
     filled = axes.contourf(betas, alphas, surface, levels=24, cmap="viridis_r")
     figure.colorbar(filled, label="perplexity")
@@ -129,4 +126,4 @@ def _draw(report: dict[str, Any], path: str) -> None:
     axes.set_xlabel("beta (small_cpt)")
     axes.set_ylabel("alpha (large_ins)")
     axes.set_title(f"Perplexity of the mix, {report['n_tokens']} tokens")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format="png")

@@ -10,7 +10,7 @@ from conftest import KAZAKH
 
 from trimix_gguf import Trio, Weights, generate, stream_generate
 from trimix_gguf.sampling import Sampler
-from trimix_gguf.speculative import Drafting, decode_steps
+from trimix_gguf.speculative import Drafting, Plan, decode_steps
 from trimix_gguf.trio import concurrency
 
 TIE = 1e-3  # logits closer than this may change places between a batch and single decodes
@@ -164,23 +164,39 @@ class Costs:
     ],
 )
 def test_the_length_follows_the_costs(draft, verify, expected):
-    n_draft, _ = Drafting().plan(Costs(draft, verify), ("large_ins",), 15)
-    assert expected[0] <= n_draft <= expected[1]
+    plan = Drafting().plan(Costs(draft, verify), ("large_ins",), 15)
+    assert expected[0] <= plan.n_draft <= expected[1]
 
 
 def test_the_length_follows_acceptance():
     costs, drafting = Costs(0.2, lambda n: 1.0 + 0.02 * n), Drafting()
-    before, _ = drafting.plan(costs, ("large_ins",), 15)
+    before = drafting.plan(costs, ("large_ins",), 15).n_draft
     for _ in range(40):
         drafting.learn([0.9] * 4, 0)
-    assert drafting.plan(costs, ("large_ins",), 15)[0] == 0 < before
+    assert drafting.plan(costs, ("large_ins",), 15).n_draft == 0 < before
     for _ in range(40):
         drafting.learn([0.9] * 4, 4)
-    assert drafting.plan(costs, ("large_ins",), 15)[0] > before
-    for _ in range(60):  # lockstep is watched too, so that drafting can come back
-        drafting.notice(False)
-    assert drafting.plan(costs, ("large_ins",), 15)[0] == 0
+    assert drafting.plan(costs, ("large_ins",), 15).n_draft > before
     assert drafting.chance(0.9) > 0.9 and drafting.chance(0.1) < 0.8
+
+
+def test_a_draft_stops_at_doubt_and_not_at_a_size_that_batches_well():
+    steps = (1.0, 2.0, 2.1, 2.2, 9.0)  # verifying 1, 2, 3 tokens costs about the same
+    plan = Plan(3, step=0.2, verify=steps, acceptance=0.9, token=0.7)
+    assert plan.pays(0, 0.9)  # alone the first would not: one more token for 1.0
+    assert not plan.pays(0, 0.2)
+    assert plan.pays(1, 0.5) and not plan.pays(3, 1.0)
+    assert Plan(2).pays(1, 0.0)  # a fixed length is drafted whole
+
+
+def test_lockstep_is_watched_so_that_drafting_comes_back():
+    costs, drafting = Costs(0.2, lambda n: 1.0 + 0.02 * n), Drafting()
+    row = np.array([0.0, 1.0, 0.2], np.float32)  # unsure: about a half for the top one
+    for token, expected in ((2, False), (1, True)):
+        for _ in range(60):
+            drafting.watch(row, token)
+        assert (drafting.plan(costs, ("large_ins",), 15).n_draft > 0) is expected
+        assert (drafting.chance(0.5) > 0.9) is expected
 
 
 def test_models_on_different_devices_give_the_same_rows(lone_trio):

@@ -145,12 +145,11 @@ class Model:
         rows = n if every_row else 1
         pointer = lib.llama_get_logits(self._ctx)  # waits for the device
         took = time.perf_counter() - started
-        if n == 1 or every_row:
-            self._seconds.setdefault(n, deque(maxlen=5)).append(took)
+        self._seconds.setdefault(n, deque(maxlen=5)).append(took)
         return np.ctypeslib.as_array(pointer, shape=(rows, self.n_vocab))
 
     def seconds(self, n: int) -> float:
-        """What decoding `n` ids at once takes, every row: the median of its last times.
+        """What decoding `n` ids at once takes: the median of its last times.
 
         Sizes not seen lie on a line between those that were; infinite before a single id was.
         """

@@ -11,7 +11,7 @@ models as the draft.
 
 import math
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,36 @@ class Step:
     from_draft: bool
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A length of draft, and what it rests on; without costs it is drafted whole.
+
+    Seconds: `step` of one drafted token, `verify[k]` of k drafted tokens, `token` of one token
+    of the answer. `acceptance` is the chance of each.
+    """
+
+    n_draft: int
+    step: float = 0.0
+    verify: tuple[float, ...] = ()
+    acceptance: float = 1.0
+    token: float = math.inf
+
+    def pays(self, n: int, reach: float) -> bool:
+        """Whether to go on from `n` drafted tokens, the next one picked and good with `reach`.
+
+        To some length at least: batches have sizes that cost little more than smaller ones.
+        """
+        if not self.verify:
+            return True
+        gain = 0.0
+        for k in range(n + 1, self.n_draft + 1):
+            gain += reach * self.acceptance ** (k - n - 1)
+            cost = (k - n - 1) * self.step + self.verify[k] - self.verify[n]
+            if gain * self.token > cost:
+                return True
+        return False
+
+
 class Drafting:
     """How far to draft: as far as gives the most expected tokens a second; and what came of it.
 
@@ -51,7 +81,7 @@ class Drafting:
         self.n_draft = 0 if never else n_draft
         self.always = always
         self.n_rounds = self.n_drafted = self.n_accepted = 0
-        self._plan, self._next_plan = (0, 0.0), 0
+        self._plan, self._next_plan = Plan(0), 0
         self._acceptance = 0.8
         self._by_confidence = [0.5 + 0.5 * (i + 0.5) / _BANDS for i in range(_BANDS)]
 
@@ -62,39 +92,33 @@ class Drafting:
 
     def plan(
         self, trio: Trio, verifiers: Sequence[str], most: int, *, mixed: bool = True
-    ) -> tuple[int, float]:
-        """(tokens to draft, least chance of being reached that is worth one more).
+    ) -> "Plan":
+        """What is worth drafting now, `most` tokens at most.
 
         `mixed` says whether the drafter's own rows are part of the mix, and so paid for anyway.
         """
         if self.n_draft is not None:
-            return min(self.n_draft, most), 0.0
+            return Plan(min(self.n_draft, most))
         if self.n_rounds >= self._next_plan:
             self._plan = self._best(trio, verifiers, trio.n_window - 1, mixed)
             # Costs change little; thinking about them costs too, beside a very small model.
             self._next_plan = self.n_rounds + (self.n_rounds > _PLAN_EVERY) * _PLAN_EVERY
-        n_draft, threshold = self._plan
-        return min(n_draft, most), threshold
+        return replace(self._plan, n_draft=min(self._plan.n_draft, most))
 
-    def _best(
-        self, trio: Trio, verifiers: Sequence[str], most: int, mixed: bool
-    ) -> tuple[int, float]:
-        costs = [sum(trio.models[r].seconds(n) for r in verifiers) for n in range(1, most + 2)]
+    def _best(self, trio: Trio, verifiers: Sequence[str], most: int, mixed: bool) -> "Plan":
+        verify = [sum(trio.models[r].seconds(n) for r in verifiers) for n in range(1, most + 2)]
         step, p = trio.models[DRAFTER].seconds(1), self._acceptance
-        if not math.isfinite(step + costs[0]):
-            return 0, 0.0  # the first step is lockstep's, and measures it
+        if not math.isfinite(step + verify[0]):
+            return Plan(0)  # the first step is lockstep's, and measures it
         lead = step if mixed else 0.0
-        best, best_speed = 0, 1 / (lead + costs[0])
+        best, best_speed = 0, 1 / (lead + verify[0])
         for k in range(1, most + 1):
             expected = sum(p**i for i in range(k + 1))
             # The last drafted token is read by the drafter only where all were accepted.
-            speed = expected / (k * step + p**k * lead + costs[k])
+            speed = expected / (k * step + p**k * lead + verify[k])
             if speed > best_speed * (_MIN_GAIN if best == 0 and not self.always else 1):
                 best, best_speed = k, speed
-        if self.always:
-            best = max(1, best)
-        slope = (costs[-1] - costs[0]) / max(1, most)
-        return best, (step + slope) * best_speed
+        return Plan(max(best, int(self.always)), step, tuple(verify), p, 1 / best_speed)
 
     def chance(self, confidence: float) -> float:
         """That a token which the drafter gives this probability will be accepted."""
@@ -106,14 +130,19 @@ class Drafting:
         self.n_drafted += len(confidences)
         self.n_accepted += n_accepted
         for i, confidence in enumerate(confidences[: n_accepted + 1]):
-            hit, band = float(i < n_accepted), _band(confidence)
-            self._acceptance += (1 - _MEMORY) * (hit - self._acceptance)
-            self._by_confidence[band] += (1 - _MEMORY) * (hit - self._by_confidence[band])
+            self._notice(confidence, i < n_accepted)
 
-    def notice(self, hit: bool) -> None:
-        """Take in a step of lockstep: whether the drafter would have picked the same token."""
+    def watch(self, row: NDArray[np.float32], token: int) -> None:
+        """Take in a step of lockstep: whether the drafter's row would have led to `token`."""
         self.n_rounds += 1
-        self._acceptance += (1 - _MEMORY) * (float(hit) - self._acceptance)
+        if self.n_draft is None:
+            top = int(row.argmax())
+            self._notice(probability(row, top), top == token)
+
+    def _notice(self, confidence: float, hit: bool) -> None:
+        band = _band(confidence)
+        self._acceptance += (1 - _MEMORY) * (hit - self._acceptance)
+        self._by_confidence[band] += (1 - _MEMORY) * (hit - self._by_confidence[band])
 
 
 def decode_steps(
@@ -138,10 +167,10 @@ def decode_steps(
     try:
         while True:
             most = max(0, min(trio.n_window, trio.room, n_left) - 1)
-            n_draft, threshold = 0, 0.0
+            plan = Plan(0)
             if verifiers:
-                n_draft, threshold = drafting.plan(trio, verifiers, most, mixed=DRAFTER in needed)
-            drafted, confidences, kept = draft(trio, sampler, drafting, n_draft, threshold)
+                plan = drafting.plan(trio, verifiers, most, mixed=DRAFTER in needed)
+            drafted, confidences, kept = draft(trio, sampler, drafting, plan)
             n_ahead = len(drafted)
             verified = trio.tail_rows(verifiers, len(drafted) + 1)
             for i in range(len(drafted) + 1):
@@ -159,7 +188,7 @@ def decode_steps(
                     trio.rewind(len(drafted) - i)
                     drafting.learn(confidences, i)
                 elif not drafted and DRAFTER in rows:
-                    drafting.notice(int(rows[DRAFTER].argmax()) == token)
+                    drafting.watch(rows[DRAFTER], token)
                 n_ahead = len(drafted) - i if accepted else 0
                 yield Step(token, fused, rows, accepted)
                 if not accepted:
@@ -170,29 +199,29 @@ def decode_steps(
 
 
 def draft(
-    trio: Trio, sampler: Sampler, drafting: Drafting, n_draft: int, threshold: float
+    trio: Trio, sampler: Sampler, drafting: Drafting, plan: Plan
 ) -> tuple[list[int], list[float], list[NDArray[np.float32]]]:
-    """Append up to `n_draft` tokens of small_cpt's own choice to the trio.
+    """Append what `plan` says of small_cpt's own choice to the trio.
 
     Returns the tokens, its confidence in each, and the rows [n_vocab] that it picked them from.
     A copy of the target's sampler picks, with the same random stream: where the two models'
-    probabilities agree, so do the picks, at any temperature. Stops where the chance that the
-    next token is reached falls below `threshold`.
+    probabilities agree, so do the picks, at any temperature. Stops where its own doubt makes
+    going on a loss.
     """
     tokens: list[int] = []
     confidences: list[float] = []
     rows: list[NDArray[np.float32]] = []
-    if n_draft == 0:
+    if plan.n_draft == 0:
         return tokens, confidences, rows
     picker, reach = sampler.clone(), 1.0
-    while len(tokens) < n_draft:
+    while len(tokens) < plan.n_draft:
         row = trio.rows((DRAFTER,))[DRAFTER]
         if trio.unused is not None:
             row[trio.unused] = -np.inf  # as in the mix
         token = picker.sample(row)
         confidence = probability(row, token)
         reach *= drafting.chance(confidence)
-        if reach < threshold:
+        if not plan.pays(len(tokens), reach):
             break
         picker.accept(token)
         tokens.append(token)

@@ -115,7 +115,8 @@ def test_logits_equal_those_of_peft(tmp_path, case):
     for way, logits in found.items():
         largest = np.abs(logits - expected).max()
         print(f"{case}, {way}: largest difference {largest:.1e}")
-        assert largest <= 1e-3, way
+        # ggml looks Gemma's GELU up in a table of float16.
+        assert largest <= (3e-3 if name == "gemma3" else 1e-3), way
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}])

@@ -21,7 +21,7 @@ from trimix_gguf.sampling import Sampler
 from trimix_gguf.trio import Trio
 
 DRAFTER = "small_cpt"
-_MIN_GAIN = 1.05  # expected over lockstep's speed, or nothing is drafted: costs are estimates
+_MIN_GAIN = 1.1  # expected over lockstep's speed, or nothing is drafted: costs are estimates
 _MEMORY = 0.9  # weight of what was known, as the fate of each drafted token comes in
 _PLAN_EVERY = 8  # rounds
 _BANDS = 4  # of the drafter's confidence, each with its own share of accepted tokens

@@ -54,6 +54,6 @@ def check_free_space(folder: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if n_bytes > free:
         raise ConversionError(
-            f"the output needs {n_bytes / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free; "
+            f"the output needs {n_bytes / 1e6:,.1f} MB and {folder} has {free / 1e6:,.1f} MB free; "
             "free some space, or choose a smaller type"
         )

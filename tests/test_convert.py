@@ -383,6 +383,6 @@ def test_damaged_values_and_a_full_disk_leave_nothing(folder, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == [folder]
     usage = namedtuple("usage", "free")(free=1000)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(ConversionError, match="GB free"):
+    with pytest.raises(ConversionError, match="MB free"):
         convert_hf(folder, tmp_path / "m.gguf")
     assert list(tmp_path.iterdir()) == [folder]

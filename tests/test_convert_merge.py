@@ -299,6 +299,6 @@ def test_force_replaces_checkpoints_only(models, tmp_path, monkeypatch):
     with pytest.raises(ConversionError, match="does not exist"):
         merge_checkpoints(models, tmp_path / "no" / "out", method="linear")
     monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("usage", "free")(free=100))
-    with pytest.raises(ConversionError, match="GB free"):
+    with pytest.raises(ConversionError, match="MB free"):
         merge_checkpoints(models, tmp_path / "new", method="linear")
     assert not (tmp_path / "new").exists()

@@ -63,8 +63,8 @@ def stream_generate(
     chooses them from the prompt over `grid`. Models whose coefficient is 0 are not evaluated,
     unless `trace` asks for their probabilities: it gets a dict a token. `speculative` lets
     small_cpt draft: 'auto' where that pays, by lengths that follow what it costs and brings;
-    'on' always, `n_draft` tokens at once if given. The text does not depend on it. `prompt_cache`
-    is a folder that keeps the prompt as it was read, for the next run. Stops at an
+    'on' always, `n_draft` tokens at once if given. The text depends on it at near ties alone.
+    `prompt_cache` is a folder that keeps the prompt as it was read, for the next run. Stops at an
     end-of-generation token of any of the three, at a `stop` string (not given out), after
     `max_tokens`, or where the context is full.
     """

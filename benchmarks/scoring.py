@@ -15,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 from common import load, machine, parser, report, spread, text_ids
 
+from trimix_gguf.bench import naive_nll
 from trimix_gguf.fusion import ROLES, Rows
 from trimix_gguf.prompt import Prompt, Segment
 from trimix_gguf.scoring import GRID, grid_nll
@@ -60,21 +61,11 @@ def kept_rows(trio: Trio, ids: list[int]) -> tuple[Rows, np.ndarray]:
 
 
 def plain_nll(rows: Rows, targets: np.ndarray, grid: tuple[float, ...]) -> np.ndarray:
-    """Mix, then log-softmax, at every point."""
-    large, cpt, base = (rows[r] for r in ROLES)
-    total = np.zeros((len(grid), len(grid)))
-    weights = [np.float32(w) for w in grid]
-    for i, a in enumerate(weights):
-        for j, b in enumerate(weights):
-            fused = a * large + b * cpt + (np.float32(1) - a - b) * base
-            fused -= fused.max(-1, keepdims=True)
-            logprobs = fused - np.log(np.exp(fused).sum(-1, keepdims=True))
-            total[i, j] = -logprobs[np.arange(len(targets)), targets].sum()
-    return total
+    return naive_nll(**rows, targets=targets, alphas=grid, betas=grid)
 
 
 def tuned_nll(rows: Rows, targets: np.ndarray, grid: tuple[float, ...]) -> np.ndarray:
-    """As plain_nll, a row at a time and in place."""
+    """As naive_nll, a row at a time and in place."""
     total = np.zeros((len(grid), len(grid)))
     fused, term = (np.empty(rows["large_ins"].shape[1], np.float32) for _ in range(2))
     weights = [np.float32(w) for w in grid]

@@ -136,8 +136,8 @@ def merge_checkpoints(
 
     Config, tokenizer and the dtype of each tensor come from `base`, or for linear from the first
     folder; `dtype` (f32, f16, bf16) stores all tensors alike. `force` replaces a checkpoint
-    folder, but no folder that holds other things. `progress` gets (tensor name, tensors done,
-    tensors in all). On failure, Ctrl-C included, nothing is left. Memory: for ties, about one
+    folder, but no folder that holds other things. `progress` gets (tensor name, bytes done,
+    bytes in all). On failure, Ctrl-C included, nothing is left. Memory: for ties, about one
     float32 tensor a model and six more, of the largest; otherwise five. Raises ConversionError.
     """
     folders, out = [Path(folder) for folder in folders], Path(out_dir).absolute()
@@ -286,14 +286,14 @@ def _write_shards(
 ) -> None:
     """Write the files that save_pretrained would: one, or numbered shards and their index."""
     shards = _split(tensors)
-    n_done = 0
+    n_done, total = 0, sum(tensor.n_bytes for tensor in tensors.values())
 
     def load_and_tell(name: str) -> np.ndarray:
         nonlocal n_done
         data = load(name)
-        n_done += 1
+        n_done += tensors[name].n_bytes
         if progress is not None:
-            progress(name, n_done, len(tensors))
+            progress(name, n_done, total)
         return data
 
     if len(shards) == 1:
@@ -304,7 +304,6 @@ def _write_shards(
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(folder / file, shard, load_and_tell)
         weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.n_bytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

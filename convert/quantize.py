@@ -28,8 +28,9 @@ TYPES = {
     "q4_0": LlamaFileType.MOSTLY_Q4_0,
 }
 FLOATS = ("F32", "F16", "BF16")
-# No tensor takes more: q8_0 is 34 bytes for 32 numbers, and what cannot be quantized is small.
-BYTES_PER_WEIGHT = 34 / 32
+# About the most that a whole file takes: q8_0's blocks, and below it a mix of up to q6_k.
+BYTES_PER_WEIGHT = {"q8_0": 34 / 32}
+MOST_BELOW_Q8_0 = 0.85
 _TENSOR = re.compile(r"\[ *\d+/ *\d+\] +(\S+) +- ")
 
 
@@ -54,7 +55,7 @@ def quantize_gguf(
         _refuse_quantized(file)
     n_weights = sum(math.prod(tensor.shape) for tensor in file.tensors)
     head = file.file_size - file.weight_bytes
-    n_bytes = min(file.file_size, int(n_weights * BYTES_PER_WEIGHT) + head)
+    n_bytes = int(n_weights * BYTES_PER_WEIGHT.get(type, MOST_BELOW_Q8_0)) + head
     if out.exists() and out.samefile(source):
         raise ConversionError(f"{out} is the file to be read; choose another name")
     with whole_file(out, n_bytes=n_bytes, force=force) as partial:

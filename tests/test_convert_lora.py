@@ -5,10 +5,10 @@ import os
 import warnings
 from pathlib import Path
 
-import llama_cpp
 import numpy as np
 import pytest
 from gguf import GGUFReader
+from llama_oracle import llama_logits
 
 from trimix_gguf.convert.adapter import Adapter
 from trimix_gguf.convert.checkpoint import StoredTensor, write_safetensors
@@ -69,34 +69,6 @@ def save_peft(folder, name, **settings):
     model.save_pretrained(folder / "adapter", save_embedding_layers=False)
     ids = np.random.default_rng(1).integers(0, N_VOCAB, 40).tolist()
     return logits_of(model, ids), ids
-
-
-def llama_logits(path, ids, adapter=None):
-    """Return llama.cpp's logits [n_tokens, n_vocab] in float32 throughout, one decode each."""
-    llama_cpp.llama_backend_init()
-    params = llama_cpp.llama_model_default_params()
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
-    params = llama_cpp.llama_context_default_params()
-    params.n_ctx, params.n_threads, params.n_threads_batch = 256, 1, 1
-    params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
-    context = llama_cpp.llama_init_from_model(model, params)
-    if adapter is not None:
-        loaded = llama_cpp.llama_adapter_lora_init(model, str(adapter).encode())
-        assert loaded, f"llama.cpp refused {adapter}"
-        handles = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(loaded)
-        scales = (llama_cpp.ctypes.c_float * 1)(1.0)
-        assert llama_cpp.llama_set_adapters_lora(context, handles, 1, scales) == 0
-    n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-    rows = []
-    for token in ids:
-        batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * 1)(token), 1)
-        assert llama_cpp.llama_decode(context, batch) == 0
-        pointer = llama_cpp.llama_get_logits_ith(context, -1)
-        rows.append(np.ctypeslib.as_array(pointer, shape=(n_vocab,)).copy())
-    llama_cpp.llama_free(context)
-    llama_cpp.llama_model_free(model)
-    return np.stack(rows)
 
 
 @pytest.mark.parametrize("case", [*CASES, *MERGE_CASES])

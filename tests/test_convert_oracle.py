@@ -3,6 +3,7 @@
 import llama_cpp
 import numpy as np
 import pytest
+from llama_oracle import llama_logits, load
 
 from trimix_gguf.convert.hf import convert_hf
 from trimix_gguf.convert.tokenizer_bpe import GPT2_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT
@@ -25,36 +26,6 @@ N_TOKENS = 100
 # Bounds on the root mean square and the largest difference of a logit; logits spread over 13.
 # llama.cpp rounds the activations too: to float16, bfloat16 or 8 bits.
 BOUNDS = {"f32": (1e-4, 1e-3), "f16": (0.01, 0.06), "bf16": (0.06, 0.5), "q8_0": (0.2, 2.0)}
-
-
-def load(path, **options):
-    llama_cpp.llama_backend_init()
-    params = llama_cpp.llama_model_default_params()
-    for name, value in options.items():
-        setattr(params, name, value)
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
-    assert model, f"llama.cpp refused {path}"
-    return model
-
-
-def llama_logits(path, ids):
-    """Return llama.cpp's logits [n_tokens, n_vocab] for `ids`, one decode each."""
-    model = load(path)
-    params = llama_cpp.llama_context_default_params()
-    params.n_ctx, params.n_threads, params.n_threads_batch = 256, 1, 1
-    # A float16 cache or flash attention alone differs by 0.04, far more than float32 does.
-    params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
-    context = llama_cpp.llama_init_from_model(model, params)
-    rows = []
-    for token in ids:
-        batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * 1)(token), 1)
-        assert llama_cpp.llama_decode(context, batch) == 0
-        pointer = llama_cpp.llama_get_logits_ith(context, -1)
-        rows.append(np.ctypeslib.as_array(pointer, shape=(N_VOCAB,)).copy())
-    llama_cpp.llama_free(context)
-    llama_cpp.llama_model_free(model)
-    return np.stack(rows)
 
 
 @pytest.mark.parametrize("type", BOUNDS)

@@ -15,6 +15,14 @@ REAL = Path(os.environ.get("TRIMIX_MODELS", Path.home() / ".cache" / "trimix-mod
 KAZAKH = "Қазақстан Республикасының Үкіметі бүгін жаңа заң жобасын қарады."
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Tests, and the commands that they run, leave the user's own cache alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRIMIX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def trio():
     with Trio.nano(n_threads=2) as opened:

@@ -9,6 +9,7 @@ TrimixError
  ├── PromptError          a prompt that cannot be read, scored or fitted
  ├── WeightsError         weights or a grid outside what the mix allows
  ├── SamplerError         a grammar, schema or setting that llama.cpp refuses
+ ├── DataError            evaluation data that is absent, damaged or not what a task asks for
  └── ConversionError      a checkpoint that cannot become a GGUF
 
 Each message is one line: what was expected, what came, and the mend.
@@ -49,6 +50,10 @@ class WeightsError(TrimixError):
 
 class SamplerError(TrimixError):
     """A grammar, schema or sampling setting that llama.cpp refuses."""
+
+
+class DataError(TrimixError):
+    """Evaluation data that is absent, damaged or not what a task asks for."""
 
 
 class ConversionError(TrimixError):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from trimix_gguf.costs import kept_costs
 from trimix_gguf.errors import PromptError
 from trimix_gguf.fusion import ROLES, Weights
 from trimix_gguf.prompt import Prompt
@@ -115,7 +116,7 @@ def stream_generate(
     piece = trio.models["large_ins"].piece
     reason, n = ("length", 0) if max_tokens <= 0 else (None, 0)
     room = trio.room
-    with closing(steps):
+    with closing(steps), kept_costs(trio, drafting.n_draft is None):
         while reason is None:
             step = next(steps)
             if trace is not None:

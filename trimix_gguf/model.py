@@ -8,7 +8,7 @@ import time
 import unicodedata
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,21 @@ from trimix_gguf.gguf_file import GGUFFile, read_gguf
 from trimix_gguf.memory import N_BATCH, N_CTX, N_WINDOW
 from trimix_gguf.native import lib
 
+_ENDS = ("eos", "eot", "eom")  # token ids in a GGUF's metadata that end a text
+Logits = NDArray[np.float32]  # [n, n_vocab]
+Entry = tuple[int, int, int, bool]  # id, position, sequence, whether its row is wanted
+
 
 class Model:
-    """One GGUF (and LoRA adapter) with a context of `n_ctx` positions; sequence 0 alone.
+    """One GGUF (and LoRA adapter) with a context of `n_ctx` positions in all its sequences.
 
+    decode() appends to sequence 0; decode_branches() to others, which fork() starts as copies.
     `share` is a Model of the same file whose weights this one reads too: a small_cpt that is
-    small_base plus an adapter keeps one copy in memory. `n_threads` 0 means every core that
-    this process may use; `mmap` maps the file, which starts faster and shares pages but counts
-    the weights twice where llama.cpp repacks them; `device` is a name from `trimix doctor`;
-    `n_gpu_layers` −1 is all. Raises ModelFileError for a file that is damaged, ModelError where
-    llama.cpp refuses it.
+    small_base plus an adapter keeps one copy in memory. Without `tokenizer` it takes ids alone,
+    in less memory. `n_threads` 0 means every core that this process may use; `mmap` maps the
+    file, which starts faster and shares pages but counts the weights twice where llama.cpp
+    repacks them; `device` is a name from `trimix doctor`; `n_gpu_layers` −1 is all. Raises
+    ModelFileError for a file that is damaged, ModelError where llama.cpp refuses it.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class Model:
         lora: Path | str | None = None,
         lora_scale: float = 1.0,
         share: "Model | None" = None,
+        tokenizer: bool = True,
     ) -> None:
         self.path = Path(path)
         self.file: GGUFFile = share.file if share is not None else read_gguf(self.path)
@@ -61,7 +67,7 @@ class Model:
         self.device = device_of(n_gpu_layers, device)
         self._seconds: dict[int, deque[float]] = {}  # ids decoded at once -> the last times
         self._weights: _Weights = (
-            _Weights(self.path, n_gpu_layers, device, mmap, mlock)
+            _Weights(self.file, n_gpu_layers, device, mmap, mlock, tokenizer)
             if share is None
             else share._weights
         )
@@ -88,7 +94,8 @@ class Model:
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = self.n_batch
         params.n_outputs_max = self.n_window  # llama.cpp sizes its logits buffers by it
-        params.n_seq_max = 1
+        params.n_seq_max = self.n_window  # each may want its row
+        params.kv_unified = True  # sequences share cells, and each may fill the context
         params.n_threads = params.n_threads_batch = n_threads or available_cores()
         params.type_k, params.type_v = native.ggml_type(type_k), native.ggml_type(type_v)
         params.flash_attn_type = -1 if flash_attn is None else int(flash_attn)
@@ -110,7 +117,7 @@ class Model:
 
     # -- decoding ---------------------------------------------------------------------------
 
-    def decode(self, ids: Sequence[int], *, every_row: bool = False) -> NDArray[np.float32]:
+    def decode(self, ids: Sequence[int], *, every_row: bool = False) -> Logits:
         """Append ids; logits [n ≤ n_window, n_vocab], or [1, n_vocab] of the last of n ≤ n_batch.
 
         Zero-copy: the rows are llama.cpp's own buffer, valid until the next decode and for as
@@ -126,27 +133,64 @@ class Model:
                 f"{self.path.name}: {self.n_past + n} tokens do not fit in a context of "
                 f"{self.n_ctx}; raise --n-ctx or shorten the prompt"
             )
-        batch = self._batch
-        batch.n_tokens = n
-        for i, token in enumerate(ids):
-            batch.token[i] = token
-            batch.pos[i] = self.n_past + i
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = 0
-            batch.logits[i] = every_row or i == n - 1
         started = time.perf_counter()
-        status = lib.llama_decode(self._ctx, batch)
-        if status != 0:
+        try:
+            rows = self._decode(
+                (token, self.n_past + i, 0, every_row or i == n - 1) for i, token in enumerate(ids)
+            )
+        except ModelError:
             self.rewind(self.n_past)
-            reasons = {1: "no room in the KV cache", 2: "interrupted"}
-            reason = reasons.get(status) or native.last_error()
-            raise ModelError(f"{self.path.name}: decoding failed ({status}): {reason}")
+            raise
         self.n_past += n
-        rows = n if every_row else 1
-        pointer = lib.llama_get_logits(self._ctx)  # waits for the device
         took = time.perf_counter() - started
         self._seconds.setdefault(n, deque(maxlen=5)).append(took)
-        return np.ctypeslib.as_array(pointer, shape=(rows, self.n_vocab))
+        return rows
+
+    def decode_branches(self, entries: Sequence[Entry]) -> Logits:
+        """Append ids to sequences other than 0; logits [n ≤ n_window, n_vocab] of those wanted.
+
+        At most n_batch entries, each sequence's in the order of their positions. Zero-copy, as
+        decode's. Raises ContextFullError where the cells of all sequences together are used up;
+        the sequences of a call that failed are to be dropped.
+        """
+        return self._decode(entries)
+
+    def _decode(self, entries: Iterable[Entry]) -> Logits:
+        batch, n, n_rows = self._batch, 0, 0
+        for token, position, sequence, wanted in entries:
+            batch.token[n] = token
+            batch.pos[n] = position
+            batch.n_seq_id[n] = 1
+            batch.seq_id[n][0] = sequence
+            batch.logits[n] = wanted
+            n += 1
+            n_rows += wanted
+        batch.n_tokens = n
+        status = lib.llama_decode(self._ctx, batch)
+        if status == 1:
+            raise ContextFullError(
+                f"{self.path.name}: no room for {n} more tokens in a context of {self.n_ctx}; "
+                "raise --n-ctx"
+            )
+        if status != 0:
+            reason = "interrupted" if status == 2 else native.last_error()
+            raise ModelError(f"{self.path.name}: decoding failed ({status}): {reason}")
+        pointer = lib.llama_get_logits(self._ctx)  # waits for the device
+        return np.ctypeslib.as_array(pointer, shape=(n_rows, self.n_vocab))
+
+    def fork(self, source: int, target: int) -> None:
+        """Let sequence `target`, empty so far, share what `source` holds; no cell is copied."""
+        lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def drop(self, sequence: int) -> None:
+        """Forget a sequence whole."""
+        lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+
+    def drop_rows(self) -> None:
+        """Give the system the memory of the logits read so far; they are gone."""
+        pointer = lib.llama_get_logits(self._ctx)
+        if self.device == "CPU" and pointer:
+            native.drop_pages(np.ctypeslib.as_array(pointer, shape=(self.n_window, self.n_vocab)))
 
     def seconds(self, n: int) -> float:
         """What decoding `n` ids at once takes: the median of its last times.
@@ -221,8 +265,11 @@ class Model:
         return [lib.llama_vocab_bos(self.vocab)] if lib.llama_vocab_get_add_bos(self.vocab) else []
 
     def end_of_generation(self) -> frozenset[int]:
+        """The ids that end a text: those the file names, and by their text those it does not."""
+        named = (self.file.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in _ENDS)
         is_eog = lib.llama_vocab_is_eog
-        return frozenset(i for i in range(self.n_vocab) if is_eog(self.vocab, i))
+        found = (i for i in range(self.n_vocab) if is_eog(self.vocab, i))
+        return frozenset((*found, *(int(i) for i in named if i is not None)))
 
     def unused(self) -> NDArray[np.bool_]:
         """bool [n_vocab]: ids of type UNUSED, which no mix may pick."""
@@ -238,9 +285,19 @@ class _Weights:
     """A loaded llama_model and its adapters, freed when the last Model lets go."""
 
     def __init__(
-        self, path: Path, n_gpu_layers: int, device: str | None, mmap: bool, mlock: bool
+        self,
+        file: GGUFFile,
+        n_gpu_layers: int,
+        device: str | None,
+        mmap: bool,
+        mlock: bool,
+        tokenizer: bool,
     ) -> None:
+        path = file.path
         params = lib.llama_model_default_params()
+        if not tokenizer:
+            n_vocab = len(file.array("tokenizer.ggml.tokens") or ())
+            overrides = native.without_tokenizer(params, file.architecture, n_vocab)  # noqa: F841
         params.n_gpu_layers = n_gpu_layers
         params.load_mode = int(mmap) + 2 * int(mlock)
         if device is not None:
@@ -256,6 +313,7 @@ class _Weights:
             raise ModelFileError(f"{path}: llama.cpp cannot load it: {native.last_error()}")
         self._adapters: dict[Path, Any] = {}
         weakref.finalize(self, lib.llama_model_free, self.handle)
+        native.return_freed()
         if not lib.llama_model_has_decoder(self.handle) or (
             lib.llama_model_has_encoder(self.handle)
         ):

@@ -2,16 +2,19 @@
 
 import ctypes
 import importlib.metadata
+import mmap
 import os
+import platform
 import sys
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import llama_cpp as lib
 from llama_cpp._ggml import libggml
+from numpy.typing import NDArray
 
 from trimix_gguf.errors import ModelFileError
 
@@ -61,6 +64,34 @@ def stderr_closed() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
+
+
+def return_freed() -> None:
+    """Give the system what the heap holds of freed blocks, where the C library can (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def drop_pages(array: NDArray[Any]) -> None:
+    """Give the system the memory under `array`, which reads as zeros until it is written anew."""
+    page = mmap.PAGESIZE
+    start = -(-array.ctypes.data // page) * page
+    size = (array.ctypes.data + array.nbytes) // page * page - start
+    if sys.platform == "linux" and size > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
+def without_tokenizer(params: Any, architecture: str, n_vocab: int) -> Any:
+    """Have a model loaded without its tokenizer, some 200 bytes a token; keep what is returned."""
+    overrides: Any = (lib.llama_model_kv_override * 3)()  # ends with an empty key
+    overrides[0].tag = lib.LLAMA_KV_OVERRIDE_TYPE_STR
+    overrides[0].key = b"tokenizer.ggml.model"
+    overrides[0].value.val_str = b"no_vocab"
+    overrides[1].tag = lib.LLAMA_KV_OVERRIDE_TYPE_INT
+    overrides[1].key = f"{architecture}.vocab_size".encode()
+    overrides[1].value.val_i64 = n_vocab
+    params.kv_overrides = overrides
+    return overrides
 
 
 def ggml_type(name: str) -> int:
@@ -122,6 +153,7 @@ def build_info() -> dict[str, str]:
         "llama-cpp-python": importlib.metadata.version("llama-cpp-python"),
         "system": lib.llama_print_system_info().decode().strip(" |"),
         "gpu_offload": "yes" if gpu_offload() else "no",
+        "cpu": next((d.description for d in devices() if d.kind == "CPU"), platform.processor()),
     }
 
 

@@ -46,6 +46,35 @@ def grid_nll(
 ) -> Float64:
     """Summed nats of `targets` under the mix at each grid point: float64 [n_alpha, n_beta].
 
+    The sum of grid_token_nlls over tokens.
+    """
+    nlls = grid_token_nlls(
+        large_ins=large_ins,
+        small_cpt=small_cpt,
+        small_base=small_base,
+        targets=targets,
+        alphas=alphas,
+        betas=betas,
+        unused=unused,
+        n_threads=n_threads,
+    )
+    total: Float64 = nlls.sum(axis=0)
+    return total
+
+
+def grid_token_nlls(
+    *,
+    large_ins: Float32,
+    small_cpt: Float32,
+    small_base: Float32,
+    targets: Sequence[int] | NDArray[np.integer],
+    alphas: Sequence[float],
+    betas: Sequence[float],
+    unused: NDArray[np.bool_] | None = None,
+    n_threads: int = 1,
+) -> Float64:
+    """Nats of each target under the mix at each grid point: float64 [n_tokens, n_alpha, n_beta].
+
     Logits are float32 [n_tokens, n_vocab], finite; `targets` [n_tokens] are the token ids that
     the rows predict; `unused` bool [n_vocab] ids hold no probability. Within 1e-4 nats a token
     of a float64 log-softmax. Raises ModelError where a row is not finite.
@@ -69,8 +98,7 @@ def grid_nll(
     n_parts = max(1, min(n_threads, n_tokens))
     parts = [range(k, n_tokens, n_parts) for k in range(n_parts)]
     list(_pool(n_threads).map(fill, parts) if n_parts > 1 else map(fill, parts))
-    total: Float64 = nll.sum(axis=0)
-    return total
+    return nll
 
 
 @lru_cache(maxsize=1)

@@ -74,7 +74,10 @@ class Trio:
         for role in ("large_ins", "small_base", "small_cpt"):
             share = next((m for m in models.values() if m.path == paths[role]), None)
             lora = small_cpt_lora if role == "small_cpt" else None
-            models[role] = Model(paths[role], lora=lora, share=share, **own[role])
+            tokenizer = role == ROLES[0]  # large_ins' serves all three
+            models[role] = Model(
+                paths[role], lora=lora, share=share, tokenizer=tokenizer, **own[role]
+            )
         return cls(**models)
 
     @classmethod
@@ -165,6 +168,10 @@ class Trio:
                 elif skip < n_units:
                     self._owe(segment, skip)
                 start += n_units
+            if consume is not None:  # a window's rows are the most memory beside the weights
+                self._rows = {role: row.copy() for role, row in self._rows.items()}
+                for model in self.models.values():
+                    model.drop_rows()
 
     def n_kept(self, units: Sequence[Unit]) -> int:
         """How many of a prompt's first units the caches hold, or are owed, already."""
@@ -189,7 +196,7 @@ class Trio:
         """
         owing = [role for role in roles if role not in self._rows]
         with self._atomic():
-            self._rows |= self._on_devices(owing, lambda role: self._catch_up(role, progress))
+            self._rows |= self.on_devices(owing, lambda role: self._catch_up(role, progress))
         return {role: self._rows[role] for role in roles}
 
     def tail_rows(self, roles: Sequence[str], n: int) -> Rows:
@@ -200,7 +207,7 @@ class Trio:
         if n == 1:
             return {role: row[None, :] for role, row in self.rows(roles).items()}
         with self._atomic():
-            tails = self._on_devices(roles, lambda role: self._read_tail(role, n))
+            tails = self.on_devices(roles, lambda role: self._read_tail(role, n))
         self._rows |= {role: tails[role][-1] for role in roles}
         return tails
 
@@ -211,6 +218,10 @@ class Trio:
     def forget(self) -> None:
         """Empty the three caches."""
         self._rewind(0)
+
+    def forget_rows(self) -> None:
+        """The models' buffers are about to be, or were, written by others."""
+        self._rows = {}
 
     @property
     def ids(self) -> dict[str, list[int]]:
@@ -275,7 +286,7 @@ class Trio:
             model.decode(ids[start : min(start + model.n_batch, first)])
         return model.decode(ids[first:], every_row=True)[:, : self.n_vocab]
 
-    def _on_devices(self, roles: Sequence[str], read: Callable[[str], NDArray[np.float32]]) -> Rows:
+    def on_devices(self, roles: Sequence[str], read: Callable[[str], NDArray[np.float32]]) -> Rows:
         """`read(role)` for each role: at the same time on different devices, in turn on one."""
         groups: dict[str, list[str]] = {}
         for role in roles:

@@ -60,7 +60,7 @@ RECIPES = {
     "small_base": Recipe(192, 5, 512, 6, 2, 2_600_000, 4e-3),
     "small_cpt": Recipe(192, 5, 512, 6, 2, 4_000_000, 3e-3, start="small_base"),
     "large_base": Recipe(320, 7, 832, 10, 5, 3_300_000, 3e-3),
-    "large_ins": Recipe(320, 7, 832, 10, 5, 450_000, 1e-3, start="large_base"),
+    "large_ins": Recipe(320, 7, 832, 10, 5, 2_200_000, 2e-3, start="large_base"),
 }
 
 
@@ -70,12 +70,12 @@ def documents(role: str, data: Path) -> list[str]:
         return corpus.mix(1, (corpus.english(data, 1), 1), (corpus.kazakh(data, 1), 0.08))
     if role == "small_cpt":
         return corpus.mix(2, (corpus.kazakh(data, 2), 1))
-    if role == "large_ins":  # a short second stage: instructions, and more of the language
+    if role == "large_ins":  # a second stage: instructions, and as much of the language
         return corpus.mix(
             4,
             (corpus.english(data, 4), 0.1),
-            (corpus.kazakh(data, 4), 0.25),
-            (corpus.instructions(data, 4), 0.35),
+            (corpus.kazakh(data, 4), 0.5),
+            (corpus.instructions(data, 4), 0.7),
         )
     return corpus.mix(
         3,

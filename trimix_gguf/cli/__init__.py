@@ -7,9 +7,10 @@ from typing import NoReturn
 
 import click
 
-COMMANDS = {  # name -> (module, one-line help)
+COMMANDS = {  # name -> (module, and function in it; one-line help)
     "generate": ("generate", "Continue a prompt with the mix of three models."),
     "score": ("score", "Perplexity of texts under each model and over the weight grid."),
+    "eval": ("evaluate", "Compare methods on labelled tasks; report what came out."),
     "bench": ("bench", "Measure how fast a trio is here, and compare its forms."),
     "doctor": ("doctor", "What this machine and build can do, and whether a trio fits."),
     "check": ("check", "Tell whether three GGUF files make a trio."),
@@ -26,8 +27,9 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        module = importlib.import_module(f"trimix_gguf.cli.{COMMANDS[name][0]}")
-        command: click.Command = getattr(module, name)
+        own = COMMANDS[name][0]
+        module = importlib.import_module(f"trimix_gguf.cli.{own}")
+        command: click.Command = getattr(module, own)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

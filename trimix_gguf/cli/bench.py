@@ -73,10 +73,8 @@ def _machine(options: dict[str, Any]) -> dict[str, Any]:
     from trimix_gguf import native
     from trimix_gguf.model import available_cores
 
-    cpus = [d.description for d in native.devices() if d.kind == "CPU"]
     own = trio_arguments(dict(options))["per_role"]
     return {
-        "cpu": cpus[0] if cpus else platform.processor(),
         "cores": available_cores(),
         "threads": {r: own.get(r, {}).get("n_threads") or available_cores() for r in _ROLES},
         **native.build_info(),

@@ -1,0 +1,125 @@
+"""trimix eval: methods compared on labelled tasks; eval report: the table and the picture."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trimix_gguf.cli.options import open_trio, trio_options
+
+_DEFAULT = "large_ins,small_cpt,small_base,proxy-tuning,ppl,ppl-answers,ent"
+
+
+@click.group("eval", invoke_without_command=True)
+@trio_options
+@click.option("--lang", metavar="CODE", help="Language of the tasks: kk, ug, bo, mn, …")
+@click.option("--tasks", metavar="LIST", help="Tasks, comma-separated, or your own FILE.jsonl.")
+@click.option("--methods", metavar="LIST", default=_DEFAULT, show_default=True)
+@click.option(
+    "--data", metavar="DIR", default="data", show_default=True, help="Where data files are."
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Questions a task, drawn with the seed.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--exemplars", type=click.IntRange(min=0), help="Default: the task's own number.")
+@click.option("--single", multiple=True, metavar="NAME=FILE", help="One more GGUF, by itself.")
+@click.option("-o", "--out", metavar="DIR", help="Folder of the results; a run there goes on.")
+@click.pass_context
+def evaluate(context: click.Context, /, **options: Any) -> None:
+    """Compare methods of mixing on labelled tasks, example by example.
+
+    A run that was stopped goes on where it was when the same command is given again.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    for name in ("lang", "tasks", "out"):
+        if not options[name]:
+            raise click.UsageError(f"give --{name}")
+    _run(options)
+
+
+@evaluate.command()
+@click.argument("folder", metavar="DIR")
+@click.option("--choice-scoring", is_flag=True, help="Pick choices by likelihood, not by text.")
+@click.option("--plot", metavar="FILE", help="Draw bars, chosen weights, perplexity and metric.")
+@click.option("--json", "form", flag_value="json", help="Everything, as one JSON object.")
+@click.option("--csv", "form", flag_value="csv", help="The table alone.")
+def report(folder: str, choice_scoring: bool, plot: str | None, form: str | None) -> None:
+    """Print the table of a run as Markdown; scores are taken from its texts, without models."""
+    import json
+
+    from trimix_gguf.evaluation.report import load_run, summarize, to_csv, to_markdown
+
+    run = load_run(Path(folder))
+    summary = summarize(run, choice_scoring=choice_scoring)
+    if plot is not None:
+        from trimix_gguf.evaluation.plots import draw
+
+        draw(run, summary).savefig(plot)
+    if form == "json":
+        click.echo(json.dumps(summary, ensure_ascii=False))
+    else:
+        click.echo(to_csv(summary) if form == "csv" else to_markdown(summary), nl=False)
+
+
+def _run(options: dict[str, Any]) -> None:
+    from trimix_gguf.evaluation.methods import check_methods
+    from trimix_gguf.evaluation.run import Plan, open_run
+
+    lang, out = options.pop("lang"), Path(options.pop("out"))
+    names = {name: _split(options.pop(name)) for name in ("tasks", "methods")}
+    check_methods(names["methods"])
+    plan = Plan(
+        lang=lang,
+        **names,
+        data=Path(options.pop("data")),
+        seed=options.pop("seed"),
+        limit=options.pop("limit"),
+        n_exemplars=options.pop("exemplars"),
+        singles=_singles(options.pop("single")),
+        command=sys.argv,
+    )
+    plan.datasets()  # before the models are loaded, which takes longer
+    with open_trio(options) as trio:
+        run = open_run(out, plan, trio)
+        run.compare(trio, _progress)
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _singles(texts: tuple[str, ...]) -> dict[str, Path]:
+    pairs = [text.partition("=") for text in texts]
+    if not all(name and file for name, _, file in pairs):
+        raise click.UsageError("--single takes NAME=FILE")
+    return {name: Path(file) for name, _, file in pairs}
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr for people, with the time left; a line now and then for a log."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    if not sys.stderr.isatty():
+
+        def log(done: int, total: int) -> None:
+            if done in (0, total) or done % max(1, total // 10) == 0:
+                print(f"{what}: {done}/{total}", file=sys.stderr)
+
+        yield log
+        return
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(what, total=None)
+    with bar:
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,274 @@
+"""What a run answered: its folder read back, and what each method so predicts.
+
+Models are not needed: a finished run can be judged anew as often as one likes.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimix_gguf.errors import DataError
+from trimix_gguf.evaluation.methods import ORACLE
+from trimix_gguf.evaluation.run import FORMAT
+from trimix_gguf.evaluation.sources import Fields, Row, check_type, read_jsonl, read_lines
+from trimix_gguf.evaluation.task import Task
+from trimix_gguf.evaluation.tasks import custom_task, find_task
+
+Float64 = NDArray[np.float64]
+GridTexts = list[list[list[str]]]  # [n_grid][n_grid][n]: alpha, beta, example
+
+CALIBRATED = "+cal"  # after the name of a method whose choices are less what they get anyway
+_UNFINISHED = "give the run's command again to finish it"
+_DAMAGED = "the file is damaged, or not a run's"
+_SETTINGS: Fields = {
+    "format": int,
+    "lang": str,
+    "tasks": list,
+    "methods": list,
+    "seed": int,
+    "axis": list,
+    "models": dict,
+}
+_LINE: Fields = {"id": str, "references": list, "outputs": dict}
+_OUTPUT: Fields = {"text": str, "alpha": int | float, "beta": int | float}
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """The answers to one task's n examples, in the run's order.
+
+    `texts` are each method's, `weights` [n, 2] its (alpha, beta); extra single GGUFs have none.
+    `grid_texts` are there where the upper bound was asked for. `nll` [n, n_axis, n_axis] sums
+    nats over the `n_scored` [n] tokens of a prompt, `choice_nll` [n, n_choices, n_axis, n_axis]
+    over those of a choice, nan where an example has fewer of them; None where nothing was scored.
+    """
+
+    task: Task
+    axis: tuple[float, ...]
+    ids: Sequence[str]
+    references: Sequence[Sequence[str]]
+    choices: Sequence[Sequence[str]]
+    texts: Mapping[str, Sequence[str]]
+    weights: Mapping[str, Float64]
+    grid_texts: GridTexts | None
+    n_scored: Float64 | None
+    nll: Float64 | None
+    choice_nll: Float64 | None
+
+    @property
+    def on_grid(self) -> list[int]:
+        """Where the published grid lies on the axis, which has 0 too."""
+        return [at for at, weight in enumerate(self.axis) if weight != 0]
+
+    def points(self, name: str) -> NDArray[np.int64] | None:
+        """Where a method's weights lie on the axes [n, 2]; None if one of them does not.
+
+        `token` has none: what it gives are the weights that it starts with.
+        """
+        if name == "token" or name not in self.weights:
+            return None
+        off = np.abs(self.weights[name][..., None] - np.array(self.axis))
+        return off.argmin(axis=-1) if bool((off.min(axis=-1) < 1e-6).all()) else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its run.json, and each task's answers by its name."""
+
+    folder: Path
+    settings: Mapping[str, Any]
+    tasks: Mapping[str, TaskRun]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What is compared with the references: of each method, and at each point for an oracle."""
+
+    methods: Mapping[str, Sequence[str]]
+    grids: Mapping[str, GridTexts]
+
+
+def load_run(folder: Path) -> Run:
+    """Read a run's folder; raises DataError where it is none, unfinished or damaged."""
+    settings = _settings(folder / "run.json")
+    tasks = {name: _task_run(folder, name, settings) for name in settings["tasks"]}
+    return Run(folder, settings, tasks)
+
+
+def predict(answers: TaskRun, *, choice_scoring: bool = False) -> Predictions:
+    """The answer in each text; with `choice_scoring` the choice of fewest nats, where known.
+
+    Nats are not divided by a choice's length. CALIBRATED ones are less the mean of that choice
+    over the task's examples (batch calibration, Zhou et al. 2024), for which no label is looked at.
+    """
+    if choice_scoring and answers.choice_nll is not None:
+        return _by_choice(answers, answers.choice_nll)
+
+    def read(texts: Sequence[str]) -> list[str]:
+        return [answers.task.prediction(*pair) for pair in zip(texts, answers.choices, strict=True)]
+
+    methods = {name: read(texts) for name, texts in answers.texts.items()}
+    if answers.grid_texts is None:
+        return Predictions(methods, {})
+    return Predictions(methods, {ORACLE: [[read(t) for t in row] for row in answers.grid_texts]})
+
+
+def _by_choice(answers: TaskRun, nll: Float64) -> Predictions:
+    methods: dict[str, list[str]] = {}
+    grids: dict[str, GridTexts] = {}
+    everyone = np.arange(len(nll))
+
+    def pick(nats: Float64) -> list[str]:  # nats [n, n_choices]
+        lowest = np.nanargmin(nats, axis=1)
+        return [choices[at] for choices, at in zip(answers.choices, lowest, strict=True)]
+
+    for suffix, nats in (("", nll), (CALIBRATED, nll - np.nanmean(nll, axis=0))):
+        for name in answers.texts:
+            points = answers.points(name)
+            if points is not None:
+                methods[name + suffix] = pick(nats[everyone, :, points[:, 0], points[:, 1]])
+        grids[ORACLE + suffix] = [
+            [pick(nats[:, :, a, b]) for b in answers.on_grid] for a in answers.on_grid
+        ]
+    return Predictions(methods, grids)
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise DataError(f"{file.parent} holds no run: there is no run.json in it")
+    try:
+        settings = json.loads("\n".join(read_lines(file)))
+    except ValueError:
+        raise DataError(f"{file} is not JSON: {_DAMAGED}") from None
+    _check(str(file), settings, _SETTINGS)
+    if settings["format"] != FORMAT:
+        raise DataError(
+            f"{file} has format {settings['format']}, expected {FORMAT}: another version wrote it"
+        )
+    axis = settings["axis"]
+    numbers = all(type(weight) in (int, float) for weight in axis)
+    if not (numbers and axis == sorted(set(axis)) and {0, 1} <= set(axis)):
+        raise DataError(f"{file}: 'axis' should be rising numbers from 0 to 1; {_DAMAGED}")
+    return dict(settings)
+
+
+def _task_run(folder: Path, name: str, settings: Mapping[str, Any]) -> TaskRun:
+    own = settings.get("task_files") or {}
+    task = custom_task(Path(own[name])) if name in own else find_task(name, settings["lang"])
+    file = folder / f"{name}.jsonl"
+    rows = _lines(file)
+    ids = [line["id"] for _, line in rows]
+    asked = [method for method in settings["methods"] if method != ORACLE]
+    outputs = {method: _outputs(rows, method) for method in asked}
+    texts = {method: [o["text"] for o in outputs[method]] for method in asked}
+    weights = {
+        method: np.array([(o["alpha"], o["beta"]) for o in outputs[method]], np.float64)
+        for method in asked
+    }
+    for single in settings.get("singles") or {}:
+        other = folder / f"{name}.{single}.jsonl"
+        answers = {line["id"]: (where, line) for where, line in _lines(other)}
+        _check_ids(other, ids, list(answers))
+        _check_ids(file, list(answers), ids)
+        texts[single] = [o["text"] for o in _outputs([answers[i] for i in ids], single)]
+    n = len(settings["axis"])
+    choices = [line.get("choices", []) for _, line in rows]
+    return TaskRun(
+        task=task,
+        axis=tuple(float(weight) for weight in settings["axis"]),
+        ids=ids,
+        references=[line["references"] for _, line in rows],
+        choices=choices,
+        texts=texts,
+        weights=weights,
+        grid_texts=_grid_texts(rows, n - 1) if ORACLE in settings["methods"] else None,
+        n_scored=_numbers(rows, "n_scored", [()] * len(rows)),
+        nll=_numbers(rows, "nll", [(n, n)] * len(rows)),
+        choice_nll=_numbers(rows, "choice_nll", [(len(c), n, n) for c in choices]),
+    )
+
+
+def _lines(file: Path) -> list[Row]:
+    if not file.is_file() or file.stat().st_size == 0:
+        raise DataError(f"{file} is missing or empty; {_UNFINISHED}")
+    if not file.read_bytes().endswith(b"\n"):
+        raise DataError(f"{file} ends in half a line; {_UNFINISHED}")
+    rows = read_jsonl(file, {})
+    seen: set[str] = set()
+    for where, line in rows:
+        _check(where, line, _LINE)
+        if line["id"] in seen:
+            raise DataError(f"{where}: example {line['id']!r} comes a second time; {_DAMAGED}")
+        seen.add(line["id"])
+        for field in ("references", "choices"):
+            if any(type(text) is not str for text in line.get(field, [])):
+                raise DataError(f"{where}: field {field!r} should be texts; {_DAMAGED}")
+        if not line["references"]:
+            raise DataError(f"{where}: there is no reference to judge by; {_DAMAGED}")
+    return rows
+
+
+def _check(where: str, record: Any, fields: Fields) -> None:
+    if type(record) is not dict:
+        raise DataError(f"{where}: expected a JSON object; {_DAMAGED}")
+    for name, kind in fields.items():
+        check_type(where, name, record.get(name), kind)
+
+
+def _check_ids(file: Path, expected: Sequence[str], got: Sequence[str]) -> None:
+    known = set(got)
+    missing = [i for i in expected if i not in known]
+    if missing:
+        raise DataError(
+            f"{file} lacks {len(missing)} of {len(expected)} examples, {missing[0]!r} first;"
+            f" {_UNFINISHED}"
+        )
+
+
+def _outputs(rows: Sequence[Row], name: str) -> list[dict[str, Any]]:
+    found = []
+    for where, line in rows:
+        output = line["outputs"].get(name)
+        if output is None:
+            raise DataError(f"{where}: there is no answer of {name!r}; {_DAMAGED}")
+        _check(where, output, _OUTPUT)
+        found.append(output)
+    return found
+
+
+def _grid_texts(rows: Sequence[Row], n: int) -> GridTexts:
+    for where, line in rows:
+        grid = line.get("grid")
+        texts = np.array(grid, dtype=object) if _is_square(grid, n) else np.array([None])
+        if any(type(text) is not str for text in texts.ravel()):
+            raise DataError(f"{where}: 'grid' should be {n} × {n} texts; {_DAMAGED}")
+    return [[[line["grid"][a][b] for _, line in rows] for b in range(n)] for a in range(n)]
+
+
+def _is_square(grid: Any, n: int) -> bool:
+    return type(grid) is list and [type(r) is list and len(r) for r in grid] == [n] * n
+
+
+def _numbers(
+    rows: Sequence[Row], name: str, shapes: Sequence[tuple[int, ...]]
+) -> Float64 | None:
+    """A field of all lines, padded with nan to the largest shape; None where no line has it."""
+    if not any(name in line for _, line in rows):
+        return None
+    widest = tuple(np.max(np.array(shapes, int).reshape(len(shapes), -1), axis=0))
+    values = np.full((len(rows), *widest), np.nan)
+    for at, ((where, line), shape) in enumerate(zip(rows, shapes, strict=True)):
+        try:
+            one = np.array(line[name], np.float64)
+        except (KeyError, TypeError, ValueError):
+            one = np.array(np.nan)
+        if one.shape != shape or not np.isfinite(one).all():
+            size = " × ".join(map(str, shape)) or "a number"
+            raise DataError(f"{where}: {name!r} should be {size}, finite; {_DAMAGED}")
+        values[(at, *(slice(length) for length in shape))] = one
+    return values

@@ -1,0 +1,133 @@
+"""Greedy answers of many mixes to one prompt, together.
+
+Mixes that have written the same text so far are one branch, decoded once; all branches take
+their next token in one batch a model. 36 grid points that agree cost as much as one.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimix_gguf.branches import Branches
+from trimix_gguf.errors import ContextFullError
+from trimix_gguf.fusion import ROLES, Rows, Weights, fuse, mask_implausible
+from trimix_gguf.trio import Trio
+
+Adapt = Callable[[Rows, int], Weights]  # rows [n_vocab] and the token picked -> the next weights
+
+
+@dataclass
+class Mix:
+    """One way to mix, and what it wrote; `adapt`, if any, gives new weights after each token."""
+
+    weights: Weights
+    plausibility_threshold: float = 0.0
+    adapt: Adapt | None = None
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Models that it reads."""
+        if self.adapt is not None:
+            return ROLES
+        masked = self.plausibility_threshold > 0
+        return tuple(dict.fromkeys((*self.weights.active, *(("large_ins",) if masked else ()))))
+
+    def pick(self, rows: Rows, unused: NDArray[np.bool_] | None) -> int:
+        """The likeliest next token after rows [n_vocab]."""
+        fused = fuse(rows, self.weights, unused=unused)
+        if self.plausibility_threshold > 0:
+            mask_implausible(fused, rows["large_ins"], self.plausibility_threshold)
+        token = int(fused.argmax())
+        if self.adapt is not None:
+            self.weights = self.adapt(rows, token)
+        return token
+
+
+def continue_all(trio: Trio, mixes: Sequence[Mix], *, max_tokens: int) -> None:
+    """Let each of `mixes` continue what `trio` holds up to the end of its first line.
+
+    Sets their text and ids. Raises ContextFullError where not even one answer fits.
+    """
+    room = trio.room // max_tokens
+    if room < 1:
+        raise ContextFullError(
+            f"an answer of {max_tokens} tokens does not fit behind {trio.n_past} in a context of "
+            f"{trio.n_ctx}; raise --n-ctx or lower the number of exemplars"
+        )
+    first = {role: row.copy() for role, row in trio.rows(roles_of(mixes)).items()}
+    with Branches(trio, tuple(first)) as branches:
+        size = min(room, branches.most)
+        for start in range(0, len(mixes), size):
+            _continue(trio, branches, list(mixes[start : start + size]), first, max_tokens)
+
+
+@dataclass
+class _Node:
+    """Mixes that wrote the same text, and the branch that holds it; the trunk is None."""
+
+    mixes: list[Mix]
+    branch: int | None = None
+
+
+def _continue(
+    trio: Trio, branches: Branches, mixes: list[Mix], first: Rows, max_tokens: int
+) -> None:
+    nodes, rows = [_Node(mixes)], [first]
+    while nodes:
+        grown: list[_Node] = []
+        for node, node_rows in zip(nodes, rows, strict=True):
+            groups: dict[int, list[Mix]] = {}
+            for mix in node.mixes:
+                token = mix.pick(node_rows, trio.unused)
+                if not _finish(trio, mix, token, max_tokens):
+                    groups.setdefault(token, []).append(mix)
+            grown += _grow(branches, node, groups)
+        nodes = grown
+        rows = list(_next_rows(branches, nodes))
+
+
+def _finish(trio: Trio, mix: Mix, token: int, max_tokens: int) -> bool:
+    """Take in the token; whether the answer is whole."""
+    if token in trio.end_of_generation:
+        return True
+    mix.ids.append(token)
+    piece = trio.models["large_ins"].piece
+    text = b"".join(piece(i) for i in mix.ids).decode("utf-8", errors="replace")
+    line, newline, _ = text.lstrip().partition("\n")
+    mix.text = line.rstrip()
+    return bool(newline) or len(mix.ids) >= max_tokens
+
+
+def _grow(branches: Branches, node: _Node, groups: dict[int, list[Mix]]) -> list[_Node]:
+    """A branch for each token that followed; the last one goes on in the node's own."""
+    grown = []
+    for i, (token, mixes) in enumerate(groups.items()):
+        last = i == len(groups) - 1 and node.branch is not None
+        branch = node.branch if last and node.branch else branches.fork(node.branch)
+        grown.append((token, _Node(mixes, branch)))
+    if not groups and node.branch is not None:
+        branches.drop(node.branch)
+    for token, child in grown:  # after the forks: they share what the parent had
+        branches.append(child.branch or 0, [token])
+    return [child for _, child in grown]
+
+
+def _next_rows(branches: Branches, nodes: Sequence[_Node]) -> Iterator[Rows]:
+    """Rows [n_vocab] of the models that each node's mixes read."""
+    found: list[Rows] = [{} for _ in nodes]
+    for role in ROLES:
+        reading = [i for i, node in enumerate(nodes) if role in roles_of(node.mixes)]
+        if reading:
+            rows = branches.rows([nodes[i].branch or 0 for i in reading], (role,))[role]
+            for i, row in zip(reading, rows, strict=True):
+                found[i][role] = row
+    yield from found
+
+
+def roles_of(mixes: Sequence[Mix]) -> tuple[str, ...]:
+    """Models that at least one of `mixes` reads."""
+    return tuple(role for role in ROLES if any(role in mix.roles for mix in mixes))

@@ -1,0 +1,452 @@
+"""lm-evaluation-harness: any of its tasks asks, the mix answers.
+
+This module needs lm-eval, so it is imported where the harness is asked for and nowhere else.
+"""
+
+import difflib
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jinja2 import TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tqdm import tqdm
+
+from trimix_gguf.errors import PromptError, SamplerError, TrimixError
+from trimix_gguf.fusion import Weights, fuse
+from trimix_gguf.generation import generate
+from trimix_gguf.prompt import Prompt, Segment
+from trimix_gguf.scoring import GRID, Float64
+from trimix_gguf.selection import Grid, select_weights
+from trimix_gguf.trio import Trio
+
+try:
+    import lm_eval
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, warning_once
+except ImportError as error:
+    raise TrimixError(
+        f"the harness needs lm-eval: pip install 'trimix-gguf[lm-eval]' ({error})"
+    ) from None
+
+logger = logging.getLogger(__name__)
+
+Answer = tuple[float, bool]  # logprob of a continuation, and whether greedy decoding gives it
+Scored = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, context, continuation
+
+UNPROMPTED = Weights(0.1, 0.9)  # what real prompts choose nearly always
+_SAMPLER = {  # the harness's names, which are those of transformers, and Sampler's
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repeat_penalty",
+    "frequency_penalty": "frequency_penalty",
+    "presence_penalty": "presence_penalty",
+}
+
+
+def run_harness(
+    trio: Trio,
+    tasks: Sequence[str],
+    *,
+    weights: Weights | None = None,
+    grid: Grid = (GRID, GRID),
+    last: int | None = None,
+    limit: int | float | None = None,
+    num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
+    include_path: Path | str | None = None,
+    include_defaults: bool = True,
+    **options: Any,
+) -> dict[str, Any]:
+    """Run harness tasks, groups or tags (`*` matches) over `trio`; what simple_evaluate returns.
+
+    `weights`, `grid` and `last` are TrimixLM's. `limit` examples a task, a share of them below 1.
+    `include_path` is a folder of the user's own task YAMLs; without `include_defaults` they are
+    the only ones, which saves reading the harness's thousands. `options` go to simple_evaluate.
+    Raises TrimixError for a task that is unknown or whose data cannot be read.
+    """
+    path = None if include_path is None else str(include_path)
+    manager = TaskManager(include_path=path, include_defaults=include_defaults)
+    try:
+        results = lm_eval.simple_evaluate(
+            TrimixLM(trio, weights, grid=grid, last=last),
+            tasks=_known(manager, tasks),
+            limit=limit,
+            num_fewshot=num_fewshot,
+            apply_chat_template=apply_chat_template,
+            task_manager=manager,
+            **options,
+        )
+    except OSError as error:  # datasets' own errors of files, names and network are such
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TrimixError(f"the harness cannot read the data of its task: {reason}") from error
+    return dict(results)
+
+
+def _known(manager: TaskManager, tasks: Sequence[str]) -> list[str]:
+    """Names with `*` spelled out; raises TrimixError for the first that the harness lacks."""
+    names: dict[str, None] = {}
+    for task in tasks:
+        found = manager.match_tasks([task])
+        if not found:
+            near = difflib.get_close_matches(task, manager.all_tasks, n=3)
+            mend = f"did you mean {', '.join(near)}?" if near else "see `lm-eval ls tasks`"
+            raise TrimixError(f"the harness has no task {task!r}; {mend}")
+        names |= dict.fromkeys(found)
+    if not names:
+        raise TrimixError("no harness task was named; give one, such as belebele_kaz_Cyrl")
+    return list(names)
+
+
+class TrimixLM(TemplateLM):
+    """A trio as a model of the harness; what it says is the mix's.
+
+    `weights` are fixed, or chosen for each context by select_weights (`grid`, `last`), control
+    tokens unscored. `unprompted` ones stand in where there is no context to choose by: a rolling
+    perplexity, an empty context. Contexts that are too long lose their beginning but for BOS.
+    `speculative` is generate's, and off: with it, speed decides near ties. `seed` is that of
+    tasks which sample; those settings that they leave open cut nothing off.
+    """
+
+    def __init__(
+        self,
+        trio: Trio,
+        weights: Weights | None = None,
+        *,
+        grid: Grid = (GRID, GRID),
+        last: int | None = None,
+        unprompted: Weights = UNPROMPTED,
+        speculative: Literal["auto", "on", "off"] = "off",
+        max_gen_toks: int = 256,  # where a task does not say, as in the harness's own models
+        seed: int = 1234,
+    ) -> None:
+        super().__init__()
+        self._trio, self._model = trio, trio.models["large_ins"]
+        self._fixed, self._unprompted = weights, weights or unprompted
+        self._grid, self._last = grid, last
+        self._speculative: Literal["auto", "on", "off"] = speculative
+        self._random = np.random.default_rng(seed)
+        self._is_control = cache(lambda token: not self._model.piece(token))
+        self.max_gen_toks = max_gen_toks
+        self.chosen: Counter[Weights] = Counter()  # by how many contexts each
+
+    # -- tokens -----------------------------------------------------------------------------
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that can be read for one more to be predicted."""
+        return self._trio.n_ctx - 1
+
+    @property
+    def eot_token_id(self) -> int:
+        named = self._model.file.metadata.get("tokenizer.ggml.eos_token_id")
+        return int(min(self._trio.end_of_generation) if named is None else named)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What an empty context holds: BOS, added or not, or the end of another text."""
+        named = self._model.file.metadata.get("tokenizer.ggml.bos_token_id", self.eot_token_id)
+        return int([*self._model.bos, named][0])
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Ids of a text, its control tokens read; BOS once, where the vocabulary adds one."""
+        ids = self._model.tokenize(self._model.normalize(string), special=True)
+        bos = [] if add_special_tokens is False else self._model.bos
+        return ids if ids[: len(bos)] == bos else bos + ids
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        before, after = super()._encode_pair(context, continuation)
+        if not after and continuation:  # merged into the context's last token: score that one
+            *before, final = self.tok_encode(context + continuation)
+            after = [final]
+        return before or [self.prefix_token_id], after
+
+    def _prompt(self, ids: Sequence[int]) -> Prompt:
+        """Control tokens are unscored: what the small models say of them chooses nothing."""
+        runs = groupby(ids, key=self._is_control)
+        return Prompt(tuple(Segment.of(list(run), scored=not control) for control, run in runs))
+
+    def _fit(self, context: list[int], n_more: int) -> list[int]:
+        """`context` with its beginning cut off, but for BOS, so that `n_more` tokens follow it."""
+        room = self._trio.n_ctx - n_more
+        if room < 1:
+            raise PromptError(
+                f"a task wants {n_more} tokens after its context, and n_ctx is "
+                f"{self._trio.n_ctx}; raise --n-ctx, or lower the task's max_gen_toks"
+            )
+        if len(context) <= room:
+            return context
+        bos = self._model.bos if context[:1] == self._model.bos else []
+        warning_once(logger, "contexts that do not fit lose their beginning; raise --n-ctx")
+        return bos + context[len(context) - room + len(bos) :]
+
+    def _weights(self, context: Sequence[int]) -> Weights:
+        if self._fixed is not None:
+            return self._fixed
+        prompt = self._prompt(context)
+        if not any(scored for _, scored in prompt.units[1:]):
+            return self._unprompted
+        chosen = select_weights(self._trio, prompt, grid=self._grid, last=self._last).weights
+        self.chosen[chosen] += 1
+        return chosen
+
+    # -- what the harness asks --------------------------------------------------------------
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[Scored],
+        disable_tqdm: bool = False,
+        *,
+        weights: Weights | None = None,
+        **_: Any,
+    ) -> list[Answer]:
+        """Score continuations; those of one context come one after another, by one choice."""
+        answers: dict[int, Answer] = {i: (0.0, True) for i, r in enumerate(requests) if not r[2]}
+        order = sorted(
+            set(range(len(requests))) - answers.keys(),
+            key=lambda i: (requests[i][1], requests[i][2][:-1]),
+        )
+        groups = []  # all fitted before the first is read: a run of hours fails at once
+        for context, same_context in groupby(order, key=lambda i: requests[i][1]):
+            members = list(same_context)
+            longest = max(len(requests[i][2]) for i in members)
+            groups.append((self._fit(context, longest), members))
+        bar = tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests")
+        for context, members in groups:
+            mix = weights or self._weights(context)
+            # Options that differ in their last token alone share every row.
+            for stem, same_stem in groupby(members, key=lambda i: requests[i][2][:-1]):
+                logprob, greedy, final = self._read(context, stem, mix)
+                top = int(final.argmax())
+                for i in same_stem:
+                    token = requests[i][2][-1]
+                    answers[i] = (logprob + float(final[token]), greedy and token == top)
+                    if requests[i][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
+                    bar.update()
+        bar.close()
+        return [answers[i] for i in range(len(requests))]
+
+    def _read(
+        self, context: list[int], stem: list[int], weights: Weights
+    ) -> tuple[float, bool, Float64]:
+        """Logprob of `stem`, whether greedy decoding gives it, logprobs [n_vocab] after it.
+
+        Models whose coefficient is 0 are not evaluated; what the caches hold is not read again.
+        """
+        logprob, greedy, n_rows = 0.0, True, len(stem) + 1
+        for at in range(0, n_rows, self._trio.n_window):
+            n = min(self._trio.n_window, n_rows - at)
+            self._trio.prefill(Prompt((Segment.of(context + stem[: at + n - 1]),)))
+            rows = self._trio.tail_rows(weights.active, n)
+            logprobs = log_softmax(fuse(rows, weights, unused=self._trio.unused))
+            for row, token in zip(logprobs, stem[at : at + n], strict=False):
+                logprob += float(row[token])
+                greedy = greedy and int(row.argmax()) == token
+        return logprob, greedy, logprobs[-1]
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Logprob of whole texts, in windows as long as the context, each beginning with BOS."""
+        bos = self._model.bos
+        windows: list[Scored] = []
+        owners = []
+        for owner, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            length = self.max_length - len(bos)
+            for pair in get_rolling_token_windows(ids, self.prefix_token_id, length, 1):
+                context, continuation = make_disjoint_window(pair)
+                head = [] if context[: len(bos)] == bos else bos
+                windows.append((None, head + context, continuation))
+                owners.append(owner)
+        scored = self._loglikelihood_tokens(windows, disable_tqdm, weights=self._unprompted)
+        totals = [0.0] * len(requests)
+        for owner, (logprob, _) in zip(owners, scored, strict=True):
+            totals[owner] += logprob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continue contexts up to a stop string, greedily unless the task samples."""
+        prompts, settings = [], []
+        for request in requests:
+            context, gen_kwargs = request.args[:2]
+            own = self._settings(gen_kwargs)
+            ids = self.tok_encode(context) or [self.prefix_token_id]
+            prompts.append(self._fit(ids, own["max_tokens"]))
+            settings.append(own)
+        seeds = self._random.integers(2**32 - 1, size=len(requests)).tolist()
+        texts: dict[int, str] = {}
+        order = sorted(range(len(requests)), key=lambda i: prompts[i])
+        for i in tqdm(order, disable=disable_tqdm, desc="Running generate_until requests"):
+            texts[i] = generate(
+                self._trio,
+                self._prompt(prompts[i]),
+                weights=self._weights(prompts[i]),
+                speculative=self._speculative,
+                seed=seeds[i],
+                **settings[i],
+            ).text
+            self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
+        return [texts[i] for i in range(len(requests))]
+
+    def _settings(self, gen_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The harness's generation settings as generate's; raises SamplerError for others."""
+        given: dict[str, Any] = dict(normalize_gen_kwargs(dict(gen_kwargs), self.max_gen_toks))
+        sampled = given.pop("do_sample", False)
+        temperature = given.pop("temperature", 1.0)
+        settings: dict[str, Any] = {
+            "stop": given.pop("until"),
+            "max_tokens": given.pop("max_gen_toks"),
+            "temperature": float(temperature) if sampled else 0.0,
+            **{"top_k": 0, "top_p": 1.0, "min_p": 0.0},
+        }
+        for name, value in given.items():
+            if name in _SAMPLER:
+                settings[_SAMPLER[name]] = value
+            elif (name, value) != ("num_beams", 1):
+                raise SamplerError(
+                    f"a task wants {name} = {value!r} for generation, which a mix does not know; "
+                    "override it by gen_kwargs, or leave the task out"
+                )
+        return settings
+
+    # -- chat -------------------------------------------------------------------------------
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Tells request caches apart: the file of large_ins and its chat template."""
+        template = self._model.file.metadata.get("tokenizer.chat_template", "")
+        return f"{self._model.path.stem}-{hashlib.sha256(template.encode()).hexdigest()[:8]}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template that large_ins' GGUF holds; None where none is asked for."""
+        if not chat_template:
+            return None
+        template = self._model.file.metadata.get("tokenizer.chat_template")
+        if template is None:
+            raise PromptError(
+                f"{self._model.path.name} has no chat template; run the tasks without one"
+            )
+        return str(template)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Messages -> text by the GGUF's template, or up to the end of a last, unfinished one.
+
+        As the harness's own models do, leaves system messages out where the template refuses.
+        """
+        template = self.chat_template(True)
+        assert template is not None
+        metadata, tokens = self._model.file.metadata, {}
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+            if (token := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+                tokens[f"{name}_token"] = self._model.piece(token, special=True).decode()
+        try:
+            return render_chat(
+                template, chat_history, add_generation_prompt=add_generation_prompt, **tokens
+            )
+        except TemplateError as error:
+            reason = " ".join(str(error).split())
+        others = [m for m in chat_history if m["role"] != "system"]
+        if len(others) in (0, len(chat_history)):
+            raise PromptError(
+                f"the chat template of {self._model.path.name} refuses the messages: {reason}"
+            )
+        warning_once(logger, f"the chat template gets no system message: {reason}")
+        return self.apply_chat_template(others, add_generation_prompt)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """For the results' `config`: the trio, and the weights with what chose them."""
+        if self._fixed is not None:
+            weights: dict[str, Any] = {"method": "fixed", **asdict(self._fixed)}
+        else:
+            weights = {
+                "method": "ppl",
+                "unprompted": asdict(self._unprompted),
+                "chosen": [{**asdict(w), "n": n} for w, n in self.chosen.most_common()],
+            }
+        models = {role: model.path.name for role, model in self._trio.models.items()}
+        return {"models": models, "n_ctx": self._trio.n_ctx, "weights": weights}
+
+
+def log_softmax(rows: Any) -> Float64:
+    """Logprobs of rows of logits [n, n_vocab], in float64; −inf stays."""
+    wide = rows.astype(np.float64)
+    wide -= wide.max(-1, keepdims=True)
+    return np.asarray(wide - np.log(np.exp(wide).sum(-1, keepdims=True)))
+
+
+def render_chat(
+    template: str, messages: list[dict[str, str]], *, add_generation_prompt: bool, **tokens: str
+) -> str:
+    """Messages by a chat template, in the sandbox and with the helpers that transformers gives it.
+
+    Without the generation prompt the last message is left open, for its continuation. Raises
+    jinja2.TemplateError. Source: transformers, utils/chat_template_utils.py.
+    """
+    messages = [dict(m) for m in messages]
+    end = "" if add_generation_prompt else "<the message goes on here> "
+    messages[-1]["content"] += end
+    text = _compile(template).render(
+        messages=messages,
+        tools=None,
+        documents=None,
+        add_generation_prompt=add_generation_prompt,
+        **tokens,
+    )
+    if not end:
+        return str(text)
+    before, mark, after = text.rpartition(end.strip())
+    if not mark:
+        raise TemplateError("it leaves the last message out")
+    # A template that strips its messages has taken the space after the mark.
+    return str(before if after.startswith(" ") else before.rstrip())
+
+
+class _Generation(Extension):
+    """{% generation %}, which marks what to train on, and says nothing here."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@cache
+def _compile(template: str) -> Any:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+def _to_json(value: Any, **options: Any) -> str:
+    return json.dumps(value, **{"ensure_ascii": False, **options})  # jinja's own escapes HTML
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)

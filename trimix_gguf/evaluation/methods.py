@@ -1,0 +1,96 @@
+"""The methods that are compared: what each makes of a prompt's reading."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from trimix_gguf.errors import WeightsError
+from trimix_gguf.evaluation.continuing import Mix
+from trimix_gguf.evaluation.reading import AXIS, Reading
+from trimix_gguf.fusion import METHODS as FIXED
+from trimix_gguf.fusion import Rows, Weights
+from trimix_gguf.scoring import GRID, Float64, lowest
+
+_FINE = np.linspace(0, 1, 101)  # where the continuous optimum is looked for
+_KEEP = 0.97  # what a token's evidence is worth one token later, for token-level weights
+
+Score = Callable[[Rows, int], Float64]  # rows [n_vocab], the id that followed -> nats over AXIS²
+
+SELECTING = {
+    "ppl": "lowest perplexity of the prompt (TriMix-PPL)",
+    "ppl-answers": "lowest perplexity of the exemplars' answers",
+    "ppl-task": "one pair a task, lowest macro perplexity of 50 prompts",
+    "ent": "lowest entropy of the first token (TriMix-ENT)",
+    "continuous": "lowest perplexity of the prompt, between the grid's points too",
+    "token": "chosen anew at each token, by the perplexity of what lies just before it",
+}
+ORACLE = "upper-bound"  # the best fixed grid point on the labelled set: needs all 36 answers
+METHODS = (*FIXED, *SELECTING, ORACLE)
+
+
+def check_methods(names: tuple[str, ...]) -> None:
+    """Raises WeightsError, naming those that there are."""
+    for name in names:
+        if name not in METHODS:
+            raise WeightsError(f"there is no method {name!r}; the methods are {', '.join(METHODS)}")
+
+
+def mixes(
+    names: tuple[str, ...], reading: Reading | None, task_weights: Weights | None, score: Score
+) -> Mapping[str, Mix]:
+    """A Mix for each method; those that select need a reading. ORACLE has none of its own."""
+    made: dict[str, Mix] = {}
+    for name in names:
+        if name in FIXED:
+            made[name] = Mix(FIXED[name].weights, FIXED[name].plausibility_threshold)
+        elif name == "ppl-task" and task_weights is not None:
+            made[name] = Mix(task_weights)
+        elif name in SELECTING and reading is not None:
+            made[name] = _selecting(name, reading, score)
+    return made
+
+
+def grid_mixes() -> list[Mix]:
+    """One for each point of GRID², alpha by alpha."""
+    return [Mix(Weights(alpha, beta)) for alpha in GRID for beta in GRID]
+
+
+def lowest_on_grid(nll: Float64) -> Weights:
+    """The point of GRID² with the lowest of `nll` [n, n] over AXIS²."""
+    inner = [AXIS.index(w) for w in GRID]
+    return lowest(nll[np.ix_(inner, inner)], GRID, GRID)
+
+
+def _selecting(name: str, reading: Reading, score: Score) -> Mix:
+    if name == "ent":
+        return Mix(lowest(reading.entropy, GRID, GRID))
+    if name == "continuous":
+        return Mix(_continuous(reading.nlls.sum(axis=0)))
+    if name == "ppl-answers":
+        if not reading.answers.any():
+            raise WeightsError("ppl-answers needs exemplars; give --exemplars 1 or more")
+        return Mix(lowest_on_grid(reading.nlls[reading.answers].sum(axis=0)))
+    if name == "token":
+        return _token_level(reading, score)
+    return Mix(lowest_on_grid(reading.nlls.sum(axis=0)))
+
+
+def _continuous(nll: Float64) -> Weights:
+    """The lowest point of the polynomial through `nll` over AXIS², which is smooth and convex."""
+    from scipy.interpolate import BarycentricInterpolator
+
+    rows = BarycentricInterpolator(AXIS, nll)(_FINE)
+    return lowest(BarycentricInterpolator(AXIS, rows.T)(_FINE).T, tuple(_FINE), tuple(_FINE))
+
+
+def _token_level(reading: Reading, score: Score) -> Mix:
+    """Weights that follow the text: the lowest NLL of prompt and output, old tokens fading."""
+    ages = np.arange(len(reading.nlls))[::-1]
+    recent = np.tensordot(_KEEP**ages, reading.nlls, axes=1)
+
+    def adapt(rows: Rows, token: int) -> Weights:
+        nonlocal recent
+        recent = _KEEP * recent + score(rows, token)
+        return lowest_on_grid(recent)
+
+    return Mix(lowest_on_grid(recent), adapt=adapt)

@@ -1,0 +1,108 @@
+"""Reading a task's prompts: the exemplars once, then each question, scored over the grid."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimix_gguf.branches import Branches
+from trimix_gguf.errors import PromptError
+from trimix_gguf.fusion import ROLES, Rows
+from trimix_gguf.model import available_cores
+from trimix_gguf.prompt import Prompt
+from trimix_gguf.scoring import GRID, Float64, grid_entropy, grid_token_nlls
+from trimix_gguf.trio import Trio
+
+# The single models and Proxy Tuning are the corners of the published grid made larger by 0.
+AXIS = (0.0, *GRID)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one pass over a prompt gave.
+
+    `nlls` float64 [n_scored, n, n] in nats, over AXIS for alpha and for beta; `answers` bool
+    [n_scored], the tokens of the exemplars' answers; `entropy` float64 [n_grid, n_grid] of the
+    first generated token, over GRID.
+    """
+
+    n_tokens: int
+    nlls: Float64
+    answers: NDArray[np.bool_]
+    entropy: Float64
+
+
+class Reader:
+    """Reads prompts that begin with the same exemplars, which it reads and scores once.
+
+    Every question is read from the same state of the caches, in the same batches, whatever was
+    read before: a run that was broken off and taken up again gives the same numbers.
+    """
+
+    def __init__(self, trio: Trio, prefix: Prompt, answers: Sequence[bool]) -> None:
+        self.trio, self.prefix = trio, prefix
+        self._answers = np.asarray(answers, dtype=bool)
+        self._nlls: Float64 | None = None
+
+    def start(self, question: Prompt, roles: Sequence[str]) -> None:
+        """Have `roles` read the exemplars and `question`, without scoring them."""
+        prompt = Prompt((*self.prefix.segments, *question.segments))
+        if self.trio.n_kept(prompt.units) < len(self.prefix.units):
+            self.trio.prefill(self.prefix)
+            self.trio.rows(roles)
+        self.trio.prefill(prompt)
+
+    def read(self, question: Prompt) -> Reading:
+        """Score the exemplars and `question`; afterwards the trio holds both."""
+        trio, prompt = self.trio, Prompt((*self.prefix.segments, *question.segments))
+        n_prefix = len(self.prefix.units)
+        held = self._nlls is not None and trio.n_kept(prompt.units) >= n_prefix
+        if n_prefix and not held:
+            trio.forget()
+            self._nlls = self._score(self.prefix, None)
+        tail = self._score(prompt, (n_prefix, n_prefix) if n_prefix else None)
+        nlls = tail if self._nlls is None else np.concatenate((self._nlls, tail))
+        if not len(nlls):
+            raise PromptError("the prompt has no token to score")
+        scored = [at for at, (_, scored) in enumerate(prompt.units) if scored][-len(nlls) :]
+        answers = np.pad(self._answers, (0, len(prompt.units) - n_prefix))[scored]
+        rows = trio.rows()
+        entropy = grid_entropy(**rows, alphas=GRID, betas=GRID, unused=trio.unused)
+        return Reading(prompt.n_tokens(), nlls, answers, entropy)
+
+    def _score(self, prompt: Prompt, after: tuple[int, int] | None) -> Float64:
+        parts = [np.empty((0, len(AXIS), len(AXIS)))]
+
+        def consume(rows: Rows, targets: NDArray[np.int64]) -> None:
+            parts.append(token_nlls(self.trio, rows, targets))
+
+        self.trio.prefill(prompt, consume=consume, after=after)
+        return np.concatenate(parts)
+
+
+def choice_nll(trio: Trio, choices: Sequence[Sequence[int]]) -> Float64:
+    """Nats of each choice (ids) after what `trio` holds: float64 [n_choices, n, n] over AXIS."""
+    first = {role: row[None].copy() for role, row in trio.rows().items()}
+    total = np.stack([token_nlls(trio, first, np.array(c[:1]))[0] for c in choices])
+    with Branches(trio) as branches:
+        numbers = [branches.fork() for _ in choices]
+        for depth in range(1, max(len(c) for c in choices)):
+            going = [i for i, c in enumerate(choices) if len(c) > depth]
+            for i in going:
+                branches.append(numbers[i], [choices[i][depth - 1]])
+            rows = branches.rows([numbers[i] for i in going])
+            total[going] += token_nlls(trio, rows, np.array([choices[i][depth] for i in going]))
+    return total
+
+
+def token_nlls(trio: Trio, rows: Rows, targets: NDArray[np.int64]) -> Float64:
+    """Nats of `targets` [n] after `rows` [n, n_vocab]: float64 [n, len(AXIS), len(AXIS)]."""
+    return grid_token_nlls(
+        **{role: rows[role] for role in ROLES},
+        targets=targets,
+        alphas=AXIS,
+        betas=AXIS,
+        unused=trio.unused,
+        n_threads=available_cores(),
+    )

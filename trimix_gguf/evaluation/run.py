@@ -1,0 +1,134 @@
+"""A run: a folder with its settings (run.json) and one JSONL a task."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from trimix_gguf import native
+from trimix_gguf.errors import DataError
+from trimix_gguf.evaluation.reading import AXIS
+from trimix_gguf.evaluation.runner import Settings, run_task
+from trimix_gguf.evaluation.task import Dataset, Task
+from trimix_gguf.evaluation.tasks import custom_task, find_task
+from trimix_gguf.trio import Trio
+
+FORMAT = 1  # of run.json and of the lines
+_MAY_DIFFER = ("command", "cpu")  # between the parts of one run
+Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be compared; `tasks` are names, or paths of a user's own JSONL."""
+
+    lang: str
+    tasks: Sequence[str]
+    methods: tuple[str, ...]
+    data: Path
+    seed: int = 0
+    limit: int | None = None
+    n_exemplars: int | None = None
+    singles: Mapping[str, Path] | None = None
+    command: Sequence[str] = ()
+
+    def datasets(self) -> dict[str, tuple[Task, Dataset]]:
+        """Each task by its name, loaded. Raises DataError."""
+        tasks = [
+            custom_task(Path(name)) if name.endswith(".jsonl") else find_task(name, self.lang)
+            for name in self.tasks
+        ]
+        return {t.name: (t, t.load(self.data, self.lang, self.seed)) for t in tasks}
+
+    def own_files(self) -> dict[str, str]:
+        paths = [Path(name) for name in self.tasks if name.endswith(".jsonl")]
+        return {custom_task(path).name: str(path.resolve()) for path in paths}
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A folder that is being written."""
+
+    folder: Path
+    plan: Plan
+
+    def compare(self, trio: Trio, progress: Progress) -> None:
+        """Run every task that is not finished; then each single GGUF, one at a time."""
+        plan = self.plan
+        settings = Settings(plan.methods, plan.seed, plan.n_exemplars, plan.limit)
+        datasets = plan.datasets()
+        for name, (task, dataset) in datasets.items():
+            with progress(name) as shown:
+                out = self.folder / f"{name}.jsonl"
+                run_task(trio, task, dataset, settings, out, progress=shown)
+        for single, file in (plan.singles or {}).items():
+            alone = Settings(("large_ins",), plan.seed, plan.n_exemplars, plan.limit)
+            with Trio.load(
+                large_ins=file, small_cpt=file, small_base=file, n_ctx=trio.n_ctx
+            ) as model:
+                for name, (task, dataset) in datasets.items():
+                    with progress(f"{name}, {single}") as shown:
+                        out = self.folder / f"{name}.{single}.jsonl"
+                        run_task(model, task, dataset, alone, out, progress=shown, name_as=single)
+
+
+def open_run(folder: Path, plan: Plan, trio: Trio) -> OpenRun:
+    """Begin a run, or go on with one; DataError where the folder's was made otherwise."""
+    settings = _settings(plan, trio)
+    file = folder / "run.json"
+    if file.exists():
+        try:
+            known = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise DataError(f"{file} is damaged; give another folder") from None
+        changed = [
+            key
+            for key in settings
+            if key not in _MAY_DIFFER and known.get(key) != json.loads(json.dumps(settings[key]))
+        ]
+        if changed:
+            raise DataError(
+                f"{folder} holds a run with other {', '.join(changed)}; give another folder"
+            )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
+        part.replace(file)
+    return OpenRun(folder, plan)
+
+
+def _settings(plan: Plan, trio: Trio) -> dict[str, Any]:
+    files = {role: model.path for role, model in trio.models.items()}
+    files |= {f"{r}_lora": m.lora for r, m in trio.models.items() if m.lora is not None}
+    return {
+        "format": FORMAT,
+        "command": list(plan.command),
+        "lang": plan.lang,
+        "tasks": list(plan.datasets()),
+        "task_files": plan.own_files(),
+        "methods": list(plan.methods),
+        "seed": plan.seed,
+        "limit": plan.limit,
+        "n_exemplars": plan.n_exemplars,
+        "n_ctx": trio.n_ctx,
+        "axis": AXIS,
+        "models": {role: _fingerprint(path) for role, path in files.items()},
+        "singles": {name: _fingerprint(path) for name, path in (plan.singles or {}).items()},
+        "versions": {
+            name: metadata.version(name) for name in ("trimix-gguf", "llama-cpp-python", "numpy")
+        },
+        "cpu": native.build_info().get("cpu", ""),
+    }
+
+
+@cache
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"file": path.name, "sha256": digest, "bytes": path.stat().st_size}

@@ -1,0 +1,231 @@
+"""Runs a task: one line of JSON an example, so that a run that was killed goes on where it was."""
+
+import json
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trimix_gguf.errors import DataError, PromptError
+from trimix_gguf.evaluation.continuing import Mix, continue_all, roles_of
+from trimix_gguf.evaluation.methods import (
+    ORACLE,
+    SELECTING,
+    grid_mixes,
+    lowest_on_grid,
+    mixes,
+)
+from trimix_gguf.evaluation.reading import Reader, Reading, choice_nll, token_nlls
+from trimix_gguf.evaluation.task import Dataset, Example, Task
+from trimix_gguf.fusion import ROLES, Rows, Weights
+from trimix_gguf.prompt import Prompt, Segment
+from trimix_gguf.scoring import GRID, Float64
+from trimix_gguf.trio import Trio
+
+N_TASK_SAMPLE = 50  # prompts that the published code averages over
+_OPEN, _CLOSE = "\x02", "\x03"  # around an exemplar's answer; no text holds them
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an example's line depends on, beside the models and the data."""
+
+    methods: tuple[str, ...]
+    seed: int = 0
+    n_exemplars: int | None = None
+    limit: int | None = None
+
+    def questions(self, dataset: Dataset) -> list[Example]:
+        """The examples to answer: all, or `limit` of them drawn with the seed, in their order."""
+        examples = list(dataset.examples)
+        if self.limit is None or self.limit >= len(examples):
+            return examples
+        drawn = set(random.Random(self.seed).sample(range(len(examples)), self.limit))
+        return [example for at, example in enumerate(examples) if at in drawn]
+
+
+def run_task(
+    trio: Trio,
+    task: Task,
+    dataset: Dataset,
+    settings: Settings,
+    out: Path,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    name_as: str | None = None,
+) -> None:
+    """Answer the task's questions by every method, appending lines to `out`.
+
+    `name_as` is what large_ins' answers are to be called, where it is a model by itself.
+
+    Lines that it already holds are kept, a line cut off by a kill is written anew. Raises
+    PromptError where the exemplars do not fit the context, saying how many do.
+    """
+    questions = settings.questions(dataset)
+    done = finished_ids(out)
+    left = [q for q in questions if q.id not in done]
+    progress(len(questions) - len(left), len(questions))
+    if not left:
+        return
+    reader = open_reader(trio, task, dataset, settings, questions)
+    weights = _task_weights(reader, task, questions, settings, out)
+    with out.open("a", encoding="utf-8") as lines:
+        for n, example in enumerate(left, len(questions) - len(left) + 1):
+            line = answer(reader, task, example, settings, weights)
+            if name_as is not None:
+                line["outputs"] = {name_as: line["outputs"]["large_ins"]}
+            lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+            lines.flush()
+            progress(n, len(questions))
+
+
+def finished_ids(out: Path) -> set[str]:
+    """Ids of the whole lines of `out`; cuts off what a kill left of the last one."""
+    if not out.exists():
+        return set()
+    raw = out.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1]
+    if len(whole) < len(raw):
+        os.truncate(out, len(whole))
+    try:
+        return {json.loads(line)["id"] for line in whole.decode("utf-8").splitlines()}
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{out} holds lines that are not a run's; give another folder") from None
+
+
+def open_reader(
+    trio: Trio, task: Task, dataset: Dataset, settings: Settings, questions: Sequence[Example]
+) -> Reader:
+    """A Reader of the instruction and the exemplars."""
+    n = task.n_exemplars if settings.n_exemplars is None else settings.n_exemplars
+    if n > len(dataset.exemplars):
+        raise PromptError(f"{task.name} has {len(dataset.exemplars)} exemplars; {n} are wanted")
+    prefixes = [_prefix(trio, task, dataset.exemplars[:k]) for k in range(n + 1)]
+    longest = max(trio.prompt(q.question).n_tokens() for q in questions)
+    spare = trio.n_ctx - longest - task.max_tokens
+    if prefixes[n].n_tokens() > spare:
+        fit = sum(p.n_tokens() <= spare for p in prefixes[1:])
+        raise PromptError(
+            f"{task.name}: {n} exemplars and the longest question do not fit in a context of "
+            f"{trio.n_ctx}; {fit} would, or raise --n-ctx"
+        )
+    return Reader(trio, _all_scored(trio, prefixes[n]), [scored for _, scored in prefixes[n].units])
+
+
+def _prefix(trio: Trio, task: Task, exemplars: Sequence[Example]) -> Prompt:
+    """Instruction and exemplars; only the exemplars' answers are scored."""
+    text = f"{task.instruction}\n\n"
+    for example in exemplars:
+        text += f"{example.question} {_OPEN}{example.answer}{_CLOSE}\n\n"
+    return trio.prompt(text, spans=(_OPEN, _CLOSE)) if exemplars else trio.prompt(text)
+
+
+def _all_scored(trio: Trio, prompt: Prompt) -> Prompt:
+    """The same tokens, all of them scored but BOS."""
+    ids = [i for segment in prompt.segments for i in segment.ids[ROLES[0]]]
+    bos = trio.models[ROLES[0]].bos
+    begin = [Segment.of(bos, scored=False)] if bos else []
+    return Prompt((*begin, Segment.of(ids[len(bos) :])))
+
+
+def answer(
+    reader: Reader,
+    task: Task,
+    example: Example,
+    settings: Settings,
+    task_weights: Weights | None,
+) -> dict[str, Any]:
+    """One example's line: the sums of its reading, and the text of each method."""
+    trio = reader.trio
+    question = _question(trio, example)
+    line: dict[str, Any] = {"id": example.id, "references": list(example.references)}
+    if example.choices:
+        line["choices"] = list(example.choices)
+    reading: Reading | None = None
+    if any(name in SELECTING for name in settings.methods):
+        reading = reader.read(question)
+        line |= _reading_line(reading)
+        if example.choices:
+            ids = [trio.models[ROLES[0]].tokenize(f" {choice}") for choice in example.choices]
+            line["choice_nll"] = _rounded(choice_nll(trio, ids))
+            trio.forget_rows()
+
+    def score(rows: Rows, token: int) -> Float64:
+        one = {role: row[None] for role, row in rows.items()}
+        nats: Float64 = token_nlls(trio, one, np.array([token]))[0]
+        return nats
+
+    named = mixes(settings.methods, reading, task_weights, score)
+    grid = grid_mixes() if ORACLE in settings.methods else []
+    chosen = {name: mix.weights for name, mix in named.items()}
+    if reading is None:
+        reader.start(question, roles_of([*named.values(), *grid]))
+    continue_all(trio, [*named.values(), *grid], max_tokens=task.max_tokens)
+    line["outputs"] = {name: _output(mix, chosen[name]) for name, mix in named.items()}
+    if grid:
+        texts = [mix.text for mix in grid]
+        line["grid"] = [texts[at : at + len(GRID)] for at in range(0, len(texts), len(GRID))]
+    return line
+
+
+def _question(trio: Trio, example: Example) -> Prompt:
+    """The question without BOS, which the exemplars' prefix has."""
+    prompt = trio.prompt(example.question)
+    return Prompt(tuple(s for s in prompt.segments if s.scored))
+
+
+def _output(mix: Mix, chosen: Weights) -> dict[str, Any]:
+    return {
+        "text": mix.text,
+        "n_tokens": len(mix.ids),
+        "alpha": round(chosen.alpha, 6),
+        "beta": round(chosen.beta, 6),
+    }
+
+
+def _reading_line(reading: Reading) -> dict[str, Any]:
+    return {
+        "n_prompt_tokens": reading.n_tokens,
+        "n_scored": len(reading.nlls),
+        "n_answers": int(reading.answers.sum()),
+        "nll": _rounded(reading.nlls.sum(axis=0)),
+        "answers_nll": _rounded(reading.nlls[reading.answers].sum(axis=0)),
+        "entropy": _rounded(reading.entropy),
+    }
+
+
+def _rounded(values: Float64) -> Any:
+    return np.round(values, 4).tolist()
+
+
+def _task_weights(
+    reader: Reader, task: Task, questions: Sequence[Example], settings: Settings, out: Path
+) -> Weights | None:
+    """The pair with the lowest macro perplexity of a sample of prompts; kept beside `out`."""
+    if "ppl-task" not in settings.methods:
+        return None
+    kept = out.with_suffix(".weights.json")
+    if kept.exists():
+        return Weights(**json.loads(kept.read_text(encoding="utf-8")))
+    n = min(N_TASK_SAMPLE, len(questions))
+    means = [
+        reader.read(_question(reader.trio, q)).nlls.mean(axis=0)
+        for q in random.Random(settings.seed).sample(list(questions), n)
+    ]
+    weights = lowest_on_grid(np.mean(means, axis=0))
+    part = kept.with_suffix(".part")
+    part.write_text(json.dumps({"alpha": weights.alpha, "beta": weights.beta}), encoding="utf-8")
+    part.replace(kept)
+    return weights
+
+
+def read_lines(out: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a finished or unfinished run."""
+    with out.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                yield json.loads(line)

@@ -1,0 +1,101 @@
+"""How sure a metric's value is: the bootstrap over examples, and rank correlation.
+
+`stats` [n_examples, n_stats] holds a metric's additive statistics, `value` turns their sum
+[n_stats] into the metric. A resample draws n_examples of the examples with replacement.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from trimix_gguf.errors import TrimixError
+
+Float64 = NDArray[np.float64]
+
+_CHUNK = 1 << 22  # counts held at once: 32 MB
+
+
+def bootstrap_interval(
+    stats: Float64,
+    value: Callable[[Float64], float],
+    *,
+    seed: int,
+    n_resamples: int = 1000,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """The percentile bootstrap's interval (low, high) of `value`, which covers it in `level`.
+
+    Raises ValueError where there are no examples.
+    """
+    totals = _resampled_totals(stats, seed=seed, n_resamples=n_resamples)
+    values = [value(total) for total in totals]
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_p_value(
+    ours: Float64,
+    theirs: Float64,
+    value: Callable[[Float64], float],
+    *,
+    seed: int,
+    n_resamples: int = 1000,
+) -> float:
+    """How often chance alone would part two systems at least as far as they are, either way.
+
+    The paired bootstrap (Koehn 2004), two-sided and centred: both systems are judged on the same
+    resamples of the same examples [n_examples, n_stats], and d* − d, a resample's difference less
+    the observed one, stands for the differences of two equal systems:
+
+        p = (1 + #{ |d* − d| ≥ |d| }) / (1 + n_resamples)
+
+    Equal systems get 1, the least is 1 / (1 + n_resamples). sacrebleu's `paired-bs` counts
+    |d*| − mean |d*| > |d|, which calls two identical systems different, and is not this one.
+    Raises ValueError where the shapes differ or there are no examples.
+    """
+    if ours.shape != theirs.shape:
+        raise ValueError(f"paired examples have one shape, got {ours.shape} and {theirs.shape}")
+    n_stats = ours.shape[1]
+
+    def difference(total: Float64) -> float:
+        return value(total[:n_stats]) - value(total[n_stats:])
+
+    both = np.concatenate([ours, theirs], axis=1)
+    observed = difference(both.sum(axis=0))
+    totals = _resampled_totals(both, seed=seed, n_resamples=n_resamples)
+    centred = np.array([difference(total) for total in totals]) - observed
+    # Differences of a few right answers are often equal: rounding must not part them.
+    n_as_far = np.count_nonzero(np.abs(centred) >= abs(observed) - 1e-9)
+    return float((1 + n_as_far) / (1 + n_resamples))
+
+
+def spearman(x: ArrayLike, y: ArrayLike) -> float:
+    """Spearman's rank correlation of x and y [n], −1 … 1, ties sharing their mean rank.
+
+    nan where one of them is constant, so that it ranks nothing. Raises TrimixError where scipy
+    is not installed.
+    """
+    try:
+        from scipy.stats import spearmanr
+    except ImportError:
+        message = "rank correlation needs scipy: pip install 'trimix-gguf[eval]'"
+        raise TrimixError(message) from None
+    if len(np.unique(x)) < 2 or len(np.unique(y)) < 2:
+        return float("nan")
+    return float(spearmanr(x, y).statistic)
+
+
+def _resampled_totals(stats: Float64, *, seed: int, n_resamples: int) -> Float64:
+    """Summed statistics [n_resamples, n_stats]: how often each example is drawn, times it."""
+    n_examples = len(stats)
+    if n_examples == 0:
+        raise ValueError("a bootstrap needs one example or more, got none")
+    rng = np.random.default_rng(seed)
+    n_rows = max(1, _CHUNK // n_examples)
+    even = np.full(n_examples, 1 / n_examples)
+    totals = [
+        rng.multinomial(n_examples, even, size=min(n_rows, n_resamples - start)) @ stats
+        for start in range(0, n_resamples, n_rows)
+    ]
+    return np.concatenate(totals)

@@ -1,0 +1,83 @@
+"""Belebele: questions on a FLORES passage, four choices (Bandarkar et al., 2024).
+
+The set has one part, 900 questions on 488 passages: the passages of its last 20 questions are
+kept for exemplars. Also here: what every task with lettered choices shares.
+"""
+
+import random
+import re
+import string
+from collections.abc import Sequence
+from pathlib import Path
+
+from trimix_gguf.evaluation.sources import (
+    FLORES_CODES,
+    HubFile,
+    Row,
+    find,
+    hold_out,
+    index_of,
+    one_line,
+    read_jsonl,
+)
+from trimix_gguf.evaluation.task import Dataset, Example, Task
+
+LETTERS = string.ascii_uppercase
+N_HELD_OUT = 20
+
+_OPTIONS = tuple(f"mc_answer{n}" for n in range(1, 5))
+_FIELDS = dict.fromkeys(("flores_passage", "question", *_OPTIONS), str)
+_LOOK_ALIKES = str.maketrans("АВСЕавсе", "ABCEabce")  # Cyrillic, as a Kazakh model writes them
+
+
+def load(data: Path, lang: str, seed: int) -> Dataset:
+    code = FLORES_CODES[lang]
+    path = find(data, f"{code}.jsonl", hub=HubFile("facebook/belebele", f"data/{code}.jsonl"))
+    rows = read_jsonl(path, {**_FIELDS, "correct_answer_num": str | int})
+    examples, held_out = hold_out(rows, N_HELD_OUT, lambda row: row["flores_passage"])
+    pool = [_example(row) for row in held_out]
+    random.Random(seed).shuffle(pool)
+    return Dataset([_example(row) for row in examples], pool)
+
+
+def _example(row: Row) -> Example:
+    where, record = row
+    gold = index_of(where, "correct_answer_num", record["correct_answer_num"], ("1", "2", "3", "4"))
+    passage, question = one_line(record["flores_passage"]), one_line(record["question"])
+    stem = f"Passage: {passage}\nQuestion: {question}"
+    return lettered(where.rsplit(":", 1)[1], stem, [record[name] for name in _OPTIONS], gold)
+
+
+def lettered(name: str, stem: str, options: Sequence[str], gold: int) -> Example:
+    """A question whose answer is a letter: `stem`, the options after A., B., …, "Answer:"."""
+    letters = tuple(LETTERS[: len(options)])
+    lines = [
+        f"{letter}. {one_line(option)}" for letter, option in zip(letters, options, strict=True)
+    ]
+    question = "\n".join([stem, *lines, "Answer:"])
+    return Example(name, question, letters[gold], (letters[gold],), letters)
+
+
+def read_letter(text: str, choices: Sequence[str]) -> str:
+    """The letter that the first line begins with ("B", "(B)", " b)"), else that line.
+
+    A Cyrillic look-alike counts as the Latin letter. "Because" begins with no letter of its own,
+    nor does "a dog": a small letter needs a mark after it, or the line's end.
+    """
+    line = text.strip().split("\n")[0].strip()
+    match = re.match(r"[\W_]*([^\W\d_])(?!\w)(\s*[^\w\s]|$)?", line)
+    if match is None or (match[1].islower() and match[2] is None):
+        return line
+    letter = match[1].translate(_LOOK_ALIKES).upper()
+    return letter if letter in choices else line
+
+
+BELEBELE = Task(
+    name="belebele",
+    languages=tuple(lang for lang in FLORES_CODES if lang != "ug"),  # it has no Uyghur
+    instruction="Read each passage and answer the question with the letter of the right choice.",
+    metrics=("accuracy",),
+    max_tokens=2,
+    load=load,
+    read_answer=read_letter,
+)

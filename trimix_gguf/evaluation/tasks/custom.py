@@ -1,0 +1,120 @@
+"""A user's own questions: one JSON object a line.
+
+    {"instruction": "Answer in Kazakh.", "language": "kk"}
+    {"question": "Қазақстан астанасы?", "answer": "Астана", "exemplar": true}
+    {"question": "Ең ұзын өзен?", "answer": ["Ертіс", "Ертіс өзені"]}
+    {"question": "2 + 2 = ?", "choices": ["3", "4"], "answer": "B"}
+
+A row has a `question` and an `answer`: a text, or a list of those that count as right. With
+`choices` the answer is a letter or the text of a choice. Rows with `"exemplar": true` are shown
+in prompts and not asked; without any, prompts have no exemplars.
+
+The first line may hold settings in place of a question, each of them optional: `instruction`,
+`language`, `metrics` (accuracy for choices, else exact_match and f1), `max_tokens` (2 for
+choices, else 64), `n_exemplars` (5, or as many as there are).
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trimix_gguf.errors import DataError
+from trimix_gguf.evaluation.metrics import METRICS
+from trimix_gguf.evaluation.sources import Fields, Row, check_type, index_of, one_line, read_jsonl
+from trimix_gguf.evaluation.task import Dataset, Example, Task
+from trimix_gguf.evaluation.tasks.belebele import LETTERS, lettered, read_letter
+
+_SETTINGS: Fields = {
+    "instruction": str,
+    "language": str,
+    "metrics": list,
+    "max_tokens": int,
+    "n_exemplars": int,
+}
+_ROW: Fields = {"question": str, "answer": str | list, "choices": list, "exemplar": bool}
+
+
+def custom_task(path: Path) -> Task:
+    """The task of a JSONL file, named after it; its `load` takes no notice of data and lang.
+
+    Raises DataError where the file or a line of it is not of the form above.
+    """
+    rows = read_jsonl(path, {})
+    settings = {} if "question" in rows[0][1] else _typed(rows.pop(0), _SETTINGS)
+    examples, pool = _split(path, [(where, _typed((where, row), _ROW)) for where, row in rows])
+    with_choices = {bool(example.choices) for example in examples + pool}
+    if len(with_choices) == 2:
+        raise DataError(f"{path}: some rows have choices and some none; make a file of each")
+    chosen = with_choices.pop()
+
+    def load(data: Path, lang: str, seed: int) -> Dataset:
+        shuffled = list(pool)
+        random.Random(seed).shuffle(shuffled)
+        return Dataset(examples, shuffled)
+
+    return Task(
+        name=path.stem,
+        languages=(settings.get("language", "und"),),
+        instruction=settings.get("instruction", "Answer each question."),
+        metrics=_metrics(path, settings, ("accuracy",) if chosen else ("exact_match", "f1")),
+        max_tokens=settings.get("max_tokens", 2 if chosen else 64),
+        load=load,
+        n_exemplars=min(settings.get("n_exemplars", 5), len(pool)),
+        read_answer=read_letter if chosen else None,
+    )
+
+
+def _typed(row: Row, known: Fields) -> dict[str, Any]:
+    """The fields of a line, each of them known and of its type."""
+    where, record = row
+    for name, value in record.items():
+        if name not in known:
+            raise DataError(f"{where}: field {name!r} is unknown; known are {', '.join(known)}")
+        check_type(where, name, value, known[name])
+        if type(value) is int and value < 0:
+            raise DataError(f"{where}: field {name!r} should be 0 or more, got {value}")
+    return record
+
+
+def _split(path: Path, rows: Sequence[Row]) -> tuple[list[Example], list[Example]]:
+    """(examples, pool), ids being the lines' numbers."""
+    examples: list[Example] = []
+    pool: list[Example] = []
+    for where, row in rows:
+        example = _example(where, row)
+        (pool if row.get("exemplar") else examples).append(example)
+    if not examples:
+        raise DataError(f"{path} has no question to ask: each of its rows is an exemplar")
+    return examples, pool
+
+
+def _example(where: str, row: Mapping[str, Any]) -> Example:
+    for field in ("question", "answer"):
+        if not row.get(field):
+            raise DataError(f"{where}: field {field!r} is missing; it has {', '.join(row)}")
+    name, stem = where.rsplit(":", 1)[1], f"Question: {row['question'].strip()}"
+    answer, choices = row["answer"], row.get("choices")
+    if choices:
+        return lettered(name, stem, [str(choice) for choice in choices], _gold(where, row))
+    answers = tuple(one_line(str(text)) for text in (answer if type(answer) is list else [answer]))
+    return Example(name, f"{stem}\nAnswer:", answers[0], answers)
+
+
+def _gold(where: str, row: Mapping[str, Any]) -> int:
+    """Where the right choice stands: its text goes before its letter."""
+    choices = [str(choice) for choice in row["choices"]]
+    if len(choices) > len(LETTERS):
+        raise DataError(
+            f"{where}: at most {len(LETTERS)} choices have a letter; got {len(choices)}"
+        )
+    if row["answer"] in choices:
+        return choices.index(row["answer"])
+    return index_of(where, "answer", row["answer"], tuple(LETTERS[: len(choices)]))
+
+
+def _metrics(path: Path, settings: Mapping[str, Any], default: tuple[str, ...]) -> tuple[str, ...]:
+    names = tuple(settings.get("metrics", default))
+    for name in names:
+        index_of(f"{path}:1", "metrics", name, tuple(METRICS))
+    return names or default

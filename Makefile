@@ -27,15 +27,18 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 # Raw text -> the shipped trio; `make -j2 nano` trains the small and the large chain side by side.
-# DATA holds corpus/, parallel/ and eval/. A run that was stopped goes on where it was.
+# DATA holds corpus/, parallel/ and eval/. A run that was stopped goes on where it was. For a trial
+# of the whole way in minutes: make nano SCALE=0.01 WORK=trial OUT=trial.
 DATA ?= ../shared/data
 WORK ?= nano-work
+OUT ?= trimix_gguf/nano
+SCALE ?= 1
 nano: $(WORK)/small_cpt/model.safetensors $(WORK)/large_ins/model.safetensors
 	for role in small_base small_cpt large_ins; do \
-	  $(BIN)/trimix convert hf $(WORK)/$$role -o trimix_gguf/nano/$$role.gguf --force || exit 1; \
+	  $(BIN)/trimix convert hf $(WORK)/$$role -o $(OUT)/$$role.gguf --force || exit 1; \
 	done
 
-TRAIN = $(BIN)/python convert/nano/train.py --data $(DATA) --work $(WORK)
+TRAIN = $(BIN)/python convert/nano/train.py --data $(DATA) --work $(WORK) --scale $(SCALE)
 $(WORK)/tokenizer.json: | $(VENV)/.train
 	$(TRAIN) tokenizer
 $(WORK)/small_base/model.safetensors $(WORK)/large_base/model.safetensors: $(WORK)/tokenizer.json

@@ -15,9 +15,10 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.utils import get_rolling_token_windows  # noqa: E402
 
 from trimix_gguf import TrimixError, Trio, Weights, generate, select_weights  # noqa: E402
+from trimix_gguf.chat import render_chat  # noqa: E402
 from trimix_gguf.errors import PromptError, SamplerError  # noqa: E402
 from trimix_gguf.evaluation import harness  # noqa: E402
-from trimix_gguf.evaluation.harness import TrimixLM, render_chat, run_harness  # noqa: E402
+from trimix_gguf.evaluation.harness import TrimixLM, run_harness  # noqa: E402
 from trimix_gguf.fusion import fuse  # noqa: E402
 from trimix_gguf.model import Model  # noqa: E402
 from trimix_gguf.prompt import Prompt, Segment  # noqa: E402
@@ -559,3 +560,17 @@ def test_tasks_in_chat(trio, folder):
     prompt = trio.prompt(asked, special=True)
     options = {"temperature": 0, "stop": STOPS, "max_tokens": 12, "speculative": "off"}
     assert sample["resps"] == [[generate(trio, prompt, weights=MIX, **options).text]]
+
+
+def test_the_command_prints_the_harness_table_and_keeps_its_results(
+    trimix, folder, tmp_path, results
+):
+    out = tmp_path / "out"
+    run = trimix(
+        "eval", "--harness", "kk_choice", "--harness-path", folder, "--weights", "0.3,0.9",
+        "--threads", "1", "-o", out,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr.decode()
+    assert "|kk_choice|" in run.stdout.decode()
+    kept = json.loads((out / "harness.json").read_text("utf-8"))["results"]["kk_choice"]
+    assert kept["acc,none"] == results["results"]["kk_choice"]["acc,none"]

@@ -60,7 +60,7 @@ RECIPES = {
     "small_base": Recipe(192, 5, 512, 6, 2, 2_600_000, 4e-3),
     "small_cpt": Recipe(192, 5, 512, 6, 2, 4_000_000, 3e-3, start="small_base"),
     "large_base": Recipe(320, 7, 832, 10, 5, 3_300_000, 3e-3),
-    "large_ins": Recipe(320, 7, 832, 10, 5, 2_200_000, 2e-3, start="large_base"),
+    "large_ins": Recipe(320, 7, 832, 10, 5, 450_000, 1e-3, start="large_base"),
 }
 
 
@@ -70,12 +70,12 @@ def documents(role: str, data: Path) -> list[str]:
         return corpus.mix(1, (corpus.english(data, 1), 1), (corpus.kazakh(data, 1), 0.08))
     if role == "small_cpt":
         return corpus.mix(2, (corpus.kazakh(data, 2), 1))
-    if role == "large_ins":  # a second stage: instructions, and as much of the language
+    if role == "large_ins":  # a short second stage: instructions, and more of the language
         return corpus.mix(
             4,
             (corpus.english(data, 4), 0.1),
-            (corpus.kazakh(data, 4), 0.5),
-            (corpus.instructions(data, 4), 0.7),
+            (corpus.kazakh(data, 4), 0.25),
+            (corpus.instructions(data, 4), 0.35),
         )
     return corpus.mix(
         3,
@@ -163,10 +163,17 @@ def batch(stream: np.ndarray, step: int, n_rows: int) -> torch.Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def train(role: str, data: Path, work: Path, n_rows: int = 8, save_every_s: float = 180) -> None:
+def train(
+    role: str,
+    data: Path,
+    work: Path,
+    scale: float = 1,
+    n_rows: int = 8,
+    save_every_s: float = 180,
+) -> None:
     recipe, state_file = RECIPES[role], work / f"{role}.state.pt"
     stream = token_stream(role, data, work)
-    n_steps = recipe.n_tokens // (n_rows * N_CTX)
+    n_steps = int(recipe.n_tokens * scale) // (n_rows * N_CTX)
     model = build(role, work)
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
@@ -250,12 +257,13 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--scale", type=float, default=1, help="of the recipe's tokens: a trial")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.what == "tokenizer":
         train_tokenizer(options.data, options.work)
     else:
-        train(options.what, options.data, options.work)
+        train(options.what, options.data, options.work, options.scale)
 
 
 if __name__ == "__main__":

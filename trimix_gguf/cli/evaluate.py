@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from trimix_gguf.cli.options import open_trio, trio_options
+from trimix_gguf.cli.options import open_trio, parse_weights, trio_options
 
 _DEFAULT = "large_ins,small_cpt,small_base,proxy-tuning,ppl,ppl-answers,ent"
 
@@ -24,6 +24,10 @@ _DEFAULT = "large_ins,small_cpt,small_base,proxy-tuning,ppl,ppl-answers,ent"
 @click.option("--limit", type=click.IntRange(min=1), help="Questions a task, drawn with the seed.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--exemplars", type=click.IntRange(min=0), help="Default: the task's own number.")
+@click.option("--chat", is_flag=True, help="Prompts in the chat template of large_ins.")
+@click.option("--harness", metavar="LIST", help="Tasks of lm-evaluation-harness instead.")
+@click.option("--harness-path", metavar="DIR", help="Your own harness tasks, alone.")
+@click.option("--weights", metavar="ALPHA,BETA", help="Fixed weights, for the harness.")
 @click.option("--single", multiple=True, metavar="NAME=FILE", help="One more GGUF, by itself.")
 @click.option("-o", "--out", metavar="DIR", help="Folder of the results; a run there goes on.")
 @click.pass_context
@@ -33,6 +37,9 @@ def evaluate(context: click.Context, /, **options: Any) -> None:
     A run that was stopped goes on where it was when the same command is given again.
     """
     if context.invoked_subcommand is not None:
+        return
+    if options["harness"]:
+        _run_harness(options)
         return
     for name in ("lang", "tasks", "out"):
         if not options[name]:
@@ -78,6 +85,7 @@ def _run(options: dict[str, Any]) -> None:
         seed=options.pop("seed"),
         limit=options.pop("limit"),
         n_exemplars=options.pop("exemplars"),
+        chat=options.pop("chat"),
         singles=_singles(options.pop("single")),
         command=sys.argv,
     )
@@ -85,6 +93,32 @@ def _run(options: dict[str, Any]) -> None:
     with open_trio(options) as trio:
         run = open_run(out, plan, trio)
         run.compare(trio, _progress)
+
+
+def _run_harness(options: dict[str, Any]) -> None:
+    """The harness's own table on stdout; with --out, its results as JSON in that folder."""
+    import json
+
+    from trimix_gguf.evaluation.harness import make_table, run_harness
+
+    weights = options.pop("weights")
+    with open_trio(options) as trio:
+        results = run_harness(
+            trio,
+            _split(options["harness"]),
+            weights=parse_weights(weights) if weights else None,
+            limit=options["limit"],
+            num_fewshot=options["exemplars"],
+            apply_chat_template=options["chat"],
+            include_path=options["harness_path"],
+            include_defaults=options["harness_path"] is None,
+        )
+    if options["out"]:
+        out = Path(options["out"])
+        out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(results, ensure_ascii=False, indent=1, default=str)
+        (out / "harness.json").write_text(text, encoding="utf-8")
+    click.echo(make_table(results))
 
 
 def _split(text: str) -> tuple[str, ...]:

@@ -150,6 +150,9 @@ def _settings(file: Path) -> dict[str, Any]:
         raise DataError(
             f"{file} has format {settings['format']}, expected {FORMAT}: another version wrote it"
         )
+    for field in ("tasks", "methods"):
+        if not settings[field] or any(type(name) is not str for name in settings[field]):
+            raise DataError(f"{file}: {field!r} should be names, one or more; {_DAMAGED}")
     axis = settings["axis"]
     numbers = all(type(weight) in (int, float) for weight in axis)
     if not (numbers and axis == sorted(set(axis)) and {0, 1} <= set(axis)):
@@ -254,13 +257,11 @@ def _is_square(grid: Any, n: int) -> bool:
     return type(grid) is list and [type(r) is list and len(r) for r in grid] == [n] * n
 
 
-def _numbers(
-    rows: Sequence[Row], name: str, shapes: Sequence[tuple[int, ...]]
-) -> Float64 | None:
+def _numbers(rows: Sequence[Row], name: str, shapes: Sequence[tuple[int, ...]]) -> Float64 | None:
     """A field of all lines, padded with nan to the largest shape; None where no line has it."""
     if not any(name in line for _, line in rows):
         return None
-    widest = tuple(np.max(np.array(shapes, int).reshape(len(shapes), -1), axis=0))
+    widest = tuple(max(lengths) for lengths in zip(*shapes, strict=True))
     values = np.full((len(rows), *widest), np.nan)
     for at, ((where, line), shape) in enumerate(zip(rows, shapes, strict=True)):
         try:
@@ -270,5 +271,5 @@ def _numbers(
         if one.shape != shape or not np.isfinite(one).all():
             size = " × ".join(map(str, shape)) or "a number"
             raise DataError(f"{where}: {name!r} should be {size}, finite; {_DAMAGED}")
-        values[(at, *(slice(length) for length in shape))] = one
+        values[at, ...][tuple(slice(length) for length in shape)] = one
     return values

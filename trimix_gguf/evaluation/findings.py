@@ -52,7 +52,8 @@ def divergences(nll: Float64, axis: Sequence[float]) -> Float64:
         N(0) − N(1) = log Z(0) − log Z(1) + (c_y − b_y)
 
     and their sum, in which the target cancels, is E_cpt[log p_cpt − log p_base]: exactly the
-    divergence, whatever the text. N' is that of the polynomial through the axis' nodes.
+    divergence, whatever the text. N' is that of the polynomial through the axis' nodes, which is
+    0.001 nats a token off where small models diverge by 3, and less where they are closer.
     """
     row = nll[:, axis.index(0.0)]
     at_base, at_cpt = axis.index(0.0), axis.index(1.0)
@@ -82,11 +83,14 @@ def guidance(
 
 
 def gap_closed(values: Mapping[str, float], start: str, end: str) -> dict[str, float]:
-    """How far each method gets on the way from `start` (0) to `end` (1); empty where there is none."""
+    """How far each other method gets on the way from `start` (0) to `end` (1).
+
+    Empty where one of the two is absent, or `end` is not above `start`.
+    """
     if start not in values or end not in values or values[end] <= values[start]:
         return {}
     whole = values[end] - values[start]
-    others = (name for name in values if not name.startswith((start, end)) or name == "")
+    others = (name for name in values if name not in (start, end))
     return {name: (values[name] - values[start]) / whole for name in others}
 
 

@@ -5,23 +5,19 @@ This module needs lm-eval, so it is imported where the harness is asked for and 
 
 import difflib
 import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime
 from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jinja2 import TemplateError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tqdm import tqdm
 
+from trimix_gguf.chat import apply_template, template_of
 from trimix_gguf.errors import PromptError, SamplerError, TrimixError
 from trimix_gguf.fusion import Weights, fuse
 from trimix_gguf.generation import generate
@@ -36,11 +32,18 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, warning_once
+    from lm_eval.utils import (
+        get_rolling_token_windows,
+        make_disjoint_window,
+        make_table,
+        warning_once,
+    )
 except ImportError as error:
     raise TrimixError(
         f"the harness needs lm-eval: pip install 'trimix-gguf[lm-eval]' ({error})"
     ) from None
+
+__all__ = ["TrimixLM", "make_table", "run_harness"]
 
 logger = logging.getLogger(__name__)
 
@@ -341,12 +344,7 @@ class TrimixLM(TemplateLM):
         """The template that large_ins' GGUF holds; None where none is asked for."""
         if not chat_template:
             return None
-        template = self._model.file.metadata.get("tokenizer.chat_template")
-        if template is None:
-            raise PromptError(
-                f"{self._model.path.name} has no chat template; run the tasks without one"
-            )
-        return str(template)
+        return template_of(self._model)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -355,24 +353,13 @@ class TrimixLM(TemplateLM):
 
         As the harness's own models do, leaves system messages out where the template refuses.
         """
-        template = self.chat_template(True)
-        assert template is not None
-        metadata, tokens = self._model.file.metadata, {}
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-            if (token := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
-                tokens[f"{name}_token"] = self._model.piece(token, special=True).decode()
         try:
-            return render_chat(
-                template, chat_history, add_generation_prompt=add_generation_prompt, **tokens
-            )
-        except TemplateError as error:
-            reason = " ".join(str(error).split())
-        others = [m for m in chat_history if m["role"] != "system"]
-        if len(others) in (0, len(chat_history)):
-            raise PromptError(
-                f"the chat template of {self._model.path.name} refuses the messages: {reason}"
-            )
-        warning_once(logger, f"the chat template gets no system message: {reason}")
+            return apply_template(self._model, chat_history, add_generation_prompt)
+        except PromptError as error:
+            others = [m for m in chat_history if m["role"] != "system"]
+            if len(others) in (0, len(chat_history)):
+                raise
+            warning_once(logger, f"the chat template gets no system message: {error}")
         return self.apply_chat_template(others, add_generation_prompt)
 
     def get_model_info(self) -> dict[str, Any]:
@@ -394,59 +381,3 @@ def log_softmax(rows: Any) -> Float64:
     wide = rows.astype(np.float64)
     wide -= wide.max(-1, keepdims=True)
     return np.asarray(wide - np.log(np.exp(wide).sum(-1, keepdims=True)))
-
-
-def render_chat(
-    template: str, messages: list[dict[str, str]], *, add_generation_prompt: bool, **tokens: str
-) -> str:
-    """Messages by a chat template, in the sandbox and with the helpers that transformers gives it.
-
-    Without the generation prompt the last message is left open, for its continuation. Raises
-    jinja2.TemplateError. Source: transformers, utils/chat_template_utils.py.
-    """
-    messages = [dict(m) for m in messages]
-    end = "" if add_generation_prompt else "<the message goes on here> "
-    messages[-1]["content"] += end
-    text = _compile(template).render(
-        messages=messages,
-        tools=None,
-        documents=None,
-        add_generation_prompt=add_generation_prompt,
-        **tokens,
-    )
-    if not end:
-        return str(text)
-    before, mark, after = text.rpartition(end.strip())
-    if not mark:
-        raise TemplateError("it leaves the last message out")
-    # A template that strips its messages has taken the space after the mark.
-    return str(before if after.startswith(" ") else before.rstrip())
-
-
-class _Generation(Extension):
-    """{% generation %}, which marks what to train on, and says nothing here."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@cache
-def _compile(template: str) -> Any:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
-
-
-def _to_json(value: Any, **options: Any) -> str:
-    return json.dumps(value, **{"ensure_ascii": False, **options})  # jinja's own escapes HTML
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)

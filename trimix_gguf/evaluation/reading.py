@@ -36,12 +36,17 @@ class Reading:
 class Reader:
     """Reads prompts that begin with the same exemplars, which it reads and scores once.
 
+    `answers` says of each unit of `prefix` whether it is part of an answer; `turn` are the ids
+    by which large_ins' chat template begins its answer.
+
     Every question is read from the same state of the caches, in the same batches, whatever was
     read before: a run that was broken off and taken up again gives the same numbers.
     """
 
-    def __init__(self, trio: Trio, prefix: Prompt, answers: Sequence[bool]) -> None:
-        self.trio, self.prefix = trio, prefix
+    def __init__(
+        self, trio: Trio, prefix: Prompt, answers: Sequence[bool], turn: Sequence[int] = ()
+    ) -> None:
+        self.trio, self.prefix, self.turn = trio, prefix, list(turn)
         self._answers = np.asarray(answers, dtype=bool)
         self._nlls: Float64 | None = None
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +34,7 @@ class Plan:
     seed: int = 0
     limit: int | None = None
     n_exemplars: int | None = None
+    chat: bool = False
     singles: Mapping[str, Path] | None = None
     command: Sequence[str] = ()
 
@@ -60,14 +61,14 @@ class OpenRun:
     def compare(self, trio: Trio, progress: Progress) -> None:
         """Run every task that is not finished; then each single GGUF, one at a time."""
         plan = self.plan
-        settings = Settings(plan.methods, plan.seed, plan.n_exemplars, plan.limit)
+        settings = Settings(plan.methods, plan.seed, plan.n_exemplars, plan.limit, plan.chat)
         datasets = plan.datasets()
         for name, (task, dataset) in datasets.items():
             with progress(name) as shown:
                 out = self.folder / f"{name}.jsonl"
                 run_task(trio, task, dataset, settings, out, progress=shown)
         for single, file in (plan.singles or {}).items():
-            alone = Settings(("large_ins",), plan.seed, plan.n_exemplars, plan.limit)
+            alone = replace(settings, methods=("large_ins",))
             with Trio.load(
                 large_ins=file, small_cpt=file, small_base=file, n_ctx=trio.n_ctx
             ) as model:
@@ -116,6 +117,7 @@ def _settings(plan: Plan, trio: Trio) -> dict[str, Any]:
         "seed": plan.seed,
         "limit": plan.limit,
         "n_exemplars": plan.n_exemplars,
+        "chat": plan.chat,
         "n_ctx": trio.n_ctx,
         "axis": AXIS,
         "models": {role: _fingerprint(path) for role, path in files.items()},

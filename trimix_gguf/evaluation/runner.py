@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from trimix_gguf.chat import around_message
 from trimix_gguf.errors import DataError, PromptError
 from trimix_gguf.evaluation.continuing import Mix, continue_all, roles_of
 from trimix_gguf.evaluation.methods import (
@@ -38,6 +39,7 @@ class Settings:
     seed: int = 0
     n_exemplars: int | None = None
     limit: int | None = None
+    chat: bool = False  # large_ins reads its chat template around each prompt
 
     def questions(self, dataset: Dataset) -> list[Example]:
         """The examples to answer: all, or `limit` of them drawn with the seed, in their order."""
@@ -68,10 +70,10 @@ def run_task(
     questions = settings.questions(dataset)
     done = finished_ids(out)
     left = [q for q in questions if q.id not in done]
-    progress(len(questions) - len(left), len(questions))
     if not left:
         return
     reader = open_reader(trio, task, dataset, settings, questions)
+    progress(len(questions) - len(left), len(questions))
     weights = _task_weights(reader, task, questions, settings, out)
     with out.open("a", encoding="utf-8") as lines:
         for n, example in enumerate(left, len(questions) - len(left) + 1):
@@ -105,15 +107,16 @@ def open_reader(
     if n > len(dataset.exemplars):
         raise PromptError(f"{task.name} has {len(dataset.exemplars)} exemplars; {n} are wanted")
     prefixes = [_prefix(trio, task, dataset.exemplars[:k]) for k in range(n + 1)]
+    around = around_message(trio.models[ROLES[0]]) if settings.chat else ([], [])
     longest = max(trio.prompt(q.question).n_tokens() for q in questions)
-    spare = trio.n_ctx - longest - task.max_tokens
+    spare = trio.n_ctx - longest - task.max_tokens - sum(len(ids) for ids in around)
     if prefixes[n].n_tokens() > spare:
         fit = sum(p.n_tokens() <= spare for p in prefixes[1:])
         raise PromptError(
             f"{task.name}: {n} exemplars and the longest question do not fit in a context of "
             f"{trio.n_ctx}; {fit} would, or raise --n-ctx"
         )
-    return Reader(trio, _all_scored(trio, prefixes[n]), [scored for _, scored in prefixes[n].units])
+    return _reader(trio, prefixes[n], around)
 
 
 def _prefix(trio: Trio, task: Task, exemplars: Sequence[Example]) -> Prompt:
@@ -124,12 +127,16 @@ def _prefix(trio: Trio, task: Task, exemplars: Sequence[Example]) -> Prompt:
     return trio.prompt(text, spans=(_OPEN, _CLOSE)) if exemplars else trio.prompt(text)
 
 
-def _all_scored(trio: Trio, prompt: Prompt) -> Prompt:
-    """The same tokens, all of them scored but BOS."""
-    ids = [i for segment in prompt.segments for i in segment.ids[ROLES[0]]]
+def _reader(trio: Trio, marked: Prompt, around: tuple[list[int], list[int]]) -> Reader:
+    """All tokens of the prefix are scored but BOS; those scored in `marked` are answers."""
+    ids = [i for segment in marked.segments for i in segment.ids[ROLES[0]]]
     bos = trio.models[ROLES[0]].bos
     begin = [Segment.of(bos, scored=False)] if bos else []
-    return Prompt((*begin, Segment.of(ids[len(bos) :])))
+    if around[0]:
+        begin.append(Segment.per_role({ROLES[0]: around[0]}))
+    prefix = Prompt((*begin, Segment.of(ids[len(bos) :])))
+    answers = [scored for _, scored in marked.units]
+    return Reader(trio, prefix, [False] * (len(prefix.units) - len(answers)) + answers, around[1])
 
 
 def answer(
@@ -141,7 +148,7 @@ def answer(
 ) -> dict[str, Any]:
     """One example's line: the sums of its reading, and the text of each method."""
     trio = reader.trio
-    question = _question(trio, example)
+    question = _question(reader, example)
     line: dict[str, Any] = {"id": example.id, "references": list(example.references)}
     if example.choices:
         line["choices"] = list(example.choices)
@@ -172,10 +179,19 @@ def answer(
     return line
 
 
-def _question(trio: Trio, example: Example) -> Prompt:
-    """The question without BOS, which the exemplars' prefix has."""
-    prompt = trio.prompt(example.question)
-    return Prompt(tuple(s for s in prompt.segments if s.scored))
+def _question(reader: Reader, example: Example) -> Prompt:
+    """The question without BOS, which the exemplars' prefix has.
+
+    In a chat, large_ins' turn begins before the last line ("Topic:"), which all models share:
+    so their answers begin alike, with a space.
+    """
+    trio, text = reader.trio, example.question
+    body, newline, cue = text.rpartition("\n") if reader.turn else (text, "", "")
+    parts = [s for s in trio.prompt(body + newline).segments if s.scored] if body else []
+    if reader.turn:
+        parts.append(Segment.per_role({ROLES[0]: reader.turn}))
+        parts += [s for s in trio.prompt(cue).segments if s.scored]
+    return Prompt(tuple(parts))
 
 
 def _output(mix: Mix, chosen: Weights) -> dict[str, Any]:
@@ -213,7 +229,7 @@ def _task_weights(
         return Weights(**json.loads(kept.read_text(encoding="utf-8")))
     n = min(N_TASK_SAMPLE, len(questions))
     means = [
-        reader.read(_question(reader.trio, q)).nlls.mean(axis=0)
+        reader.read(_question(reader, q)).nlls.mean(axis=0)
         for q in random.Random(settings.seed).sample(list(questions), n)
     ]
     weights = lowest_on_grid(np.mean(means, axis=0))

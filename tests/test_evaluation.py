@@ -1,0 +1,324 @@
+"""Reading, continuing and running tasks, on the nano trio; the command driven as a user would."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import KAZAKH
+from test_cli import one_line_error
+
+from trimix_gguf import Trio, Weights, generate, score
+from trimix_gguf.chat import around_message
+from trimix_gguf.errors import ContextFullError
+from trimix_gguf.evaluation import methods
+from trimix_gguf.evaluation.continuing import Mix, continue_all
+from trimix_gguf.evaluation.reading import AXIS, Reader, Reading, choice_nll
+from trimix_gguf.evaluation.runner import Settings, run_task
+from trimix_gguf.evaluation.task import Dataset, Example, Task
+from trimix_gguf.prompt import Prompt, Segment
+from trimix_gguf.scoring import GRID
+
+TOPICS = {"спорт": "Команда ойында жеңді.", "саясат": "Үкімет жаңа заң қабылдады."}
+EXEMPLARS = "".join(f"Text: {text}\nTopic: {label}\n\n" for label, text in TOPICS.items())
+QUESTION = "Text: Президент Астанада сөз сөйледі.\nTopic:"
+
+
+@pytest.fixture(scope="module")
+def trio():
+    with Trio.nano(n_threads=1) as loaded:
+        yield loaded
+
+
+def scored(trio, text):
+    return Prompt(tuple(s for s in trio.prompt(text).segments if s.scored))
+
+
+@pytest.fixture
+def reader(trio):
+    prefix = trio.prompt(EXEMPLARS)
+    return Reader(trio, prefix, [i % 3 == 0 for i in range(len(prefix.units))])
+
+
+# -- reading --------------------------------------------------------------------------------
+
+
+def test_a_reading_is_the_score_of_the_whole_prompt(trio, reader):
+    reading = reader.read(scored(trio, QUESTION))
+    whole = Prompt((*reader.prefix.segments, *scored(trio, QUESTION).segments))
+    expected = score(trio, whole, grid=(AXIS, AXIS))
+    rows = [expected.alphas.index(a) for a in AXIS]
+    columns = [expected.betas.index(b) for b in AXIS]
+    assert reading.n_tokens == whole.n_tokens()
+    assert reading.nlls.sum(axis=0) == pytest.approx(
+        expected.nll[0][np.ix_(rows, columns)], abs=2e-3
+    )
+    marked = [i % 3 == 0 for i in range(len(reader.prefix.units))]
+    n_question = len(whole.units) - len(reader.prefix.units)
+    assert reading.answers[-n_question:].sum() == 0
+    assert reading.answers.sum() == sum(marked[-(len(reading.answers) - n_question) :])
+
+
+def test_a_question_gives_the_same_numbers_whatever_was_read_before(trio, reader):
+    others = ["Text: Ауа райы жылы.\nTopic:", QUESTION + " спорт"]
+    first = reader.read(scored(trio, QUESTION))
+    for other in others:
+        reader.read(scored(trio, other))
+    again = reader.read(scored(trio, QUESTION))
+    trio.forget()
+    anew = Reader(trio, reader.prefix, [False] * len(reader.prefix.units))
+    after_a_break = anew.read(scored(trio, QUESTION))
+    for reading in (again, after_a_break):
+        assert np.array_equal(reading.nlls, first.nlls)
+        assert np.array_equal(reading.entropy, first.entropy)
+
+
+def test_exemplars_are_decoded_once(trio, reader, monkeypatch):
+    reader.read(scored(trio, QUESTION))
+    seen = []
+    model = trio.models["large_ins"]
+    decode = model.decode
+    monkeypatch.setattr(
+        model, "decode", lambda ids, **o: (seen.append(len(ids)), decode(ids, **o))[1]
+    )
+    reader.read(scored(trio, QUESTION))
+    # The question, its first token's row and, for the entropy, at most one more.
+    assert sum(seen) <= scored(trio, QUESTION).n_tokens() + 2
+
+
+def test_choices_cost_what_their_tokens_cost(trio):
+    choices = [trio.models["large_ins"].tokenize(f" {label}") for label in TOPICS]
+    trio.prefill(trio.prompt(QUESTION))
+    found = choice_nll(trio, choices)
+    for ids, nats in zip(choices, found, strict=True):
+        prompt = trio.prompt(QUESTION)
+        tail = Prompt(
+            (*(Segment.of(s.ids["large_ins"], scored=False) for s in prompt.segments),)
+            + (Segment.of(ids),)
+        )
+        expected = score(trio, tail, grid=(GRID, GRID)).on_grid() * len(ids)
+        assert nats[1:, 1:] == pytest.approx(expected, abs=2e-3)
+
+
+# -- continuing -----------------------------------------------------------------------------
+
+
+def test_mixes_together_write_what_each_writes_alone(trio):
+    weights = [Weights(a, b) for a in (0.0, 0.1, 0.5, 1.0) for b in (0.0, 0.3, 0.9, 1.0)]
+    expected = []
+    for one in weights:
+        answer = generate(trio, QUESTION, weights=one, max_tokens=8, temperature=0)
+        expected.append(answer.text.lstrip().partition("\n")[0].rstrip())
+    trio.prefill(trio.prompt(QUESTION))
+    mixes = [Mix(one) for one in weights]
+    continue_all(trio, mixes, max_tokens=8)
+    assert [mix.text for mix in mixes] == expected
+    assert len(set(expected)) > 3
+
+
+def test_more_mixes_than_fit_at_once(trio):
+    trio.prefill(trio.prompt(KAZAKH))
+    weights = [Weights(a, b) for a in np.linspace(0, 1, 6) for b in np.linspace(0, 1, 6)]
+    together, apart = [Mix(w) for w in weights], [Mix(w) for w in weights]
+    continue_all(trio, together, max_tokens=6)
+    for mix in apart:
+        continue_all(trio, [mix], max_tokens=6)
+    assert [m.text for m in together] == [m.text for m in apart]
+
+
+def test_models_that_no_mix_reads_are_not_run(trio, monkeypatch):
+    trio.forget()
+    for role in ("small_cpt", "small_base"):
+        monkeypatch.setattr(trio.models[role], "_decode", None)
+    trio.prefill(trio.prompt(QUESTION))
+    mix = Mix(Weights(1, 0))
+    continue_all(trio, [mix], max_tokens=5)
+    assert mix.ids
+
+
+def test_an_answer_that_cannot_fit_is_refused():
+    with Trio.nano(n_ctx=64) as small:
+        small.prefill(small.prompt("а " * 20))
+        with pytest.raises(ContextFullError, match="does not fit"):
+            continue_all(small, [Mix(Weights(1, 0))], max_tokens=60)
+
+
+# -- methods --------------------------------------------------------------------------------
+
+
+def bowl(alpha, beta, n=12):
+    """nlls [n, …] whose sum is lowest at (alpha, beta)."""
+    a, b = np.asarray(AXIS)[:, None], np.asarray(AXIS)[None, :]
+    return np.repeat(((a - alpha) ** 2 + (b - beta) ** 2)[None], n, axis=0)
+
+
+def reading_of(nlls, answers):
+    entropy = np.ones((len(GRID), len(GRID)))
+    entropy[2, 3] = 0
+    return Reading(len(nlls), nlls, np.asarray(answers), entropy)
+
+
+def test_each_method_takes_the_lowest_of_its_own_evidence():
+    nlls = np.concatenate((bowl(0.1, 0.9), bowl(0.7, 0.3, n=4)))
+    reading = reading_of(nlls, [False] * 12 + [True] * 4)
+    names = ("ppl", "ppl-answers", "ent", "ppl-task", "large_ins", "continuous")
+    made = methods.mixes(names, reading, Weights(0.3, 0.3), lambda rows, token: np.zeros(()))
+    chosen = {name: (mix.weights.alpha, mix.weights.beta) for name, mix in made.items()}
+    continuous = chosen.pop("continuous")
+    assert chosen == {
+        "ppl": (0.3, 0.7),
+        "ppl-answers": (0.7, 0.3),
+        "ent": (0.5, 0.7),
+        "ppl-task": (0.3, 0.3),
+        "large_ins": (1.0, 0.0),
+    }
+    assert continuous == pytest.approx((0.25, 0.75), abs=0.011)
+
+
+def test_token_level_weights_follow_the_newest_evidence():
+    reading = reading_of(bowl(0.1, 0.9, n=40), [False] * 40)
+    there = bowl(1.0, 0.1, n=1)[0]
+    mix = methods.mixes(("token",), reading, None, lambda rows, token: there)["token"]
+    assert mix.weights == Weights(0.1, 0.9)
+    weights = [mix.adapt({}, 0) for _ in range(200)]
+    assert weights[-1] == Weights(1.0, 0.1)
+    assert [w.alpha for w in weights] == sorted(w.alpha for w in weights)
+
+
+# -- chat -----------------------------------------------------------------------------------
+
+
+def test_in_a_chat_large_ins_alone_reads_control_tokens(trio, tmp_path):
+    example = Example("1", QUESTION, "саясат", ("саясат",))
+    shown = [
+        Example(str(i), f"Text: {t}\nTopic:", a, (a,)) for i, (a, t) in enumerate(TOPICS.items())
+    ]
+    task = Task("topics", ("kk",), "Classify.", ("accuracy",), 4, lambda *_: None, n_exemplars=2)
+    dataset, plain = Dataset([example], shown), {}
+    for chat in (False, True):
+        settings = Settings(("ppl", "ppl-answers"), chat=chat)
+        out = tmp_path / f"{chat}.jsonl"
+        run_task(trio, task, dataset, settings, out)
+        plain[chat] = trio.ids, json.loads(out.read_text("utf-8"))
+    control = set(around_message(trio.models["large_ins"])[0])
+    assert control and control & set(plain[True][0]["large_ins"])
+    assert not control & set(plain[True][0]["small_cpt"])
+    assert (
+        plain[True][0]["small_base"] == plain[True][0]["small_cpt"] == plain[False][0]["large_ins"]
+    )
+    for key in ("n_scored", "n_answers"):
+        assert plain[True][1][key] == plain[False][1][key]
+
+
+# -- the command ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def task_file(tmp_path):
+    """A user's own task: topics of made-up Kazakh sentences."""
+    sentences = {
+        "спорт": ["Команда доп ойнады.", "Балуан жеңіске жетті.", "Жүгіруші рекорд жасады."],
+        "саясат": ["Үкімет заң қабылдады.", "Президент сөз сөйледі.", "Сайлау өтті."],
+        "денсаулық": ["Дәрігер науқасты емдеді.", "Аурухана ашылды.", "Вакцина егілді."],
+    }
+    rows = [{"instruction": "Classify the topic: спорт, саясат, денсаулық.", "language": "kk"}]
+    for label, texts in sentences.items():
+        for i, text in enumerate(texts):
+            row = {"question": f"Text: {text}\nTopic:", "choices": list(sentences)}
+            rows.append(row | {"answer": label} | ({"exemplar": True} if i == 0 else {}))
+    path = tmp_path / "topics.jsonl"
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
+    return path
+
+
+def arguments(task_file, out, methods="ppl,ppl-answers,ppl-task,ent,proxy-tuning,upper-bound"):
+    return [
+        *("eval", "--lang", "kk", "--tasks", str(task_file), "--methods", methods),
+        *("--threads", "1", "-o", str(out)),
+    ]  # fmt: skip
+
+
+def test_a_comparison_from_the_command_line(trimix, task_file, tmp_path):
+    pytest.importorskip("sacrebleu")
+    out = tmp_path / "run"
+    result = trimix(*arguments(task_file, out))
+    assert result.returncode == 0, result.stderr.decode()
+    lines = [json.loads(line) for line in (out / "topics.jsonl").read_text("utf-8").splitlines()]
+    assert len(lines) == 6
+    assert all(len(line["grid"]) == len(line["grid"][0]) == 6 for line in lines)
+    report = trimix("eval", "report", out, "--json")
+    assert report.returncode == 0, report.stderr.decode()
+    table = trimix("eval", "report", out)
+    assert b"upper-bound" in table.stdout and b"proxy-tuning" in table.stdout
+    assert not {p.name for p in out.iterdir()} - {
+        "run.json",
+        "topics.jsonl",
+        "topics.weights.json",
+    }
+
+
+def test_a_run_killed_twenty_times_ends_with_the_same_file(trimix, task_file, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert trimix(*arguments(task_file, whole)).returncode == 0
+    rng, kills = random.Random(7), 0
+    command = [sys.executable, "-m", "trimix_gguf.cli", *arguments(task_file, broken)]
+    while kills < 20:
+        started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.2, 1.6))
+        started.send_signal(signal.SIGKILL)
+        started.wait()
+        kills += 1
+    assert trimix(*arguments(task_file, broken)).returncode == 0
+    for name in ("topics.jsonl", "topics.weights.json"):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_line_cut_short_by_a_kill_is_written_anew(trimix, task_file, tmp_path):
+    out = tmp_path / "run"
+    given = arguments(task_file, out, "large_ins,small_cpt")
+    assert trimix(*given).returncode == 0
+    file = out / "topics.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) * 2 // 3])
+    assert trimix(*given).returncode == 0
+    assert file.read_bytes() == whole
+
+
+def test_one_more_model_by_itself(trimix, task_file, tmp_path, nano_files):
+    out = tmp_path / "run"
+    single = f"twin={nano_files['large_ins']}"
+    result = trimix(*arguments(task_file, out, "large_ins"), "--single", single)
+    assert result.returncode == 0, result.stderr.decode()
+    ours, twins = (
+        [json.loads(line) for line in (out / f"topics{end}.jsonl").read_text("utf-8").splitlines()]
+        for end in ("", ".twin")
+    )
+    for line, twin in zip(ours, twins, strict=True):
+        assert twin["outputs"]["twin"] == line["outputs"]["large_ins"]
+
+
+def test_other_settings_are_not_mixed_into_a_run(trimix, task_file, tmp_path):
+    out = tmp_path / "run"
+    given = arguments(task_file, out, "large_ins")
+    assert trimix(*given).returncode == 0
+    message = one_line_error(trimix(*given, "--seed", "1"))
+    assert "other seed" in message
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (("--tasks", "sib2000"), "sib200, flores"),
+        (("--methods", "best"), "proxy-tuning"),
+        (("--tasks", "sib200", "--lang", "xx"), "kk"),
+        (("--exemplars", "9"), "3 exemplars"),
+        (("--n-ctx", "128"), "1 would"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_what_there_is(trimix, task_file, tmp_path, changed, said):
+    message = one_line_error(trimix(*arguments(task_file, tmp_path / "run"), *changed))
+    assert said in message

@@ -1,0 +1,253 @@
+"""The report of a run: every method's scores with their intervals, and what they show.
+
+Scores are taken anew from the texts of the run, so that no model is needed.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimix_gguf.errors import DataError
+from trimix_gguf.evaluation.answers import CALIBRATED, Run, TaskRun, load_run, predict
+from trimix_gguf.evaluation.findings import chosen, gap_closed, guidance, surface
+from trimix_gguf.evaluation.methods import ORACLE, SELECTING
+from trimix_gguf.evaluation.metrics import METRICS
+from trimix_gguf.evaluation.statistics import (
+    _resampled_totals,
+    bootstrap_interval,
+    paired_p_value,
+)
+from trimix_gguf.evaluation.tables import to_csv, to_markdown
+from trimix_gguf.fusion import ROLES
+
+__all__ = ["Run", "load_run", "summarize", "to_csv", "to_markdown"]
+
+Float64 = NDArray[np.float64]
+
+LEVEL = 0.95  # of the intervals
+OURS = "ppl"  # whose gain over others is asked
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A task's answers as statistics: of each method by metric [n, n_stats].
+
+    `surfaces` are the main metric at each grid point, for each oracle; `points` [n, 2] where each
+    method's weights lie on the axes, `weights` [n, 2] what they are.
+    """
+
+    answers: TaskRun
+    stats: Mapping[str, Mapping[str, Float64]]
+    surfaces: Mapping[str, Float64]
+    points: Mapping[str, NDArray[np.int64]]
+    weights: Mapping[str, Float64]
+    seed: int
+    by_choice: bool
+
+    @property
+    def main(self) -> str:
+        return self.answers.task.metrics[0]
+
+    def value(self, name: str) -> float:
+        """The main metric of a method."""
+        return METRICS[self.main].value(self.stats[name][self.main].sum(axis=0))
+
+
+def summarize(run: Run, *, choice_scoring: bool = False, n_resamples: int = 1000) -> dict[str, Any]:
+    """All that the report says, as JSON holds it; what cannot be said is null or absent.
+
+    With `choice_scoring`, tasks with choices are judged by the likeliest one instead of the text;
+    raises DataError where the run scored none.
+    """
+    if choice_scoring and all(answers.choice_nll is None for answers in run.tasks.values()):
+        raise DataError(
+            f"{run.folder} has no scores of choices: they need a task with choices, and a method"
+            f" that selects by a prompt's reading ({', '.join(SELECTING)})"
+        )
+    seed = run.settings["seed"]
+    judged = {
+        name: _judge(answers, seed + at, choice_scoring)
+        for at, (name, answers) in enumerate(run.tasks.items())
+    }
+    tasks = {name: _task_summary(task, n_resamples) for name, task in judged.items()}
+    names = _order([name for task in judged.values() for name in task.stats])
+    return {
+        "run": dict(run.settings),
+        "grid": [weight for weight in run.settings["axis"] if weight != 0],
+        "choice_scoring": choice_scoring,
+        "n_resamples": n_resamples,
+        "level": LEVEL,
+        "methods": names,
+        "oracles": [name for name in names if _is_oracle(name)],
+        "tasks": tasks,
+        "mean": _mean_summary(list(judged.values()), n_resamples),
+    }
+
+
+def _order(names: Sequence[str]) -> list[str]:
+    """Each once: as they are, then calibrated ones, then oracles."""
+    return sorted(
+        dict.fromkeys(names), key=lambda name: (_is_oracle(name), name.endswith(CALIBRATED))
+    )
+
+
+def _is_oracle(name: str) -> bool:
+    return name.removesuffix(CALIBRATED) == ORACLE
+
+
+def _judge(answers: TaskRun, seed: int, choice_scoring: bool) -> _Judged:
+    @cache  # most of the 36 grid points say the same
+    def one(metric: str, prediction: str, at: int) -> Float64:
+        return METRICS[metric].statistics(prediction, answers.references[at])
+
+    def judge(metric: str, predictions: Sequence[str]) -> Float64:
+        return np.stack([one(metric, text, at) for at, text in enumerate(predictions)])
+
+    metrics, said = answers.task.metrics, predict(answers, choice_scoring=choice_scoring)
+    predictions = dict(said.methods)
+    names = {name: name.removesuffix(CALIBRATED) for name in predictions}
+    weights = {n: answers.weights[b] for n, b in names.items() if b in answers.weights}
+    points = {n: p for n, b in names.items() if (p := answers.points(b)) is not None}
+    surfaces = {}
+    for oracle, grid in said.grids.items():
+        total = [[judge(metrics[0], texts).sum(axis=0) for texts in row] for row in grid]
+        values = np.array([[METRICS[metrics[0]].value(point) for point in row] for row in total])
+        a, b = np.unravel_index(int(values.argmax()), values.shape)
+        surfaces[oracle], predictions[oracle] = values, grid[a][b]
+        point = np.array([answers.on_grid[a], answers.on_grid[b]])
+        points[oracle] = np.tile(point, (len(answers.ids), 1))
+        weights[oracle] = np.array(answers.axis)[points[oracle]]
+    stats = {n: {m: judge(m, texts) for m in metrics} for n, texts in predictions.items()}
+    by_choice = choice_scoring and answers.choice_nll is not None
+    return _Judged(answers, stats, surfaces, points, weights, seed, by_choice)
+
+
+def _task_summary(task: _Judged, n_resamples: int) -> dict[str, Any]:
+    answers, metrics = task.answers, task.answers.task.metrics
+    methods = {
+        name: {
+            "metrics": {
+                m: _scored(stats[m], METRICS[m].value, task.seed, n_resamples) for m in metrics
+            },
+            **_mixed(task, name),
+        }
+        for name, stats in task.stats.items()
+    }
+    values = {name: task.value(name) for name in task.stats}
+
+    def p_value(theirs: str) -> float:
+        ours, others = (task.stats[name][task.main] for name in (OURS, theirs))
+        value = METRICS[task.main].value
+        return paired_p_value(ours, others, value, seed=task.seed, n_resamples=n_resamples)
+
+    return {
+        "n": len(answers.ids),
+        "metrics": list(metrics),
+        "by_choice": task.by_choice,
+        "methods": {name: methods[name] for name in _order(list(methods))},
+        "p_values": _p_values(values, p_value),
+        "findings": _findings(task) | {"gap_closed": _gap_closed(values)},
+    }
+
+
+def _scored(
+    stats: Float64, value: Callable[[Float64], float], seed: int, n_resamples: int
+) -> dict[str, float]:
+    low, high = bootstrap_interval(stats, value, seed=seed, n_resamples=n_resamples, level=LEVEL)
+    return {"value": value(stats.sum(axis=0)), "low": low, "high": high}
+
+
+def _mixed(task: _Judged, name: str) -> dict[str, Any]:
+    """A method's mean weights, and the prompts' perplexity at them where it was scored."""
+    mixed: dict[str, Any] = {"alpha": None, "beta": None, "perplexity": None}
+    if name in task.weights:
+        mixed["alpha"], mixed["beta"] = task.weights[name].mean(axis=0).tolist()
+    nll, n_scored = task.answers.nll, task.answers.n_scored
+    if name in task.points and nll is not None and n_scored is not None:
+        a, b = task.points[name].T
+        nats = nll[np.arange(len(nll)), a, b]
+        micro, macro = nats.sum() / n_scored.sum(), (nats / n_scored).mean()
+        mixed["perplexity"] = {"micro": math.exp(micro), "macro": math.exp(macro)}
+    return mixed
+
+
+def _p_values(
+    values: Mapping[str, float], p_value: Callable[[str], float]
+) -> dict[str, dict[str, Any]]:
+    """OURS against the single model that is the best on these very examples, and proxy tuning."""
+    singles = [role for role in ROLES if role in values]
+    rivals = {"proxy-tuning": "proxy-tuning"} if "proxy-tuning" in values else {}
+    if singles:
+        rivals = {"best_single": max(singles, key=lambda role: values[role]), **rivals}
+    if OURS not in values:
+        return {}
+    return {
+        why: {"against": rival, "difference": values[OURS] - values[rival], "p": p_value(rival)}
+        for why, rival in rivals.items()
+    }
+
+
+def _gap_closed(values: Mapping[str, float]) -> dict[str, float]:
+    compared = {n: v for n, v in values.items() if n == ORACLE or not _is_oracle(n)}
+    return gap_closed(compared, OURS, ORACLE)
+
+
+def _findings(task: _Judged) -> dict[str, Any]:
+    answers, inner = task.answers, task.answers.on_grid
+    grid = [answers.axis[at] for at in inner]
+    nll, n_scored = answers.nll, answers.n_scored
+    found: dict[str, Any] = {
+        "surface": None,
+        "chosen": {n: chosen(w, grid) for n, w in answers.weights.items() if n in SELECTING},
+        "guidance": None,
+    }
+    if nll is not None and n_scored is not None:
+        if ORACLE in task.surfaces:
+            on_grid = nll[np.ix_(range(len(nll)), inner, inner)]
+            found["surface"] = surface(on_grid, n_scored, task.surfaces[ORACLE])
+        if OURS in answers.weights:
+            beta = answers.weights[OURS][:, 1]
+            found["guidance"] = guidance(nll, n_scored, beta, answers.axis)
+    return found
+
+
+def _mean_summary(tasks: Sequence[_Judged], n_resamples: int) -> dict[str, Any]:
+    """The main metric's mean over tasks, of methods that all of them have.
+
+    A resample draws each task's examples, independently of the other tasks'.
+    """
+    names = _order([name for name in tasks[0].stats if all(name in t.stats for t in tasks)])
+    values = {name: float(np.mean([task.value(name) for task in tasks])) for name in names}
+    drawn = {name: _resampled_mean(tasks, name, n_resamples) for name in names}
+    quantiles = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
+    methods = {}
+    for name in names:
+        low, high = np.quantile(drawn[name], quantiles).tolist()
+        methods[name] = {"value": values[name], "low": low, "high": high}
+
+    def p_value(theirs: str) -> float:  # as paired_p_value, of means
+        observed = values[OURS] - values[theirs]
+        centred = drawn[OURS] - drawn[theirs] - observed
+        n_as_far = np.count_nonzero(np.abs(centred) >= abs(observed) - 1e-9)
+        return float((1 + n_as_far) / (1 + n_resamples))
+
+    return {
+        "methods": methods,
+        "p_values": _p_values(values, p_value),
+        "findings": {"gap_closed": _gap_closed(values)},
+    }
+
+
+def _resampled_mean(tasks: Sequence[_Judged], name: str, n_resamples: int) -> Float64:
+    """[n_resamples]: the mean over tasks of a method's main metric, on the tasks' own draws."""
+    means = np.zeros(n_resamples)
+    for task in tasks:
+        stats, value = task.stats[name][task.main], METRICS[task.main].value
+        totals = _resampled_totals(stats, seed=task.seed, n_resamples=n_resamples)
+        means += [value(total) for total in totals]
+    return means / len(tasks)

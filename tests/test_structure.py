@@ -65,7 +65,7 @@ def test_public_names_resolve_and_stand_in_the_readme():
         assert f"`{name}`" in readme, f"README does not name {name}"
 
 
-@pytest.mark.parametrize("command", ["generate", "score", "bench", "doctor", "convert"])
+@pytest.mark.parametrize("command", ["generate", "score", "eval", "bench", "doctor", "convert"])
 def test_readme_names_every_command_and_help_works(command):
     assert f"trimix {command}" in (ROOT / "README.md").read_text(encoding="utf-8")
     run = [sys.executable, "-m", "trimix_gguf.cli", command, "--help"]

@@ -7,7 +7,7 @@ from trimix_gguf.errors import MemoryNeededError, ModelError
 from trimix_gguf.gguf_file import GGUFFile
 
 N_CTX = 2048  # positions of a context, where none are asked for
-N_WINDOW = 24  # most rows of logits held at once
+N_WINDOW = 32  # most rows of logits held at once
 N_BATCH = 128  # tokens read at once where only the last row is wanted
 _BASE = 120 << 20  # Python, NumPy and llama.cpp's code
 

@@ -398,9 +398,12 @@ def test_choice_scoring_takes_the_choice_of_the_fewest_nats(rng, tmp_path):
         for suffix, known in (("", nats), ("+cal", calibrated)):
             found = methods[name + suffix]["metrics"]["accuracy"]["value"]
             assert found == pytest.approx(value(known, points))
+    findings = summary["tasks"]["tumlu"]["findings"]
     for name, known in (("upper-bound", nats), ("upper-bound+cal", calibrated)):
-        every = [value(known, [(a, b)] * 24) for a in range(1, 7) for b in range(1, 7)]
-        assert methods[name]["metrics"]["accuracy"]["value"] == pytest.approx(max(every))
+        every = [[value(known, [(a, b)] * 24) for b in range(1, 7)] for a in range(1, 7)]
+        assert methods[name]["metrics"]["accuracy"]["value"] == pytest.approx(np.max(every))
+        if name == "upper-bound":
+            np.testing.assert_allclose(findings["surface"]["metric"], every)
     assert summary["oracles"] == ["upper-bound", "upper-bound+cal"]
 
 
@@ -414,6 +417,19 @@ def test_calibration_forgets_what_a_choice_gets_anyway(rng, tmp_path):
     after = summary_of(lines, tmp_path, choice_scoring=True)["methods"]
     assert after["ppl+cal"] == before["ppl+cal"]
     assert after["ppl"] != before["ppl"]
+
+
+def test_the_way_to_the_upper_bound_has_no_other_oracle_on_it(rng, tmp_path):
+    pytest.importorskip("scipy")
+    lines = made_lines(rng, "tumlu")
+    for line in lines:
+        line["outputs"]["ppl"] |= {"alpha": 0.1, "beta": 0.1}
+        wrong = line["choices"].index(line["references"][0]) - 1
+        line["choice_nll"][wrong][1][1] = -1.0
+    task = summary_of(lines, tmp_path, choice_scoring=True)
+    assert task["methods"]["ppl"]["metrics"]["accuracy"]["value"] == 0
+    expected = set(task["methods"]) - {"ppl", "upper-bound", "upper-bound+cal"}
+    assert task["findings"]["gap_closed"].keys() == expected
 
 
 def test_choice_scoring_of_a_run_that_scored_none_is_refused(rng, tmp_path):

@@ -38,7 +38,7 @@ def run():
         opened.append(trio)
         for role, seconds in (measured or {}).items():
             for n, s in seconds.items():
-                trio.models[role]._seconds[n] = deque([s * pace] * times, maxlen=5)
+                trio.models[role].decode_seconds[n] = deque([s * pace] * times, maxlen=5)
         return trio
 
     yield start
@@ -51,7 +51,7 @@ def plan(trio):
 
 
 def sizes(trio):
-    return {role: sorted(model._seconds) for role, model in trio.models.items()}
+    return {role: sorted(model.decode_seconds) for role, model in trio.models.items()}
 
 
 def test_a_plan_from_loaded_costs_is_that_from_measured_ones(run):
@@ -81,10 +81,10 @@ def test_two_new_times_outvote_the_stored_one(run):
     load_costs(trio)
     large = trio.models["large_ins"]
     for _ in range(2):
-        large._seconds[4].append(0.5)
+        large.decode_seconds[4].append(0.5)
     assert large.seconds(4) == 0.5
     load_costs(trio)  # the next answer of this run: what was measured stands
-    assert list(large._seconds[4]) == [1.1, 0.5, 0.5]
+    assert list(large.decode_seconds[4]) == [1.1, 0.5, 0.5]
 
 
 def test_the_stored_shape_comes_at_the_pace_of_this_run(run):
@@ -199,18 +199,15 @@ def test_where_lengths_are_fixed_nothing_is_read_or_written(run, file, options):
     before, trio = file.read_text(), run()
     generate(trio, KAZAKH, **ANSWER, **options)
     assert file.read_text() == before
-    assert 8 not in trio.models["large_ins"]._seconds
+    assert 8 not in trio.models["large_ins"].decode_seconds
 
 
-def test_an_answer_cut_short_leaves_its_costs_unless_the_trio_is_closed(run, file):
+def test_an_answer_cut_short_leaves_its_costs_even_where_the_trio_is_closed(run, file):
     trio = run(SECONDS)
     with pytest.raises(KeyboardInterrupt), kept_costs(trio):
-        raise KeyboardInterrupt
-    before = file.read_text()
-    with kept_costs(trio):
-        trio.models["large_ins"]._seconds[1].append(9.0)
         trio.close()
-    assert file.read_text() == before
+        raise KeyboardInterrupt
+    assert file.exists()
 
 
 def test_where_caches_are(monkeypatch, tmp_path):

@@ -18,7 +18,7 @@ from trimix_gguf.errors import ContextFullError
 from trimix_gguf.evaluation import methods
 from trimix_gguf.evaluation.continuing import Mix, continue_all
 from trimix_gguf.evaluation.reading import AXIS, Reader, Reading, choice_nll
-from trimix_gguf.evaluation.runner import Settings, run_task
+from trimix_gguf.evaluation.runner import Settings, finished_ids, run_task
 from trimix_gguf.evaluation.task import Dataset, Example, Task
 from trimix_gguf.prompt import Prompt, Segment
 from trimix_gguf.scoring import GRID
@@ -286,6 +286,25 @@ def test_a_line_cut_short_by_a_kill_is_written_anew(trimix, task_file, tmp_path)
     file.write_bytes(whole[: len(whole) * 2 // 3])
     assert trimix(*given).returncode == 0
     assert file.read_bytes() == whole
+
+
+def test_an_answer_with_a_line_end_of_its_own_breaks_no_resumed_run(tmp_path):
+    """finished_ids cut lines at U+2028, and took the file for another program's."""
+    out = tmp_path / "topics.jsonl"
+    line = json.dumps(
+        {"id": "7", "outputs": {"ppl": {"text": "a\u2028b\u0085c"}}}, ensure_ascii=False
+    )
+    out.write_text(line + "\n", encoding="utf-8")
+    assert finished_ids(out) == {"7"}
+
+
+def test_an_unfinished_run_is_not_reported(trimix, task_file, tmp_path):
+    pytest.importorskip("sacrebleu")
+    out = tmp_path / "run"
+    assert trimix(*arguments(task_file, out, "large_ins")).returncode == 0
+    file = out / "topics.jsonl"
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:4]))
+    assert "4 of 6" in one_line_error(trimix("eval", "report", out))
 
 
 def test_one_more_model_by_itself(trimix, task_file, tmp_path, nano_files):

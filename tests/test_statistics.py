@@ -56,11 +56,11 @@ def test_equal_examples_leave_no_doubt():
 
 def test_resamples_do_not_depend_on_how_many_are_held_at_once(monkeypatch):
     stats = examples(right_answers(30, 0.5, 0))
-    whole = statistics._resampled_totals(stats, seed=2, n_resamples=50)
+    whole = statistics.resampled_totals(stats, seed=2, n_resamples=50)
     assert whole.shape == (50, 2)
     np.testing.assert_array_equal(whole[:, 1], 30)
     monkeypatch.setattr(statistics, "_CHUNK", 7 * 30)
-    chunked = statistics._resampled_totals(stats, seed=2, n_resamples=50)
+    chunked = statistics.resampled_totals(stats, seed=2, n_resamples=50)
     np.testing.assert_array_equal(chunked, whole)
 
 

@@ -44,7 +44,7 @@ def load_costs(trio: Trio) -> None:
     """Give each model what is stored of the sizes that it has not decoded yet."""
     stored, machine = _read(), _machine()
     for model in trio.models.values():
-        times = model._seconds
+        times = model.decode_seconds
         known = _profile(stored.get(_key(model, machine)))
         # The first decode of a size is slow: its one time is no pace.
         both = [n for n in known if len(times.get(n, ())) > 1]
@@ -58,9 +58,7 @@ def save_costs(trio: Trio) -> None:
     """Merge the models' medians into the file, whole or not at all; of two at once the last."""
     stored, machine = _read(), _machine()
     for model in trio.models.values():
-        if not model._close.alive:  # an answer cut short may end after its trio
-            return
-        new = {n: statistics.median(t) for n, t in model._seconds.items() if n <= _MOST}
+        new = {n: statistics.median(t) for n, t in model.decode_seconds.items() if n <= _MOST}
         key = _key(model, machine)
         merged = sorted({**_profile(stored.get(key)), **new}.items())
         stored[key] = {str(n): seconds for n, seconds in merged}
@@ -114,5 +112,4 @@ def _machine() -> list[str]:
 def _key(model: Model, machine: list[str]) -> str:
     """All that a cost hangs on. Of the file its size will do: other weights decode as fast."""
     file = [model.path.name, model.file.file_size, model.lora.name if model.lora else None]
-    n_threads = native.lib.llama_n_threads(model._ctx)
-    return json.dumps([*file, *model.kv_types, model.device, n_threads, *machine])
+    return json.dumps([*file, *model.kv_types, model.device, model.n_threads, *machine])

@@ -65,7 +65,8 @@ class Model:
         self.lora = Path(lora) if lora is not None else None
         self.kv_types = (type_k, type_v)
         self.device = device_of(n_gpu_layers, device)
-        self._seconds: dict[int, deque[float]] = {}  # ids decoded at once -> the last times
+        self.n_threads = n_threads or available_cores()
+        self.decode_seconds: dict[int, deque[float]] = {}  # ids decoded at once -> the last times
         self._weights: _Weights = (
             _Weights(self.file, n_gpu_layers, device, mmap, mlock, tokenizer)
             if share is None
@@ -73,7 +74,7 @@ class Model:
         )
         self.vocab = lib.llama_model_get_vocab(self._weights.handle)
         self.n_vocab = int(lib.llama_vocab_n_tokens(self.vocab))
-        self._ctx = self._open_context(n_ctx, n_threads, type_k, type_v, flash_attn)
+        self._ctx = self._open_context(n_ctx, type_k, type_v, flash_attn)
         self._memory = lib.llama_get_memory(self._ctx)
         self._batch = lib.llama_batch_init(self.n_batch, 0, 1)
         self._close = weakref.finalize(self, _free, self._ctx, self._batch, self._weights)
@@ -82,9 +83,7 @@ class Model:
         if self.lora is not None:
             self._apply_lora(self.lora, lora_scale)
 
-    def _open_context(
-        self, n_ctx: int, n_threads: int, type_k: str, type_v: str, flash_attn: bool | None
-    ) -> Any:
+    def _open_context(self, n_ctx: int, type_k: str, type_v: str, flash_attn: bool | None) -> Any:
         for kind in (type_k, type_v):
             if kind not in native.KV_TYPES:
                 raise ModelError(
@@ -96,7 +95,7 @@ class Model:
         params.n_outputs_max = self.n_window  # llama.cpp sizes its logits buffers by it
         params.n_seq_max = self.n_window  # each may want its row
         params.kv_unified = True  # sequences share cells, and each may fill the context
-        params.n_threads = params.n_threads_batch = n_threads or available_cores()
+        params.n_threads = params.n_threads_batch = self.n_threads
         params.type_k, params.type_v = native.ggml_type(type_k), native.ggml_type(type_v)
         params.flash_attn_type = -1 if flash_attn is None else int(flash_attn)
         params.swa_full = True  # a sliding-window cache could not be rewound
@@ -143,7 +142,7 @@ class Model:
             raise
         self.n_past += n
         took = time.perf_counter() - started
-        self._seconds.setdefault(n, deque(maxlen=5)).append(took)
+        self.decode_seconds.setdefault(n, deque(maxlen=5)).append(took)
         return rows
 
     def decode_branches(self, entries: Sequence[Entry]) -> Logits:
@@ -197,10 +196,10 @@ class Model:
 
         Sizes not seen lie on a line between those that were; infinite before a single id was.
         """
-        if 1 not in self._seconds:
+        if 1 not in self.decode_seconds:
             return math.inf
-        known = sorted(self._seconds)
-        times = [statistics.median(self._seconds[k]) for k in known]
+        known = sorted(self.decode_seconds)
+        times = [statistics.median(self.decode_seconds[k]) for k in known]
         if n > known[-1]:
             return times[-1] * n / known[-1]
         return float(np.interp(n, known, times))

@@ -97,6 +97,12 @@ def load_run(folder: Path) -> Run:
     """Read a run's folder; raises DataError where it is none, unfinished or damaged."""
     settings = _settings(folder / "run.json")
     tasks = {name: _task_run(folder, name, settings) for name in settings["tasks"]}
+    for name, wanted in settings.get("n_questions", {}).items():
+        if len(tasks[name].ids) != wanted:
+            raise DataError(
+                f"{folder} is unfinished: {name} has {len(tasks[name].ids)} of {wanted} answers; "
+                "give the same trimix eval command again"
+            )
     return Run(folder, settings, tasks)
 
 

@@ -18,9 +18,9 @@ from trimix_gguf.evaluation.findings import chosen, gap_closed, guidance, surfac
 from trimix_gguf.evaluation.methods import ORACLE, SELECTING
 from trimix_gguf.evaluation.metrics import METRICS
 from trimix_gguf.evaluation.statistics import (
-    _resampled_totals,
     bootstrap_interval,
     paired_p_value,
+    resampled_totals,
 )
 from trimix_gguf.evaluation.tables import to_csv, to_markdown
 from trimix_gguf.fusion import ROLES
@@ -248,6 +248,6 @@ def _resampled_mean(tasks: Sequence[_Judged], name: str, n_resamples: int) -> Fl
     means = np.zeros(n_resamples)
     for task in tasks:
         stats, value = task.stats[name][task.main], METRICS[task.main].value
-        totals = _resampled_totals(stats, seed=task.seed, n_resamples=n_resamples)
+        totals = resampled_totals(stats, seed=task.seed, n_resamples=n_resamples)
         means += [value(total) for total in totals]
     return means / len(tasks)

@@ -105,13 +105,16 @@ def open_run(folder: Path, plan: Plan, trio: Trio) -> OpenRun:
 
 
 def _settings(plan: Plan, trio: Trio) -> dict[str, Any]:
+    wanted = Settings(plan.methods, plan.seed, plan.n_exemplars, plan.limit)
+    datasets = plan.datasets()
     files = {role: model.path for role, model in trio.models.items()}
     files |= {f"{r}_lora": m.lora for r, m in trio.models.items() if m.lora is not None}
     return {
         "format": FORMAT,
         "command": list(plan.command),
         "lang": plan.lang,
-        "tasks": list(plan.datasets()),
+        "tasks": list(datasets),
+        "n_questions": {n: len(wanted.questions(data)) for n, (_, data) in datasets.items()},
         "task_files": plan.own_files(),
         "methods": list(plan.methods),
         "seed": plan.seed,

@@ -3,7 +3,7 @@
 import json
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,8 @@ def finished_ids(out: Path) -> set[str]:
     if len(whole) < len(raw):
         os.truncate(out, len(whole))
     try:
-        return {json.loads(line)["id"] for line in whole.decode("utf-8").splitlines()}
+        # Not splitlines(): an answer may hold other line ends, such as U+2028.
+        return {json.loads(line)["id"] for line in whole.split(b"\n")[:-1]}
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{out} holds lines that are not a run's; give another folder") from None
 
@@ -237,11 +238,3 @@ def _task_weights(
     part.write_text(json.dumps({"alpha": weights.alpha, "beta": weights.beta}), encoding="utf-8")
     part.replace(kept)
     return weights
-
-
-def read_lines(out: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a finished or unfinished run."""
-    with out.open(encoding="utf-8") as lines:
-        for line in lines:
-            if line.endswith("\n"):
-                yield json.loads(line)

@@ -28,7 +28,7 @@ def bootstrap_interval(
 
     Raises ValueError where there are no examples.
     """
-    totals = _resampled_totals(stats, seed=seed, n_resamples=n_resamples)
+    totals = resampled_totals(stats, seed=seed, n_resamples=n_resamples)
     values = [value(total) for total in totals]
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
@@ -63,7 +63,7 @@ def paired_p_value(
 
     both = np.concatenate([ours, theirs], axis=1)
     observed = difference(both.sum(axis=0))
-    totals = _resampled_totals(both, seed=seed, n_resamples=n_resamples)
+    totals = resampled_totals(both, seed=seed, n_resamples=n_resamples)
     centred = np.array([difference(total) for total in totals]) - observed
     # Differences of a few right answers are often equal: rounding must not part them.
     n_as_far = np.count_nonzero(np.abs(centred) >= abs(observed) - 1e-9)
@@ -86,7 +86,7 @@ def spearman(x: ArrayLike, y: ArrayLike) -> float:
     return float(spearmanr(x, y).statistic)
 
 
-def _resampled_totals(stats: Float64, *, seed: int, n_resamples: int) -> Float64:
+def resampled_totals(stats: Float64, *, seed: int, n_resamples: int) -> Float64:
     """Summed statistics [n_resamples, n_stats]: how often each example is drawn, times it."""
     n_examples = len(stats)
     if n_examples == 0:

@@ -1,10 +1,12 @@
 """Laws of Model, Trio and decoding, on the shipped trio."""
 
+import sys
+
 import numpy as np
 import pytest
 from conftest import KAZAKH
 
-from trimix_gguf import Trio, Weights, generate, score, select_weights, stream_generate
+from trimix_gguf import Trio, Weights, generate, native, score, select_weights, stream_generate
 from trimix_gguf.errors import ContextFullError, ModelError, PromptError
 from trimix_gguf.fusion import ROLES, fuse
 from trimix_gguf.generation import _TextStream
@@ -181,6 +183,38 @@ def test_shared_weights_are_loaded_once(nano_files):
     assert first._weights is second._weights
     first.close()  # the second still works
     assert second.decode([5]).shape == (1, second.n_vocab)
+
+
+def test_a_model_without_its_tokenizer_reads_the_same(nano_files):
+    whole = Model(nano_files["small_base"], n_ctx=64)
+    bare = Model(nano_files["small_base"], n_ctx=64, tokenizer=False)
+    assert bare.n_vocab == whole.n_vocab
+    assert np.array_equal(bare.decode([5, 6, 7]), whole.decode([5, 6, 7]))
+    assert int(bare.file.metadata["tokenizer.ggml.eos_token_id"]) in bare.end_of_generation()
+    assert bare.end_of_generation() <= whole.end_of_generation()
+
+
+def test_rows_outlive_the_memory_they_were_scored_in(trio):
+    prompt = trio.prompt(KAZAKH * 3)
+    seen = {}
+
+    def consume(rows, targets):
+        seen.update({role: row[-1].copy() for role, row in rows.items()})
+
+    trio.prefill(prompt, consume=consume)
+    after = {role: row.copy() for role, row in trio.rows().items()}
+    assert all(row.any() for row in after.values())
+    trio.prefill(prompt)
+    trio.forget_rows()
+    assert all(close(after[role], row) for role, row in trio.rows().items())
+    assert not any(np.array_equal(after[role], seen[role]) for role in ROLES)
+
+
+def test_dropped_pages_are_given_back_and_no_others():
+    block = np.ones(1 << 20, np.float32)
+    native.drop_pages(block[5000:900_000])
+    assert block[:5000].all() and block[900_000:].all()
+    assert sys.platform != "linux" or not block[8000:890_000].any()
 
 
 @pytest.mark.parametrize("text", ["Қазақша 🙂 сөз", "བོད་ཡིག", "ئۇيغۇرچە", "a\u0301 é"])

@@ -190,6 +190,7 @@ class Model:
         pointer = lib.llama_get_logits(self._ctx)
         if self.device == "CPU" and pointer:
             native.drop_pages(np.ctypeslib.as_array(pointer, shape=(self.n_window, self.n_vocab)))
+            native.return_freed()
 
     def seconds(self, n: int) -> float:
         """What decoding `n` ids at once takes: the median of its last times.

@@ -46,7 +46,6 @@ class Branches:
     def __exit__(self, *_: object) -> None:
         for branch in list(self._branches):
             self.drop(branch)
-        self.trio.forget_rows()
 
     def fork(self, branch: int | None = None) -> int:
         """A new branch that goes on from `branch`, or from the trunk; raises ModelError.

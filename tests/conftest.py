@@ -1,6 +1,7 @@
 """Shared fixtures: the shipped trio, a runner for the CLI, and where the real models are."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,9 @@ from trimix_gguf.trio import NANO
 
 ROOT = Path(__file__).parent.parent
 REAL = Path(os.environ.get("TRIMIX_MODELS", Path.home() / ".cache" / "trimix-models"))
+# A suite started in the background inherits an ignored Ctrl-C, and so would the commands it stops.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 KAZAKH = "Қазақстан Республикасының Үкіметі бүгін жаңа заң жобасын қарады."
 
 

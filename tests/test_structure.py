@@ -53,20 +53,9 @@ def test_llama_cpp_is_imported_in_one_place():
     found = {
         path.name
         for path in (ROOT / "trimix_gguf").rglob("*.py")
-        if re.search(
-            r"^(import|from) llama_cpp|import_module\(f?.llama_cpp",
-            path.read_text(encoding="utf-8"),
-            re.M,
-        )
+        if re.search(r"^(import|from) llama_cpp", path.read_text(encoding="utf-8"), re.M)
     }
     assert found == {"native.py"}
-
-
-def test_the_whole_of_llama_cpp_can_still_be_imported():
-    program = "import trimix_gguf.native as n, llama_cpp; assert llama_cpp.Llama and n.lib; " + (
-        "import llama_cpp.llama_cpp as own; assert own is n.lib"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_public_names_resolve_and_stand_in_the_readme():

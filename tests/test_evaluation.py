@@ -341,6 +341,11 @@ def test_other_settings_are_not_mixed_into_a_run(trimix, task_file, tmp_path):
     assert "other seed" in message
 
 
+def test_options_of_the_harness_are_not_passed_over(trimix, task_file, tmp_path):
+    result = trimix(*arguments(task_file, tmp_path / "run"), "--weights", "0.1,0.9")
+    assert result.returncode == 2 and b"goes with --harness" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [

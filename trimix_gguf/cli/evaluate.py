@@ -41,6 +41,9 @@ def evaluate(context: click.Context, /, **options: Any) -> None:
     if options["harness"]:
         _run_harness(options)
         return
+    for name in ("harness_path", "weights"):
+        if options[name]:
+            raise click.UsageError(f"--{name.replace('_', '-')} goes with --harness")
     for name in ("lang", "tasks", "out"):
         if not options[name]:
             raise click.UsageError(f"give --{name}")
@@ -89,7 +92,7 @@ def _run(options: dict[str, Any]) -> None:
         singles=_singles(options.pop("single")),
         command=sys.argv,
     )
-    plan.datasets()  # before the models are loaded, which takes longer
+    plan.datasets  # noqa: B018  # before the models are loaded, which takes longer
     with open_trio(options) as trio:
         run = open_run(out, plan, trio)
         run.compare(trio, _progress)

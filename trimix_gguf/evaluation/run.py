@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,11 @@ class Plan:
     singles: Mapping[str, Path] | None = None
     command: Sequence[str] = ()
 
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.methods, self.seed, self.n_exemplars, self.limit, self.chat)
+
+    @cached_property
     def datasets(self) -> dict[str, tuple[Task, Dataset]]:
         """Each task by its name, loaded. Raises DataError."""
         tasks = [
@@ -61,18 +66,16 @@ class OpenRun:
     def compare(self, trio: Trio, progress: Progress) -> None:
         """Run every task that is not finished; then each single GGUF, one at a time."""
         plan = self.plan
-        settings = Settings(plan.methods, plan.seed, plan.n_exemplars, plan.limit, plan.chat)
-        datasets = plan.datasets()
-        for name, (task, dataset) in datasets.items():
+        for name, (task, dataset) in plan.datasets.items():
             with progress(name) as shown:
                 out = self.folder / f"{name}.jsonl"
-                run_task(trio, task, dataset, settings, out, progress=shown)
+                run_task(trio, task, dataset, plan.settings, out, progress=shown)
         for single, file in (plan.singles or {}).items():
-            alone = replace(settings, methods=("large_ins",))
+            alone = replace(plan.settings, methods=("large_ins",))
             with Trio.load(
                 large_ins=file, small_cpt=file, small_base=file, n_ctx=trio.n_ctx
             ) as model:
-                for name, (task, dataset) in datasets.items():
+                for name, (task, dataset) in plan.datasets.items():
                     with progress(f"{name}, {single}") as shown:
                         out = self.folder / f"{name}.{single}.jsonl"
                         run_task(model, task, dataset, alone, out, progress=shown, name_as=single)
@@ -105,8 +108,7 @@ def open_run(folder: Path, plan: Plan, trio: Trio) -> OpenRun:
 
 
 def _settings(plan: Plan, trio: Trio) -> dict[str, Any]:
-    wanted = Settings(plan.methods, plan.seed, plan.n_exemplars, plan.limit)
-    datasets = plan.datasets()
+    datasets, questions = plan.datasets, plan.settings.questions
     files = {role: model.path for role, model in trio.models.items()}
     files |= {f"{r}_lora": m.lora for r, m in trio.models.items() if m.lora is not None}
     return {
@@ -114,7 +116,7 @@ def _settings(plan: Plan, trio: Trio) -> dict[str, Any]:
         "command": list(plan.command),
         "lang": plan.lang,
         "tasks": list(datasets),
-        "n_questions": {n: len(wanted.questions(data)) for n, (_, data) in datasets.items()},
+        "n_questions": {n: len(questions(data)) for n, (_, data) in datasets.items()},
         "task_files": plan.own_files(),
         "methods": list(plan.methods),
         "seed": plan.seed,

@@ -62,10 +62,9 @@ def run_task(
 ) -> None:
     """Answer the task's questions by every method, appending lines to `out`.
 
-    `name_as` is what large_ins' answers are to be called, where it is a model by itself.
-
-    Lines that it already holds are kept, a line cut off by a kill is written anew. Raises
-    PromptError where the exemplars do not fit the context, saying how many do.
+    Lines that it already holds are kept, a line cut off by a kill is written anew. `name_as` is
+    what large_ins' answers are to be called, where it is a model by itself. Raises PromptError
+    where the exemplars do not fit the context, saying how many do.
     """
     questions = settings.questions(dataset)
     done = finished_ids(out)
@@ -160,7 +159,6 @@ def answer(
         if example.choices:
             ids = [trio.models[ROLES[0]].tokenize(f" {choice}") for choice in example.choices]
             line["choice_nll"] = _rounded(choice_nll(trio, ids))
-            trio.forget_rows()
 
     def score(rows: Rows, token: int) -> Float64:
         one = {role: row[None] for role, row in rows.items()}

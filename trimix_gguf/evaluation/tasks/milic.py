@@ -7,6 +7,7 @@ Each setting below is the paper's, but for the tokens of a label: it lets two, w
 """
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 from trimix_gguf.errors import DataError
@@ -20,8 +21,8 @@ from trimix_gguf.evaluation.sources import (
     read_json,
 )
 from trimix_gguf.evaluation.task import Dataset, Example, Task
+from trimix_gguf.evaluation.tasks import flores
 from trimix_gguf.evaluation.tasks.belebele import LETTERS, lettered, read_letter
-from trimix_gguf.evaluation.tasks.flores import translation
 from trimix_gguf.evaluation.tasks.sib200 import one_of_each, read_label
 
 LANGUAGES = ("bo", "ug", "kk", "mn")
@@ -78,7 +79,10 @@ def load_from_english(data: Path, lang: str, seed: int) -> Dataset:
 def _translations(data: Path, lang: str, seed: int, source: str, target: str) -> Dataset:
     fields = {**_ID, lang: str, "en": str}
     parts = [
-        [translation(str(row["id"]), (row[source], row[target]), source, target) for _, row in rows]
+        [
+            flores.translation(str(row["id"]), (row[source], row[target]), source, target)
+            for _, row in rows
+        ]
         for rows in _read(data, "translation_dialogue", lang, seed, fields)
     ]
     return Dataset(*parts)
@@ -193,19 +197,9 @@ MATH = Task(
     max_tokens=250,
     load=load_math,
 )
-TO_ENGLISH = Task(
-    name="milic-to-en",
-    languages=LANGUAGES,
-    instruction="Translate each sentence into English.",
-    metrics=("chrf++", "bleu"),
-    max_tokens=200,
-    load=load_to_english,
+TO_ENGLISH = replace(
+    flores.TO_ENGLISH, name="milic-to-en", languages=LANGUAGES, load=load_to_english
 )
-FROM_ENGLISH = Task(
-    name="milic-from-en",
-    languages=LANGUAGES,
-    instruction="Translate each English sentence into the language named below it.",
-    metrics=("chrf++", "bleu"),
-    max_tokens=200,
-    load=load_from_english,
+FROM_ENGLISH = replace(
+    flores.FROM_ENGLISH, name="milic-from-en", languages=LANGUAGES, load=load_from_english
 )

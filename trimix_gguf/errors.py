@@ -10,6 +10,7 @@ TrimixError
  ├── WeightsError         weights or a grid outside what the mix allows
  ├── SamplerError         a grammar, schema or setting that llama.cpp refuses
  ├── DataError            evaluation data that is absent, damaged or not what a task asks for
+ ├── TrioFileError        a trio that is unknown, incomplete, damaged, or not one
  └── ConversionError      a checkpoint that cannot become a GGUF
 
 Each message is one line: what was expected, what came, and the mend.
@@ -54,6 +55,10 @@ class SamplerError(TrimixError):
 
 class DataError(TrimixError):
     """Evaluation data that is absent, damaged or not what a task asks for."""
+
+
+class TrioFileError(TrimixError):
+    """A trio that is unknown, incomplete, damaged, or not one."""
 
 
 class ConversionError(TrimixError):

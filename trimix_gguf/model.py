@@ -174,6 +174,8 @@ class Model:
         if status != 0:
             reason = "interrupted" if status == 2 else native.last_error()
             raise ModelError(f"{self.path.name}: decoding failed ({status}): {reason}")
+        if n_rows == 0:
+            return np.empty((0, self.n_vocab), dtype=np.float32)
         pointer = lib.llama_get_logits(self._ctx)  # waits for the device
         return np.ctypeslib.as_array(pointer, shape=(n_rows, self.n_vocab))
 
@@ -181,9 +183,10 @@ class Model:
         """Let sequence `target`, empty so far, share what `source` holds; no cell is copied."""
         lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
-    def drop(self, sequence: int) -> None:
-        """Forget a sequence whole."""
-        lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+    def drop(self, sequence: int, n_past: int = 0) -> None:
+        """Forget what a sequence holds from position `n_past` on. Raises ModelError."""
+        if not lib.llama_memory_seq_rm(self._memory, sequence, n_past, -1):
+            raise ModelError(f"{self.path.name}: llama.cpp cannot rewind this architecture")
 
     def drop_rows(self) -> None:
         """Give the system the memory of the logits read so far; they are gone."""

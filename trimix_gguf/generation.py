@@ -112,40 +112,25 @@ def stream_generate(
         plausibility_threshold=plausibility_threshold,
         also=ROLES if trace is not None else (),
     )
-    text = _TextStream(stop)
-    piece = trio.models["large_ins"].piece
-    reason, n = ("length", 0) if max_tokens <= 0 else (None, 0)
-    room = trio.room
+    answer = Answer(trio, sampler, stop=stop, max_tokens=max_tokens, room=trio.room)
     with closing(steps), kept_costs(trio, drafting.n_draft is None):
-        while reason is None:
+        while answer.finish_reason is None:
             step = next(steps)
             if trace is not None:
                 trace(_trace_row(trio, step, weights))
             now = time.perf_counter()
             response.speed.setdefault("ttft_s", now - started)
-            if n > 0:
-                response.speed["decode_tps"] = n / (now - started - response.speed["ttft_s"])
+            if answer.n_tokens > 0:
+                took = now - started - response.speed["ttft_s"]
+                response.speed["decode_tps"] = answer.n_tokens / took
             if drafting.acceptance is not None:
                 response.speed["acceptance"] = drafting.acceptance
-            if step.token in end_ids:
-                reason = "stop"
-                break
-            sampler.accept(step.token)
-            n += 1
-            ready = text.push(piece(step.token))
-            if text.stopped:
-                reason = "stop"
-            elif n >= max_tokens:
-                reason = "length"
-            elif n > room:
-                reason = "context"
-            response.n_tokens = n
-            if reason is None:
-                yield _chunk(response, ready, step.token)
-            else:
-                yield _chunk(response, ready + text.flush(), step.token, reason)
-                return
-    yield _chunk(response, text.flush(), None, reason)
+            text = answer.take(step.token)
+            response.n_tokens = answer.n_tokens
+            token = None if step.token in end_ids else step.token
+            yield _chunk(response, text, token, answer.finish_reason)
+    if max_tokens <= 0:
+        yield _chunk(response, "", None, answer.finish_reason)
 
 
 def generate(trio: Trio, prompt: Prompt | str, **options: Any) -> Response:
@@ -163,6 +148,40 @@ def _chunk(response: Response, text: str, token: int | None, reason: str | None 
     return replace(
         response, text=text, token=token, finish_reason=reason, speed=dict(response.speed)
     )
+
+
+class Answer:
+    """Text of an answer as its tokens come, and why it ends.
+
+    `finish_reason` is None until then: 'stop', 'length', or 'context' where `room`, the tokens
+    that can still be read, is used up.
+    """
+
+    def __init__(
+        self, trio: Trio, sampler: Sampler, *, stop: Sequence[str], max_tokens: int, room: int
+    ) -> None:
+        self._end_ids, self._piece = trio.end_of_generation, trio.models["large_ins"].piece
+        self._sampler, self._max_tokens, self._room = sampler, max_tokens, room
+        self._text = _TextStream(stop)
+        self.n_tokens = 0
+        self.finish_reason: str | None = "length" if max_tokens <= 0 else None
+
+    def take(self, token: int) -> str:
+        """The text that is whole with one more token, which the sampler accepts."""
+        ready = ""
+        if token in self._end_ids:
+            self.finish_reason = "stop"
+        else:
+            self._sampler.accept(token)
+            self.n_tokens += 1
+            ready = self._text.push(self._piece(token))
+            if self._text.stopped:
+                self.finish_reason = "stop"
+            elif self.n_tokens >= self._max_tokens:
+                self.finish_reason = "length"
+            elif self.n_tokens > self._room:
+                self.finish_reason = "context"
+        return ready if self.finish_reason is None else ready + self._text.flush()
 
 
 class _TextStream:

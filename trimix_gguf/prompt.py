@@ -1,6 +1,6 @@
 """A prompt is a list of segments, each shared by the roles or each role's own, scored or not."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from trimix_gguf.errors import PromptError
@@ -37,6 +37,17 @@ class Segment:
 
 
 Unit = tuple[tuple[tuple[int, ...], ...], bool]  # ids by role, in the order of ROLES; scored?
+
+
+def n_common(units: Sequence[Unit], ids: Mapping[str, Sequence[int]]) -> int:
+    """How many of the first `units` stand in `ids`, by role, at its beginning."""
+    known, at = [ids[role] for role in ROLES], [0] * len(ROLES)
+    for n, (own_ids, _) in enumerate(units):
+        for i, own in enumerate(own_ids):
+            if tuple(known[i][at[i] : at[i] + len(own)]) != own:
+                return n
+            at[i] += len(own)
+    return len(units)
 
 
 @dataclass(frozen=True)

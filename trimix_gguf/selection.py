@@ -104,19 +104,40 @@ def score(
     One pass a prompt and no stored logits; afterwards the caches hold the last prompt. Raises
     PromptError where a prompt has no token that another one predicts.
     """
-    chosen = (chebyshev_nodes(),) * 2 if grid == "continuous" else (tuple(grid[0]), tuple(grid[1]))
-    # Single models and Proxy Tuning are corners (0|1, 0|1): two more factor rows a side.
-    alphas = tuple(dict.fromkeys((*chosen[0], 0.0, 1.0, *(w.alpha for w in also))))
-    betas = tuple(dict.fromkeys((*chosen[1], 0.0, 1.0, *(w.beta for w in also))))
-    result = Score(alphas, betas, chosen, continuous=grid == "continuous")
+    result = empty_score(grid, also)
     threads = available_cores() if n_threads is None else n_threads
     for prompt in [prompts] if isinstance(prompts, Prompt) else prompts:
-        nll, n_tokens = _prompt_nll(trio, prompt, alphas, betas, progress, threads)
+        nll, n_tokens = _prompt_nll(trio, prompt, result, progress, threads)
         result.nll.append(nll)
         result.n_tokens.append(n_tokens)
     if not result.nll:
         raise PromptError("there is no prompt to score; give some text")
     return result
+
+
+def empty_score(grid: Grid = (GRID, GRID), also: Sequence[Weights] = ()) -> Score:
+    """A Score of no prompt yet, over `grid`, the single models and `also`."""
+    chosen = (chebyshev_nodes(),) * 2 if grid == "continuous" else (tuple(grid[0]), tuple(grid[1]))
+    # Single models and Proxy Tuning are corners (0|1, 0|1): two more factor rows a side.
+    alphas = tuple(dict.fromkeys((*chosen[0], 0.0, 1.0, *(w.alpha for w in also))))
+    betas = tuple(dict.fromkeys((*chosen[1], 0.0, 1.0, *(w.beta for w in also))))
+    return Score(alphas, betas, chosen, continuous=grid == "continuous")
+
+
+def window_nll(
+    trio: Trio, rows: Rows, targets: NDArray[np.int64], score: Score, n_threads: int
+) -> Float64:
+    """Summed nats of `targets` [n] after `rows` [n, n_vocab], over the points of `score`."""
+    return grid_nll(
+        large_ins=rows["large_ins"],
+        small_cpt=rows["small_cpt"],
+        small_base=rows["small_base"],
+        targets=targets,
+        alphas=score.alphas,
+        betas=score.betas,
+        unused=trio.unused,
+        n_threads=n_threads,
+    )
 
 
 @dataclass
@@ -169,28 +190,18 @@ def sums_from_json(trio: Trio, saved: dict[str, Any] | None) -> None:
 def _prompt_nll(
     trio: Trio,
     prompt: Prompt,
-    alphas: tuple[float, ...],
-    betas: tuple[float, ...],
+    score: Score,
     progress: Progress | None,
     n_threads: int,
 ) -> tuple[Float64, int]:
     """One prompt's summed nats [n_alpha, n_beta] and its scored tokens, in one pass."""
-    key, units = (alphas, betas), prompt.units
+    key, units = (score.alphas, score.betas), prompt.units
     marks = _known(trio, _sums.pop(trio, None), key, units)
-    after, nll, n_tokens = marks[-1] if marks else (None, np.zeros((len(alphas), len(betas))), 0)
+    after, nll, n_tokens = marks[-1] if marks else (None, np.zeros((len(key[0]), len(key[1]))), 0)
 
     def consume(rows: Rows, targets: NDArray[np.int64]) -> None:
         nonlocal nll, n_tokens
-        nll = nll + grid_nll(
-            large_ins=rows["large_ins"],
-            small_cpt=rows["small_cpt"],
-            small_base=rows["small_base"],
-            targets=targets,
-            alphas=alphas,
-            betas=betas,
-            unused=trio.unused,
-            n_threads=n_threads,
-        )
+        nll = nll + window_nll(trio, rows, targets, score, n_threads)
         n_tokens += len(targets)
         marks.append((trio.mark, nll, n_tokens))
 

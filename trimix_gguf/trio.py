@@ -15,7 +15,7 @@ from trimix_gguf.fusion import ROLES, Rows
 from trimix_gguf.gguf_file import read_gguf
 from trimix_gguf.memory import check_fits
 from trimix_gguf.model import Model
-from trimix_gguf.prompt import Prompt, Segment, Unit, text_prompt
+from trimix_gguf.prompt import Prompt, Segment, Unit, n_common, text_prompt
 from trimix_gguf.vocabulary import check_contract
 
 Progress = Callable[[int], None]  # tokens just read
@@ -175,13 +175,7 @@ class Trio:
 
     def n_kept(self, units: Sequence[Unit]) -> int:
         """How many of a prompt's first units the caches hold, or are owed, already."""
-        known, at = [self._ids[role] for role in ROLES], [0] * len(ROLES)
-        for n, (ids, _) in enumerate(units):
-            for i, own in enumerate(ids):
-                if known[i][at[i] : at[i] + len(own)] != list(own):
-                    return n
-                at[i] += len(own)
-        return len(units)
+        return n_common(units, self._ids)
 
     def advance(self, token: int) -> None:
         """Append one token to every role; it is decoded when a row is asked for."""

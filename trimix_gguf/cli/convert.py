@@ -1,12 +1,12 @@
 """trimix convert: Hugging Face checkpoints, adapters and merges -> GGUF."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+
+from trimix_gguf.cli.options import byte_progress
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k")
 QUANTIZED = TYPES[3:]
@@ -40,7 +40,7 @@ def hf(model_dir: str, output: str, force: bool, **options: Any) -> None:
     """Convert a checkpoint folder: Llama, Qwen2, Qwen3, Qwen3-MoE or Gemma 3."""
     from trimix_gguf.convert.hf import convert_hf
 
-    with _progress("Converting") as progress:
+    with byte_progress("Converting") as progress:
         convert_hf(Path(model_dir), Path(output), force=force, progress=progress, **_given(options))
     print(output)
 
@@ -55,7 +55,7 @@ def lora(adapter_dir: str, base: str, output: str, force: bool, **options: Any) 
     from trimix_gguf.convert.lora import convert_lora
 
     paths = Path(adapter_dir), Path(base), Path(output)
-    with _progress("Converting") as progress:
+    with byte_progress("Converting") as progress:
         convert_lora(*paths, force=force, progress=progress, **_given(options))
     print(output)
 
@@ -72,7 +72,7 @@ def merge_lora(adapter_dir: str, base: str, output: str, force: bool, **options:
     from trimix_gguf.convert.lora import merge_lora as merge
 
     paths = Path(adapter_dir), Path(base), Path(output)
-    with _progress("Merging") as progress:
+    with byte_progress("Merging") as progress:
         merge(*paths, force=force, progress=progress, **_given(options))
     print(output)
 
@@ -94,7 +94,7 @@ def merge(model_dirs: tuple[str, ...], output: str, force: bool, **options: Any)
     if "base" in given:
         given["base"] = Path(given["base"])
     folders = [Path(folder) for folder in model_dirs]
-    with _progress("Merging") as progress:
+    with byte_progress("Merging") as progress:
         merge_checkpoints(folders, Path(output), force=force, progress=progress, **given)
     print(output)
 
@@ -109,7 +109,7 @@ def quantize(source: str, output: str, **options: Any) -> None:
     """Quantize a GGUF with llama.cpp's own quantizer."""
     from trimix_gguf.convert.quantize import quantize_gguf
 
-    with _progress("Quantizing") as progress:
+    with byte_progress("Quantizing") as progress:
         quantize_gguf(Path(source), Path(output), progress=progress, **options)
     print(output)
 
@@ -117,29 +117,3 @@ def quantize(source: str, output: str, **options: Any) -> None:
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     """The options that the user set: defaults live in the functions called."""
     return {name: value for name, value in options.items() if value not in (None, ())}
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr with bytes, rate and time left; takes (tensor name, done, total)."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda name, done, total: bar.update(task, completed=done, total=total)

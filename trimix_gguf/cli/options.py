@@ -1,7 +1,7 @@
 """What several commands share: the trio's options, prompts from files, progress, the grid."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -178,3 +178,29 @@ def token_progress(total: int, what: str, *, quiet: bool = False):  # type: igno
     task = bar.add_task(what, total=total)
     with bar:
         yield lambda n: bar.advance(task, n)
+
+
+@contextmanager
+def byte_progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr with bytes, rate and time left; yields progress(what, done, total)."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda name, done, total: bar.update(task, completed=done, total=total)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     "errors", "fusion", "gguf_file", "vocabulary", "memory", "native", "scoring", "sampling",
     "prompt", "model", "trio", "branches", "selection", "prompt_cache", "speculative", "costs",
-    "generation", "chat", "triofile", "bench", "evaluation", "cli",
+    "generation", "chat", "request", "batching", "triofile", "store", "bench", "evaluation", "cli",
 ]  # fmt: skip
 
 

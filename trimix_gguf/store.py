@@ -1,0 +1,239 @@
+"""The trios of this machine: where they live, what a name means, and which could be pulled."""
+
+import hashlib
+import os
+import re
+import shutil
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from trimix_gguf.errors import TrioFileError
+from trimix_gguf.fusion import ROLES
+from trimix_gguf.trio import NANO, trio_paths
+from trimix_gguf.triofile import FILENAME, ModelEntry, TrioFile, check_name
+
+Progress = Callable[[str, int, int], None]  # what is read, bytes done, bytes in all
+
+SHIPPED = "nano"
+PRESETS = Path(__file__).parent / "presets" / "presets.toml"
+CHUNK = 1 << 20  # bytes read at once
+_TEMPORARY = re.compile(r"\.(?:import|remove)-(\d+)-(\d+)-")
+
+
+def trios_folder() -> Path:
+    """$TRIMIX_HOME/trios, or that of the platform's data folder; it need not exist yet.
+
+    Raises TrioFileError where there is no home folder.
+    """
+    if own := os.environ.get("TRIMIX_HOME"):
+        return Path(own) / "trios"
+    try:
+        if sys.platform == "win32":
+            local = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+            return Path(local) / "trimix" / "trios"
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Application Support" / "trimix" / "trios"
+        data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+        return Path(data) / "trimix" / "trios"
+    except RuntimeError:
+        raise TrioFileError("there is no home folder; set TRIMIX_HOME to one for trios") from None
+
+
+def installed() -> list[str]:
+    """Names of the trios that were pulled or imported, in order; not the shipped one."""
+    return sorted(file.parent.name for file in trios_folder().glob(f"[!.]*/{FILENAME}"))
+
+
+def installed_folder(name: str) -> Path:
+    """Where a trio of that name is, or would be; raises TrioFileError for what is no name."""
+    return trios_folder() / check_name(name)
+
+
+def resolve(text: str) -> TrioFile:
+    """The trio that a user means: one by name, a trio file, or a folder of one.
+
+    A name goes before a folder here that is called the same; ./NAME is the folder. Raises
+    TrioFileError, with the nearest name where nothing fits; ModelFileError for a folder of none.
+    """
+    if text == SHIPPED:
+        return TrioFile.read(NANO / FILENAME)
+    if text in installed():
+        return TrioFile.read(installed_folder(text) / FILENAME)
+    path = Path(text)
+    if path.is_dir():
+        return read_folder(path)
+    if path.exists():
+        return TrioFile.read(path)
+    known = presets()
+    if text in known:
+        raise TrioFileError(f"trio {text} is not here yet; `trimix pull {text}` fetches it")
+    near = get_close_matches(text, [SHIPPED, *installed(), *known], 1)
+    hint = f"did you mean {near[0]}?" if near else "`trimix list` names what there is"
+    raise TrioFileError(f"{text}: no trio of that name, and no such file or folder; {hint}")
+
+
+def read_folder(folder: Path) -> TrioFile:
+    """The trio of a folder: by its trio.toml, or three GGUF files named after their roles."""
+    if (folder / FILENAME).is_file():
+        return TrioFile.read(folder / FILENAME)
+    models = {role: ModelEntry(path=path.name) for role, path in trio_paths(folder).items()}
+    try:
+        name = check_name(folder.resolve().name)
+    except TrioFileError:
+        name = "trio"
+    return TrioFile(folder=folder, name=name, models=models)
+
+
+def remove(name: str) -> None:
+    """Delete an installed trio, at once for all who look; raises TrioFileError, OSError."""
+    if name == SHIPPED:
+        raise TrioFileError(f"{SHIPPED} ships with the package, and stays")
+    folder = installed_folder(name)
+    if not folder.is_dir():
+        near = get_close_matches(name, installed(), 1)
+        hint = f"did you mean {near[0]}?" if near else "`trimix list` names what there is"
+        raise TrioFileError(f"trio {name} is not installed; {hint}")
+    clear_leftovers()
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    hidden = temporary_folder("remove", name)
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+# -- what is being made or taken away ---------------------------------------------------------
+
+
+def temporary_folder(kind: str, name: str) -> Path:
+    """A path in the store, of this process alone, for a trio that is not there yet or any more.
+
+    `kind` is 'import' or 'remove'. It is a hidden name, so no trio has it.
+    """
+    return trios_folder() / f".{kind}-{os.getpid()}-{_started(os.getpid())}-{name}"
+
+
+def clear_leftovers() -> None:
+    """Delete what processes left that were killed at work in the store."""
+    for path in trios_folder().glob(".*-*"):
+        match = _TEMPORARY.match(path.name)
+        if match is not None and not _alive(int(match[1]), int(match[2])):
+            shutil.rmtree(path)
+
+
+def _started(pid: int) -> int:
+    return int(psutil.Process(pid).create_time())
+
+
+def _alive(pid: int, started: int) -> bool:
+    """Whether that process still runs, and is not another one with its number."""
+    try:
+        return pid != os.getpid() and abs(_started(pid) - started) <= 2  # the clock may be set
+    except psutil.NoSuchProcess:
+        return False
+
+
+# -- whether files are what they were ---------------------------------------------------------
+
+
+def verify(trio: TrioFile, progress: Progress | None = None) -> dict[str, str]:
+    """Each model's state: 'whole', 'altered', 'missing', or 'no sha256' to compare with."""
+    states = dict.fromkeys(trio.models, "missing")
+    here = {role: path for role in trio.models if (path := trio.path(role)).is_file()}
+    for role, path in here.items():
+        entry = trio.models[role]
+        same_size = entry.n_bytes in (None, path.stat().st_size)
+        states[role] = "to read" if same_size and entry.sha256 else "no sha256"
+        if not same_size:
+            states[role] = "altered"
+    to_read = [role for role, state in states.items() if state == "to read"]
+    total, done = sum(here[role].stat().st_size for role in to_read), 0
+    for role in to_read:
+
+        def advance(n: int, role: str = role) -> None:
+            nonlocal done
+            done += n
+            if progress is not None:
+                progress(role, done, total)
+
+        same = sha256_of(here[role], advance) == trio.models[role].sha256
+        states[role] = "whole" if same else "altered"
+    return states
+
+
+def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """A file's SHA-256 in hexadecimal; `progress` gets the bytes just read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            if progress is not None:
+                progress(len(chunk))
+    return digest.hexdigest()
+
+
+# -- what could be pulled ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A trio that can be pulled, as it will be installed; `n_bytes` is about what it takes."""
+
+    trio: TrioFile
+    n_bytes: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of its models are published; else small_cpt must be one's own."""
+        return self.trio.models["small_cpt"].repo is not None
+
+    @property
+    def licences(self) -> list[str]:
+        """Of its models, each once."""
+        return sorted({e.licence for e in self.trio.models.values() if e.licence is not None})
+
+
+def presets() -> dict[str, Preset]:
+    """Every pair of models in every language, by name; those that are whole come first."""
+    table = tomllib.loads(PRESETS.read_text(encoding="utf-8"))
+    made = [
+        _preset(table, pair, code)
+        for pair in table["pairs"]
+        for code in table["languages"]
+    ]  # fmt: skip
+    return {p.trio.name: p for p in sorted(made, key=lambda p: not p.whole)}
+
+
+def _preset(table: dict[str, Any], pair: str, code: str) -> Preset:
+    small, large = table["pairs"][pair]
+    language, own = table["languages"][code], table["models"]
+    repo = table["cpt"].get(small, {}).get(code)
+    published = {
+        "large_ins": {**own[large]},
+        # Trained further from small_base: its licence and its size.
+        "small_cpt": {**own[small], "repo": repo},
+        "small_base": {**own[small]},
+    }
+    n_bytes = sum(int(entry.pop("gb") * 1e9) for entry in published.values())
+    if repo is None:
+        base = own[small]["repo"]
+        description = f"{language}; needs your own small_cpt: {base} trained further on {language}"
+    else:
+        description = " ".join([language, table["scripts"].get(code, "")]).strip()
+    trio = TrioFile(
+        folder=installed_folder(f"{pair}-{code}"),
+        name=f"{pair}-{code}",
+        languages=(code,),
+        description=description,
+        method="ppl",
+        n_ctx=table["n_ctx"],
+        models={role: ModelEntry(path=f"{role}.gguf", **published[role]) for role in ROLES},
+    )
+    return Preset(trio, n_bytes)

@@ -47,6 +47,10 @@ class Branches:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forget every branch."""
         for branch in list(self._branches):
             self.drop(branch)
 
@@ -118,7 +122,9 @@ class Branches:
                     raise ValueError(f"branch {branch} owes {role} nothing; append to it first")
         return self.trio.on_devices(
             wanted,
-            lambda role: self.read(role, {b: [len(self._branches[b].ids[role]) - 1] for b in branches}),
+            lambda role: self.read(
+                role, {b: [len(self._branches[b].ids[role]) - 1] for b in branches}
+            ),
         )
 
     def read(self, role: str, wanted: Mapping[int, Sequence[int]]) -> Logits:
@@ -141,6 +147,8 @@ class Branches:
             new = len(known.ids[role]) - known.n_read[role]
             known.cells[role] += itertools.islice(self._new_cell, new)
             known.n_read[role] += new
+        if not parts:
+            return np.empty((0, self.trio.n_vocab), dtype=np.float32)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _owed(self, role: str, wanted: Mapping[int, Sequence[int]]) -> Iterator[Entry]:

@@ -11,6 +11,8 @@ TrimixError
  ├── SamplerError         a grammar, schema or setting that llama.cpp refuses
  ├── DataError            evaluation data that is absent, damaged or not what a task asks for
  ├── TrioFileError        a trio that is unknown, incomplete, damaged, or not one
+ ├── QueueFull            more requests at once than may wait
+ ├── HubError             the Hugging Face hub refuses, does not answer, or sends wrong bytes
  └── ConversionError      a checkpoint that cannot become a GGUF
 
 Each message is one line: what was expected, what came, and the mend.
@@ -59,6 +61,14 @@ class DataError(TrimixError):
 
 class TrioFileError(TrimixError):
     """A trio that is unknown, incomplete, damaged, or not one."""
+
+
+class QueueFull(TrimixError):
+    """More requests at once than may wait."""
+
+
+class HubError(TrimixError):
+    """The Hugging Face hub refuses, does not answer, or sends wrong bytes."""
 
 
 class ConversionError(TrimixError):

@@ -39,6 +39,11 @@ class Segment:
 Unit = tuple[tuple[tuple[int, ...], ...], bool]  # ids by role, in the order of ROLES; scored?
 
 
+def is_shared(ids: tuple[tuple[int, ...], ...]) -> bool:
+    """Whether a unit's ids are one token, the same for all roles."""
+    return len(ids[0]) == 1 and len(set(ids)) == 1
+
+
 def n_common(units: Sequence[Unit], ids: Mapping[str, Sequence[int]]) -> int:
     """How many of the first `units` stand in `ids`, by role, at its beginning."""
     known, at = [ids[role] for role in ROLES], [0] * len(ROLES)

@@ -1,7 +1,7 @@
 """Prompt -> Weights, without labels: streams prompts through a Trio into scoring."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -234,21 +234,24 @@ def select_weights(
         raise WeightsError(f"the number of last tokens to score is {last}; expected 1 or more")
     listed = [prompts] if isinstance(prompts, Prompt) else list(prompts)
     if method == "ent":
-        return _lowest_entropy(trio, listed, grid, progress)
+        return lowest_entropy(_next_rows(trio, listed, progress), grid, trio.unused)
     if last is not None:
         listed = [p.score_last(last) for p in listed]
     scored = score(trio, listed, grid=grid, progress=progress)
     return Selection(scored.best(average), "ppl", scored)
 
 
-def _lowest_entropy(
-    trio: Trio, prompts: list[Prompt], grid: Grid, progress: Progress | None
-) -> Selection:
+def lowest_entropy(rows: Iterable[Rows], grid: Grid, unused: NDArray[np.bool_] | None) -> Selection:
+    """TriMix-ENT over the next-token rows [n_vocab] after each of some prompts."""
     if grid == "continuous":
         raise WeightsError("entropy is not convex, so it has no continuous optimum; give a grid")
     total = np.zeros((len(grid[0]), len(grid[1])))
+    for one in rows:
+        total += grid_entropy(**one, alphas=grid[0], betas=grid[1], unused=unused)
+    return Selection(lowest(total, *grid), "ent")
+
+
+def _next_rows(trio: Trio, prompts: Sequence[Prompt], progress: Progress | None) -> Iterator[Rows]:
     for prompt in prompts:
         trio.prefill(prompt)
-        rows = trio.rows(progress=progress)
-        total += grid_entropy(**rows, alphas=grid[0], betas=grid[1], unused=trio.unused)
-    return Selection(lowest(total, *grid), "ent")
+        yield trio.rows(progress=progress)

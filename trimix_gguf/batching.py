@@ -1,0 +1,259 @@
+"""Many requests in one trio: read and answered together, a batch a model and step.
+
+Each request is a branch of an empty trunk. A step decodes the newest token of every answer, and
+with them a window of the prompt that is being read: one prompt at a time, so that the next one
+finds what they share. Branches of finished requests are kept, for prompts that go on from them,
+for as long as nobody needs their room; whoever is let in has its room reserved to the end.
+"""
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from trimix_gguf.branches import Branches
+from trimix_gguf.errors import ModelError, QueueFull, TrimixError
+from trimix_gguf.fusion import ROLES, Rows
+from trimix_gguf.memory import N_BATCH
+from trimix_gguf.prompt import n_common
+from trimix_gguf.request import Event, Known, Request, Token, Work
+from trimix_gguf.trio import Trio
+
+__all__ = ["Batcher", "Event", "Job", "Request", "Statistics", "Token"]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a Batcher does now, and has done: requests by how they ended, tokens, seconds."""
+
+    n_running: int = 0
+    n_waiting: int = 0
+    finished: Mapping[str, int] = field(default_factory=dict)
+    n_prompt_tokens: int = 0
+    n_cached_tokens: int = 0
+    n_tokens: int = 0
+    step_seconds: float = 0.0
+
+
+Wanted = dict[str, dict[int, list[int]]]  # role -> branch -> its ids whose rows are wanted
+
+
+class Job:
+    """A request that was handed in."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.branch: int | None = None
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        """Have it end before its next token; nothing where it has ended."""
+        self.cancelled = True
+
+
+class Batcher:
+    """Answers requests with `trio`, which nobody else may use meanwhile, in a thread of its own.
+
+    `n_parallel` at once, at most a trio's n_window − 1; `n_queue` more may wait.
+    """
+
+    def __init__(self, trio: Trio, *, n_parallel: int = 8, n_queue: int = 32) -> None:
+        self.trio = trio
+        trio.forget()
+        self._branches = Branches(trio)
+        self._n_parallel, self._n_queue = min(n_parallel, self._branches.most), n_queue
+        self._waiting: deque[Job] = deque()
+        self._running: list[Job] = []
+        self._kept: dict[int, Known] = {}  # branches of the finished, longest unused first
+        self._statistics = Statistics()
+        self._changed = threading.Condition()
+        self._closing: float | None = None  # when what still runs is cancelled
+        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, on_event: Callable[[Event], None]) -> Job:
+        """Queue a request; `on_event` gets what comes of it, from this Batcher's thread.
+
+        It must not raise. Raises QueueFull, PromptError, SamplerError.
+        """
+        job = Job(Work(self.trio, request, on_event))
+        with self._changed:
+            if self._closing is not None or not self._thread.is_alive():
+                raise QueueFull("the server is shutting down; try again later")
+            if len(self._waiting) >= self._n_queue + self._n_parallel - len(self._running):
+                raise QueueFull(f"{self._n_queue} requests wait already; try again later")
+            self._waiting.append(job)
+            self._changed.notify()
+        return job
+
+    def statistics(self) -> Statistics:
+        """As of now; from any thread."""
+        return replace(self._statistics, n_running=len(self._running), n_waiting=len(self._waiting))
+
+    def close(self, *, drain_s: float = 0.0) -> None:
+        """Take no more; cancel what has not ended after `drain_s` seconds. The trio stays open."""
+        with self._changed:
+            self._closing = time.monotonic() + drain_s
+            self._changed.notify()
+        self._thread.join()
+
+    # -- the thread -------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._has_work():
+                self._end_cancelled()
+                self._let_in()
+                started = time.perf_counter()
+                try:
+                    self._step()
+                except TrimixError as error:  # of a decode: it cannot be told whose it was
+                    self._abandon(error)
+                took = self._statistics.step_seconds + time.perf_counter() - started
+                self._statistics = replace(self._statistics, step_seconds=took)
+        finally:
+            self._abandon(ModelError("the server has stopped"))
+
+    def _has_work(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._waiting or self._running or self._closing is not None
+            )
+            if self._closing is not None and time.monotonic() >= self._closing:
+                for job in (*self._waiting, *self._running):
+                    job.cancel()
+            return bool(self._waiting or self._running)
+
+    def _end_cancelled(self) -> None:
+        for job in [j for j in (*self._waiting, *self._running) if j.cancelled]:
+            job.work.cancel()
+            self._release(job, "cancelled")
+
+    def _let_in(self) -> None:
+        """Start waiting requests in their order, for as long as there is room for all of each."""
+        while self._waiting and len(self._running) < self._n_parallel:
+            need = self._waiting[0].work.n_cells
+            while not self._has_room(need) and self._kept:
+                self._forget_one()
+            if not self._has_room(need):
+                return
+            with self._changed:
+                self._running.append(self._waiting.popleft())
+
+    def _has_room(self, need: Mapping[str, int]) -> bool:
+        for role, model in self.trio.models.items():
+            to_come = 0
+            for job in self._running:
+                held = 0 if job.branch is None else len(self._branches.ids(job.branch)[role])
+                to_come += job.work.n_cells[role] - held
+            if self._branches.n_cells(role) + to_come + need[role] > model.n_ctx:
+                return False
+        return True
+
+    def _forget_one(self) -> None:
+        branch = next(iter(self._kept))
+        del self._kept[branch]
+        self._branches.drop(branch)
+
+    # -- a step -----------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        """Decode a token of each answer and a window of one prompt; hand out the rows."""
+        answering = [job for job in self._running if job.work.stage == "answer"]
+        reading = next((job for job in self._running if job.work.stage != "answer"), None)
+        wanted: Wanted = {role: {} for role in ROLES}
+        for job in answering:
+            assert job.branch is not None  # it was placed to be read
+            self._branches.append(job.branch, [job.work.newest])
+            for role in job.work.roles:
+                wanted[role][job.branch] = [len(self._branches.ids(job.branch)[role]) - 1]
+        end = 0 if reading is None else self._append_portion(reading, len(answering), wanted)
+        roles = [role for role in ROLES if wanted[role]]
+        rows = self.trio.on_devices(roles, lambda role: self._branches.read(role, wanted[role]))
+        for job in answering:
+            self._take(job, _rows_of(job.branch, rows, wanted), None)
+        if reading is not None:
+            self._take(reading, _rows_of(reading.branch, rows, wanted), end)
+
+    def _append_portion(self, job: Job, n_answering: int, wanted: Wanted) -> int:
+        """Append units of a prompt to its branch, and to `wanted` their rows; up to which unit."""
+        work = job.work
+        if job.branch is None:
+            job.branch = self._place(work)
+        # A long pause between two tokens of the others would be felt; alone, bigger is faster.
+        n_ids = self.trio.n_window if n_answering else N_BATCH
+        end = work.portion(n_ids - n_answering, self.trio.n_window - n_answering)
+        self._branches.rewind(job.branch, {role: work.ends[role][work.at] for role in ROLES})
+        units = work.units[work.at : end]
+        self._branches.append(
+            job.branch,
+            {role: [t for ids, _ in units for t in ids[i]] for i, role in enumerate(ROLES)},
+        )
+        for role in work.roles:
+            wanted[role][job.branch] = [work.ends[role][u + 1] - 1 for u in work.wanted(end)]
+        return end
+
+    def _place(self, work: Work) -> int:
+        """A branch for a request: a fork of the one that begins most like its prompt."""
+        known = {**self._kept, **{j.branch: j.work.known for j in self._running if j.branch}}
+        common = {branch: n_common(work.units, self._branches.ids(branch)) for branch in known}
+        source = max(common, key=lambda branch: common[branch], default=None)
+        if source is not None:
+            work.start(common[source], known[source])
+        if source is None or work.at == 0:
+            source = None
+        elif source in self._kept:  # now the last to be forgotten
+            self._kept[source] = self._kept.pop(source)
+        if self._branches.n_free == 0:
+            self._forget_one()
+        return self._branches.fork(source)
+
+    def _take(self, job: Job, rows: Rows, end: int | None) -> None:
+        """Hand a request its rows; let it go once it has ended."""
+        try:
+            if end is None:
+                job.work.answer({role: matrix[0] for role, matrix in rows.items()})
+            else:
+                job.work.read(end, rows)
+        except TrimixError as error:
+            job.work.fail(error)
+            self._release(job, "error")
+        if job.work.finish_reason is not None:
+            self._release(job, job.work.finish_reason)
+
+    def _release(self, job: Job, reason: str) -> None:
+        """Let go of a request that has ended, and keep what was read for it."""
+        with self._changed:
+            (self._running if job in self._running else self._waiting).remove(job)
+        if job.branch is not None:
+            self._kept[job.branch] = job.work.known
+        work, finished = job.work, dict(self._statistics.finished)
+        finished[reason] = finished.get(reason, 0) + 1
+        self._statistics = replace(
+            self._statistics,
+            finished=finished,
+            n_prompt_tokens=self._statistics.n_prompt_tokens + work.ends["large_ins"][work.at],
+            n_cached_tokens=self._statistics.n_cached_tokens + work.n_cached,
+            n_tokens=self._statistics.n_tokens + work.n_tokens,
+        )
+
+    def _abandon(self, error: TrimixError) -> None:
+        """End everything: after a failed decode no branch can be trusted."""
+        for job in (*self._waiting, *self._running):
+            job.work.fail(error)
+            job.branch = None
+            self._release(job, "error")
+        self._kept.clear()
+        self._branches.close()
+
+
+def _rows_of(branch: int | None, rows: Rows, wanted: Wanted) -> Rows:
+    """The part [n, n_vocab] of each role's rows that belongs to a branch."""
+    found: Rows = {}
+    for role, own in wanted.items():
+        if branch in own:
+            first = sum(len(own[b]) for b in itertools.takewhile(lambda b: b != branch, own))
+            found[role] = rows[role][first : first + len(own[branch])]
+    return found

@@ -1,0 +1,346 @@
+"""A request among many: which units of its prompt are read next, and what the rows then say.
+
+It is served in up to three stages: its prompt is scored, unless its weights are fixed; read again
+for its tokens' own probabilities, if it wants them; and answered, token after token.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimix_gguf.errors import PromptError, TrimixError
+from trimix_gguf.fusion import ROLES, Rows, Weights, fuse, mask_implausible
+from trimix_gguf.generation import Answer
+from trimix_gguf.model import available_cores
+from trimix_gguf.prompt import Prompt, Unit, is_shared
+from trimix_gguf.sampling import Sampler
+from trimix_gguf.scoring import GRID, Float64
+from trimix_gguf.selection import Grid, Selection, empty_score, lowest_entropy, window_nll
+from trimix_gguf.speculative import probability
+from trimix_gguf.trio import Trio
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to answer and how; names and defaults are those of generation.stream_generate.
+
+    `n_top` asks for the log-probability of each token under the mix, and of that many likeliest
+    ones; with `echo` for those of the prompt too. `trace` asks what each model that the mix reads
+    made of each token. `sampling` goes to Sampler.
+    """
+
+    prompt: Prompt
+    weights: Weights | None = None
+    method: Literal["ppl", "ent"] = "ppl"
+    grid: Grid = (GRID, GRID)
+    max_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    plausibility_threshold: float = 0.0
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    n_top: int | None = None
+    echo: bool = False
+    trace: bool = False
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token and what was asked about it; log-probabilities are natural, before temperature.
+
+    `logprob` is None where nothing predicts it; `top` are (id, logprob), likeliest first;
+    `probabilities` by role and 'fused', where a trace was asked for.
+    """
+
+    id: int
+    piece: bytes
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    probabilities: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Event:
+    """A piece of an answer. The first has the selection and the prompt's tokens, if wanted.
+
+    `finish_reason` is None until the last: 'stop', 'length', 'context' or 'cancelled'. Where
+    `error` is set there will be no more. `n_cached` of the prompt's tokens were not read anew.
+    """
+
+    text: str = ""
+    tokens: tuple[Token, ...] = ()
+    selection: Selection | None = None
+    prompt_tokens: tuple[Token, ...] = ()
+    n_prompt: int = 0
+    n_cached: int = 0
+    n_tokens: int = 0
+    finish_reason: str | None = None
+    error: TrimixError | None = None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Running sums over a prompt: `read` of its units, `covered` ones of them taken in."""
+
+    read: int
+    covered: int
+    nll: Float64
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class Known:
+    """What was read, and the sums over it: another prompt may begin in the same way.
+
+    `axes` are the weights (alphas, betas) that the marks' sums are over.
+    """
+
+    units: Sequence[Unit] = ()
+    axes: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
+    marks: Sequence[Mark] = ()
+
+    def marks_for(self, units: Sequence[Unit], axes: object) -> list[Mark]:
+        """The marks that hold for a prompt of `units` scored over `axes`."""
+        if axes != self.axes:
+            return []
+        pairs = enumerate(zip(self.units, units, strict=False))
+        same = next((i for i, (a, b) in pairs if a != b), min(len(self.units), len(units)))
+        return [mark for mark in self.marks if mark.covered <= same]
+
+
+class Work:
+    """The state of a request: where it stands in its prompt, or in its answer.
+
+    `at` units of the prompt are read; `newest` is the token picked last, which is to be read
+    next. Raises PromptError for a prompt that fits no context, SamplerError for a setting that
+    llama.cpp refuses.
+    """
+
+    def __init__(self, trio: Trio, request: Request, on_event: Callable[[Event], None]) -> None:
+        self.trio, self.request, self._on_event = trio, request, on_event
+        self.units = request.prompt.units
+        # ends[role][n]: how many ids of `role` the first n units hold.
+        self.ends = {role: _ends(self.units, i) for i, role in enumerate(ROLES)}
+        room = _room(trio, self.ends)
+        self.n_cells = {r: self.ends[r][-1] + min(room, request.max_tokens) for r in ROLES}
+        self._sampler = Sampler(
+            trio.models["large_ins"].vocab,
+            trio.n_vocab,
+            **{"stop_ids": tuple(trio.end_of_generation), **request.sampling},
+        )
+        for segment in request.prompt.segments:
+            self._sampler.read_prompt(segment.ids["large_ins"])
+        self._answer = Answer(
+            trio, self._sampler, stop=request.stop, max_tokens=request.max_tokens, room=room
+        )
+        self.at = self.n_cached = self.newest = 0
+        self.stage: Literal["score", "echo", "read", "answer"] = "read"
+        if request.weights is None and request.method == "ppl":
+            self.stage = "score"
+        elif request.echo and request.weights is not None:
+            self.stage = "echo"
+        self.selection = None if request.weights is None else Selection(request.weights, "fixed")
+        self._score = empty_score(request.grid)
+        self._marks: list[Mark] = []
+        self._prompt_tokens: list[Token] = []
+        self._told = False
+
+    @property
+    def known(self) -> Known:
+        """What it has read so far."""
+        return Known(self.units[: self.at], self._axes, self._marks)
+
+    @property
+    def _axes(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return self._score.alphas, self._score.betas
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Models that it reads now."""
+        if self.selection is None:
+            return ROLES
+        masked = self.request.plausibility_threshold > 0
+        needed = {*self.selection.weights.active, *(("large_ins",) if masked else ())}
+        return tuple(role for role in ROLES if role in needed)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why its answer ended; None before."""
+        return self._answer.finish_reason if self.stage == "answer" else None
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of its answer so far."""
+        return self._answer.n_tokens
+
+    # -- reading ----------------------------------------------------------------------------
+
+    def start(self, n_kept: int, known: Known) -> None:
+        """Begin where the first `n_kept` units are read already, as `known` tells."""
+        last = len(self.units) - 1  # its row is wanted, so it is read again
+        if self.stage == "score":
+            marks = known.marks_for(self.units, self._axes)
+            self._marks = [mark for mark in marks if mark.read <= n_kept]
+            # Up to the unit that predicts the next scored one, the sums stay as they are.
+            covered = self._marks[-1].covered if self._marks else 1
+            rest = (i for i in range(covered, len(self.units)) if self.units[i][1])
+            self.at = min(n_kept, last, next(rest, len(self.units)) - 1)
+        else:
+            self.at = 0 if self.stage == "echo" else min(n_kept, last)
+        self.n_cached = self.ends["large_ins"][self.at]
+
+    def portion(self, n_ids: int, n_rows: int) -> int:
+        """Up to which unit to read next, if so many ids and rows are to spare; at least one."""
+        end, ids, rows = self.at, 0, 0
+        while end < len(self.units):
+            ids += max(len(own) for own in self.units[end][0])
+            rows += self._is_wanted(end)
+            if end > self.at and (ids > n_ids or rows > n_rows):
+                break
+            end += 1
+        return end
+
+    def wanted(self, end: int) -> list[int]:
+        """Units from `at` to `end` whose rows are wanted: they predict, or end the prompt."""
+        return [unit for unit in range(self.at, end) if self._is_wanted(unit)]
+
+    def _is_wanted(self, unit: int) -> bool:
+        if unit == len(self.units) - 1:
+            return True
+        if any(self.ends[role][unit + 1] == 0 for role in self.roles):
+            return False  # nothing there to predict from
+        ids, scored = self.units[unit + 1]
+        return scored if self.stage == "score" else self.stage == "echo" and is_shared(ids)
+
+    def read(self, end: int, rows: Rows) -> None:
+        """Take in the rows [n_wanted, n_vocab] of the units up to `end`; raises TrimixError."""
+        predicted = [u + 1 for u in self.wanted(end) if u + 1 < len(self.units)]
+        targets = np.array([self.units[u][0][0][0] for u in predicted], dtype=np.int64)
+        before = {role: matrix[: len(targets)] for role, matrix in rows.items()}
+        if self.stage == "score" and len(targets):
+            nll = window_nll(self.trio, before, targets, self._score, available_cores())
+            self._add(nll, len(targets), end)
+        elif self.stage == "echo":
+            self._echo(before, targets)
+        self.at = end
+        if end == len(self.units):
+            self._decide({role: matrix[-1] for role, matrix in rows.items()})
+
+    def _add(self, nll: Float64, n_tokens: int, end: int) -> None:
+        if self._marks:
+            nll, n_tokens = nll + self._marks[-1].nll, n_tokens + self._marks[-1].n_tokens
+        self._marks.append(Mark(end, min(end + 1, len(self.units)), nll, n_tokens))
+
+    def _echo(self, before: Rows, targets: NDArray[np.int64]) -> None:
+        if not self._prompt_tokens and is_shared(self.units[0][0]):
+            self._prompt_tokens.append(self._token(self.units[0][0][0][0]))
+        for i, target in enumerate(targets):
+            rows = {role: matrix[i] for role, matrix in before.items()}
+            self._prompt_tokens.append(self._token(int(target), self._fused(rows), rows))
+
+    def _decide(self, rows: Rows) -> None:
+        """The prompt is read to its end, whose rows [n_vocab] these are."""
+        if self.selection is None:
+            self.selection = self._select(rows)
+            if self.request.echo:
+                self.stage, self.at = "echo", 0
+                return
+        self.stage = "answer"
+        if self.finish_reason is not None:  # no token was asked for
+            self._tell(Event(finish_reason=self.finish_reason))
+        else:
+            self.answer(rows)
+
+    def _select(self, rows: Rows) -> Selection:
+        grid = self.request.grid
+        if self.request.method == "ent":
+            return lowest_entropy([rows], grid, self.trio.unused)
+        if not self._marks:
+            raise PromptError("the prompt has no token to score: give more text, or fix weights")
+        self._score.nll.append(self._marks[-1].nll)
+        self._score.n_tokens.append(self._marks[-1].n_tokens)
+        return Selection(self._score.best(), "ppl", self._score)
+
+    # -- answering --------------------------------------------------------------------------
+
+    def answer(self, rows: Rows) -> None:
+        """Pick the next token after rows [n_vocab], and tell of it. Raises SamplerError."""
+        fused = self._fused(rows)
+        self.newest = self._sampler.sample(fused)
+        ended = self.newest in self.trio.end_of_generation
+        tokens = () if ended else (self._token(self.newest, fused, rows),)
+        text = self._answer.take(self.newest)
+        self._tell(Event(text, tokens, finish_reason=self.finish_reason))
+
+    def cancel(self) -> None:
+        """Say that it ends before its time."""
+        self._tell(Event(finish_reason="cancelled"))
+
+    def fail(self, error: TrimixError) -> None:
+        """Say that it cannot be answered."""
+        self._tell(Event(error=error))
+
+    def _fused(self, rows: Rows) -> NDArray[np.float32]:
+        assert self.selection is not None  # set before the first token
+        fused = fuse(rows, self.selection.weights, unused=self.trio.unused)
+        if self.request.plausibility_threshold > 0:
+            mask_implausible(fused, rows["large_ins"], self.request.plausibility_threshold)
+        return fused
+
+    def _token(
+        self, token: int, fused: NDArray[np.float32] | None = None, rows: Rows | None = None
+    ) -> Token:
+        piece = self.trio.models["large_ins"].piece(token)
+        if fused is None or rows is None:
+            return Token(token, piece)
+        logprob: float | None = None
+        top: tuple[tuple[int, float], ...] = ()
+        if self.request.n_top is not None:
+            logprob, top = _logprobs(fused, token, self.request.n_top)
+        traced = {**rows, "fused": fused} if self.request.trace else {}
+        probabilities = {name: probability(row, token) for name, row in traced.items()}
+        return Token(token, piece, logprob, top, probabilities)
+
+    def _tell(self, event: Event) -> None:
+        event = replace(
+            event,
+            n_prompt=self.ends["large_ins"][-1],
+            n_cached=self.n_cached,
+            n_tokens=self.n_tokens,
+        )
+        if not self._told:
+            echoed = tuple(self._prompt_tokens)
+            event = replace(event, selection=self.selection, prompt_tokens=echoed)
+        self._told = True
+        self._on_event(event)
+
+
+def _ends(units: Sequence[Unit], role: int) -> list[int]:
+    ends = [0]
+    for ids, _ in units:
+        ends.append(ends[-1] + len(ids[role]))
+    return ends
+
+
+def _room(trio: Trio, ends: Mapping[str, Sequence[int]]) -> int:
+    """Tokens that every role can take after the prompt; raises PromptError."""
+    for role, model in trio.models.items():
+        if not 0 < ends[role][-1] < model.n_ctx:
+            raise PromptError(
+                f"the prompt is {ends[role][-1]} tokens, and {role}'s context holds {model.n_ctx}; "
+                "shorten it or raise --n-ctx"
+            )
+    return min(trio.models[role].n_ctx - ends[role][-1] for role in ROLES)
+
+
+def _logprobs(
+    fused: NDArray[np.float32], token: int, n_top: int
+) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """Log-probability of `token` in one row [n_vocab], and the `n_top` likeliest (id, its own)."""
+    row = fused.astype(np.float64)
+    row -= row.max()
+    row -= np.log(np.exp(row).sum())
+    likeliest = np.argpartition(row, -n_top)[-n_top:] if n_top else np.empty(0, dtype=int)
+    top = sorted(((int(i), float(row[i])) for i in likeliest), key=lambda pair: -pair[1])
+    return float(row[token]), tuple(top)

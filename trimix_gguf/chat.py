@@ -1,7 +1,14 @@
-"""Chat: messages -> text, by the template that a GGUF brings."""
+"""Chat: messages -> prompt, by the template that a GGUF brings.
+
+large_ins reads its own template around each message, the small models, who never saw its control
+tokens, a plain one; what people wrote is the same ids for all three. Messages never pass through
+a template: it is rendered with placeholders for them, and cut there.
+"""
 
 import json
-from collections.abc import Sequence
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
 from typing import Any
@@ -11,10 +18,61 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from trimix_gguf.errors import PromptError
+from trimix_gguf.fusion import ROLES
 from trimix_gguf.model import Model
+from trimix_gguf.prompt import Prompt, Segment
+from trimix_gguf.trio import Trio
 
 Message = dict[str, str]  # role, content
 _HERE = "<the message goes on here>"
+# Each role has its line: the space of "User: " would be a token that no text has before a word.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message.role | capitalize }}:{{ '\n' }}{{ message.content }}{{ '\n\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{{ '\n' }}{% endif %}"
+)
+PLAIN_STOPS = ("\n\nUser:", "\nUser:")  # where a model goes on to ask itself
+
+
+def chat_prompt(
+    trio: Trio,
+    messages: Sequence[Message],
+    *,
+    template: str | None = None,
+    add_generation_prompt: bool = True,
+    answers: Mapping[int, Sequence[int]] | None = None,
+) -> Prompt:
+    """Messages {"role": system | user | assistant, "content": text} as a prompt for three.
+
+    What stands around a message is each role's own and not scored: large_ins reads `template`,
+    else its file's, else the plain one, which the small models always read. Each content is
+    shared and scored; control tokens in it are only text. `answers` are ids of contents, by the
+    message's index, as they were generated; those are not scored. Without the generation prompt
+    the last message stays open, to be continued. A system message that the template does not
+    take is put before the first user's. Raises PromptError where it refuses the messages.
+    """
+    model = trio.models[ROLES[0]]
+    turns = _checked(messages, answers or {}, model)
+    own = template or str(model.file.metadata.get("tokenizer.chat_template") or PLAIN_TEMPLATE)
+
+    def cut(turns: list[_Turn], template: str) -> _Layout:
+        return _cut(turns, _renderer(template, add_generation_prompt, _tokens(model)), is_open)
+
+    def lay_out(turns: list[_Turn]) -> _Layout:
+        return cut(_stripped(turns, _renderer(own, add_generation_prompt, _tokens(model))), own)
+
+    is_open = not add_generation_prompt
+    try:
+        try:
+            layout = lay_out(turns)
+        except TemplateError:
+            if turns[0].role != "system":
+                raise
+            layout = lay_out(_fold_system(turns))
+        plain = cut(layout.turns, PLAIN_TEMPLATE)
+    except TemplateError as error:
+        raise PromptError(_refusal(model, error)) from None
+    return Prompt(tuple(_segments(model, layout, plain)))
 
 
 def template_of(model: Model) -> str:
@@ -32,22 +90,15 @@ def apply_template(
 
     Raises PromptError where the template refuses them.
     """
-    metadata, tokens = model.file.metadata, {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-        if (token := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
-            tokens[f"{name}_token"] = model.piece(token, special=True).decode()
     try:
         return render_chat(
             template_of(model),
             list(messages),
             add_generation_prompt=add_generation_prompt,
-            **tokens,
+            **_tokens(model),
         )
     except TemplateError as error:
-        reason = " ".join(str(error).split())
-        raise PromptError(
-            f"the chat template of {model.path.name} refuses the messages: {reason}"
-        ) from None
+        raise PromptError(_refusal(model, error)) from None
 
 
 def around_message(model: Model) -> tuple[list[int], list[int]]:
@@ -71,20 +122,216 @@ def render_chat(
     messages = [dict(m) for m in messages]
     end = "" if add_generation_prompt else f"{_HERE} "
     messages[-1]["content"] += end
-    text = _compile(template).render(
-        messages=messages,
-        tools=None,
-        documents=None,
-        add_generation_prompt=add_generation_prompt,
-        **tokens,
-    )
+    text = _render(template, messages, add_generation_prompt, tokens)
     if not end:
-        return str(text)
+        return text
     before, mark, after = text.rpartition(end.strip())
     if not mark:
         raise TemplateError("it leaves the last message out")
     # A template that strips its messages has taken the space after the mark.
-    return str(before if after.startswith(" ") else before.rstrip())
+    return before if after.startswith(" ") else before.rstrip()
+
+
+# -- messages -> segments -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A message, and the ids of its content where it was generated."""
+
+    role: str
+    text: str
+    ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Messages in a template's order, those that have a content, and the texts around these."""
+
+    turns: list[_Turn]
+    contents: list[_Turn]
+    around: list[str]  # one more than there are contents
+
+
+_Render = Callable[[Sequence[_Turn]], str]
+
+
+def _checked(
+    messages: Sequence[Message], answers: Mapping[int, Sequence[int]], model: Model
+) -> list[_Turn]:
+    turns = []
+    for i, message in enumerate(messages):
+        role, text = message.get("role"), message.get("content")
+        if role not in ("system", "user", "assistant") or not isinstance(text, str):
+            raise PromptError(
+                f"message {i + 1} has role {role!r} and {type(text).__name__} content; "
+                "expected system, user or assistant, and text"
+            )
+        ids = tuple(answers[i]) if i in answers else None
+        turns.append(_Turn(role, model.normalize(text) if ids is None else text, ids))
+    if not turns:
+        raise PromptError("the chat has no message; give one of a user")
+    return turns
+
+
+def _fold_system(turns: list[_Turn]) -> list[_Turn]:
+    """The system's text before the first user's, for templates that know no such role."""
+    system, *rest = turns
+    if rest and rest[0].role == "user":
+        text = "\n\n".join(t for t in (system.text, rest[0].text) if t)
+        return [replace(rest[0], text=text), *rest[1:]]
+    return [replace(system, role="user"), *rest]
+
+
+def _renderer(template: str, add_generation_prompt: bool, tokens: Mapping[str, str]) -> _Render:
+    def render(turns: Sequence[_Turn]) -> str:
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        return _render(template, messages, add_generation_prompt, tokens)
+
+    return render
+
+
+def _stripped(turns: list[_Turn], render: _Render) -> list[_Turn]:
+    """The messages without the outer white space that a template takes off them.
+
+    What it leaves of some shows beside a placeholder that has this white space around it.
+    """
+    outer = [_outer_space(turn) for turn in turns]
+    if not any(before or after for before, after in outer):
+        return turns
+    marks = [secrets.token_hex(12) if turn.text or turn.ids else "" for turn in turns]
+
+    def around(befores: Sequence[str], afters: Sequence[str]) -> tuple[list[int], list[str]]:
+        texts = [b + m + a for b, m, a in zip(befores, marks, afters, strict=True)]
+        return _split(
+            render([replace(t, text=x) for t, x in zip(turns, texts, strict=True)]), marks
+        )
+
+    none = [""] * len(turns)
+    order, bare = around(none, none)
+    _, begun = around([before for before, _ in outer], none)
+    _, ended = around(none, [after for _, after in outer])
+    kept = list(turns)
+    for at, i in enumerate(order):
+        before = begun[at][len(bare[at]) :]
+        after = ended[at + 1][: len(ended[at + 1]) - len(bare[at + 1])]
+        core = turns[i].text.strip()
+        if turns[i].ids is None:
+            text = before + core + after if core else min(before, after, key=len)
+            kept[i] = replace(turns[i], text=text)
+    return kept
+
+
+def _outer_space(turn: _Turn) -> tuple[str, str]:
+    """White space before and after a message; one that is nothing else has it on both sides."""
+    text, core = turn.text, turn.text.strip()
+    if turn.ids is not None or not core:
+        return ("", "") if turn.ids is not None else (text, text)
+    at = text.index(core)
+    return text[:at], text[at + len(core) :]
+
+
+def _cut(turns: list[_Turn], render: _Render, is_open: bool) -> _Layout:
+    """Where a template puts the messages. Empty ones it gets as they are."""
+    last = turns[-1]
+    marks = [
+        secrets.token_hex(12) if turn.text or turn.ids or (is_open and turn is last) else ""
+        for turn in turns
+    ]
+    text = render([replace(t, text=mark) for t, mark in zip(turns, marks, strict=True)])
+    order, around = _split(text, marks)
+    contents = [turns[i] for i in order]
+    if is_open:
+        if contents[-1] is not last:
+            raise TemplateError("it does not end with the last message, which is to stay open")
+        around[-1] = ""
+    return _Layout(turns if order == sorted(order) else contents, contents, around)
+
+
+def _split(text: str, marks: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Indices of the marks as they follow each other, and the texts around them."""
+    if any(mark and text.count(mark) != 1 for mark in marks):
+        raise TemplateError("it leaves a message out, or says one twice")
+    order = sorted((i for i, m in enumerate(marks) if m), key=lambda i: text.index(marks[i]))
+    around = []
+    for i in order:
+        before, _, text = text.partition(marks[i])
+        around.append(before)
+    return order, [*around, text]
+
+
+def _segments(model: Model, layout: _Layout, plain: _Layout) -> Iterator[Segment]:
+    begin = model.bos
+
+    def around(own: str, small: str) -> Iterator[Segment]:
+        nonlocal begin
+        ids, small_ids = _inner_ids(model, own, special=True), _inner_ids(model, small)
+        ids = ids if ids[: len(begin)] == begin else begin + ids
+        by_role = {role: ids if role == ROLES[0] else begin + small_ids for role in ROLES}
+        begin = []
+        if any(by_role.values()):
+            yield Segment.per_role(by_role)
+
+    for turn, own, small in zip(layout.contents, layout.around, plain.around, strict=False):
+        text = turn.text if turn.ids is None else _text(model, turn.ids[:1])
+        space = ""
+        if own.endswith(" ") and text and (turn.ids is None or text.startswith(" ")):
+            # Tokenizers have a space in one token with the word after it.
+            own, small, space = own[:-1], small.removesuffix("\n"), " "
+        yield from around(own, small)
+        if turn.ids:
+            yield Segment.of(turn.ids, scored=False)
+        elif turn.text and turn.ids is None:
+            yield Segment.of(_inner_ids(model, space + turn.text))
+    yield from around(layout.around[-1], plain.around[-1])
+
+
+def _inner_ids(model: Model, text: str, *, special: bool = False) -> list[int]:
+    """Ids of text that stands inside another: SentencePiece puts a space before a whole one."""
+    if text and _text(model, model.tokenize("a")) == " a":
+        line = model.tokenize("\n")
+        ids = model.tokenize("\n" + text, special=special)
+        if ids[: len(line)] == line:
+            return ids[len(line) :]
+    return model.tokenize(text, special=special)
+
+
+def _text(model: Model, ids: Sequence[int]) -> str:
+    return b"".join(model.piece(i) for i in ids).decode("utf-8", "replace")
+
+
+# -- templates ------------------------------------------------------------------------------
+
+
+def _render(
+    template: str, messages: list[Message], add_generation_prompt: bool, tokens: Mapping[str, str]
+) -> str:
+    """Raises TemplateError, whatever it was in the template that failed."""
+    try:
+        text = _compile(template).render(
+            messages=messages,
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **tokens,
+        )
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise TemplateError(str(error)) from error
+    return str(text)
+
+
+def _tokens(model: Model) -> dict[str, str]:
+    """The control tokens that templates name: bos_token and so on."""
+    metadata, tokens = model.file.metadata, {}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        if (token := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+            tokens[f"{name}_token"] = model.piece(token, special=True).decode()
+    return tokens
+
+
+def _refusal(model: Model, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    return f"the chat template of {model.path.name} refuses the messages: {reason}"
 
 
 class _Generation(Extension):

@@ -115,6 +115,11 @@ class TrioFile:
             for role in ROLES
         }
 
+    @property
+    def fixed_weights(self) -> Weights | None:
+        """`weights`, or those of a method that has its own; None where a prompt chooses them."""
+        return METHODS[self.method].weights if self.method in METHODS else self.weights
+
     def missing(self) -> list[str]:
         """Models whose file is not there."""
         return [role for role in self.models if not self.path(role).is_file()]

@@ -11,6 +11,7 @@ import click
 from trimix_gguf.cli.options import (
     new_figure,
     open_trio,
+    own_weights,
     parse_weights,
     read_text,
     trio_arguments,
@@ -30,7 +31,9 @@ _ROLES = ("large_ins", "small_base", "small_cpt")
 )
 @click.option("--n-tokens", type=click.IntRange(min=1), help="Tokens decoded. Default 64.")
 @click.option("--repeats", type=click.IntRange(min=1), help="Of each measurement. Default 3.")
-@click.option("--weights", metavar="ALPHA,BETA", help="Default: as chosen from the prompt.")
+@click.option(
+    "--weights", metavar="ALPHA,BETA", help="Default: the trio's own, or chosen from the prompt."
+)
 @click.option("--plot", metavar="FILE.png", help="Draw the tokens a second.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 def bench(**options: Any) -> None:
@@ -62,6 +65,8 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
     settings = {name: value for name in names if (value := options.pop(name)) is not None}
     if "weights" in settings:
         settings["weights"] = parse_weights(settings["weights"])
+    elif (own := own_weights(options)) is not None:
+        settings["weights"] = own
     return settings
 
 

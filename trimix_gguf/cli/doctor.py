@@ -34,20 +34,18 @@ def _report(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     from trimix_gguf.fusion import ROLES
     from trimix_gguf.gguf_file import read_gguf
     from trimix_gguf.model import available_cores, device_of
-    from trimix_gguf.trio import NANO, concurrency, trio_paths
+    from trimix_gguf.trio import concurrency
     from trimix_gguf.vocabulary import check_contract
 
     options.pop("verbose", None)
     arguments = trio_arguments(options)
-    nano = arguments.pop("nano")
-    paths = trio_paths(NANO) if nano else arguments
     files = {
-        role: read_gguf(paths.get(role) or paths["small_base"])
+        role: read_gguf(arguments.get(role) or arguments["small_base"])
         for role in ("large_ins", "small_base", "small_cpt")
     }
-    lora = paths.get("small_cpt_lora")
+    lora = arguments.get("small_cpt_lora")
     n_common = check_contract(files)
-    shared = {"n_ctx": arguments.get("n_ctx", 512 if nano else memory.N_CTX)}
+    shared = {"n_ctx": arguments.get("n_ctx", memory.N_CTX)}
     own = {role: {**shared, **arguments["per_role"].get(role, {})} for role in ROLES}
     places = {r: device_of(o.get("n_gpu_layers", 0), o.get("device")) for r, o in own.items()}
     need = memory.estimate(files, own, read_gguf(lora) if lora else None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from trimix_gguf.cli.options import open_trio, parse_weights, trio_options
+from trimix_gguf.cli.options import open_trio, own_weights, parse_weights, trio_options
 
 _DEFAULT = "large_ins,small_cpt,small_base,proxy-tuning,ppl,ppl-answers,ent"
 
@@ -104,12 +104,13 @@ def _run_harness(options: dict[str, Any]) -> None:
 
     from trimix_gguf.evaluation.harness import make_table, run_harness
 
-    weights = options.pop("weights")
+    text = options.pop("weights")
+    weights = parse_weights(text) if text else own_weights(options)
     with open_trio(options) as trio:
         results = run_harness(
             trio,
             _split(options["harness"]),
-            weights=parse_weights(weights) if weights else None,
+            weights=weights,
             limit=options["limit"],
             num_fewshot=options["exemplars"],
             apply_chat_template=options["chat"],

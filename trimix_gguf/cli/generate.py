@@ -10,6 +10,7 @@ import click
 
 from trimix_gguf.cli.options import (
     grid_option,
+    named_trio,
     open_trio,
     parse_grid_options,
     parse_weights,
@@ -100,10 +101,13 @@ def _generation_settings(options: dict[str, Any]) -> dict[str, Any]:
 
     settings: dict[str, Any] = {"stop": options.pop("stop")}
     method, weights = options.pop("method"), options.pop("weights")
+    if weights is not None and method is not None:
+        raise click.UsageError("give --weights or --method, not both")
+    weights = None if weights is None else parse_weights(weights)
+    if method is None and weights is None:
+        method, weights = _own_mix(options)
     if weights is not None:
-        if method is not None:
-            raise click.UsageError("give --weights or --method, not both")
-        settings["weights"] = parse_weights(weights)
+        settings["weights"] = weights
     elif method in METHODS:
         settings["weights"] = METHODS[method].weights
         settings["plausibility_threshold"] = METHODS[method].plausibility_threshold
@@ -135,6 +139,16 @@ def _generation_settings(options: dict[str, Any]) -> dict[str, Any]:
         if (value := options.pop(name)) is not None:
             settings[name] = value
     return settings
+
+
+def _own_mix(options: dict[str, Any]) -> tuple[str | None, Any]:
+    """(method, weights) of the named trio; where the user asks for a choice, not fixed ones."""
+    trio_file = named_trio(options)
+    if trio_file is None:
+        return None, None
+    if trio_file.fixed_weights is not None and (options["grid"] or options["task"]):
+        return None, None
+    return trio_file.method, trio_file.weights
 
 
 def _draft_length(text: str) -> int | None:

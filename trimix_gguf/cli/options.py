@@ -11,6 +11,7 @@ import click
 from trimix_gguf.errors import PromptError
 
 ROLE_OPTIONS = {"gpu_layers": int, "device": str, "threads": int, "kv_type": str}
+_FILES = ("large_ins", "small_base", "small_cpt", "small_cpt_lora")
 
 
 def trio_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -18,7 +19,7 @@ def trio_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         [
             click.option(
-                "--trio", metavar="nano|DIR", help="The shipped trio, or a folder of one."
+                "--trio", metavar="NAME|FILE|DIR", help="See `trimix list`. Default: nano."
             ),
             click.option("--large-ins", metavar="FILE", help="GGUF of the large instruct model."),
             click.option("--small-base", metavar="FILE", help="GGUF of the small base model."),
@@ -49,33 +50,50 @@ def open_trio(options: dict[str, Any]) -> Any:
     arguments = trio_arguments(options)
     verbose = bool(options.pop("verbose", False))
     native.set_verbose(verbose)
-    nano = arguments.pop("nano")
-    trio = Trio.nano(**arguments) if nano else Trio.load(**arguments)
+    trio = Trio.load(**arguments)
     if verbose:
         places = {role: model.device for role, model in trio.models.items()}
         print(f"models run {concurrency(places)}", file=sys.stderr)
     return trio
 
 
-def trio_arguments(options: dict[str, Any]) -> dict[str, Any]:
-    """CLI options -> arguments of Trio.load; 'nano' says whether the shipped trio is meant."""
-    from trimix_gguf.trio import trio_paths
+def named_trio(options: dict[str, Any]) -> Any:
+    """The TrioFile that the options name, whose files are here; None where they name files.
 
-    roles = ("large_ins", "small_base", "small_cpt", "small_cpt_lora")
-    files = {r: Path(p) for r in roles if (p := options.pop(r, None)) is not None}
-    folder = options.pop("trio", None)
-    if folder is not None and files:
-        raise click.UsageError("give --trio, or the files of its roles, not both")
-    nano = not files and folder in (None, "nano")
-    if folder is not None and not nano:
-        files = trio_paths(Path(folder))
+    Takes nothing out of `options`. What it says of weights is for the command to follow.
+    """
+    from trimix_gguf.store import SHIPPED, resolve
+
+    name = options.get("trio")
+    if any(options.get(role) is not None for role in _FILES):
+        if name is not None:
+            raise click.UsageError("give --trio, or the files of its roles, not both")
+        return None
+    trio_file = resolve(SHIPPED if name is None else name)
+    trio_file.check_files()
+    return trio_file
+
+
+def own_weights(options: dict[str, Any]) -> Any:
+    """Fixed weights that the named trio asks for; None where a prompt is to choose them."""
+    trio_file = named_trio(options)
+    return None if trio_file is None else trio_file.fixed_weights
+
+
+def trio_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the trio's options out: arguments of Trio.load, the trio file's beneath the user's."""
+    trio_file = named_trio(options)
+    options.pop("trio", None)
+    files = {r: Path(p) for r in _FILES if (p := options.pop(r, None)) is not None}
     if files and not {"large_ins", "small_base"} <= files.keys():
         raise click.UsageError(
             "give --large-ins, --small-base and --small-cpt (or --small-cpt-lora)"
         )
     if files and not {"small_cpt", "small_cpt_lora"} & files.keys():
         raise click.UsageError("give --small-cpt, or --small-cpt-lora over --small-base")
-    arguments: dict[str, Any] = {**files, "nano": nano, "per_role": {}}
+    arguments: dict[str, Any] = {"per_role": {}, **files}
+    if trio_file is not None:
+        arguments = trio_file.load_arguments()
     for name in ("n_ctx", "mmap", "mlock", "flash_attn"):
         if (value := options.pop(name, None)) is not None:
             arguments[name] = value

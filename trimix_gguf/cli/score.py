@@ -9,6 +9,7 @@ from trimix_gguf.cli.options import (
     grid_option,
     new_figure,
     open_trio,
+    own_weights,
     parse_grid_options,
     read_text,
     token_progress,
@@ -36,14 +37,17 @@ def score(files: tuple[str, ...], **options: Any) -> None:
     figure = None if plot is None else new_figure(figsize=(6.4, 5.2))
     grid, average = parse_grid_options(options.pop("grid")), options.pop("average")
     last, spans = options.pop("last"), options.pop("spans")
+    own = own_weights(options)
     texts = [text for path in files or ("-",) for text in split_texts(read_text(path))]
     with open_trio(options) as trio:
         prompts = [trio.prompt(text, spans=spans) for text in texts]
         prompts = [p.score_last(last) for p in prompts] if last else prompts
         total = sum(p.n_tokens() for p in prompts)
         with token_progress(total, f"Scoring {len(prompts)} texts") as progress:
-            result = score_prompts(trio, prompts, grid=grid, progress=progress)
-    report = _report(result, average)
+            result = score_prompts(
+                trio, prompts, grid=grid, progress=progress, also=[own] if own else []
+            )
+    report = _report(result, average, own)
     if plot is not None:
         _draw(report, figure, plot)
     print(json.dumps(report) if as_json else _table(report))
@@ -60,11 +64,13 @@ def split_texts(text: str) -> list[str]:
     return texts
 
 
-def _report(result: Any, average: str) -> dict[str, Any]:
+def _report(result: Any, average: str, own: Any) -> dict[str, Any]:
     from trimix_gguf.selection import PROXY_TUNING, SINGLE
 
     best = result.best(average)
     named = {**SINGLE, "proxy_tuning": PROXY_TUNING, "fused": best}
+    if own is not None:
+        named["default"] = own
     return {
         "n_tokens": int(sum(result.n_tokens)),
         "n_texts": len(result.n_tokens),
@@ -76,16 +82,18 @@ def _report(result: Any, average: str) -> dict[str, Any]:
             "mean_nll": result.on_grid(average).tolist(),
         },
         "best": {"alpha": best.alpha, "beta": best.beta},
+        **({"default": {"alpha": own.alpha, "beta": own.beta}} if own else {}),
     }
 
 
 def _table(report: dict[str, Any]) -> str:
     import math
 
-    best = report["best"]
+    chosen = {"fused": report["best"], "default": report.get("default")}
     lines = [f"{report['n_tokens']} tokens in {report['n_texts']} texts, {report['convention']}"]
     for name, value in report["perplexity"].items():
-        where = f"  alpha {best['alpha']:.3g}, beta {best['beta']:.3g}" if name == "fused" else ""
+        w = chosen.get(name)
+        where = f"  alpha {w['alpha']:.3g}, beta {w['beta']:.3g}" if w else ""
         lines.append(f"{name:<13}{value:>10.3f}{where}")
     grid = report["grid"]
     lines += ["", "fused perplexity; alpha down, beta across"]

@@ -281,12 +281,17 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value.strip() != "" and "\0" not in value
 
 
+def _is_line(value: Any) -> bool:
+    # A trio file may come from others, and is shown in terminals, which obey control characters.
+    return _is_text(value) and not any(unicodedata.category(c) == "Cc" for c in value)
+
+
 def _is_name(value: Any) -> bool:
-    return _is_text(value) and check_name(value) == value
+    return _is_line(value) and check_name(value) == value
 
 
 def _is_languages(value: Any) -> bool:
-    return _is_text(value) or (isinstance(value, list) and all(map(_is_text, value)))
+    return _is_line(value) or (isinstance(value, list) and all(map(_is_line, value)))
 
 
 def _is_weights(value: Any) -> bool:
@@ -297,8 +302,8 @@ def _is_layers(value: Any) -> bool:
     return value == "auto" or _is_int(value, low=-1, high=1 << 30)
 
 
-def _is_inside_text(value: Any) -> bool:
-    return _is_text(value) and is_inside(value)
+def _is_inside_line(value: Any) -> bool:
+    return _is_line(value) and is_inside(value)
 
 
 def _matches(pattern: str) -> Callable[[Any], bool]:
@@ -311,7 +316,7 @@ _TRIO_KEYS = {  # key -> (what is expected, whether a value is that)
     "version": ("a number", _is_int),
     "name": ("a name", _is_name),
     "language": ("a code or a list of codes", _is_languages),
-    "description": ("text", lambda value: isinstance(value, str)),
+    "description": ("a line of text", _is_line),
     "method": (f"one of {', '.join(_METHODS)}", lambda value: value in _METHODS),
     "weights": ("two numbers, as [0.1, 0.9]", _is_weights),
     "n_ctx": ("a number of tokens from 8", lambda value: _is_int(value, low=8, high=1 << 31)),
@@ -320,17 +325,17 @@ _TRIO_KEYS = {  # key -> (what is expected, whether a value is that)
     "models": ("a table", lambda value: isinstance(value, dict)),
 }
 _MODEL_KEYS = {
-    "path": ("a path", _is_text),
+    "path": ("a path", _is_line),
     "repo": ("OWNER/NAME", _matches(r"(?!\.+/)[\w.-]+/(?!\.+$)[\w.-]+")),
-    "revision": ("a branch, tag or commit", _is_text),
-    "file": ("a file of the repo", _is_inside_text),
+    "revision": ("a branch, tag or commit", _is_line),
+    "file": ("a file of the repo", _is_inside_line),
     "quantization": ("a type such as 'q4_k_m'", _matches(r"[a-z0-9_]+")),
-    "licence": ("text", _is_text),
+    "licence": ("a line of text", _is_line),
     "adapter_of": ("'small_base'", lambda value: value == "small_base"),
     "sha256": ("64 hexadecimal digits", _matches(r"[0-9a-f]{64}")),
     "n_bytes": ("a number of bytes", _is_int),
     "gpu_layers": _LAYERS,
-    "device": ("a device's name", _is_text),
+    "device": ("a device's name", _is_line),
     "threads": ("a number of threads", lambda value: _is_int(value, high=4096)),
     "kv_type": ("a type such as 'q8_0'", _matches(r"[a-z0-9_]+")),
 }

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     "errors", "fusion", "gguf_file", "vocabulary", "memory", "native", "scoring", "sampling",
     "prompt", "model", "trio", "branches", "selection", "prompt_cache", "speculative", "costs",
-    "generation", "chat", "request", "batching", "triofile", "store", "bench", "evaluation", "cli",
+    "generation", "chat", "request", "batching", "triofile", "store",
+    "hub", "pull_plan", "pulling", "bench", "evaluation", "cli",
 ]  # fmt: skip
 
 

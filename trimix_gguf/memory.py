@@ -1,41 +1,124 @@
-"""What a trio needs in memory, and whether this machine has it."""
+"""What a trio needs in memory, layer by layer, and whether this machine has it."""
 
-from collections.abc import Mapping
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trimix_gguf.errors import MemoryNeededError, ModelError
-from trimix_gguf.gguf_file import GGUFFile
+from trimix_gguf.fusion import ROLES
+from trimix_gguf.gguf_file import GGUFArray, GGUFFile, TensorInfo
 
 N_CTX = 2048  # positions of a context, where none are asked for
 N_WINDOW = 32  # most rows of logits held at once
 N_BATCH = 128  # tokens read at once where only the last row is wanted
-_BASE = 120 << 20  # Python, NumPy and llama.cpp's code
+CTX_STEP = 256  # llama.cpp rounds a context up to a multiple of it
+# Python, NumPy, llama.cpp's code and what scoring works with: 60 to 65 MiB in four trios.
+_BASE = 64 << 20
+# llama.cpp's tokenizer: a token in three tables, a merge in one. Fitted to those trios too.
+_TOKEN, _MERGE = 240, 270
+# Types that llama.cpp's CPU code rearranges for products, by ggml-cpu/repack.cpp: on ARM more.
+_REPACKED = {"Q2_K", "Q4_0", "Q4_K", "IQ4_NL", "MXFP4"}
+_REPACKED_ON_ARM = {"Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "MXFP4"}
+_INPUTS = ("token_embd", "position_embd", "token_types", "per_layer_token_embd")
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes, by what they are for."""
+
+    weights: int = 0
+    kv: int = 0
+    buffers: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.buffers
+
+    def __add__(self, other: "Need") -> "Need":
+        return Need(self.weights + other.weights, self.kv + other.kv, self.buffers + other.buffers)
+
+
+@dataclass(frozen=True)
+class ModelMemory:
+    """Bytes of one model and its context; repeating layers from first to last.
+
+    Of n layers on a device the output layer is the first, then come the last ones: so llama.cpp
+    counts. `embedding` stays in RAM. Where the file has no output table, the output layer reads
+    the embedding's: a device needs a copy of those `tied` bytes, and the CPU one of `tied_ram`
+    where it rearranges them.
+    """
+
+    embedding: int
+    layers: tuple[int, ...]
+    output: int
+    kv: tuple[int, ...]
+    rows: int  # logits as they are handed over
+    compute: int  # work space of a step: wherever layers are, and in RAM at most as much
+    tied: int = 0
+    tied_ram: int = 0
+
+    @property
+    def n_layers(self) -> int:
+        """As llama.cpp counts them: with the output layer."""
+        return len(self.layers) + 1
+
+    def on_device(self, n: int) -> Need:
+        """What `n` of the layers need where they are."""
+        if n == 0:
+            return Need()
+        first = self.n_layers - n
+        weights = self.output + self.tied + sum(self.layers[first:])
+        return Need(weights, sum(self.kv[first:]), self.compute)
+
+    def in_ram(self, n: int) -> Need:
+        """What stays in RAM where `n` of the layers are on a device."""
+        first = self.n_layers - n if n else len(self.layers)
+        output = 0 if n else self.output + self.tied_ram
+        weights = self.embedding + output + sum(self.layers[:first])
+        return Need(weights, sum(self.kv[:first]), self.rows + self.compute)
+
+
+def by_role(
+    files: Mapping[str, GGUFFile],
+    options: Mapping[str, Mapping[str, Any]],
+    lora: GGUFFile | None = None,
+) -> dict[str, ModelMemory]:
+    """Each role's bytes; weights that roles share are the first one's, an adapter small_cpt's."""
+    memories, seen = {}, set()
+    for role in sorted(files, key=ROLES.index):
+        file = files[role]
+        found = _model_memory(file, options.get(role, {}))
+        if file.path in seen:
+            none = (0,) * len(found.layers)
+            found = replace(found, embedding=0, layers=none, output=0, tied=0, tied_ram=0)
+        seen.add(file.path)
+        if role == "small_cpt" and lora is not None:
+            embedding, layers, output = _weights(lora.tensors, len(found.layers))
+            found = replace(
+                found,
+                embedding=found.embedding + embedding,
+                layers=tuple(a + b for a, b in zip(found.layers, layers, strict=True)),
+                output=found.output + output,
+            )
+        memories[role] = found
+    return memories
+
+
+def program(large_ins: GGUFFile) -> int:
+    """Bytes of the process beside its models: code, and large_ins' tokenizer."""
+    n_tokens = _length(large_ins, "tokenizer.ggml.tokens")
+    n_merges = _length(large_ins, "tokenizer.ggml.merges")
+    return _BASE + _TOKEN * n_tokens + _MERGE * n_merges
 
 
 def estimate(
     files: Mapping[str, GGUFFile], options: Mapping[str, dict[str, Any]], lora: GGUFFile | None
 ) -> dict[str, int]:
-    """Bytes for 'weights' (each file once), 'kv' caches and 'buffers' of a trio."""
-    weights = sum({f.path: f.weight_bytes for f in files.values()}.values())
-    kv = buffers = 0
-    for role, file in files.items():
-        own = options.get(role, {})
-        try:
-            kv += file.kv_bytes(
-                own.get("n_ctx", N_CTX),
-                own.get("type_k", "f16"),
-                own.get("type_v", "f16"),
-            )
-        except ValueError as error:
-            raise ModelError(f"{file.path.name}: {error}") from None
-        n_vocab = len(file.array("tokenizer.ggml.tokens") or ())
-        # llama.cpp's logits, and the same again while its graph computes them.
-        buffers += 2 * 4 * n_vocab * own.get("n_window", N_WINDOW)
-    return {
-        "weights": weights + (lora.weight_bytes if lora else 0),
-        "kv": kv,
-        "buffers": buffers + _BASE,
-    }
+    """Bytes for 'weights' (each file once), 'kv' caches and 'buffers' of a trio on the CPU."""
+    needs = [m.in_ram(0) for m in by_role(files, options, lora).values()]
+    need = sum(needs, Need(buffers=program(files[ROLES[0]])))
+    return {"weights": need.weights, "kv": need.kv, "buffers": need.buffers}
 
 
 def available() -> int:
@@ -65,3 +148,79 @@ def check_fits(
 
 def in_gib(n_bytes: int) -> str:
     return f"{n_bytes / (1 << 30):.2f} GiB"
+
+
+# -- one model --------------------------------------------------------------------------------
+
+
+def _model_memory(file: GGUFFile, own: Mapping[str, Any]) -> ModelMemory:
+    n_ctx = -(-own.get("n_ctx", N_CTX) // CTX_STEP) * CTX_STEP
+    n_window = own.get("n_window", N_WINDOW)
+    n_batch = max(own.get("n_batch", N_BATCH), n_window)
+    embedding, layers, output = _weights(file.tensors, file.n_layer)
+    try:
+        kv = file.kv_bytes(n_ctx, own.get("type_k", "f16"), own.get("type_v", "f16"))
+    except ValueError as error:
+        raise ModelError(f"{file.path.name}: {error}") from None
+    n_heads = max(sum(file.n_head_kv), 1)
+    tensors = {tensor.name: tensor for tensor in file.tensors}
+    table = tensors.get("token_embd.weight")
+    tied = table.n_bytes if table is not None and "output.weight" not in tensors else 0
+    repacked = _REPACKED_ON_ARM if platform.machine() in ("arm64", "aarch64") else _REPACKED
+    rows = 4 * _length(file, "tokenizer.ggml.tokens") * n_window
+    return ModelMemory(
+        embedding=embedding,
+        layers=layers,
+        output=output,
+        kv=tuple(kv // n_heads * n for n in file.n_head_kv),
+        rows=rows,
+        compute=max(rows, n_batch * _token_bytes(file, n_ctx, own.get("flash_attn"))),
+        tied=tied,
+        tied_ram=tied if table is not None and table.type in repacked else 0,
+    )
+
+
+def _token_bytes(file: GGUFFile, n_ctx: int, flash_attn: bool | None) -> int:
+    """Most work space that a token read takes: in the feed-forward layer, beside the mask.
+
+    As llama.cpp laid out five models' graphs, to 1 %; without flash attention every head's row
+    of attention is there at once. A sliding-window model has two masks.
+    """
+    feed_forward = max(
+        _most(file, "feed_forward_length"),
+        _most(file, "expert_feed_forward_length") * _most(file, "expert_used_count"),
+    )
+    masks = 2 if _most(file, "attention.sliding_window") else 1
+    if flash_attn is False:
+        attention = 4 * n_ctx * (_most(file, "attention.head_count") + masks)
+    else:
+        attention = 2 * n_ctx * masks
+    return 4 * (3 * feed_forward + 4 * file.n_embd) + attention
+
+
+def _weights(tensors: Iterable[TensorInfo], n_layer: int) -> tuple[int, tuple[int, ...], int]:
+    """Bytes of input tables, of each repeating layer, and of all else: the output layer."""
+    embedding = output = 0
+    layers = [0] * n_layer
+    for tensor in tensors:
+        first, _, rest = tensor.name.partition(".")
+        number = rest.partition(".")[0]
+        if first == "blk" and number.isdecimal() and int(number) < n_layer:
+            layers[int(number)] += tensor.n_bytes
+        elif first in _INPUTS:
+            embedding += tensor.n_bytes
+        else:
+            output += tensor.n_bytes
+    return embedding, tuple(layers), output
+
+
+def _length(file: GGUFFile, key: str) -> int:
+    """Items of a metadata array, which is not read for it."""
+    found = file.metadata.get(key)
+    return found.length if isinstance(found, GGUFArray) else len(found or ())
+
+
+def _most(file: GGUFFile, key: str) -> int:
+    """A size that may differ by layer: the largest; 0 where the file has none."""
+    found = file.metadata.get(f"{file.architecture}.{key}", 0)
+    return max(found, default=0) if isinstance(found, list) else int(found)

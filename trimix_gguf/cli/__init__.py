@@ -12,6 +12,7 @@ COMMANDS = {  # name -> (module, and function in it; one-line help)
     "score": ("score", "Perplexity of texts under each model and over the weight grid."),
     "eval": ("evaluate", "Compare methods on labelled tasks; report what came out."),
     "bench": ("bench", "Measure how fast a trio is here, and compare its forms."),
+    "pull": ("pull", "Fetch a trio, converting what is published as safetensors."),
     "doctor": ("doctor", "What this machine and build can do, and whether a trio fits."),
     "check": ("check", "Tell whether three GGUF files make a trio."),
     "convert": ("convert", "Turn a Hugging Face checkpoint into a GGUF file."),

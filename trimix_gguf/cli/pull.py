@@ -1,0 +1,100 @@
+"""trimix pull: fetch a trio, converting what is published as safetensors."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import click
+
+from trimix_gguf.cli.options import byte_progress
+
+
+@click.command()
+@click.argument("trio", metavar="NAME|FILE.toml")
+@click.option("--name", metavar="NAME", help="What to call it here; default: its own name.")
+@click.option("--quantization", metavar="TYPE", help="For what is converted: q8_0, q4_k_m, …")
+@click.option("--yes", is_flag=True, help="Fetch without asking.")
+@click.option("--force", is_flag=True, help="Even where this machine's memory is too small.")
+def pull(trio: str, name: str | None, quantization: str | None, yes: bool, force: bool) -> None:
+    """Fetch a trio by the name of a preset (see `trimix list`), or by someone's trio.toml.
+
+    Once it is here it works without a network, as --trio NAME. A pull that was stopped, or
+    killed, goes on from where it was. Prints the trio's folder.
+    """
+    from rich.filesize import decimal
+
+    from trimix_gguf.pull_plan import check_room, find_manifest, plan_pull
+    from trimix_gguf.pulling import clear_work
+    from trimix_gguf.pulling import pull as run
+
+    manifest = find_manifest(trio)
+    plan = plan_pull(manifest, name=name, quantization=quantization, notify=_say)
+    if plan.trio.file.is_file() and not plan.parts and not plan.own:
+        clear_work(plan.trio)
+        _say(f"{plan.trio.name} is here already, {decimal(plan.n_memory)}; nothing to fetch")
+        print(plan.trio.folder)
+        return
+    for line in _described(plan):
+        _say(line)
+    check_room(plan, force=force)
+    _ask(yes)
+    with _bars() as progress:
+        done = run(plan, progress=progress, notify=_say)
+    _say(f'{done.name} is whole: trimix generate "…" --trio {done.name}')
+    print(done.folder)
+
+
+def _described(plan: Any) -> list[str]:
+    """The trio's models: from where, how large, under what licence."""
+    from rich.filesize import decimal
+
+    trio, parts = plan.trio, {part.role: part for part in plan.parts}
+    lines = [": ".join(filter(None, (trio.name, trio.description)))]
+    for role, entry in trio.models.items():
+        if role not in parts:
+            where = f"{plan.own[role]} (your own)" if role in plan.own else "is here"
+            lines.append(f"  {role:<11}{where}")
+            continue
+        part = parts[role]
+        n_bytes = sum(file.n_bytes for file in part.files)
+        what = part.files[0].name if part.kind == "gguf" else f"converted to {part.type}"
+        licence = entry.licence or part.repository.licence or "unknown"
+        lines.append(
+            f"  {role:<11}{part.repository.repo}, {what}: {decimal(n_bytes)}, licence {licence}"
+        )
+    fetched, whole = plan.n_to_fetch, sum(f.n_bytes for p in plan.parts for f in p.files)
+    kept = f" ({decimal(whole - fetched)} are here)" if fetched < whole else ""
+    lines.append(
+        f"to fetch: {decimal(fetched)}{kept}; the models are then about {decimal(plan.n_memory)}"
+    )
+    return lines
+
+
+def _ask(yes: bool) -> None:
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise click.UsageError("nobody is here to be asked; add --yes to fetch it")
+    if not click.confirm("Fetch it?", default=True, err=True):
+        raise click.Abort
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each thing that is worked at, one after the other."""
+    with ExitStack() as stack:
+        current, show = "", None
+
+        def progress(what: str, done: int, total: int) -> None:
+            nonlocal current, show
+            if what != current or show is None:
+                stack.close()
+                current, show = what, stack.enter_context(byte_progress(what))
+            show(what, done, total)
+
+        yield progress
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)

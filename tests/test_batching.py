@@ -151,6 +151,34 @@ def test_a_kept_beginning_is_not_read_again_and_chooses_the_same_weights(trio, b
     trio.forget()
 
 
+def test_sums_over_any_kept_beginning_are_those_of_a_fresh_prompt(trio):
+    """Parting inside and at the ends of windows, and where only what is scored differs."""
+    ids = [i for s in trio.prompt(TEXTS[3] * 6).segments for i in s.ids["large_ins"]][:70]
+    prompts = [
+        Prompt((Segment.of(ids[:n]), Segment.of([9, 10, 11, 12]))) for n in (1, 31, 32, 33, 63, 64)
+    ]
+    prompts += [
+        Prompt((Segment.of(ids[:n], scored=False), Segment.of(ids[n:]))) for n in (20, 32, 50)
+    ]
+    prompts.append(
+        Prompt((Segment.of(ids[:40]), Segment.of(ids[40:64], scored=False), Segment.of(ids[64:])))
+    )
+    found = []
+    for prompt in prompts:
+        batcher = Batcher(trio)
+        for asked in (Prompt((Segment.of(ids),)), prompt):
+            ((event,),) = ask(batcher, [Request(asked, max_tokens=0)])
+        found.append(event)
+        batcher.close()
+    assert [event.n_cached for event in found] == [0, 0, 0, 32, 32, 32, 19, 31, 49, 32]
+    for prompt, event in zip(prompts, found, strict=True):
+        fresh = select_weights(trio, prompt)
+        assert event.selection.score.n_tokens == fresh.score.n_tokens
+        for ours, theirs in zip(event.selection.score.nll, fresh.score.nll, strict=True):
+            assert np.allclose(ours, theirs, rtol=1e-4)
+    trio.forget()
+
+
 def test_an_answer_is_kept_for_what_goes_on_from_it(trio, batcher):
     prompt = trio.prompt(TEXTS[0])
     weights = Weights(0.1, 0.9)
@@ -253,6 +281,7 @@ def test_bad_requests_are_refused_and_harm_nobody(trio, batcher):
     single = Request(Prompt((Segment.of([5]),)), sampling=GREEDY)
     good = Request(trio.prompt(TEXTS[0]), sampling=GREEDY, max_tokens=3)
     found = ask(batcher, [nothing, good, single])
+    assert isinstance(found[0][-1].error, SamplerError) or found[0][-1].n_tokens == 0
     assert found[1][-1].finish_reason == "length" and found[1][-1].n_tokens == 3
     assert isinstance(found[2][-1].error, PromptError)
 

@@ -166,3 +166,13 @@ def test_a_saved_prompt_of_other_models_or_damaged_is_refused(trimix, nano_files
     assert "is damaged" in one_line_error(trimix(*command))
     (saved / "prompt.json").write_text("{}")
     assert "no saved prompt" in one_line_error(trimix(*command))
+
+
+@pytest.mark.parametrize("n", [5, 32, 40])
+def test_a_segment_that_goes_on_where_the_last_prompt_ended(kept, fresh, n):
+    """Bug: the first token after the kept beginning was not scored inside a segment."""
+    ids = [t for s in kept.prompt(KAZAKH * 4).segments for t in s.ids["large_ins"]]
+    assert len(ids) > n + 2
+    kept.forget()
+    for length in (n, n + 1, len(ids)):
+        assert_as_fresh(kept, fresh, Prompt((Segment.of(ids[:length]),)))

@@ -143,9 +143,9 @@ class Trio:
         `consume(rows, targets)` is called for every scored token that some row predicts, with
         rows [n ≤ n_window, n_vocab] that are valid during the call alone: memory does not grow
         with the prompt. During the call `mark` says how far it has come; a later prefill of a
-        prompt with the same beginning may go on `after` that mark. Without `consume` nothing is
-        decoded until rows() asks for it, and then by the roles asked for alone. Raises
-        PromptError, ModelError.
+        prompt with the same beginning may go on `after` that mark, and over what is not scored
+        and still held. Without `consume` nothing is decoded until rows() asks for it, and then
+        by the roles asked for alone. Raises PromptError, ModelError.
         """
         for role, model in self.models.items():
             if prompt.n_tokens(role) >= model.n_ctx:
@@ -154,10 +154,11 @@ class Trio:
                     f"{model.n_ctx}; shorten it or raise --n-ctx"
                 )
         units = prompt.units
-        read = covered = self.n_kept(units)
+        read = covered = kept = self.n_kept(units)
         if consume is not None:
-            unscored = next((i for i, (_, scored) in enumerate(units) if scored), len(units))
-            read, covered = after or (min(read, unscored),) * 2
+            read, covered = after or (0, 0)
+            # Up to the next segment to score, what the caches hold need not be read again.
+            read = max(read, min(kept, _next_scored(prompt, covered)))
         with self._atomic():
             self._rewind(*(sum(len(ids[i]) for ids, _ in units[:read]) for i in range(len(ROLES))))
             start = 0  # units before the segment
@@ -318,11 +319,11 @@ class Trio:
         `start` units lie before it, `skip` of its tokens are read, `covered` units consumed.
         """
         ids = np.asarray(segment.ids["large_ins"], dtype=np.int64)
-        if covered <= start:  # the rows before the segment predict its first token
+        if covered <= start + skip:  # the rows before it predict the first token to be read
             before = {r: self._catch_up(r, progress)[None, :] for r in ROLES if self._ids[r]}
             if len(before) == len(ROLES):
-                self.mark = (start, start + 1)
-                consume(before, ids[:1])
+                self.mark = (start + skip, start + skip + 1)
+                consume(before, ids[skip : skip + 1])
         for at in range(skip, len(ids), self.n_window):
             window = ids[at : at + self.n_window].tolist()
             rows = {
@@ -338,6 +339,17 @@ class Trio:
             self._rows = {role: rows[role][-1] for role in ROLES}
             if progress is not None:
                 progress(len(window))
+
+
+def _next_scored(prompt: Prompt, covered: int) -> int:
+    """Units before the first segment that has something to score beyond the `covered` ones."""
+    start = 0
+    for segment in prompt.segments:
+        n_units = len(segment.units)
+        if segment.scored and start + n_units > covered:
+            break
+        start += n_units
+    return start
 
 
 def concurrency(devices: Mapping[str, str]) -> str:

@@ -15,7 +15,7 @@ LAYERS = [
     "errors", "fusion", "gguf_file", "vocabulary", "memory", "native", "scoring", "sampling",
     "prompt", "model", "trio", "branches", "selection", "prompt_cache", "speculative", "costs",
     "generation", "chat", "request", "batching", "triofile", "store",
-    "hub", "pull_plan", "pulling", "bench", "evaluation", "cli",
+    "bundle_files", "bundle", "hub", "pull_plan", "pulling", "bench", "evaluation", "cli",
 ]  # fmt: skip
 
 

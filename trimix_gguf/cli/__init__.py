@@ -7,12 +7,18 @@ from typing import NoReturn
 
 import click
 
-COMMANDS = {  # name -> (module, and function in it; one-line help)
+COMMANDS = {  # name -> (module, and function in it where that is called otherwise; one-line help)
     "generate": ("generate", "Continue a prompt with the mix of three models."),
     "score": ("score", "Perplexity of texts under each model and over the weight grid."),
     "eval": ("evaluate", "Compare methods on labelled tasks; report what came out."),
     "bench": ("bench", "Measure how fast a trio is here, and compare its forms."),
     "pull": ("pull", "Fetch a trio, converting what is published as safetensors."),
+    "list": ("trios:list_trios", "Name the trios that are here, and those to pull."),
+    "show": ("trios:show", "Show a trio: settings, models, sources, files."),
+    "verify": ("trios:verify", "Compare every file of a trio with its SHA-256."),
+    "remove": ("trios:remove", "Delete a trio that was pulled or imported."),
+    "export": ("trios:export_", "Write a trio to a folder or a tar, for another machine."),
+    "import": ("trios:import_", "Install a trio that was exported."),
     "doctor": ("doctor", "What this machine and build can do, and whether a trio fits."),
     "check": ("check", "Tell whether three GGUF files make a trio."),
     "convert": ("convert", "Turn a Hugging Face checkpoint into a GGUF file."),
@@ -28,9 +34,9 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        own = COMMANDS[name][0]
+        own, _, function = COMMANDS[name][0].partition(":")
         module = importlib.import_module(f"trimix_gguf.cli.{own}")
-        command: click.Command = getattr(module, own)
+        command: click.Command = getattr(module, function or own)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

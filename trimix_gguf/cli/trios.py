@@ -1,0 +1,215 @@
+"""trimix list, show, verify, remove, export, import: the trios of this machine."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trimix_gguf.cli.options import byte_progress
+
+
+@click.command("list")
+@click.option("--presets", "every", is_flag=True, help="Also pairs that need your own small_cpt.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object: all there is.")
+def list_trios(every: bool, as_json: bool) -> None:
+    """Name the trios that are here, and those that `trimix pull` can fetch."""
+    from trimix_gguf.store import SHIPPED, installed, presets
+
+    here = [_summary(name) for name in [SHIPPED, *installed()]]
+    known = list(presets().values())
+    if as_json:
+        print(json.dumps({"installed": here, "presets": [_offer(p) for p in known]}))
+        return
+    print("here:")
+    for trio in here:
+        print(_row(trio, trio["state"] if trio["state"] != "whole" else trio["description"]))
+    print("\nto pull:")
+    shown = [preset for preset in known if preset.whole or every]
+    for offer in map(_offer, shown):
+        print(_row(offer, f"{', '.join(offer['licences'])}: {offer['description']}"))
+    if len(shown) < len(known):
+        more = len(known) - len(shown)
+        print(f"{more} more need a small_cpt of your own: trimix list --presets", file=sys.stderr)
+
+
+@click.command()
+@click.argument("trio", metavar="NAME|FILE|DIR")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
+def show(trio: str, as_json: bool) -> None:
+    """Show a trio: its settings, its models, where they are from and whether they are here."""
+    from trimix_gguf.store import installed, presets, resolve
+
+    known = presets()
+    found = known[trio].trio if trio in known and trio not in installed() else resolve(trio)
+    report = _report(found)
+    print(json.dumps(report, ensure_ascii=False) if as_json else _lines(report))
+
+
+@click.command()
+@click.argument("trio", metavar="NAME|FILE|DIR")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
+def verify(trio: str, as_json: bool) -> None:
+    """Compare every file of a trio with its SHA-256 (exit 1 where one is missing or altered)."""
+    from trimix_gguf import store
+    from trimix_gguf.errors import TrioFileError
+
+    found = store.resolve(trio)
+    with byte_progress("Reading") as progress:
+        states = store.verify(found, progress)
+    if as_json:
+        print(json.dumps({"name": found.name, "models": states}))
+    else:
+        for role, state in states.items():
+            print(f"{role:<12}{state}")
+    bad = [f"{found.path(role)} is {state}" for role, state in states.items()
+           if state in ("missing", "altered")]  # fmt: skip
+    if bad:
+        raise TrioFileError(f"{'; '.join(bad)}; `trimix pull` or `trimix import` brings it again")
+
+
+@click.command()
+@click.argument("name")
+def remove(name: str) -> None:
+    """Delete a trio that was pulled or imported."""
+    from trimix_gguf import store
+
+    store.remove(name)
+    print(f"{name} is gone", file=sys.stderr)
+
+
+@click.command("export")
+@click.argument("trio", metavar="NAME|FILE|DIR")
+@click.argument("target", metavar="DIR|FILE.tar")
+def export_(trio: str, target: str) -> None:
+    """Write a trio to a folder or a tar, to carry it to a machine without a network.
+
+    Its files go with their SHA-256. An export that was stopped is completed by the same command.
+    """
+    from trimix_gguf.bundle import export_trio
+    from trimix_gguf.store import resolve
+
+    with byte_progress("Exporting") as progress:
+        export_trio(resolve(trio), Path(target), progress=progress)
+    print(target)
+
+
+@click.command("import")
+@click.argument("source", metavar="DIR|FILE.tar")
+@click.option("--name", metavar="NAME", help="What to call it here; default: its own name.")
+def import_(source: str, name: str | None) -> None:
+    """Install an exported trio; it is there once every file was compared with its SHA-256."""
+    from trimix_gguf.bundle import import_trio
+
+    with byte_progress("Importing") as progress:
+        trio = import_trio(Path(source), name=name, progress=progress)
+    print(trio.name)
+    print(f'{trio.name} is whole: trimix generate "…" --trio {trio.name}', file=sys.stderr)
+
+
+# -- words ------------------------------------------------------------------------------------
+
+
+def _summary(name: str) -> dict[str, Any]:
+    """An installed trio in a line of the list; a damaged one says what is wrong."""
+    from trimix_gguf.errors import TrioFileError
+    from trimix_gguf.store import resolve
+
+    try:
+        trio = resolve(name)
+    except TrioFileError as error:
+        return {"name": name, "languages": [], "n_bytes": 0, "state": str(error)}
+    report = _report(trio)
+    missing = [role for role, m in report["models"].items() if m["state"] != "here"]
+    state = "whole" if not missing else f"without {', '.join(missing)}: `trimix verify {name}`"
+    return {
+        "name": name,
+        "languages": report["languages"],
+        "description": report["description"],
+        "n_bytes": report["n_bytes"],
+        "state": state,
+    }
+
+
+def _offer(preset: Any) -> dict[str, Any]:
+    """A preset in a line of the list; its bytes are about what it takes."""
+    trio = preset.trio
+    return {
+        "name": trio.name,
+        "languages": list(trio.languages),
+        "description": trio.description,
+        "n_bytes": preset.n_bytes,
+        "licences": preset.licences,
+        "needs_own_small_cpt": not preset.whole,
+    }
+
+
+def _row(trio: dict[str, Any], text: str) -> str:
+    languages = ",".join(trio["languages"]) or "-"
+    return f"  {trio['name']:<22} {languages:<4} {_size(trio['n_bytes']):>8}  {text}"
+
+
+def _report(trio: Any) -> dict[str, Any]:
+    """Everything a trio file says, and of each model the path, and what is there."""
+    from dataclasses import asdict
+
+    models = {}
+    for role, entry in trio.models.items():
+        path = trio.path(role)
+        n_bytes = path.stat().st_size if path.is_file() else None
+        state = "missing" if n_bytes is None else "here"
+        if n_bytes is not None and entry.n_bytes not in (None, n_bytes):
+            state = "of another size"
+        given = {key: value for key, value in asdict(entry).items() if value is not None}
+        if entry.repo is None:
+            del given["revision"]
+        models[role] = {**given, "path": str(path), "n_bytes": n_bytes, "state": state}
+    weights = trio.weights
+    return {
+        "name": trio.name,
+        "file": str(trio.file),
+        "languages": list(trio.languages),
+        "description": trio.description,
+        "method": trio.method,
+        "weights": None if weights is None else {"alpha": weights.alpha, "beta": weights.beta},
+        "n_ctx": trio.n_ctx,
+        "gpu_layers": trio.gpu_layers,
+        "chat_template": trio.chat_template,
+        "n_bytes": sum(model["n_bytes"] or 0 for model in models.values()),
+        "models": models,
+    }
+
+
+def _lines(report: dict[str, Any]) -> str:
+    w = report["weights"]
+    mix = (
+        f"alpha {w['alpha']:.3g}, beta {w['beta']:.3g}" if w else f"by {report['method'] or 'ppl'}"
+    )
+    template = report["chat_template"]
+    facts = {
+        "file": report["file"],
+        "language": ", ".join(report["languages"]) or None,
+        "description": report["description"] or None,
+        "weights": mix,
+        "context": report["n_ctx"],
+        "gpu layers": report["gpu_layers"],
+        "chat template": None if template is None else f"its own, {len(template)} characters",
+    }
+    lines = [report["name"]]
+    lines += [f"  {name:<15}{value}" for name, value in facts.items() if value is not None]
+    for role, model in report["models"].items():
+        size = "" if model["n_bytes"] is None else f", {_size(model['n_bytes'])}"
+        lines.append(f"{role}: {model['state']}{size}")
+        if "repo" in model:
+            where = f"{model['repo']}@{model['revision']}"
+            model = {**model, "from": f"{where} {model.get('file', '')}".strip()}
+        told = ("path", "from", "adapter_of", "quantization", "licence", "sha256", "gpu_layers")
+        for key in (*told, "device", "threads", "kv_type"):
+            if key in model:
+                lines.append(f"  {key.replace('_', ' '):<15}{model[key]}")
+    return "\n".join(lines)
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"

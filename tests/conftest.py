@@ -21,9 +21,10 @@ KAZAKH = "Қазақстан Республикасының Үкіметі бү�
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Tests, and the commands that they run, leave the user's own cache alone."""
+    """Tests, and the commands that they run, leave the user's own cache and trios alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRIMIX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("TRIMIX_HOME", str(tmp_path_factory.mktemp("home")))
         yield
 
 

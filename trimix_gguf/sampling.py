@@ -197,5 +197,7 @@ def _grammar_text(grammar: str | None, schema: str | Mapping[str, Any] | None) -
         text = schema if isinstance(schema, str) else json.dumps(schema)
         json.loads(text)
         return str(json_schema_to_gbnf(text))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (
+        ValueError, TypeError, LookupError, AttributeError, AssertionError, RecursionError,
+    ) as error:  # fmt: skip
         raise SamplerError(f"the JSON schema cannot be used: {error}") from None

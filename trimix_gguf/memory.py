@@ -222,5 +222,6 @@ def _length(file: GGUFFile, key: str) -> int:
 
 def _most(file: GGUFFile, key: str) -> int:
     """A size that may differ by layer: the largest; 0 where the file has none."""
-    found = file.metadata.get(f"{file.architecture}.{key}", 0)
-    return max(found, default=0) if isinstance(found, list) else int(found)
+    found = file.metadata.get(f"{file.architecture}.{key}")
+    sizes = found if isinstance(found, list) else [found]
+    return max((size for size in sizes if type(size) is int), default=0)

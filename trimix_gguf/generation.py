@@ -54,6 +54,7 @@ def stream_generate(
     n_draft: int | None = None,
     prompt_cache: Path | None = None,
     trace: Trace | None = None,
+    trace_roles: Sequence[str] = ROLES,
     on_selection: Callable[[Selection], None] | None = None,
     progress: Progress | None = None,
     **sampling: Any,
@@ -62,9 +63,10 @@ def stream_generate(
 
     `weights` fixes (alpha, beta), or holds an earlier choice; otherwise `method` ('ppl' or 'ent')
     chooses them from the prompt over `grid`. Models whose coefficient is 0 are not evaluated,
-    unless `trace` asks for their probabilities: it gets a dict a token. `speculative` lets
-    small_cpt draft: 'auto' where that pays, by lengths that follow what it costs and brings;
-    'on' always, `n_draft` tokens at once if given. The text depends on it at near ties alone.
+    unless `trace` asks for them by `trace_roles`: it gets a dict a token, with its probability
+    under each model that was evaluated. `speculative` lets small_cpt draft: 'auto' where that
+    pays, by lengths that follow what it costs and brings; 'on' always, `n_draft` tokens at once
+    if given. The text depends on it at near ties alone.
     `prompt_cache` is a folder that keeps the prompt as it was read, for the next run. Stops at an
     end-of-generation token of any of the three, at a `stop` string (not given out), after
     `max_tokens`, or where the context is full.
@@ -110,7 +112,7 @@ def stream_generate(
         drafting=drafting,
         max_tokens=max_tokens,
         plausibility_threshold=plausibility_threshold,
-        also=ROLES if trace is not None else (),
+        also=trace_roles if trace is not None else (),
     )
     answer = Answer(trio, sampler, stop=stop, max_tokens=max_tokens, room=trio.room)
     with closing(steps), kept_costs(trio, drafting.n_draft is None):
@@ -224,7 +226,7 @@ def _trace_row(trio: Trio, step: Step, weights: Weights) -> dict[str, Any]:
         "id": token,
         "piece": trio.models["large_ins"].piece(token, special=True).decode("utf-8", "replace"),
         "probabilities": {
-            **{role: probability(step.rows[role], token) for role in ROLES},
+            **{r: probability(step.rows[r], token) for r in ROLES if r in step.rows},
             "fused": probability(step.fused, token),
         },
         "weights": {"alpha": weights.alpha, "beta": weights.beta},

@@ -1,0 +1,144 @@
+"""What every command that lets a mix answer shares: how weights are chosen, how tokens are."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from trimix_gguf.cli.options import grid_option, named_trio, parse_grid_options, parse_weights
+
+_METHODS = [
+    "ppl", "ent", "large_ins", "small_cpt", "small_base", "proxy-tuning", "contrastive",
+]  # fmt: skip
+_SAMPLING = {
+    "temperature": (float, "0 is greedy."),
+    "top_k": (int, None),
+    "top_p": (float, None),
+    "min_p": (float, None),
+    "repeat_penalty": (float, None),
+    "frequency_penalty": (float, None),
+    "presence_penalty": (float, None),
+    "penalty_last_n": (int, None),
+    "dry_multiplier": (float, None),
+    "xtc_probability": (float, None),
+    "xtc_threshold": (float, None),
+    "mirostat": (click.IntRange(0, 2), None),
+    "mirostat_tau": (float, None),
+    "mirostat_eta": (float, None),
+    "seed": (click.IntRange(0, 2**32 - 2), "Default: another each time."),
+}
+
+
+def mix_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say how weights are chosen."""
+    for option in reversed(
+        [
+            click.option(
+                "--method",
+                type=click.Choice(_METHODS),
+                help="How weights are chosen (ppl), or a method with fixed ones.",
+            ),
+            click.option(
+                "--weights", metavar="ALPHA,BETA", help="Fixed weights instead of a method."
+            ),
+            grid_option,
+            click.option(
+                "--last", type=click.IntRange(min=1), help="Score only the last N prompt tokens."
+            ),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say how tokens are picked, and where an answer ends."""
+    options = [
+        click.option(
+            "-n", "--max-tokens", type=click.IntRange(min=0), help="Default 128; in a chat, 512."
+        ),
+        click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text."),
+        click.option(
+            "--plausibility-threshold", type=float, metavar="P", help="Contrastive cut-off."
+        ),
+        click.option(
+            "--speculative",
+            type=click.Choice(["auto", "on", "off"]),
+            help="Let small_cpt draft tokens; auto (default): where it pays. The text is the same.",
+        ),
+        click.option(
+            "--n-draft", metavar="auto|N", help="Tokens drafted at once; auto: what pays most."
+        ),
+        *(
+            click.option(f"--{name.replace('_', '-')}", type=kind, help=text)
+            for name, (kind, text) in _SAMPLING.items()
+        ),
+        click.option(
+            "--logit-bias", multiple=True, metavar="ID=BIAS", help="Added to a token's logit."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def generation_settings(options: dict[str, Any]) -> dict[str, Any]:
+    """Take stream_generate's arguments out of the options above; unset flags stay out."""
+    from trimix_gguf.fusion import METHODS
+
+    settings: dict[str, Any] = {"stop": options.pop("stop")}
+    method, weights = options.pop("method"), options.pop("weights")
+    if weights is not None and method is not None:
+        raise click.UsageError("give --weights or --method, not both")
+    weights = None if weights is None else parse_weights(weights)
+    if method is None and weights is None:
+        method, weights = _own_mix(options)
+    if weights is not None:
+        settings["weights"] = weights
+    elif method in METHODS:
+        settings["weights"] = METHODS[method].weights
+        settings["plausibility_threshold"] = METHODS[method].plausibility_threshold
+    elif method is not None:
+        settings["method"] = method
+    settings["grid"] = parse_grid_options(options.pop("grid"))
+    names = ("last", "max_tokens", "plausibility_threshold", "speculative", "n_draft", *_SAMPLING)
+    for name in names:
+        if (value := options.pop(name)) is not None:
+            settings[name] = value
+    if settings.get("n_draft") is not None:
+        settings["n_draft"] = _draft_length(settings["n_draft"])
+    biases = options.pop("logit_bias")
+    if biases:
+        try:
+            pairs = (b.split("=") for b in biases)
+            settings["logit_bias"] = {int(i): float(v) for i, v in pairs}
+        except ValueError:
+            raise click.UsageError("--logit-bias takes ID=BIAS, such as 42=-5") from None
+    return settings
+
+
+def _own_mix(options: dict[str, Any]) -> tuple[str | None, Any]:
+    """(method, weights) of the named trio; where the user asks for a choice, not fixed ones."""
+    trio_file = named_trio(options)
+    if trio_file is None:
+        return None, None
+    if trio_file.fixed_weights is not None and (options["grid"] or options.get("task")):
+        return None, None
+    return trio_file.method, trio_file.weights
+
+
+def _draft_length(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise click.UsageError("--n-draft takes auto, or a number of at least 1")
+    return int(text)
+
+
+def weights_line(selection: Any) -> str:
+    """The weights in words, and the prompt's perplexities where they were chosen by those."""
+    w, ppl = selection.weights, selection.perplexities()
+    line = f"weights: alpha {w.alpha:.3g}, beta {w.beta:.3g} ({selection.method})"
+    if ppl:
+        line += "; perplexity " + ", ".join(f"{k} {v:.2f}" for k, v in ppl.items())
+    return line

@@ -67,16 +67,18 @@ def resolve(text: str) -> TrioFile:
     if text in installed():
         return TrioFile.read(installed_folder(text) / FILENAME)
     path = Path(text)
-    if path.is_dir():
+    if text and path.is_dir():
         return read_folder(path)
-    if path.exists():
+    if text and path.exists():
         return TrioFile.read(path)
     known = presets()
     if text in known:
         raise TrioFileError(f"trio {text} is not here yet; `trimix pull {text}` fetches it")
     near = get_close_matches(text, [SHIPPED, *installed(), *known], 1)
     hint = f"did you mean {near[0]}?" if near else "`trimix list` names what there is"
-    raise TrioFileError(f"{text}: no trio of that name, and no such file or folder; {hint}")
+    raise TrioFileError(
+        f"{text or 'no name'}: no trio of that name, and no such file or folder; {hint}"
+    )
 
 
 def read_folder(folder: Path) -> TrioFile:

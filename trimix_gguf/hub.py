@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trimix_gguf.errors import HubError
+from trimix_gguf.store import sha256_of
 
 Progress = Callable[[str, int, int], None]  # file or tensor name, bytes done, bytes in all
 Notify = Callable[[str], None]  # a line for the person who waits
@@ -138,7 +139,7 @@ def fetch(
     part = out.with_name(f"{out.name}.part")
     for is_last in (False, True):
         _fetch_bytes(file, part, progress, notify)
-        if digest_of(part, git=not file.lfs) == file.digest:
+        if _is_right(file, part, progress):
             # Else a power cut could leave the name in place, and not the bytes.
             with part.open("rb") as written:
                 os.fsync(written.fileno())
@@ -153,15 +154,19 @@ def fetch(
     )
 
 
-def digest_of(path: Path, *, git: bool = False) -> str:
-    """SHA-256 of a file, or git's SHA-1 of it as a blob; hexadecimal."""
-    with path.open("rb") as file:
-        if not git:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        blob = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-        while chunk := file.read(1 << 20):
-            blob.update(chunk)
-        return blob.hexdigest()
+def _is_right(file: RemoteFile, part: Path, progress: Progress) -> bool:
+    """Whether the bytes on the disk have the hash that the hub declares."""
+    if file.lfs:
+        n_done = 0
+
+        def advance(n: int) -> None:
+            nonlocal n_done
+            n_done += n
+            progress(f"checking {file.name}", n_done, file.n_bytes)
+
+        return sha256_of(part, advance) == file.digest
+    blob = hashlib.sha1(b"blob %d\0" % file.n_bytes + part.read_bytes(), usedforsecurity=False)
+    return blob.hexdigest() == file.digest
 
 
 def _fetch_bytes(file: RemoteFile, part: Path, progress: Progress, notify: Notify) -> None:

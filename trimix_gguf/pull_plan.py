@@ -224,7 +224,9 @@ def plan_pull(
 def check_room(plan: Plan, *, force: bool = False) -> None:
     """Raise MemoryNeededError where the machine's memory is too small, unless `force`; HubError
     where the disk is."""
-    need, have = plan.n_memory, memory.total()
+    import psutil
+
+    need, have = plan.n_memory, int(psutil.virtual_memory().total)
     if need > have and not force:
         raise MemoryNeededError(
             f"{plan.trio.name} needs about {memory.in_gib(need)} of memory, and this machine has "

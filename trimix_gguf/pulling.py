@@ -126,11 +126,8 @@ def _make_ready(part: Part, plan: Plan, progress: Progress, notify: Notify) -> d
         if part.kind != "gguf":
             _convert(part, plan, progress, notify)
     known = part.kind == "gguf" and part.files[0].lfs
-    noted = {
-        "key": part.key,
-        "sha256": part.files[0].digest if known else sha256_of(staged),
-        "n_bytes": staged.stat().st_size,
-    }
+    sha256 = part.files[0].digest if known else sha256_of(staged)
+    noted = {"key": part.key, "sha256": sha256, "n_bytes": staged.stat().st_size}
     note = plan.note(part)
     partial = note.with_suffix(".part")
     partial.write_text(json.dumps(noted), encoding="utf-8")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     "errors", "fusion", "gguf_file", "vocabulary", "memory", "native", "scoring", "sampling",
     "prompt", "model", "trio", "branches", "selection", "prompt_cache", "speculative", "costs",
-    "generation", "chat", "request", "batching", "triofile", "store",
+    "generation", "chat", "conversation", "request", "batching", "triofile", "store",
     "bundle_files", "bundle", "hub", "pull_plan", "pulling", "bench", "evaluation", "cli",
 ]  # fmt: skip
 
@@ -54,9 +54,26 @@ def test_llama_cpp_is_imported_in_one_place():
     found = {
         path.name
         for path in (ROOT / "trimix_gguf").rglob("*.py")
-        if re.search(r"^(import|from) llama_cpp", path.read_text(encoding="utf-8"), re.M)
+        if re.search(r"^ *(import|from) llama_cpp|_bindings\(", path.read_text("utf-8"), re.M)
     }
     assert found == {"native.py"}
+
+
+def test_llama_cpp_can_be_imported_whole_beside_it_and_errors_still_say_why(tmp_path):
+    """Bug: whoever imported llama_cpp later took over llama.cpp's log, and our errors' reasons."""
+    program = f"""
+import trimix_gguf.native as native, llama_cpp, llama_cpp.llama_cpp as own
+assert llama_cpp.Llama and own is native.lib
+from trimix_gguf import Trio, TrimixError
+from trimix_gguf.trio import NANO, trio_paths
+try:
+    Trio.load(**(trio_paths(NANO) | {{"small_cpt": None, "small_cpt_lora": NANO / "small_cpt.gguf"}}))
+except TrimixError as error:
+    assert "gave no reason" not in str(error), error
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    assert b"not an adapter" in done.stdout and done.stderr == b""
 
 
 def test_public_names_resolve_and_stand_in_the_readme():

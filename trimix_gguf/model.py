@@ -297,6 +297,7 @@ class _Weights:
         tokenizer: bool,
     ) -> None:
         path = file.path
+        native.listen()
         params = lib.llama_model_default_params()
         if not tokenizer:
             n_vocab = len(file.array("tokenizer.ggml.tokens") or ())

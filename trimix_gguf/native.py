@@ -1,7 +1,9 @@
 """llama.cpp itself: the one importer of llama_cpp, its log kept quiet, its devices listed."""
 
 import ctypes
+import importlib
 import importlib.metadata
+import importlib.util
 import mmap
 import os
 import platform
@@ -12,14 +14,34 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import llama_cpp as lib
-from llama_cpp._ggml import libggml
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import ModelFileError
 
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 QUANTIZE_BUFFER = 256 << 20  # bytes of a tensor's rows that the quantizer holds at once
+
+
+def _bindings(*names: str) -> list[Any]:
+    """Modules of llama_cpp without its own __init__.
+
+    That loads chat formats, jinja2 and the high-level class: 10 MB, and half of the start.
+    """
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None:
+        raise ImportError("llama-cpp-python is not installed")
+    loaded = sys.modules.get("llama_cpp")
+    if loaded is None:
+        sys.modules["llama_cpp"] = importlib.util.module_from_spec(spec)
+    try:
+        return [importlib.import_module(f"llama_cpp.{name}") for name in names]
+    finally:
+        if loaded is None:
+            del sys.modules["llama_cpp"]  # whoever imports the package itself gets it whole
+
+
+lib, _ggml, _grammar = _bindings("llama_cpp", "_ggml", "llama_grammar")
+libggml, json_schema_to_gbnf = _ggml.libggml, _grammar.json_schema_to_gbnf
 
 _WARN, _ERROR, _CONTINUE = 3, 4, 5
 _errors: deque[str] = deque(maxlen=8)
@@ -35,7 +57,12 @@ def _log(level: int, text: bytes, _: Any) -> None:
         _errors.append(line.strip())
 
 
-lib.llama_log_set(_log, ctypes.c_void_p(0))
+def listen() -> None:
+    """Have llama.cpp log to us; importing llama_cpp whole, as others may, takes its log over."""
+    lib.llama_log_set(_log, ctypes.c_void_p(0))
+
+
+listen()
 lib.llama_backend_init()
 
 

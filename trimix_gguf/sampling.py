@@ -191,12 +191,10 @@ def _grammar_text(grammar: str | None, schema: str | Mapping[str, Any] | None) -
         return grammar
     if grammar is not None:
         raise SamplerError("give a grammar or a JSON schema, not both")
-    from llama_cpp.llama_grammar import json_schema_to_gbnf
-
     try:
         text = schema if isinstance(schema, str) else json.dumps(schema)
         json.loads(text)
-        return str(json_schema_to_gbnf(text))
+        return str(native.json_schema_to_gbnf(text))
     except (
         ValueError, TypeError, LookupError, AttributeError, AssertionError, RecursionError,
     ) as error:  # fmt: skip

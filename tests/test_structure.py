@@ -15,7 +15,7 @@ LAYERS = [
     "errors", "fusion", "gguf_file", "vocabulary", "memory", "native", "scoring", "sampling",
     "prompt", "model", "trio", "branches", "selection", "prompt_cache", "speculative", "costs",
     "generation", "chat", "conversation", "request", "batching", "triofile", "store",
-    "bundle_files", "bundle", "hub", "pull_plan", "pulling", "bench", "evaluation", "cli",
+    "bundle_files", "bundle", "hub", "pull_plan", "pulling", "bench", "evaluation", "server", "cli",
 ]  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def imported_layers(path):
                 yield parts[1]
 
 
-FOLDERS = {"evaluation", "cli"}
+FOLDERS = {"evaluation", "server", "cli"}
 
 
 @pytest.mark.parametrize("layer", [name for name in LAYERS if name != "cli"])

@@ -88,6 +88,11 @@ class Batcher:
             self._changed.notify()
         return job
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it can still answer: not closed, nor stopped by a mistake."""
+        return self._thread.is_alive()
+
     def statistics(self) -> Statistics:
         """As of now; from any thread."""
         return replace(self._statistics, n_running=len(self._running), n_waiting=len(self._waiting))

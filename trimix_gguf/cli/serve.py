@@ -1,0 +1,165 @@
+"""trimix serve: the mix behind an HTTP interface."""
+
+import re
+import signal
+import sys
+from typing import Any
+
+import click
+
+from trimix_gguf.cli.options import named_trio, open_trio, trio_options
+
+
+@click.command()
+@trio_options
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8080,
+    show_default=True,
+    help="0 picks a free one.",
+)
+@click.option(
+    "--parallel",
+    type=click.IntRange(1, 256),
+    default=8,
+    show_default=True,
+    help="Answers at once; they share --n-ctx tokens.",
+)
+@click.option(
+    "--queue",
+    type=click.IntRange(0),
+    default=32,
+    show_default=True,
+    help="Requests that may wait; more are told to come again.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=600.0,
+    show_default=True,
+    help="Seconds that an answer may take.",
+)
+@click.option(
+    "--read-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="Seconds that a request may take to come.",
+)
+@click.option(
+    "--drain",
+    type=click.FloatRange(0),
+    default=10.0,
+    show_default=True,
+    help="Seconds that running answers have to end once the server is told to.",
+)
+@click.option(
+    "--body-limit",
+    type=click.IntRange(1024),
+    default=1 << 20,
+    show_default=True,
+    help="Bytes that a request may have.",
+)
+@click.option(
+    "--api-key",
+    envvar="TRIMIX_API_KEY",
+    show_envvar=True,
+    metavar="KEY",
+    help="Answer only those who send this key.",
+)
+@click.option("--no-auth", is_flag=True, help="Answer anyone, at any --host, without a key.")
+@click.option(
+    "--cors",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Let web pages of this origin in, such as http://localhost:3000; or *.",
+)
+@click.option("--name", metavar="NAME", help="Model name in the API. Default: the trio's.")
+def serve(**options: Any) -> None:
+    """Answer HTTP requests as OpenAI's API does, several at once.
+
+    Ctrl-C or SIGTERM ends it, once running answers had their time; another Ctrl-C ends it now.
+    """
+    listening = {name: options.pop(name) for name in ("host", "port")}
+    access = _access(listening["host"], options)
+    _run(listening, access, options)
+
+
+def _access(host: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Take what says who may ask out of the options; refuse what would open a machine unasked."""
+    from trimix_gguf.server.guard import is_loopback
+
+    api_key, no_auth = options.pop("api_key"), options.pop("no_auth")
+    cors = options.pop("cors")
+    if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
+        raise click.UsageError("--api-key takes visible ASCII characters, at least one")
+    if api_key is not None and no_auth:
+        raise click.UsageError("give --api-key or --no-auth, not both")
+    local = is_loopback(host)
+    if not local and api_key is None and not no_auth:
+        raise click.UsageError(
+            f"--host {host} can be reached from other machines; give --api-key (or "
+            "TRIMIX_API_KEY), or --no-auth to let anyone in"
+        )
+    for origin in cors:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#]+", origin):
+            raise click.UsageError(f"--cors {origin!r} is no origin such as http://localhost:3000")
+    return {"local": local, "api_key": api_key, "cors": cors}
+
+
+def _run(listening: dict[str, Any], access: dict[str, Any], options: dict[str, Any]) -> None:
+    from trimix_gguf.batching import Batcher
+    from trimix_gguf.server.app import Api
+    from trimix_gguf.server.running import bind, run
+
+    host, port = listening["host"], listening["port"]
+    try:
+        listener = bind(host, port)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise click.ClickException(f"{host}:{port}: {reason}; choose another --port") from None
+    n_parallel, n_queue = options.pop("parallel"), options.pop("queue")
+    limits = {
+        "timeout_s": options.pop("timeout"),
+        "read_timeout_s": options.pop("read_timeout"),
+        "body_limit": options.pop("body_limit"),
+    }
+    drain_s, name = options.pop("drain"), options.pop("name")
+    trio_file = named_trio(options)
+    name = name or _name(trio_file, options)
+    with listener, open_trio(options) as trio:
+        batcher = Batcher(trio, n_parallel=n_parallel, n_queue=n_queue)
+        api = Api(
+            trio,
+            batcher,
+            name=name,
+            weights=None if trio_file is None else trio_file.fixed_weights,
+            chat_template=None if trio_file is None else trio_file.chat_template,
+            max_tokens=max(16, trio.n_ctx // n_parallel),
+            most_answers=n_parallel + n_queue,
+            **limits,
+        )
+        address = f"[{host}]" if ":" in host else host
+        url = f"http://{address}:{listener.getsockname()[1]}"
+        try:
+            ended_by = run(
+                api.application(**access),
+                listener,
+                stop=api.stop,
+                on_ready=lambda: print(f"{name} answers at {url}/v1", file=sys.stderr, flush=True),
+                drain_s=drain_s,
+                read_timeout_s=limits["read_timeout_s"],
+            )
+        finally:
+            batcher.close()
+    if ended_by == signal.SIGINT:
+        raise KeyboardInterrupt
+
+
+def _name(trio_file: Any, options: dict[str, Any]) -> str:
+    """What clients call the model: the trio's name, or that of the large model's file."""
+    from pathlib import Path
+
+    return trio_file.name if trio_file is not None else Path(options["large_ins"] or "trio").stem

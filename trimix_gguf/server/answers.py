@@ -1,0 +1,246 @@
+"""Events of the engine -> OpenAI's response objects, whole or in chunks."""
+
+import codecs
+import math
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from trimix_gguf.batching import Event, Token
+from trimix_gguf.selection import Selection
+from trimix_gguf.server.openai import Call
+from trimix_gguf.trio import Trio
+
+_LOWEST = -9999.0  # OpenAI's own stand-in for a log-probability of minus infinity
+_REASONS = {"stop": "stop", "length": "length", "context": "length"}
+
+
+class Answer:
+    """What one request gets back: a choice for each of its prompts, `n` times.
+
+    `echoes` are the prompts' texts, for completions that give them back; else empty.
+    """
+
+    def __init__(self, call: Call, trio: Trio, *, model: str, echoes: Sequence[str] = ()) -> None:
+        self._call, self._trio = call, trio
+        n_prompts = 1 if call.kind == "chat" else len(call.prompts)
+        self._choices = [
+            _Choice(call, trio, echoes[i // call.n] if echoes else "")
+            for i in range(n_prompts * call.n)
+        ]
+        chat = call.kind == "chat"
+        self._head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": f"trimix-gguf-{version('trimix-gguf')}",
+        }
+
+    def take(self, index: int, event: Event) -> Iterator[dict[str, Any]]:
+        """Keep an event of a choice; the chunks that say what it brought."""
+        choice = self._choices[index]
+        begins = choice.take(event)
+        if not self._call.stream:
+            return
+        if begins:
+            yield self._chunk(index, choice.opening(), choice.mix())
+        piece = choice.piece(event)
+        if piece is not None:
+            traced = choice.traced(event.tokens)
+            yield self._chunk(index, piece, {"tokens": traced} if self._call.trace else None)
+
+    def _chunk(
+        self, index: int, choice: dict[str, Any], mix: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        chunk: dict[str, Any] = {**self._head, "choices": [{"index": index, **choice}]}
+        if self._call.kind == "chat":
+            chunk["object"] = "chat.completion.chunk"
+        if self._call.include_usage:
+            chunk["usage"] = None
+        if mix is not None:
+            chunk["trimix"] = mix
+        return chunk
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """The last chunk where usage was asked for: no choice."""
+        return {**self._chunk(0, {}, None), "choices": [], "usage": self.usage()}
+
+    def body(self) -> dict[str, Any]:
+        """The whole answer, once every choice has ended."""
+        choices, mixes = [], []
+        for i, choice in enumerate(self._choices):
+            choices.append({"index": i, **choice.whole()})
+            mixes.append(choice.mix())
+            if self._call.trace:
+                mixes[i]["tokens"] = choice.traced(choice.tokens)
+        if len(choices) > 1:
+            choices = [{**c, "trimix": mix} for c, mix in zip(choices, mixes, strict=True)]
+        return {**self._head, "choices": choices, "usage": self.usage(), "trimix": mixes[0]}
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens so far; a prompt that is answered n times counts once."""
+        firsts = [choice.newest for choice in self._choices[:: self._call.n]]
+        n_prompt = sum(event.n_prompt for event in firsts)
+        n_tokens = sum(choice.newest.n_tokens for choice in self._choices)
+        return {
+            "prompt_tokens": n_prompt,
+            "completion_tokens": n_tokens,
+            "total_tokens": n_prompt + n_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(event.n_cached for event in firsts)},
+        }
+
+
+class _Choice:
+    """One answer as it comes, in the shape of its kind of request."""
+
+    def __init__(self, call: Call, trio: Trio, echo: str) -> None:
+        self._chat, self._logprobs, self._echo = call.kind == "chat", call.logprobs, echo
+        self._gives_back = call.echo
+        self._trio = trio
+        self._text: list[str] = []
+        self.tokens: list[Token] = []
+        self._prompt_tokens: tuple[Token, ...] = ()
+        self.newest = Event()
+        self._selection: Selection | None = None
+        self._offsets, self._traced = _Characters(), _Characters()
+
+    def take(self, event: Event) -> bool:
+        """Keep an event; whether it was the first."""
+        begins = self._selection is None
+        if begins:
+            self._selection, self._prompt_tokens = event.selection, event.prompt_tokens
+        self._text.append(event.text)
+        self.tokens += event.tokens
+        self.newest = event
+        return begins
+
+    def opening(self) -> dict[str, Any]:
+        """What the first chunk says: who speaks, or the prompt that is given back."""
+        if self._chat:
+            delta = {"role": "assistant", "content": ""}
+            return {"delta": delta, "logprobs": None, "finish_reason": None}
+        logprobs = self._logprobs_of(self._prompt_tokens) if self._gives_back else None
+        return {"text": self._echo, "logprobs": logprobs, "finish_reason": None}
+
+    def piece(self, event: Event) -> dict[str, Any] | None:
+        """What a chunk says of an event; None where there is nothing to tell yet."""
+        reason = _REASONS.get(event.finish_reason or "")
+        if not (event.text or event.tokens or reason):
+            return None
+        said: dict[str, Any] = {"logprobs": self._logprobs_of(event.tokens)}
+        if self._chat:
+            said["delta"] = {"content": event.text} if event.text else {}
+        else:
+            said["text"] = event.text
+        return {**said, "finish_reason": reason}
+
+    def whole(self) -> dict[str, Any]:
+        text = self._echo + "".join(self._text)
+        tokens = [*self._prompt_tokens, *self.tokens]
+        said: dict[str, Any] = {"logprobs": self._logprobs_of(tokens)}
+        if self._chat:
+            said["message"] = {"role": "assistant", "content": text, "refusal": None}
+        else:
+            said["text"] = text
+        return {**said, "finish_reason": _REASONS.get(self.newest.finish_reason or "")}
+
+    def mix(self) -> dict[str, Any]:
+        """The extension `trimix`: chosen weights, and what the choice rests on."""
+        assert self._selection is not None  # the first event brings it
+        return mix_json(self._selection)
+
+    def traced(self, tokens: Sequence[Token]) -> list[dict[str, Any]]:
+        """Each token's characters, as they become whole, and its probabilities."""
+        return [
+            {"text": self._traced.push(t.piece)[1], "probabilities": dict(t.probabilities)}
+            for t in tokens
+        ]
+
+    def _logprobs_of(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        if not self._logprobs:
+            return None
+        return self._chat_logprobs(tokens) if self._chat else self._completion_logprobs(tokens)
+
+    def _chat_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        content = [
+            {
+                **_chat_token(token.piece, token.logprob),
+                "top_logprobs": [_chat_token(self._piece(i), value) for i, value in token.top],
+            }
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _completion_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        """Lists over the tokens; offsets count characters of this choice's text."""
+        top: list[dict[str, float] | None] = []
+        for token in tokens:
+            named = {_name(self._piece(i)): _finite(value) for i, value in reversed(token.top)}
+            if token.logprob is not None and token.top:
+                named.setdefault(_name(token.piece), _finite(token.logprob))
+            top.append(named if token.logprob is not None else None)
+        return {
+            "tokens": [_name(token.piece) for token in tokens],
+            "token_logprobs": [
+                None if token.logprob is None else _finite(token.logprob) for token in tokens
+            ],
+            "top_logprobs": top,
+            "text_offset": [self._offsets.push(token.piece)[0] for token in tokens],
+        }
+
+    def _piece(self, token: int) -> bytes:
+        return self._trio.models["large_ins"].piece(token, special=True)
+
+
+class _Characters:
+    """Bytes of tokens -> where each begins in the text, and the characters that it completes."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._n = 0
+
+    def push(self, piece: bytes) -> tuple[int, str]:
+        at, whole = self._n, self._decoder.decode(piece)
+        self._n += len(whole)
+        return at, whole
+
+
+def mix_json(selection: Selection) -> dict[str, Any]:
+    """Weights and how they were chosen; perplexities and the grid where the prompt was scored."""
+    weights, score = selection.weights, selection.score
+    perplexities, grid = selection.perplexities(), None
+    if score is not None:
+        alphas, betas = score.grid
+        mean = [[_or_none(value) for value in row] for row in score.on_grid().tolist()]
+        grid = {"alphas": alphas, "betas": betas, "mean_nll": mean}
+    if perplexities is not None:
+        perplexities = {name: _or_none(value) for name, value in perplexities.items()}
+    return {
+        "weights": {"alpha": weights.alpha, "beta": weights.beta, "method": selection.method},
+        "perplexity": perplexities,
+        "grid": grid,
+    }
+
+
+def _or_none(value: float) -> Any:
+    return value if math.isfinite(value) else None  # JSON has no infinity
+
+
+def _finite(value: float) -> float:
+    return max(value, _LOWEST)
+
+
+def _name(piece: bytes) -> str:
+    """A token as a string; bytes that are no whole characters are spelled out."""
+    try:
+        return piece.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+
+def _chat_token(piece: bytes, logprob: float | None) -> dict[str, Any]:
+    value = _LOWEST if logprob is None else _finite(logprob)
+    return {"token": _name(piece), "logprob": value, "bytes": list(piece)}

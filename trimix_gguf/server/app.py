@@ -1,0 +1,320 @@
+"""The routes: what each path answers, from a body to the engine and back."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from trimix_gguf import batching
+from trimix_gguf.batching import Batcher
+from trimix_gguf.errors import TrimixError
+from trimix_gguf.fusion import ROLES, Weights
+from trimix_gguf.server.answers import Answer
+from trimix_gguf.server.errors import RequestError, as_request_error, error_json, error_response
+from trimix_gguf.server.fields import Fields, read_json
+from trimix_gguf.server.guard import Guard
+from trimix_gguf.server.jobs import Jobs, stopping
+from trimix_gguf.server.metrics import CONTENT_TYPE, Metrics
+from trimix_gguf.server.openai import Call, parse_chat, parse_completion
+from trimix_gguf.server.prompts import make_requests, prompt_texts
+from trimix_gguf.trio import Trio
+
+PAGE = Path(__file__).parent / "page.html"
+_PAGE_POLICY = "default-src 'self' 'unsafe-inline' data: blob:; frame-ancestors 'none'"
+
+
+class Api:
+    """A trio and its engine behind OpenAI's routes, under the model name `name`.
+
+    `weights` and `chat_template` are the trio's own, where it has some. Requests that name no
+    max_tokens get `max_tokens`; `most_answers` is what the engine takes in at once. A body may
+    have `body_limit` bytes and `read_timeout_s` to come, an answer `timeout_s`.
+    """
+
+    def __init__(
+        self,
+        trio: Trio,
+        batcher: Batcher,
+        *,
+        name: str,
+        weights: Weights | None = None,
+        chat_template: str | None = None,
+        max_tokens: int = 128,
+        most_answers: int = 40,
+        timeout_s: float = 600.0,
+        read_timeout_s: float = 30.0,
+        body_limit: int = 1 << 20,
+    ) -> None:
+        self._trio, self._batcher, self._name = trio, batcher, name
+        self._weights, self._chat_template, self._max_tokens = weights, chat_template, max_tokens
+        self._most_answers, self._timeout_s = most_answers, timeout_s
+        self._read_timeout_s, self._body_limit = read_timeout_s, body_limit
+        self._created = int(time.time())
+        self._metrics = Metrics()
+        self._open: set[Jobs] = set()
+        # One thread: a second one would meet the first where a grammar's errors are silenced.
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+
+    def application(
+        self, *, local: bool = True, api_key: str | None = None, cors: Sequence[str] = ()
+    ) -> ASGIApp:
+        """The ASGI application; `local`, `api_key` and `cors` are Guard's."""
+        routes = [
+            Route("/", self.page),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{id:path}", self.model),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/health", self.health),
+            Route("/metrics", self.metrics),
+        ]
+        application = Starlette(
+            routes=routes,
+            middleware=[Middleware(Guard, local=local, api_key=api_key, cors=cors)],
+            exception_handlers={
+                TrimixError: _refused,
+                HTTPException: _no_such_route,
+                ClientDisconnect: _left,
+                500: _broken,
+            },
+        )
+        application.router.redirect_slashes = False
+        return _Count(application, metrics=self._metrics, paths=[r.path for r in routes])
+
+    def stop(self) -> None:
+        """End every answer that is not finished, and say why."""
+        for jobs in self._open:
+            jobs.end(stopping())
+
+    # -- answers ----------------------------------------------------------------------------
+
+    async def chat(self, request: Request) -> Response:
+        return await self._answer(request, parse_chat(await self._read(request)))
+
+    async def completions(self, request: Request) -> Response:
+        return await self._answer(request, parse_completion(await self._read(request)))
+
+    async def _read(self, request: Request) -> Any:
+        return await read_json(request, most_bytes=self._body_limit, timeout_s=self._read_timeout_s)
+
+    async def _answer(self, request: Request, call: Call) -> Response:
+        self._check_model(call.model)
+        n = call.n * max(1, len(call.prompts))
+        if n > self._most_answers:
+            raise RequestError(
+                f"{n} answers are asked for; this server takes {self._most_answers} at once",
+                param="n",
+                code="invalid_value",
+            )
+        answer = Answer(call, self._trio, model=self._name, echoes=prompt_texts(self._trio, call))
+        jobs = Jobs(
+            self._batcher,
+            lambda: self._requests(call),
+            executor=self._executor,
+            receive=request.receive,
+            timeout_s=self._timeout_s,
+        )
+        if call.stream:
+            chunks = self._stream(jobs, call, answer)
+            # Headers go out once there is something to say: until then a failure has its status.
+            return _EventStream(await anext(chunks), chunks)
+        async for _ in self._events(jobs, answer):
+            pass
+        return JSONResponse(answer.body())
+
+    def _requests(self, call: Call) -> list[batching.Request]:
+        return make_requests(
+            self._trio,
+            call,
+            chat_template=self._chat_template,
+            defaults={"max_tokens": self._max_tokens, "weights": self._weights},
+        )
+
+    async def _events(self, jobs: Jobs, answer: Answer) -> AsyncGenerator[dict[str, Any], None]:
+        """The chunks of an answer as its events come; cancels the jobs however it ends."""
+        started, seen = time.perf_counter(), set()
+        self._open.add(jobs)
+        try:
+            async for index, event in jobs.events():
+                if event.tokens and index not in seen:
+                    seen.add(index)
+                    self._metrics.observe_first_token(time.perf_counter() - started)
+                for chunk in answer.take(index, event):
+                    yield chunk
+        finally:
+            self._open.discard(jobs)
+            jobs.close()
+
+    async def _stream(self, jobs: Jobs, call: Call, answer: Answer) -> AsyncGenerator[bytes, None]:
+        """Server-sent events; what fails after the first is itself one, and the last."""
+        begun = False
+        try:
+            async with aclosing(self._events(jobs, answer)) as chunks:
+                async for chunk in chunks:
+                    yield _sse(chunk)
+                    begun = True
+            if call.include_usage:
+                yield _sse(answer.usage_chunk())
+            yield b"data: [DONE]\n\n"
+        except RequestError as error:
+            if not begun:
+                raise
+            yield _sse(error_json(error))
+        except ClientDisconnect:
+            if not begun:
+                raise
+
+    def _check_model(self, name: str | None) -> None:
+        """The trio's name, "default", or none at all: there is but one."""
+        if name not in (None, "", "default", self._name):
+            raise RequestError(
+                f"model {name[:80]!r} is not here; this server has {self._name!r}",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+
+    # -- the rest ---------------------------------------------------------------------------
+
+    async def models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        self._check_model(request.path_params["id"])
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        return {
+            "id": self._name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "trimix",
+            "max_model_len": self._trio.n_ctx,
+        }
+
+    async def tokenize(self, request: Request) -> Response:
+        fields = Fields(await self._read(request))
+        texts = [fields.text(name) for name in ("content", "prompt")]
+        begin = [fields.boolean(name) for name in ("add_special", "add_special_tokens")]
+        self._check_model(fields.text("model"))
+        fields.done()
+        text = next((text for text in texts if text is not None), None)
+        if text is None:
+            fields.wrong("content", None, "a string")
+        model = self._trio.models[ROLES[0]]
+        ids = await self._in_thread(lambda: model.tokenize(model.normalize(text)))
+        ids = (model.bos if any(begin) else []) + ids
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self._trio.n_ctx})
+
+    async def detokenize(self, request: Request) -> Response:
+        fields = Fields(await self._read(request))
+        ids = fields.take("tokens")
+        self._check_model(fields.text("model"))
+        fields.done()
+        n_vocab = self._trio.n_vocab
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < n_vocab for i in ids):
+            fields.wrong("tokens", ids, f"a list of token ids below {n_vocab}")
+        piece = self._trio.models[ROLES[0]].piece
+        raw = await self._in_thread(lambda: b"".join(piece(i) for i in ids))
+        text = raw.decode("utf-8", "replace")
+        return JSONResponse({"content": text, "prompt": text})
+
+    async def _in_thread(self, call: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+    async def health(self, _: Request) -> Response:
+        if not self._batcher.is_alive:
+            raise RequestError("the engine has stopped", status=503, code="engine_stopped")
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(self, _: Request) -> Response:
+        text = self._metrics.render(self._batcher.statistics())
+        return Response(text, headers={"Content-Type": CONTENT_TYPE})
+
+    async def page(self, request: Request) -> Response:
+        if not PAGE.is_file():
+            return await _no_such_route(request, HTTPException(404))
+        headers = {"Content-Security-Policy": _PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
+        return Response(PAGE.read_bytes(), headers=headers, media_type="text/html")
+
+
+class _EventStream(Response):
+    """A response in parts that come one by one."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._first, self._rest = first, rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": self.status_code}
+        async with aclosing(self._rest) as rest:
+            await send({**start, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": self._first, "more_body": True})
+            async for part in rest:
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+class _Count:
+    """An ASGI application that counts another's responses, by path (one of `paths`) and status."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, paths: Sequence[str]) -> None:
+        self._app, self._metrics, self._paths = app, metrics, frozenset(paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def tell(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                path = scope["path"] if scope["path"] in self._paths else "other"
+                self._metrics.count_response(path, message["status"])
+            await send(message)
+
+        await self._app(scope, receive, tell)
+
+
+def _sse(value: dict[str, Any]) -> bytes:
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text}\n\n".encode()
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    assert isinstance(error, TrimixError)
+    return error_response(as_request_error(error))
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path, method = request.url.path[:80], request.method
+    message = {
+        404: f"there is nothing at {path!r}; the API is under /v1",
+        405: f"{path!r} does not take {method}; it takes {(error.headers or {}).get('Allow')}",
+    }.get(error.status_code, error.detail)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+    return error_response(
+        RequestError(message, status=error.status_code, code=code, headers=error.headers)
+    )
+
+
+async def _left(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it; the count does
+
+
+async def _broken(_: Request, __: Exception) -> Response:
+    """For our own mistakes: the trace goes to stderr, and no client sees it."""
+    return error_response(RequestError("the server made a mistake", status=500, code="internal"))

@@ -1,0 +1,92 @@
+"""What a client is told when its request is refused or fails: OpenAI's error object."""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from trimix_gguf.errors import PromptError, QueueFull, SamplerError, TrimixError, WeightsError
+
+_LINGER_S = 2.0  # how long what a client still sends is taken in and dropped
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_RETRY_S = 5
+
+
+class RequestError(TrimixError):
+    """A request that is refused: HTTP's `status`, the field `param` that is at fault, a `code`."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+        self.headers = dict(headers or {})
+
+
+def as_request_error(error: TrimixError) -> RequestError:
+    """What the engine raised, with the status that says whose fault it is."""
+    if isinstance(error, RequestError):
+        return error
+    text = " ".join(str(error).split())
+    if isinstance(error, QueueFull):
+        wait = {"Retry-After": str(_RETRY_S)}
+        return RequestError(text, status=429, code="queue_full", headers=wait)
+    if isinstance(error, PromptError):
+        return RequestError(text, code="invalid_prompt")
+    if isinstance(error, SamplerError | WeightsError):
+        return RequestError(text, code="invalid_value")
+    return RequestError(text, status=500, code="engine_error")
+
+
+def error_json(error: RequestError) -> dict[str, Any]:
+    """{"error": {message, type, param, code}}."""
+    kind = _TYPES.get(
+        error.status, "server_error" if error.status >= 500 else "invalid_request_error"
+    )
+    return {
+        "error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}
+    }
+
+
+def error_response(error: RequestError) -> Response:
+    """The whole answer to a request that is refused."""
+    kind = _LastWords if error.status == 413 else Response
+    headers = dict(error.headers)
+    if error.status in (408, 413):  # the rest of the body is not waited for
+        headers["Connection"] = "close"
+    return kind(
+        json.dumps(error_json(error), ensure_ascii=False),
+        status_code=error.status,
+        headers=headers,
+        media_type="application/json",
+    )
+
+
+class _LastWords(Response):
+    """An answer given while the client still sends.
+
+    What it sends is dropped for a moment: a connection that is closed over unread bytes is reset,
+    and the client would never see why.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": self.status_code}
+        await send({**start, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER_S):
+                more = True
+                while more:
+                    message = await receive()
+                    more = message["type"] == "http.request" and message["more_body"]
+        await send({"type": "http.response.body", "body": b""})

@@ -1,0 +1,116 @@
+"""Who may ask: the key, the Host and Origin that a browser sends, and what other pages may read."""
+
+import hmac
+import ipaddress
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from trimix_gguf.server.errors import RequestError, error_response
+
+_OPEN = ("/", "/health")  # the page asks for the key itself; a watchdog has none
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server at `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Guard:
+    """ASGI middleware that refuses with 401 or 403, and tells browsers what `cors` allows.
+
+    With `local`, a Host that is not this machine's is refused: a web page whose name was made to
+    lead here (DNS rebinding) would pass for our own. A page of another origin is refused unless
+    `cors` names it, for it could make the machine work even where it cannot read the answer.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, local: bool, api_key: str | None, cors: Sequence[str]
+    ) -> None:
+        self._app, self._local, self._cors = app, local, cors
+        self._key = None if api_key is None else api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        origin = headers.get("origin")
+        shared = origin is not None and self._is_allowed(origin)
+
+        async def tell(message: Message) -> None:
+            if shared and message["type"] == "http.response.start":
+                own = MutableHeaders(scope=message)
+                own["Access-Control-Allow-Origin"] = origin or ""
+                own["Access-Control-Expose-Headers"] = "Retry-After"
+                own.add_vary_header("Origin")
+            await send(message)
+
+        try:
+            self._check_browser(headers, shared)
+            if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
+                await _preflight(headers)(scope, receive, tell)
+                return
+            if scope["path"] not in _OPEN:
+                self._check_key(headers)
+        except RequestError as error:
+            await error_response(error)(scope, receive, tell)
+        else:
+            await self._app(scope, receive, tell)
+
+    def _is_allowed(self, origin: str) -> bool:
+        return "*" in self._cors or origin in self._cors
+
+    def _check_browser(self, headers: Headers, shared: bool) -> None:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if self._local and host and not is_loopback(_name_of(host)):
+            raise RequestError(
+                f"this server answers to localhost, not to {host[:80]!r}",
+                status=403,
+                code="host_not_allowed",
+            )
+        if origin is not None and not shared and origin.partition("://")[2] != host:
+            raise RequestError(
+                f"pages of {origin[:80]!r} may not use this server; --cors allows an origin",
+                status=403,
+                code="origin_not_allowed",
+            )
+
+    def _check_key(self, headers: Headers) -> None:
+        if self._key is None:
+            return
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        # Compared in constant time: how long it takes tells nothing of the key.
+        same = hmac.compare_digest(key.strip().encode("latin-1", "replace"), self._key)
+        if scheme.lower() != "bearer" or not same:
+            raise RequestError(
+                "the API key is missing or wrong; send it as Authorization: Bearer KEY",
+                status=401,
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+
+def _preflight(headers: Headers) -> Response:
+    return Response(
+        status_code=204,
+        headers={
+            "Access-Control-Allow-Methods": "GET, POST",
+            "Access-Control-Allow-Headers": headers.get("access-control-request-headers", ""),
+            "Access-Control-Max-Age": "600",
+        },
+    )
+
+
+def _name_of(host: str) -> str:
+    """The Host header without its port."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0].rstrip(".").lower()

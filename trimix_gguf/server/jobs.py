@@ -1,0 +1,109 @@
+"""The engine's jobs of one HTTP request: their events, and its end, in one queue."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
+from functools import partial
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+from trimix_gguf.batching import Batcher, Event, Job, Request
+from trimix_gguf.errors import TrimixError
+from trimix_gguf.server.errors import RequestError, as_request_error
+
+
+class Jobs:
+    """Answers that are made for one client, until they end, it leaves, or its time is up.
+
+    `prepare` makes the requests; it runs in `executor`, as it tokenizes and parses grammars.
+    """
+
+    def __init__(
+        self,
+        batcher: Batcher,
+        prepare: Callable[[], Sequence[Request]],
+        *,
+        executor: Executor,
+        receive: Receive,
+        timeout_s: float,
+    ) -> None:
+        self._batcher, self._prepare = batcher, prepare
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, Event] | Exception | None] = asyncio.Queue()
+        self._jobs: list[Job] = []
+        self._closed = False
+        out_of_time = RequestError(
+            f"the answer took longer than {timeout_s:g} seconds; ask for fewer tokens, or raise "
+            "--timeout",
+            status=504,
+            code="timeout",
+        )
+        self._timer = self._loop.call_later(timeout_s, self.end, out_of_time)
+        self._watcher = self._loop.create_task(self._watch(receive))
+        submitted = self._loop.run_in_executor(executor, self._submit)
+        submitted.add_done_callback(self._on_submitted)
+
+    def _submit(self) -> None:
+        if self._closed:
+            return
+        for index, request in enumerate(self._prepare()):
+            job = self._batcher.submit(request, partial(self._listen, index))
+            self._jobs.append(job)
+            if self._closed:  # meanwhile, by the event loop's thread
+                job.cancel()
+
+    def _on_submitted(self, submitted: asyncio.Future[None]) -> None:
+        error = None if submitted.cancelled() else submitted.exception()
+        self._queue.put_nowait(error if isinstance(error, Exception) else None)
+
+    def _listen(self, index: int, event: Event) -> None:
+        """Called from the engine's thread."""
+        with suppress(RuntimeError):  # the loop is closed: the server has stopped
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.end(ClientDisconnect())
+
+    def end(self, error: Exception) -> None:
+        """Have events() raise `error` after those that have come so far."""
+        self._queue.put_nowait(error)
+
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """(index of the request, event) as they come; raises RequestError, ClientDisconnect."""
+        is_submitted, n_ended = False, 0
+        while not is_submitted or n_ended < len(self._jobs):
+            item = await self._queue.get()
+            if item is None:
+                is_submitted = True
+            elif isinstance(item, TrimixError):
+                raise as_request_error(item) from item
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                _raise_failure(item[1])
+                n_ended += item[1].finish_reason is not None
+                yield item
+
+    def close(self) -> None:
+        """Cancel what has not ended."""
+        self._closed = True
+        self._timer.cancel()
+        self._watcher.cancel()
+        for job in list(self._jobs):
+            job.cancel()
+
+
+def _raise_failure(event: Event) -> None:
+    if event.error is not None:
+        raise as_request_error(event.error) from event.error
+    if event.finish_reason == "cancelled":
+        raise stopping()
+
+
+def stopping() -> RequestError:
+    """What those are told whose answers the server does not finish."""
+    return RequestError("the server is shutting down", status=503, code="shutting_down")

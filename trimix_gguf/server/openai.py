@@ -1,0 +1,310 @@
+"""OpenAI's request bodies, checked: chat messages or prompts, and how to continue them.
+
+What is asked for and cannot be done is refused by name; fields of OpenAI's that change nothing
+here (user, metadata, …) are let through; any other field is refused, so that no typing error
+goes unnoticed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trimix_gguf.errors import WeightsError
+from trimix_gguf.fusion import METHODS, Weights
+from trimix_gguf.server.errors import RequestError
+from trimix_gguf.server.fields import Fields, describe
+from trimix_gguf.server.schemas import check_schema
+
+MOST_TOP = 20  # alternatives to a token
+_MOST_TOKENS = 1 << 20
+_MOST_STOPS = 32
+_IGNORED = (
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+    "prompt_cache_retention", "reasoning_effort", "verbosity", "parallel_tool_calls",
+    "prediction",
+)  # fmt: skip
+_CHOOSING = ("ppl", "ent")
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_JSON_OBJECT: dict[str, Any] = {"type": "object"}
+
+Source = str | tuple[int, ...]  # a prompt as text, or as token ids
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one HTTP request asks for; `settings` are fields of batching.Request."""
+
+    kind: Literal["chat", "completion"]
+    model: str | None = None
+    messages: tuple[dict[str, str], ...] = ()
+    prompts: tuple[Source, ...] = ()
+    n: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    seed: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def echo(self) -> bool:
+        return bool(self.settings.get("echo"))
+
+    @property
+    def logprobs(self) -> bool:
+        return self.settings.get("n_top") is not None
+
+    @property
+    def trace(self) -> bool:
+        return bool(self.settings.get("trace"))
+
+
+def parse_chat(body: Any) -> Call:
+    """The body of /v1/chat/completions; raises RequestError."""
+    fields = Fields(body)
+    messages = _messages(fields)
+    settings = _settings(fields)
+    with_logprobs, n_top = fields.boolean("logprobs"), fields.integer("top_logprobs", 0, MOST_TOP)
+    if n_top is not None and not with_logprobs:
+        raise RequestError("top_logprobs goes with logprobs: true", param="top_logprobs")
+    if with_logprobs:
+        settings["n_top"] = n_top or 0
+    for name in ("tools", "functions"):
+        fields.refuse(name, "the models call no functions", harmless=([],))
+    for name in ("tool_choice", "function_call"):
+        fields.refuse(name, "the models call no functions", harmless=("none", "auto"))
+    fields.refuse("modalities", "the models write text alone", harmless=(["text"],))
+    for name in ("audio", "web_search_options"):
+        fields.refuse(name, "the models read and write text alone")
+    limit = fields.integer("max_completion_tokens", 1, _MOST_TOKENS)
+    return _call(fields, "chat", settings, limit, messages=messages)
+
+
+def parse_completion(body: Any) -> Call:
+    """The body of /v1/completions; raises RequestError."""
+    fields = Fields(body)
+    prompts = _prompts(fields)
+    settings = _settings(fields)
+    n_top = fields.integer("logprobs", 0, MOST_TOP)
+    if n_top is not None:
+        settings["n_top"] = n_top
+    settings["echo"] = fields.boolean("echo")
+    best_of = fields.take("best_of")
+    if best_of is not None and (type(best_of) is not int or best_of != 1):
+        raise RequestError(
+            "best_of is not supported: ask for n answers, and choose among them",
+            param="best_of",
+            code="unsupported_parameter",
+        )
+    fields.refuse("suffix", "the models continue a text and fill no gap", harmless=("",))
+    return _call(fields, "completion", settings, None, prompts=prompts)
+
+
+def _call(
+    fields: Fields,
+    kind: Literal["chat", "completion"],
+    settings: dict[str, Any],
+    limit: int | None,
+    **source: Any,
+) -> Call:
+    """The parts that both kinds share, once their own are taken out."""
+    max_tokens = fields.integer("max_tokens", 0 if kind == "completion" else 1, _MOST_TOKENS)
+    if limit is not None and max_tokens is not None and limit != max_tokens:
+        raise RequestError(
+            "max_tokens and max_completion_tokens differ; give one of them", param="max_tokens"
+        )
+    if limit is not None or max_tokens is not None:
+        settings["max_tokens"] = max_tokens if limit is None else limit
+    stream = fields.boolean("stream")
+    options = fields.take("stream_options")
+    include_usage = False
+    if options is not None:
+        if not stream:
+            raise RequestError("stream_options goes with stream: true", param="stream_options")
+        inner = Fields(options, "stream_options")
+        include_usage = inner.boolean("include_usage")
+        inner.ignore("include_obfuscation")
+        inner.done()
+    call = Call(
+        kind,
+        model=fields.text("model"),
+        n=fields.integer("n", 1, 128) or 1,
+        stream=stream,
+        include_usage=include_usage,
+        seed=fields.integer("seed", -(2**63), 2**63 - 1),
+        settings=settings,
+        **source,
+    )
+    fields.ignore(*_IGNORED)
+    fields.done()
+    return call
+
+
+# -- what to continue -----------------------------------------------------------------------
+
+
+def _messages(fields: Fields) -> tuple[dict[str, str], ...]:
+    value = fields.take("messages")
+    if not isinstance(value, list) or not value:
+        fields.wrong("messages", value, "a list of messages, one at least")
+    return tuple(_message(item, f"messages[{i}]") for i, item in enumerate(value))
+
+
+def _message(value: Any, at: str) -> dict[str, str]:
+    fields = Fields(value, at)
+    role = fields.one_of("role", tuple(_ROLES))
+    if role is None:
+        fields.wrong("role", None, f"one of {', '.join(_ROLES)}")
+    content = fields.take("content")
+    if isinstance(content, list):
+        content = "".join(_part(part, f"{at}.content[{i}]") for i, part in enumerate(content))
+    if not isinstance(content, str):
+        fields.wrong("content", content, "a string, or a list of text parts")
+    for name in ("tool_calls", "function_call", "audio"):
+        fields.refuse(name, "the models read text alone", harmless=([],))
+    fields.ignore("name", "refusal", "annotations")
+    fields.done()
+    return {"role": _ROLES[role], "content": content}
+
+
+def _part(value: Any, at: str) -> str:
+    fields = Fields(value, at)
+    kind = fields.take("type")
+    if kind != "text":
+        raise RequestError(
+            f"{at} is of type {describe(kind)}; the models read text alone",
+            param=at,
+            code="unsupported_parameter",
+        )
+    text = fields.text("text")
+    if text is None:
+        fields.wrong("text", None, "a string")
+    fields.done()
+    return text
+
+
+def _prompts(fields: Fields) -> tuple[Source, ...]:
+    """A string, a list of strings, token ids, or a list of lists of them."""
+    value = fields.take("prompt")
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list) and value:
+        if all(isinstance(item, str) for item in value):
+            return tuple(value)
+        if _are_ids(value):
+            return (tuple(value),)
+        if all(isinstance(item, list) and item and _are_ids(item) for item in value):
+            return tuple(tuple(item) for item in value)
+    fields.wrong(
+        "prompt", value, "a string, a list of strings, token ids, or a list of their lists"
+    )
+
+
+def _are_ids(value: list[Any]) -> bool:
+    return all(type(item) is int for item in value)
+
+
+# -- how to continue it ---------------------------------------------------------------------
+
+
+def _settings(fields: Fields) -> dict[str, Any]:
+    """Fields of batching.Request that both kinds of body set; absent ones keep its defaults."""
+    sampling: dict[str, Any] = {
+        "temperature": fields.number("temperature", 0, 2),
+        "top_p": fields.number("top_p", 0, 1),
+        "presence_penalty": fields.number("presence_penalty", -2, 2),
+        "frequency_penalty": fields.number("frequency_penalty", -2, 2),
+        "logit_bias": _logit_bias(fields),
+        "json_schema": _json_schema(fields),
+    }
+    settings, extra = _mix(fields)
+    sampling |= extra
+    return {
+        "sampling": {name: value for name, value in sampling.items() if value is not None},
+        "stop": _stops(fields),
+        **settings,
+    }
+
+
+def _stops(fields: Fields) -> tuple[str, ...]:
+    value = fields.take("stop")
+    stops = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(stops, list) or len(stops) > _MOST_STOPS:
+        fields.wrong("stop", value, f"a string, or a list of up to {_MOST_STOPS}")
+    if not all(isinstance(stop, str) and stop for stop in stops):
+        fields.wrong("stop", value, "strings that are not empty")
+    return tuple(stops)
+
+
+def _logit_bias(fields: Fields) -> dict[int, float] | None:
+    value = fields.take("logit_bias")
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        fields.wrong("logit_bias", value, "an object of token ids and biases")
+    biases: dict[int, float] = {}
+    for name, bias in value.items():
+        if not (name.isascii() and name.isdecimal() and len(name) < 10):
+            fields.wrong("logit_bias", name, "token ids as names")
+        if type(bias) not in (int, float) or not -100 <= bias <= 100:
+            fields.wrong("logit_bias", bias, "biases from -100 to 100")
+        biases[int(name)] = float(bias)
+    return biases
+
+
+def _json_schema(fields: Fields) -> dict[str, Any] | None:
+    value = fields.take("response_format")
+    if value is None:
+        return None
+    form = Fields(value, "response_format")
+    kind = form.one_of("type", ("text", "json_object", "json_schema"))
+    if kind is None:
+        form.wrong("type", None, "text, json_object or json_schema")
+    schema = None
+    if kind == "json_schema":
+        inner = Fields(form.take("json_schema"), "response_format.json_schema")
+        schema = check_schema(inner.take("schema"), "response_format.json_schema.schema")
+        inner.ignore("name", "description", "strict")
+        inner.done()
+    form.done()
+    return _JSON_OBJECT if kind == "json_object" else schema
+
+
+def _mix(fields: Fields) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The extension `trimix`, into fields of Request and settings of Sampler.
+
+    {"weights": [alpha, beta] | "method": name, "trace": bool, "top_k", "min_p", "repeat_penalty"}
+    """
+    value = fields.take("trimix")
+    if value is None:
+        return {}, {}
+    inner = Fields(value, "trimix")
+    weights = inner.take("weights")
+    method = inner.one_of("method", (*_CHOOSING, *METHODS))
+    settings: dict[str, Any] = {"trace": inner.boolean("trace")}
+    sampling = {
+        "top_k": inner.integer("top_k", 0, 2**31 - 1),
+        "min_p": inner.number("min_p", 0, 1),
+        "repeat_penalty": inner.number("repeat_penalty", 0.01, 100),
+    }
+    inner.done()
+    if weights is not None and method is not None:
+        raise RequestError("give trimix.weights or trimix.method, not both", param="trimix.method")
+    if weights is not None:
+        settings["weights"] = _weights(inner, weights)
+    elif method in METHODS:
+        settings["weights"] = METHODS[method].weights
+        settings["plausibility_threshold"] = METHODS[method].plausibility_threshold
+    elif method is not None:
+        settings["method"] = method
+        settings["weights"] = None  # also where the server has fixed ones
+    return settings, sampling
+
+
+def _weights(fields: Fields, value: Any) -> Weights:
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        fields.wrong("weights", value, "two numbers, alpha and beta")
+    if not all(type(weight) in (int, float) for weight in value):
+        fields.wrong("weights", value, "two numbers, alpha and beta")
+    try:
+        return Weights(*(float(weight) for weight in value))
+    except (WeightsError, OverflowError):
+        fields.wrong("weights", value, "two numbers within ±1e6")

@@ -1,0 +1,98 @@
+"""What a request wants continued, as prompts and requests of the engine."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from trimix_gguf.batching import Request
+from trimix_gguf.chat import PLAIN_STOPS, chat_prompt
+from trimix_gguf.errors import PromptError
+from trimix_gguf.fusion import ROLES
+from trimix_gguf.prompt import Prompt, Segment
+from trimix_gguf.server.errors import RequestError
+from trimix_gguf.server.openai import Call, Source
+from trimix_gguf.trio import Trio
+
+_N_SEEDS = 2**32 - 1
+
+
+def make_requests(
+    trio: Trio, call: Call, *, chat_template: str | None, defaults: Mapping[str, Any]
+) -> list[Request]:
+    """`n` for each prompt; a seed counts up from one to the next. Raises RequestError."""
+    for token in call.settings["sampling"].get("logit_bias", ()):
+        _check_id(trio, token, "logit_bias")
+    if call.kind == "chat":
+        prompts = [_chat(trio, call, chat_template)]
+    else:
+        prompts = [_plain(trio, source) for source in call.prompts]
+    settings = {**defaults, **call.settings}
+    if call.kind == "chat":
+        settings["stop"] = (*settings["stop"], *PLAIN_STOPS)
+    settings["echo"] = call.echo and call.logprobs  # without, the text is all there is to give
+    requests: list[Request] = []
+    for prompt in prompts:
+        _check_length(trio, prompt, "messages" if call.kind == "chat" else "prompt")
+        for _ in range(call.n):
+            sampling = dict(settings["sampling"])
+            if call.seed is not None:
+                sampling["seed"] = (call.seed + len(requests)) % _N_SEEDS
+            requests.append(Request(prompt, **{**settings, "sampling": sampling}))
+    return requests
+
+
+def prompt_texts(trio: Trio, call: Call) -> list[str]:
+    """The prompts as text, where a completion gives them back; else none."""
+    if not call.echo:
+        return []
+    return [source if isinstance(source, str) else _text(trio, source) for source in call.prompts]
+
+
+def _text(trio: Trio, ids: tuple[int, ...]) -> str:
+    for token in ids:
+        _check_id(trio, token, "prompt")
+    piece = trio.models[ROLES[0]].piece
+    return b"".join(piece(token) for token in ids).decode("utf-8", "replace")
+
+
+def _chat(trio: Trio, call: Call, template: str | None) -> Prompt:
+    try:
+        return chat_prompt(trio, call.messages, template=template)
+    except PromptError as error:
+        raise RequestError(str(error), param="messages", code="invalid_prompt") from None
+
+
+def _plain(trio: Trio, source: Source) -> Prompt:
+    """Text as Trio.prompt reads it, or ids as they are, BOS included where they have it."""
+    if isinstance(source, str):
+        try:
+            return trio.prompt(source)
+        except PromptError as error:
+            raise RequestError(str(error), param="prompt", code="invalid_prompt") from None
+    for token in source:
+        _check_id(trio, token, "prompt")
+    n_begin = len(trio.models[ROLES[0]].bos)
+    begin = list(source[:n_begin])
+    if begin and begin == trio.models[ROLES[0]].bos:  # as in a text, so that it is found again
+        rest = (Segment.of(source[n_begin:]),) if source[n_begin:] else ()
+        return Prompt((Segment.of(begin, scored=False), *rest))
+    return Prompt((Segment.of(source),))
+
+
+def _check_id(trio: Trio, token: int, param: str) -> None:
+    if not 0 <= token < trio.n_vocab or (trio.unused is not None and trio.unused[token]):
+        raise RequestError(
+            f"{param}: {token} is no token; ids are 0 to {trio.n_vocab - 1}",
+            param=param,
+            code="invalid_value",
+        )
+
+
+def _check_length(trio: Trio, prompt: Prompt, param: str) -> None:
+    for role, model in trio.models.items():
+        if prompt.n_tokens(role) >= model.n_ctx:
+            raise RequestError(
+                f"the prompt is {prompt.n_tokens(role)} tokens, and {role}'s context holds "
+                f"{model.n_ctx}; shorten it, or start the server with a larger --n-ctx",
+                param=param,
+                code="context_length_exceeded",
+            )

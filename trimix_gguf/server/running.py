@@ -1,0 +1,199 @@
+"""The life of the server: its socket, slow and broken connections, and how it ends."""
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from trimix_gguf.server.errors import RequestError, error_json
+
+_MOST_HEADERS = 1 << 16  # bytes
+_LAST_WORDS_S = 1.0  # for what is cut off to say so
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that is bound and does not listen yet; raises OSError."""
+    kind = socket.SOCK_STREAM
+    family, _, protocol, _, address = socket.getaddrinfo(host, port, type=kind)[0]
+    bound = socket.socket(family, kind, protocol)
+    try:
+        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):  # Windows would let two servers share a port
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        else:  # or a port stays taken for a minute after its server has ended
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError:
+        bound.close()
+        raise
+    return bound
+
+
+def run(
+    application: ASGIApp,
+    listener: socket.socket,
+    *,
+    stop: Callable[[], None],
+    on_ready: Callable[[], None],
+    drain_s: float,
+    read_timeout_s: float,
+) -> int:
+    """Serve until SIGINT or SIGTERM, which it returns.
+
+    Then nothing new is taken in, and what runs has `drain_s` seconds to end before `stop` is
+    called; a second signal calls it at once.
+    """
+    config = uvicorn.Config(
+        application,
+        http=_protocol(read_timeout_s),
+        loop="asyncio",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=75,
+        h11_max_incomplete_event_size=_MOST_HEADERS,
+    )
+    server = _Server(config, stop=stop, on_ready=on_ready, drain_s=drain_s)
+    server.run(sockets=[listener])
+    return server.signal
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, with an end of our own."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        *,
+        stop: Callable[[], None],
+        on_ready: Callable[[], None],
+        drain_s: float,
+    ) -> None:
+        super().__init__(config)
+        self._stop, self._on_ready, self._drain_s = stop, on_ready, drain_s
+        self.signal = 0
+        self._hurry = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came. uvicorn's own raises it again in the end, and exits by it."""
+        self._hurry = self.should_exit
+        self.signal = self.signal or sig
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.get_running_loop().create_task(self._end_answers())
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    async def _end_answers(self) -> None:
+        deadline = time.monotonic() + self._drain_s
+        while not self._hurry and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        self._stop()
+        await asyncio.sleep(_LAST_WORDS_S)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()  # type: ignore[union-attr]  # it does not read
+
+
+def _protocol(read_timeout_s: float) -> type[H11Protocol]:
+    """uvicorn's HTTP/1.1, whose refusals are JSON, and which does not wait for ever."""
+
+    class Protocol(H11Protocol):
+        _header_timer: asyncio.TimerHandle | None = None
+        _is_refused = False
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._watch_headers()
+
+        def data_received(self, data: bytes) -> None:
+            if self._is_refused:
+                return
+            super().data_received(data)
+            self._watch_headers()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            if self._header_timer is not None:
+                self._header_timer.cancel()
+            super().connection_lost(exc)
+
+        def shutdown(self) -> None:
+            super().shutdown()
+            if self.cycle is not None and self.cycle.more_body:  # it would come too late
+                self.transport.close()
+
+        def _watch_headers(self) -> None:
+            """Time runs from a request's first byte, or the connection, to its last header."""
+            waiting = self.conn.their_state is h11.IDLE and not self.transport.is_closing()
+            if not waiting and self._header_timer is not None:
+                self._header_timer.cancel()
+                self._header_timer = None
+            elif waiting and self._header_timer is None:
+                self._header_timer = self.loop.call_later(read_timeout_s, self._headers_are_late)
+
+        def _headers_are_late(self) -> None:
+            self._header_timer = None
+            if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+                return
+            if not self.conn.trailing_data[0]:
+                self.transport.close()  # it never asked for anything
+                return
+            self._refuse(
+                RequestError(
+                    f"the headers did not come within {read_timeout_s:g} seconds",
+                    status=408,
+                    code="too_slow",
+                )
+            )
+
+        def send_400_response(self, msg: str) -> None:
+            """Called by uvicorn for what is not HTTP."""
+            if len(self.conn.trailing_data[0]) > _MOST_HEADERS:
+                message = f"the headers are longer than {_MOST_HEADERS} bytes"
+                self._refuse(RequestError(message, status=431, code="headers_too_long"))
+            else:
+                self._refuse(RequestError("this is not HTTP/1.1", code="invalid_http"))
+
+        def _refuse(self, error: RequestError) -> None:
+            """Answer without the application, and hang up a moment later.
+
+            Closed over unread bytes, the connection would be reset, and the answer lost.
+            """
+            self._is_refused = True
+            if self.cycle is not None and not self.cycle.response_complete:
+                self.cycle.disconnected = True  # what comes of the request is not sent
+                self.cycle.message_event.set()
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                body = json.dumps(error_json(error)).encode()
+                headers = {
+                    "content-type": "application/json",
+                    "content-length": str(len(body)),
+                    "connection": "close",
+                }
+                events = (
+                    h11.Response(status_code=error.status, headers=list(headers.items())),
+                    h11.Data(data=body),
+                    h11.EndOfMessage(),
+                )
+                for event in events:
+                    self.transport.write(self.conn.send(event))
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+            self.loop.call_later(_LAST_WORDS_S, self.transport.close)
+
+    return Protocol

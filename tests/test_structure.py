@@ -13,7 +13,7 @@ import trimix_gguf
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     "errors", "fusion", "gguf_file", "vocabulary", "memory", "native", "scoring", "sampling",
-    "prompt", "model", "trio", "branches", "selection", "prompt_cache", "speculative", "costs",
+    "prompt", "model", "placement", "planner", "trio", "branches", "selection", "prompt_cache", "speculative", "costs",
     "generation", "chat", "conversation", "request", "batching", "triofile", "store",
     "bundle_files", "bundle", "hub", "pull_plan", "pulling", "bench", "evaluation", "server", "cli",
 ]  # fmt: skip

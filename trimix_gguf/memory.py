@@ -1,6 +1,8 @@
 """What a trio needs in memory, layer by layer, and whether this machine has it."""
 
+import math
 import platform
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +22,15 @@ _TOKEN, _MERGE = 240, 270
 # Types that llama.cpp's CPU code rearranges for products, by ggml-cpu/repack.cpp: on ARM more.
 _REPACKED = {"Q2_K", "Q4_0", "Q4_K", "IQ4_NL", "MXFP4"}
 _REPACKED_ON_ARM = {"Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "MXFP4"}
+# Bits a weight of llama.cpp's quantized files: in rows of whole 256s, and in other rows.
+QUANTIZED = {
+    "q8_0": (8.5, 8.5),
+    "q6_k": (6.5625, 8.5),
+    "q5_k_m": (5.67, 6.0),
+    "q4_k_m": (4.8, 5.5),
+    "q4_0": (4.5, 4.5),
+}
+_RANK = 64  # of an adapter that is not there yet
 _INPUTS = ("token_embd", "position_embd", "token_types", "per_layer_token_embd")
 
 
@@ -225,3 +236,39 @@ def _most(file: GGUFFile, key: str) -> int:
     found = file.metadata.get(f"{file.architecture}.{key}")
     sizes = found if isinstance(found, list) else [found]
     return max((size for size in sizes if type(size) is int), default=0)
+
+
+# -- other forms of a model --------------------------------------------------------------------
+
+
+def as_quantized(file: GGUFFile, name: str) -> GGUFFile:
+    """About what `trimix convert quantize --type name` would make of a file.
+
+    The output table, or the one that stands for it, is kept in q6_k or better.
+    """
+    tied = all(tensor.name != "output.weight" for tensor in file.tensors)
+    table = "token_embd.weight" if tied else "output.weight"
+
+    def smaller(tensor: TensorInfo) -> TensorInfo:
+        if len(tensor.shape) < 2:
+            return tensor
+        bits = QUANTIZED["q6_k" if tensor.name == table and name != "q8_0" else name]
+        n_bits = bits[0] if tensor.shape[0] % 256 == 0 else bits[1]
+        return replace(tensor, n_bytes=int(math.prod(tensor.shape) * n_bits / 8))
+
+    stem = re.sub(r"[-._]?(i?q\d\w*|b?f\d\d)$", "", file.path.stem, flags=re.IGNORECASE)
+    return replace(
+        file,
+        path=file.path.with_name(f"{stem}-{name}.gguf"),
+        tensors=tuple(smaller(tensor) for tensor in file.tensors),
+    )
+
+
+def adapter_of(file: GGUFFile) -> GGUFFile:
+    """About what a LoRA adapter of rank 64 over every layer of `file` is, in F16."""
+    pairs = [
+        replace(t, name=f"{t.name}.lora_ab", n_bytes=2 * _RANK * sum(t.shape[:2]))
+        for t in file.tensors
+        if t.name.startswith("blk.") and len(t.shape) == 2
+    ]
+    return replace(file, tensors=tuple(pairs))

@@ -34,8 +34,9 @@ class Model:
     small_base plus an adapter keeps one copy in memory. Without `tokenizer` it takes ids alone,
     in less memory. `n_threads` 0 means every core that this process may use; `mmap` maps the
     file, which starts faster and shares pages but counts the weights twice where llama.cpp
-    repacks them; `device` is a name from `trimix doctor`; `n_gpu_layers` −1 is all. Raises
-    ModelFileError for a file that is damaged, ModelError where llama.cpp refuses it.
+    repacks them; `device` is a name from `trimix doctor`, "CPU" leaves every other unopened;
+    `n_gpu_layers` −1 is all. Raises ModelFileError for a file that is damaged, ModelError where
+    llama.cpp refuses it.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Model:
         self.n_window, self.n_batch = n_window, max(n_batch, n_window)
         self.lora = Path(lora) if lora is not None else None
         self.kv_types = (type_k, type_v)
-        self.device = device_of(n_gpu_layers, device)
+        self.n_gpu_layers, self.device = n_gpu_layers, device_of(n_gpu_layers, device)
         self.n_threads = n_threads or available_cores()
         self.decode_seconds: dict[int, deque[float]] = {}  # ids decoded at once -> the last times
         self._weights: _Weights = (
@@ -305,11 +306,13 @@ class _Weights:
         params.n_gpu_layers = n_gpu_layers
         params.load_mode = int(mmap) + 2 * int(mlock)
         if device is not None:
-            chosen = [d.handle for d in native.devices() if d.name.lower() == device.lower()]
+            chosen = [d for d in native.devices() if d.name.lower() == device.lower()]
             if not chosen:
                 names = ", ".join(d.name for d in native.devices())
                 raise ModelError(f"device {device!r} is not here; this build has {names}")
-            self._devices = (ctypes.c_void_p * 2)(chosen[0], None)
+            # The CPU is always there: named alone, it stands for an empty list.
+            handle = None if chosen[0].kind == "CPU" else chosen[0].handle
+            self._devices = (ctypes.c_void_p * 2)(handle, None)
             params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
         self.path = path
         self.handle = lib.llama_model_load_from_file(str(path).encode(), params)

@@ -15,6 +15,7 @@ from trimix_gguf.fusion import ROLES, Rows
 from trimix_gguf.gguf_file import read_gguf
 from trimix_gguf.memory import check_fits
 from trimix_gguf.model import Model
+from trimix_gguf.planner import place
 from trimix_gguf.prompt import Prompt, Segment, Unit, n_common, text_prompt
 from trimix_gguf.vocabulary import check_contract
 
@@ -57,7 +58,8 @@ class Trio:
         """Open three GGUF files; `options` go to every Model, `per_role[role]` to one.
 
         Without `small_cpt`, `small_cpt_lora` is applied over small_base, whose weights the two
-        then share. Raises ModelFileError, VocabularyMismatch, MemoryNeededError.
+        then share. `n_gpu_layers` "auto" leaves layers and device to the planner. Raises
+        ModelFileError, VocabularyMismatch, MemoryNeededError.
         """
         if small_cpt is None and small_cpt_lora is None:
             raise ModelFileError("small_cpt is missing; give its GGUF, or an adapter of small_base")
@@ -68,8 +70,10 @@ class Trio:
         }
         files = {role: read_gguf(path) for role, path in paths.items()}
         check_contract(files)
-        own = {role: {**options, **(per_role or {}).get(role, {})} for role in ROLES}
-        check_fits(files, own, read_gguf(Path(small_cpt_lora)) if small_cpt_lora else None)
+        adapter = read_gguf(Path(small_cpt_lora)) if small_cpt_lora else None
+        asked = {role: {**options, **(per_role or {}).get(role, {})} for role in ROLES}
+        own = place(files, asked, adapter)
+        check_fits(files, own, adapter)
         models: dict[str, Model] = {}
         for role in ("large_ins", "small_base", "small_cpt"):
             share = next((m for m in models.values() if m.path == paths[role]), None)

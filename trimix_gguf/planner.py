@@ -1,0 +1,181 @@
+"""A plan for a trio on a machine, and what to change where it fits nowhere."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from trimix_gguf import memory, native
+from trimix_gguf.errors import MemoryNeededError, ModelError
+from trimix_gguf.fusion import ROLES
+from trimix_gguf.gguf_file import GGUFFile
+from trimix_gguf.memory import CTX_STEP, N_CTX, QUANTIZED, adapter_of, as_quantized
+from trimix_gguf.native import Device
+from trimix_gguf.placement import AUTO, RAM, Case, Change, Files, Options, Plan, arrange
+
+_WIDE_KV = ("f32", "f16", "bf16")
+
+
+def plan(
+    files: Files,
+    *,
+    devices: Sequence[Device],
+    free_ram: int,
+    options: Options | None = None,
+    lora: GGUFFile | None = None,
+) -> Plan:
+    """Decide how many layers of which model go to which device.
+
+    `options` are Trio.load's by role: n_gpu_layers is a number, or "auto" (as where it is not
+    given), and device keeps a role to one. large_ins chooses first, then small_cpt, then
+    small_base: each goes to the device with the most room, whole where it can, and a device that
+    holds a part of one takes no other. Where it fits nowhere, `advice` says what would help.
+    Raises ModelError for a device that is not there.
+    """
+    case = Case(files, options or {}, lora, devices, free_ram)
+    found = arrange(case)
+    return found if found.fits else replace(found, advice=tuple(_advise(case, found)))
+
+
+def place(files: Files, options: Options, lora: GGUFFile | None) -> dict[str, dict[str, Any]]:
+    """`options` with every n_gpu_layers "auto" decided for this machine; others as they are.
+
+    Raises MemoryNeededError where a trio that asks for it fits nowhere.
+    """
+    own = {role: dict(options.get(role, {})) for role in ROLES}
+    asked = [o["n_gpu_layers"] for o in own.values() if isinstance(o.get("n_gpu_layers"), str)]
+    if not asked:
+        return own
+    if set(asked) != {AUTO}:
+        raise ModelError(f"n_gpu_layers is {asked[0]!r}; expected a number or {AUTO!r}")
+    open_files = {files[role].path for role, o in own.items() if o.get("n_gpu_layers") == AUTO}
+    found = plan(
+        files,
+        devices=native.devices(),
+        free_ram=memory.available(),
+        options={
+            role: {"n_gpu_layers": AUTO if files[role].path in open_files else 0, **one}
+            for role, one in own.items()
+        },
+        lora=lora,
+    )
+    if not found.fits:
+        raise MemoryNeededError(found.refusal())
+    return {role: {**one, **found.load_options(role)} for role, one in own.items()}
+
+
+# -- advice -----------------------------------------------------------------------------------
+
+
+class _Made(NamedTuple):
+    """A case with one thing changed, and how to say it."""
+
+    case: Case
+    what: str
+    option: str
+    command: str | None = None
+
+
+def _advise(case: Case, now: Plan) -> Iterator[Change]:
+    """Changes from the least harm to the most; then several at once, where none suffices alone."""
+
+    def change(what: str, made: _Made, command: str | None) -> Change:
+        then = arrange(made.case)
+        saves = max(_total(now) - _total(then), _missing(now) - _missing(then))
+        return Change(what, made.option, saves, then.fits, command)
+
+    makers = (_open_layers, _narrow_kv, _smaller_context, _smaller_model, _as_adapter)
+    alone = [made for make in makers if (made := make(case)) is not None]
+    changes = [change(made.what, made, made.command) for made in alone]
+    yield from changes
+    if any(one.suffices for one in changes):
+        return
+    options, commands, at = [], [], case
+    for make in (_open_layers, _narrow_kv, _smaller_model, _smaller_context):
+        if (made := make(at)) is not None:
+            at = made.case
+            options.append(made.option)
+            commands += [made.command] if made.command else []
+            if arrange(at).fits:
+                together = _Made(at, "these together", " ".join(options))
+                yield change(together.what, together, commands[0] if commands else None)
+                return
+
+
+def _total(found: Plan) -> int:
+    return sum(room.need.total for room in found.rooms.values())
+
+
+def _missing(found: Plan) -> int:
+    """Bytes over what there is, of RAM and of devices."""
+    over = [r.need.total - r.usable for name, r in found.rooms.items() if name != RAM]
+    return sum(max(n, 0) for n in (*over, found.ram_needed - found.rooms[RAM].free))
+
+
+def _open_layers(case: Case) -> _Made | None:
+    """Layers that the user fixed, left to the planner."""
+    if all(case.option(role, "n_gpu_layers", AUTO) in (AUTO, 0) for role in ROLES):
+        return None
+    opened = case.using(n_gpu_layers=AUTO)
+    return _Made(opened, "layers where there is room for them", "--gpu-layers auto")
+
+
+def _narrow_kv(case: Case) -> _Made | None:
+    """KV caches in q8_0; None where they are, or cannot be, that narrow."""
+    kinds = {case.option(role, key, "f16") for role in ROLES for key in ("type_k", "type_v")}
+    if not kinds & set(_WIDE_KV) or False in (case.option(r, "flash_attn", None) for r in ROLES):
+        return None
+    try:
+        for file in case.files.values():
+            file.kv_bytes(CTX_STEP, "q8_0", "q8_0")
+    except ValueError:  # heads that are not whole blocks
+        return None
+    narrow = case.using(type_k="q8_0", type_v="q8_0")
+    return _Made(narrow, "KV caches in q8_0", "--kv-type q8_0")
+
+
+def _smaller_context(case: Case) -> _Made | None:
+    """The largest context that fits, in whole steps; the smallest where none does."""
+    n_ctx = max(case.option(role, "n_ctx", N_CTX) for role in ROLES)
+    fits, too_large = 1, -(-n_ctx // CTX_STEP)
+    if too_large == 1:
+        return None
+    while too_large - fits > 1:
+        middle = (fits + too_large) // 2
+        if arrange(case.using(n_ctx=middle * CTX_STEP)).fits:
+            fits = middle
+        else:
+            too_large = middle
+    n_ctx = fits * CTX_STEP
+    return _Made(case.using(n_ctx=n_ctx), f"a context of {n_ctx} tokens", f"--n-ctx {n_ctx}")
+
+
+def _smaller_model(case: Case) -> _Made | None:
+    """The largest file in the best type that suffices, else in the smallest; None if it is."""
+    role = max(ROLES, key=lambda role: case.files[role].weight_bytes)
+    file, made = case.files[role], None
+    for name in QUANTIZED:
+        smaller = as_quantized(file, name)
+        if smaller.weight_bytes > 0.95 * file.weight_bytes:  # sizes are estimates
+            continue
+        files = {r: smaller if f.path == file.path else f for r, f in case.files.items()}
+        command = f"trimix convert quantize {file.path} {smaller.path} --type {name}"
+        if any(tensor.type not in ("F32", "F16", "BF16") for tensor in file.tensors):
+            command += " --requantize"
+        option = f"--{role.replace('_', '-')} {smaller.path}"
+        made = _Made(replace(case, files=files), f"{role} in {name}", option, command)
+        if arrange(made.case).fits:
+            break
+    return made
+
+
+def _as_adapter(case: Case) -> _Made | None:
+    """small_cpt as an adapter over small_base; None where it is one, or of another shape."""
+    base, cpt = case.files["small_base"], case.files["small_cpt"]
+    shapes = [{t.name: t.shape for t in file.tensors} for file in (base, cpt)]
+    if case.lora is not None or base.path == cpt.path or shapes[0] != shapes[1]:
+        return None
+    return _Made(
+        replace(case, files={**case.files, "small_cpt": base}, lora=adapter_of(base)),
+        "small_cpt as an adapter over small_base, if it was trained as one",
+        "--small-cpt-lora ADAPTER.gguf",
+    )

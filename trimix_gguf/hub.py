@@ -171,7 +171,8 @@ def _is_right(file: RemoteFile, part: Path, progress: Progress) -> bool:
 
 def _fetch_bytes(file: RemoteFile, part: Path, progress: Progress, notify: Notify) -> None:
     """Let `part` grow to the file's size."""
-    patience = _Patience(f"{file.name} of {file.repo}", file.repo, notify)
+    what = f"{file.name} of {file.repo}"
+    patience = _Patience(what, file.repo, notify, kept="; what came is kept")
     part.touch()
     while (n_have := part.stat().st_size) != file.n_bytes:
         if n_have > file.n_bytes:
@@ -247,8 +248,9 @@ def _url(file: RemoteFile) -> str:
 class _Patience:
     """How often the hub is asked again: N_TRIES times without a new byte, then HubError."""
 
-    def __init__(self, what: str, repo: str, notify: Notify) -> None:
+    def __init__(self, what: str, repo: str, notify: Notify, kept: str = "") -> None:
         self.what, self.page, self.notify = what, f"https://huggingface.co/{repo}", notify
+        self.kept = kept
         self.n_failed = 0
 
     def wait(self, error: Exception, *, away: bool = True) -> None:
@@ -261,7 +263,7 @@ class _Patience:
         self.n_failed += 1
         gone = _is_away(error) and not away
         if gone or not _passes(error) or self.n_failed >= N_TRIES or pause > LONGEST_PAUSE:
-            raise HubError(f"{self.what}: {explain(error, self.page)}") from None
+            raise HubError(f"{self.what}: {explain(error, self.page)}{self.kept}") from None
         if pause >= 1:
             self.notify(f"{self.what}: {_brief(error)}; trying again in {pause:.0f} s")
         time.sleep(pause)
@@ -307,13 +309,13 @@ def explain(error: Exception, page: str) -> str:
     if status == 429:
         pause = _asked_pause(error)
         when = f"in {pause / 60:.0f} min" if pause and pause >= 60 else "later"
-        return f"the hub asks for fewer requests (429); try again {when}, what came is kept"
+        return f"the hub asks for fewer requests (429); try again {when}"
     if status >= 500:
-        return f"the hub has a fault (HTTP {status}); try again later, what came is kept"
+        return f"the hub has a fault (HTTP {status}); try again later"
     if _is_away(error):
         return f"the hub does not answer ({_brief(error)}); connect to a network and try again"
     if _passes(error):
-        return f"the connection fails ({_brief(error)}); try again, what came is kept"
+        return f"the connection fails ({_brief(error)}); try again"
     return _brief(error)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from trimix_gguf.errors import DataError
+from trimix_gguf.hub import client_errors, explain
 
 Row = tuple[str, dict[str, Any]]  # its place ("…/test.tsv:12"), its fields
 Fields = Mapping[str, Any]  # name -> its type, or a union of types
@@ -69,29 +70,15 @@ def find(
 
 def _fetch(hub: HubFile, absent: str, mend: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-    )
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    # The root of httpx's errors; those of requests, on an older hub library, are OSErrors.
-    transport_error: Any = HfHubHTTPError.__bases__[0]
     download = partial(hf_hub_download, hub.repo, hub.filename, repo_type="dataset")
     with contextlib.suppress(LocalEntryNotFoundError):  # not cached yet
         return Path(download(local_files_only=True))
     try:
         return Path(download())
-    except GatedRepoError:
-        page = f"https://huggingface.co/datasets/{hub.repo}"
-        why = f"its authors ask for consent: accept it at {page}, then run `hf auth login`"
-    except LocalEntryNotFoundError:
-        why = "it is not cached, and the hub does not answer: run once with a network"
-    except EntryNotFoundError:
-        why = "the hub has no such file"
-    except (OSError, transport_error) as error:
-        why = " ".join(str(error).split()) or type(error).__name__
+    except client_errors() as error:
+        why = explain(error, f"https://huggingface.co/datasets/{hub.repo}")
     raise DataError(f"{absent}, nor {hub.filename} of {hub.repo} ({why}); or {mend}")
 
 

@@ -13,8 +13,8 @@ import trimix_gguf
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     "errors", "fusion", "gguf_file", "vocabulary", "memory", "native", "scoring", "sampling",
-    "prompt", "model", "placement", "planner", "trio", "branches", "selection", "prompt_cache", "speculative", "costs",
-    "generation", "chat", "conversation", "request", "batching", "triofile", "store",
+    "prompt", "model", "placement", "planner", "trio", "branches", "selection", "prompt_cache",
+    "speculative", "costs", "generation", "chat", "conversation", "request", "batching", "triofile", "store",
     "bundle_files", "bundle", "hub", "pull_plan", "pulling", "bench", "evaluation", "server", "cli",
 ]  # fmt: skip
 

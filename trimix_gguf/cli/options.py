@@ -10,7 +10,12 @@ import click
 
 from trimix_gguf.errors import PromptError
 
-ROLE_OPTIONS = {"gpu_layers": int, "device": str, "threads": int, "kv_type": str}
+
+def _layers(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+ROLE_OPTIONS = {"gpu_layers": _layers, "device": str, "threads": int, "kv_type": str}
 _FILES = ("large_ins", "small_base", "small_cpt", "small_cpt_lora")
 
 
@@ -26,7 +31,9 @@ def trio_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--small-cpt", metavar="FILE", help="GGUF of the small language model."),
             click.option("--small-cpt-lora", metavar="FILE", help="Adapter GGUF over small_base."),
             click.option("--n-ctx", type=click.IntRange(min=8), help="Context, in tokens."),
-            click.option("--gpu-layers", multiple=True, metavar="[ROLE=]N", help="−1: all."),
+            click.option(
+                "--gpu-layers", multiple=True, metavar="[ROLE=]N|auto", help="−1: all; see plan."
+            ),
             click.option("--device", multiple=True, metavar="[ROLE=]NAME", help="See doctor."),
             click.option(
                 "--threads", multiple=True, metavar="[ROLE=]N", help="Default: all cores."
@@ -53,7 +60,8 @@ def open_trio(options: dict[str, Any]) -> Any:
     trio = Trio.load(**arguments)
     if verbose:
         places = {role: model.device for role, model in trio.models.items()}
-        print(f"models run {concurrency(places)}", file=sys.stderr)
+        layers = ", ".join(f"{role} {m.n_gpu_layers}" for role, m in trio.models.items())
+        print(f"models run {concurrency(places)}; layers offloaded: {layers}", file=sys.stderr)
     return trio
 
 
@@ -103,7 +111,9 @@ def trio_arguments(options: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _set_per_role(per_role: dict[str, dict[str, Any]], name: str, kind: type, text: str) -> None:
+def _set_per_role(
+    per_role: dict[str, dict[str, Any]], name: str, kind: Callable[[str], Any], text: str
+) -> None:
     from trimix_gguf.fusion import ROLES
 
     role, _, value = text.rpartition("=")

@@ -14,8 +14,9 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     "errors", "fusion", "gguf_file", "vocabulary", "memory", "native", "scoring", "sampling",
     "prompt", "model", "placement", "planner", "trio", "branches", "selection", "prompt_cache",
-    "speculative", "costs", "generation", "chat", "conversation", "request", "batching", "triofile", "store",
-    "bundle_files", "bundle", "hub", "pull_plan", "pulling", "bench", "evaluation", "server", "cli",
+    "speculative", "costs", "generation", "chat", "conversation", "request", "batching", "triofile",
+    "store", "bundle_files", "bundle", "hub", "pull_plan", "pulling", "bench", "evaluation",
+    "server", "cli",
 ]  # fmt: skip
 
 

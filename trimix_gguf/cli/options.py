@@ -15,7 +15,12 @@ def _layers(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-ROLE_OPTIONS = {"gpu_layers": _layers, "device": str, "threads": int, "kv_type": str}
+ROLE_OPTIONS: dict[str, Callable[[str], Any]] = {
+    "gpu_layers": _layers,
+    "device": str,
+    "threads": int,
+    "kv_type": str,
+}
 _FILES = ("large_ins", "small_base", "small_cpt", "small_cpt_lora")
 
 

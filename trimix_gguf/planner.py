@@ -1,7 +1,9 @@
 """A plan for a trio on a machine, and what to change where it fits nowhere."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from trimix_gguf import memory, native
@@ -158,12 +160,13 @@ def _smaller_model(case: Case) -> _Made | None:
         if smaller.weight_bytes > 0.95 * file.weight_bytes:  # sizes are estimates
             continue
         files = {r: smaller if f.path == file.path else f for r, f in case.files.items()}
-        command = f"trimix convert quantize {file.path} {smaller.path} --type {name}"
+        source, out = (shlex.quote(str(f.path)) for f in (file, smaller))
+        command = f"trimix convert quantize {source} {out} --type {name}"
         if any(tensor.type not in ("F32", "F16", "BF16") for tensor in file.tensors):
             command += " --requantize"
-        option = f"--{role.replace('_', '-')} {smaller.path}"
-        made = _Made(replace(case, files=files), f"{role} in {name}", option, command)
-        if arrange(made.case).fits:
+        changed = replace(case, files=files)
+        made = _Made(changed, f"{role} in {name}", _file_options(changed), command)
+        if arrange(changed).fits:
             break
     return made
 
@@ -174,8 +177,17 @@ def _as_adapter(case: Case) -> _Made | None:
     shapes = [{t.name: t.shape for t in file.tensors} for file in (base, cpt)]
     if case.lora is not None or base.path == cpt.path or shapes[0] != shapes[1]:
         return None
-    return _Made(
-        replace(case, files={**case.files, "small_cpt": base}, lora=adapter_of(base)),
-        "small_cpt as an adapter over small_base, if it was trained as one",
-        "--small-cpt-lora ADAPTER.gguf",
-    )
+    adapter = replace(adapter_of(base), path=Path("ADAPTER.gguf"))
+    changed = replace(case, files={**case.files, "small_cpt": base}, lora=adapter)
+    what = "small_cpt as an adapter over small_base, if it was trained as one"
+    return _Made(changed, what, _file_options(changed))
+
+
+def _file_options(case: Case) -> str:
+    """All the files of a trio, as options."""
+    paths = {"large-ins": case.files["large_ins"].path, "small-base": case.files["small_base"].path}
+    if case.lora is not None:
+        paths["small-cpt-lora"] = case.lora.path
+    else:
+        paths["small-cpt"] = case.files["small_cpt"].path
+    return " ".join(f"--{option} {shlex.quote(str(path))}" for option, path in paths.items())

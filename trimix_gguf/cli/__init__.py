@@ -21,6 +21,7 @@ COMMANDS = {  # name -> (module, and function in it where that is called otherwi
     "export": ("trios:export_", "Write a trio to a folder or a tar, for another machine."),
     "import": ("trios:import_", "Install a trio that was exported."),
     "doctor": ("doctor", "What this machine and build can do, and whether a trio fits."),
+    "plan": ("plan", "Say which layers go to which device, and what to change."),
     "check": ("check", "Tell whether three GGUF files make a trio."),
     "convert": ("convert", "Turn a Hugging Face checkpoint into a GGUF file."),
 }

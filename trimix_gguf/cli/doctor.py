@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from trimix_gguf.cli.options import trio_arguments, trio_options
+from trimix_gguf.cli.plan import trio_files
 
 
 @click.command()
@@ -31,31 +32,26 @@ def _report(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     import os
 
     from trimix_gguf import memory, native
-    from trimix_gguf.fusion import ROLES
-    from trimix_gguf.gguf_file import read_gguf
-    from trimix_gguf.model import available_cores, device_of
+    from trimix_gguf.model import available_cores
+    from trimix_gguf.planner import plan
     from trimix_gguf.trio import concurrency
     from trimix_gguf.vocabulary import check_contract
 
     options.pop("verbose", None)
-    arguments = trio_arguments(options)
-    files = {
-        role: read_gguf(arguments.get(role) or arguments["small_base"])
-        for role in ("large_ins", "small_base", "small_cpt")
-    }
-    lora = arguments.get("small_cpt_lora")
-    n_common = check_contract(files)
-    shared = {"n_ctx": arguments.get("n_ctx", memory.N_CTX)}
-    own = {role: {**shared, **arguments["per_role"].get(role, {})} for role in ROLES}
-    places = {r: device_of(o.get("n_gpu_layers", 0), o.get("device")) for r, o in own.items()}
-    need = memory.estimate(files, own, read_gguf(lora) if lora else None)
-    have = memory.available()
-    info = native.build_info()
+    files, own, lora = trio_files(trio_arguments(options))
+    have, devices, info = memory.available(), native.devices(), native.build_info()
+    machine: dict[str, Any] = {"devices": devices, "free_ram": have, "lora": lora}
+    asked = {role: {"n_gpu_layers": 0, **one} for role, one in own.items()}
+    found = plan(files, options=asked, **machine)
+    auto = plan(
+        files, options={r: {**one, "n_gpu_layers": "auto"} for r, one in own.items()}, **machine
+    )
+    places = {role: model.device for role, model in found.models.items()}
+    need = memory.estimate(files, own, lora)
     return {
         "llama.cpp": {**info, "python": platform.python_version()},
         "devices": {
-            d.name: f"{d.kind}, {d.description}, {memory.in_gib(d.free)} free"
-            for d in native.devices()
+            d.name: f"{d.kind}, {d.description}, {memory.in_gib(d.free)} free" for d in devices
         },
         "machine": {
             "cores": f"{available_cores()} usable of {os.cpu_count()}",
@@ -66,11 +62,12 @@ def _report(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
                 role: f"{f.path.name}, {f.architecture}, {memory.in_gib(f.weight_bytes)}"
                 for role, f in files.items()
             },
-            **({"small_cpt_lora": lora.name} if lora else {}),
-            "shared tokens": n_common,
-            "context": shared["n_ctx"],
+            **({"small_cpt_lora": lora.path.name} if lora else {}),
+            "shared tokens": check_contract(files),
+            "context": own["large_ins"].get("n_ctx", memory.N_CTX),
             "models run": concurrency(places),
+            "auto layers": auto.in_words(),
             **{f"{name} needed": memory.in_gib(n) for name, n in need.items()},
-            "fits": "yes" if sum(need.values()) <= have else "no",
+            "fits": "yes" if found.fits else "no",
         },
     }

@@ -1,0 +1,155 @@
+"""trimix plan: where a trio's layers would go, on this machine or another."""
+
+import json
+import math
+from typing import Any
+
+import click
+
+from trimix_gguf.cli.options import trio_arguments, trio_options
+
+
+@click.command()
+@trio_options
+@click.option(
+    "--assume-gpu", type=float, multiple=True, metavar="GB", help="Plan for a card with GB free."
+)
+@click.option("--assume-ram", type=float, metavar="GB", help="Plan for GB of free memory.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
+def plan(
+    assume_gpu: tuple[float, ...], assume_ram: float | None, as_json: bool, **options: Any
+) -> None:
+    """Say which layers of which model go where, what they need, and what is free.
+
+    Nothing is loaded. --gpu-layers auto does with every command what is said here. Cards and
+    memory may be assumed, to plan for a machine that is not here; --assume-gpu is given once for
+    each card. Where the trio fits nowhere: what to change, and exit 1.
+    """
+    from trimix_gguf import memory, native, planner
+    from trimix_gguf.errors import MemoryNeededError
+
+    options.pop("verbose", None)
+    files, own, lora = trio_files(trio_arguments(options))
+    assumed = [_assumed(f"GPU{i}", gb) for i, gb in enumerate(assume_gpu)]
+    found = planner.plan(
+        files,
+        devices=assumed or native.devices(),
+        free_ram=memory.available() if assume_ram is None else _in_bytes(assume_ram),
+        options=own,
+        lora=lora,
+    )
+    flags = _flags(found, named=not assumed)
+    if as_json:
+        print(json.dumps(_report(found, files, flags), ensure_ascii=False))
+    else:
+        print(_table(found, files, flags))
+    if not found.fits:
+        raise MemoryNeededError(found.refusal())
+
+
+def trio_files(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """Arguments of Trio.load -> the checked files by role, options by role, and the adapter."""
+    from trimix_gguf.fusion import ROLES
+    from trimix_gguf.gguf_file import read_gguf
+    from trimix_gguf.vocabulary import check_contract
+
+    files = {role: read_gguf(arguments.get(role) or arguments["small_base"]) for role in ROLES}
+    check_contract(files)
+    shared = {name: arguments[name] for name in ("n_ctx", "flash_attn") if name in arguments}
+    own = {role: {**shared, **arguments["per_role"].get(role, {})} for role in ROLES}
+    lora = arguments.get("small_cpt_lora")
+    return files, own, read_gguf(lora) if lora else None
+
+
+def _assumed(name: str, gb: float) -> Any:
+    from trimix_gguf.native import Device
+
+    return Device(name, f"assumed, {name}", "GPU", _in_bytes(gb), _in_bytes(gb), 0)
+
+
+def _in_bytes(gb: float) -> int:
+    if not (math.isfinite(gb) and 0 <= gb <= 1e6):
+        raise click.UsageError(f"{gb} is no amount of memory; give GB, such as 8")
+    return int(gb * (1 << 30))
+
+
+def _flags(found: Any, named: bool) -> str:
+    """The options that say what the planner chose; names of assumed devices mean nothing."""
+    words = []
+    for role in found.models:
+        chosen = found.load_options(role)
+        option = role.replace("_", "-")
+        words.append(f"--gpu-layers {option}={chosen['n_gpu_layers']}")
+        if named and "device" in chosen:
+            words.append(f"--device {option}={chosen['device']}")
+    return " ".join(words) if any(m.n_layers for m in found.models.values()) else "--gpu-layers 0"
+
+
+def _report(found: Any, files: dict[str, Any], flags: str) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    models = {}
+    for role, own in found.models.items():
+        models[role] = {
+            "file": files[role].path.name,
+            "device": own.device,
+            "n_gpu_layers": own.n_layers,
+            "n_layers": own.most,
+            "shares_weights_of": own.shares,
+            "on_device": asdict(own.on_device),
+            "in_ram": asdict(own.in_ram),
+        }
+    rooms = {
+        name: {
+            "free": room.free,
+            "usable": room.usable,
+            "needed": room.need.total,
+            **asdict(room.need),
+            "is_ram": room.is_ram,
+        }
+        for name, room in found.rooms.items()
+    }
+    return {
+        "models": models,
+        "devices": rooms,
+        "program": found.program,
+        "ram_needed": found.ram_needed,
+        "fits": found.fits,
+        "flags": flags,
+        "advice": [asdict(change) for change in found.advice],
+    }
+
+
+def _table(found: Any, files: dict[str, Any], flags: str) -> str:
+    """Models, then devices, then what to type."""
+    head = f"{'':<12}{'device':<10}{'layers':>10}{'weights':>11}{'KV':>11}{'buffers':>11}  file"
+    lines = [head]
+    for role, own in found.models.items():
+        need = own.on_device + own.in_ram
+        sizes = "".join(f"{_size(n):>11}" for n in (need.weights, need.kv, need.buffers))
+        shares = f", weights of {own.shares}" if own.shares else ""
+        layers = f"{own.n_layers} of {own.most}"
+        name = f"{files[role].path.name}{shares}"
+        lines.append(f"{role:<12}{own.device:<10}{layers:>10}{sizes}  {name}")
+    lines.append(f"{'program':<32}{'':>22}{_size(found.program):>11}")
+    lines += ["", f"{'':<12}{'needed':>11}{'free':>11}"]
+    for name, room in found.rooms.items():
+        needed = found.ram_needed if name == "RAM" else room.need.total
+        kept = "" if name == "RAM" else f"  {_size(room.free - room.usable)} of it kept free"
+        kept += ", part of RAM" if room.is_ram else ""
+        lines.append(f"{name:<12}{_size(needed):>11}{_size(room.free):>11}{kept}")
+    if found.fits:
+        return "\n".join([*lines, "", f"it fits: {flags}"])
+    lines += ["", "it does not fit; what would help:"]
+    for change in found.advice:
+        enough = "enough" if change.suffices else "not enough alone"
+        lines.append(f"  {change.option}")
+        lines.append(f"      {change.what}: {_size(change.saves)} less, {enough}")
+        if change.command:
+            lines.append(f"      made by: {change.command}")
+    return "\n".join(lines)
+
+
+def _size(n_bytes: int) -> str:
+    gib = n_bytes / (1 << 30)
+    return f"{gib:.2f} GiB" if gib >= 1 else f"{n_bytes / (1 << 20):.1f} MiB"

@@ -40,16 +40,16 @@ def chat_prompt(
     *,
     template: str | None = None,
     add_generation_prompt: bool = True,
-    answers: Mapping[int, Sequence[int]] | None = None,
+    answers: Mapping[int, Sequence[int] | None] | None = None,
 ) -> Prompt:
     """Messages {"role": system | user | assistant, "content": text} as a prompt for three.
 
     What stands around a message is each role's own and not scored: large_ins reads `template`,
     else its file's, else the plain one, which the small models always read. Each content is
-    shared and scored; control tokens in it are only text. `answers` are ids of contents, by the
-    message's index, as they were generated; those are not scored. Without the generation prompt
-    the last message stays open, to be continued. A system message that the template does not
-    take is put before the first user's. Raises PromptError where it refuses the messages.
+    shared and scored; control tokens in it are only text. `answers` are contents that were
+    generated, by the message's index: they are not scored, and keep these ids, if any. Without
+    the generation prompt the last message stays open, to be continued. A system message that the
+    template does not take goes before the first user's. Raises PromptError where it refuses them.
     """
     model = trio.models[ROLES[0]]
     turns = _checked(messages, answers or {}, model)
@@ -137,11 +137,12 @@ def render_chat(
 
 @dataclass(frozen=True)
 class _Turn:
-    """A message, and the ids of its content where it was generated."""
+    """A message, and the ids of its content where they are known."""
 
     role: str
     text: str
     ids: tuple[int, ...] | None = None
+    scored: bool = True
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ _Render = Callable[[Sequence[_Turn]], str]
 
 
 def _checked(
-    messages: Sequence[Message], answers: Mapping[int, Sequence[int]], model: Model
+    messages: Sequence[Message], answers: Mapping[int, Sequence[int] | None], model: Model
 ) -> list[_Turn]:
     turns = []
     for i, message in enumerate(messages):
@@ -167,8 +168,10 @@ def _checked(
                 f"message {i + 1} has role {role!r} and {type(text).__name__} content; "
                 "expected system, user or assistant, and text"
             )
-        ids = tuple(answers[i]) if i in answers else None
-        turns.append(_Turn(role, model.normalize(text) if ids is None else text, ids))
+        known = answers.get(i)
+        ids = None if known is None else tuple(known)
+        text = model.normalize(text) if ids is None else text
+        turns.append(_Turn(role, text, ids, scored=i not in answers))
     if not turns:
         raise PromptError("the chat has no message; give one of a user")
     return turns
@@ -265,7 +268,7 @@ def _segments(model: Model, layout: _Layout, plain: _Layout) -> Iterator[Segment
 
     def around(own: str, small: str) -> Iterator[Segment]:
         nonlocal begin
-        ids, small_ids = _inner_ids(model, own, special=True), _inner_ids(model, small)
+        ids, small_ids = inner_ids(model, own, special=True), inner_ids(model, small)
         ids = ids if ids[: len(begin)] == begin else begin + ids
         by_role = {role: ids if role == ROLES[0] else begin + small_ids for role in ROLES}
         begin = []
@@ -282,11 +285,11 @@ def _segments(model: Model, layout: _Layout, plain: _Layout) -> Iterator[Segment
         if turn.ids:
             yield Segment.of(turn.ids, scored=False)
         elif turn.text and turn.ids is None:
-            yield Segment.of(_inner_ids(model, space + turn.text))
+            yield Segment.of(inner_ids(model, space + turn.text), scored=turn.scored)
     yield from around(layout.around[-1], plain.around[-1])
 
 
-def _inner_ids(model: Model, text: str, *, special: bool = False) -> list[int]:
+def inner_ids(model: Model, text: str, *, special: bool = False) -> list[int]:
     """Ids of text that stands inside another: SentencePiece puts a space before a whole one."""
     if text and _text(model, model.tokenize("a")) == " a":
         line = model.tokenize("\n")

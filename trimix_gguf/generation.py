@@ -2,7 +2,7 @@
 
 import codecs
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -58,7 +58,7 @@ def stream_generate(
     on_selection: Callable[[Selection], None] | None = None,
     progress: Progress | None = None,
     **sampling: Any,
-) -> Iterator[Response]:
+) -> Generator[Response, None, None]:
     """Answer `prompt`, yielding text as it comes; `sampling` goes to Sampler.
 
     `weights` fixes (alpha, beta), or holds an earlier choice; otherwise `method` ('ppl' or 'ent')

@@ -1,0 +1,288 @@
+"""Conversation: a chat over a Trio, whose turns go on from what its caches hold.
+
+Answers stay the ids that were generated, so a turn's prompt begins like the last one and its
+answer: only the new question is read. Weights are chosen anew for each, by what was written to
+the models so far; their own answers are not scored, and the sums over the beginning are kept.
+"""
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimix_gguf.chat import PLAIN_STOPS, Message, chat_prompt, inner_ids
+from trimix_gguf.errors import PromptError, WeightsError
+from trimix_gguf.fusion import ROLES, Weights
+from trimix_gguf.generation import Response, stream_generate
+from trimix_gguf.model import Model
+from trimix_gguf.prompt import Prompt
+from trimix_gguf.selection import Selection
+from trimix_gguf.trio import Trio
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A question and its answer; `ids` of the answer where these models generated it."""
+
+    question: str
+    answer: str
+    ids: tuple[int, ...] | None = None
+
+
+class Conversation:
+    """Questions and answers so far, and how the next one is answered.
+
+    `weights` are held for all answers; None chooses them anew for each. `template` stands for the
+    chat template of large_ins' file. `options` go to stream_generate. Where the context is full
+    the oldest exchanges are no longer read, and `notify` is told.
+    """
+
+    def __init__(
+        self,
+        trio: Trio,
+        *,
+        system: str = "",
+        weights: Weights | Selection | None = None,
+        template: str | None = None,
+        max_tokens: int = 512,
+        stop: Sequence[str] = (),
+        notify: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+        **options: Any,
+    ) -> None:
+        self.trio, self.system, self.weights = trio, system, weights
+        self.exchanges: list[Exchange] = []
+        self.n_dropped = 0  # exchanges that are no longer read
+        self.last: Response | None = None  # the end of the newest answer
+        self.trace: list[dict[str, Any]] = []  # its tokens: see stream_generate
+        self._template, self._max_tokens, self._notify = template, max_tokens, notify
+        self._options = {**options, "stop": (*PLAIN_STOPS, *stop)}
+
+    @property
+    def messages(self) -> list[Message]:
+        """All of it, the system's message first."""
+        return self._messages(self.exchanges)
+
+    # -- turns ------------------------------------------------------------------------------
+
+    def say(self, text: str, *, seed: int | None = None, **watch: Any) -> Iterator[Response]:
+        """Answer `text`, streaming; what was said when this ends is kept, however it ends.
+
+        A question without an answer is not kept, unless the models chose to say nothing.
+        `watch` goes to stream_generate: `on_selection`, `progress`. Raises PromptError where the
+        question does not fit by itself.
+        """
+        if not text.strip():
+            raise PromptError("the message is empty; say something")
+        n_dropped, last = self.n_dropped, None
+        parts: list[str] = []
+        ids: list[int] = []
+        trace: list[dict[str, Any]] = []
+        options = self._options if seed is None else {**self._options, "seed": seed}
+        try:
+            stream = stream_generate(
+                self.trio,
+                self._fitted(text),
+                weights=self.weights,
+                max_tokens=self._max_tokens,
+                trace=trace.append,
+                trace_roles=(),
+                **options,
+                **watch,
+            )
+            with closing(stream):
+                for last in stream:
+                    parts.append(last.text)
+                    ids += [] if last.token is None else [last.token]
+                    yield last
+        finally:
+            answer = "".join(parts)
+            if last is not None and (answer or last.finish_reason):
+                own = _ids_of_text(self.trio.models[ROLES[0]], ids, answer)
+                self.exchanges.append(Exchange(text, answer.strip(), own))
+                self.last, self.trace = last, trace
+            else:
+                self.n_dropped = n_dropped
+
+    def retry(self, **watch: Any) -> Iterator[Response]:
+        """Answer the last question once more, with another seed."""
+        question = self._newest().question
+        seed = None if self.last is None else (self.last.seed + 1) % (2**32 - 1)
+        return self._instead(question, seed=seed, **watch)
+
+    def edit(self, text: str, **watch: Any) -> Iterator[Response]:
+        """Answer `text` in place of the last question."""
+        self._newest()
+        return self._instead(text, **watch)
+
+    def undo(self) -> Exchange:
+        """Take back the last question and its answer; the caches follow with the next one."""
+        taken = self._newest()
+        self.exchanges.pop()
+        self.last, self.trace = None, []
+        if self.n_dropped > len(self.exchanges):
+            self.n_dropped = 0
+        return taken
+
+    def reset(self) -> None:
+        """Forget all but the system's message."""
+        self.exchanges, self.n_dropped, self.last, self.trace = [], 0, None, []
+
+    def hold(self) -> Selection:
+        """Answer with the last weights from now on. Raises WeightsError where there are none."""
+        if self.last is None:
+            raise WeightsError("no weights were chosen yet; say something first, or give a pair")
+        self.weights = self.last.selection
+        return self.last.selection
+
+    def prompt(self, text: str) -> Prompt:
+        """What would be read for `text`, all that the caches hold of it included."""
+        exchanges = self.exchanges[self.n_dropped :]
+        messages = [*self._messages(exchanges), {"role": "user", "content": text}]
+        first = len(messages) - 2 * len(exchanges)  # the first answer
+        answers = {first + 2 * i: e.ids for i, e in enumerate(exchanges)}
+        return chat_prompt(self.trio, messages, template=self._template, answers=answers)
+
+    def _messages(self, exchanges: Sequence[Exchange]) -> list[Message]:
+        said = [{"role": "system", "content": self.system}] if self.system else []
+        for exchange in exchanges:
+            said.append({"role": "user", "content": exchange.question})
+            said.append({"role": "assistant", "content": exchange.answer})
+        return said
+
+    def _newest(self) -> Exchange:
+        if not self.exchanges:
+            raise PromptError("nothing was said yet; say something first")
+        return self.exchanges[-1]
+
+    def _instead(self, text: str, **options: Any) -> Iterator[Response]:
+        """Say `text` in place of the last exchange, which comes back where that says nothing."""
+        before = (self.n_dropped, self.last, self.trace)
+        taken, n = self.undo(), len(self.exchanges)
+        try:
+            yield from self.say(text, **options)
+        finally:
+            if len(self.exchanges) == n:
+                self.exchanges.append(taken)
+                self.n_dropped, self.last, self.trace = before
+
+    def _fitted(self, text: str) -> Prompt:
+        """The prompt for `text`, without the oldest exchanges where it leaves no room to answer.
+
+        They go until half of the context is free: each time the rest is read anew.
+        """
+        prompt, n_ctx = self.prompt(text), self.trio.n_ctx
+        n_before, most = self.n_dropped, n_ctx - min(self._max_tokens, n_ctx // 4)
+        if _longest(prompt) <= most:
+            return prompt
+        while self.n_dropped < len(self.exchanges) and _longest(prompt) > n_ctx // 2:
+            self.n_dropped += 1
+            prompt = self.prompt(text)
+        if n := self.n_dropped - n_before:
+            oldest = "question and its answer are" if n == 1 else f"{n} questions and answers are"
+            self._notify(
+                f"the context of {n_ctx} tokens is full: the oldest {oldest} no longer read; "
+                "raise --n-ctx for more"
+            )
+        return prompt
+
+    # -- files ------------------------------------------------------------------------------
+
+    def save(self, path: Path) -> None:
+        """Write messages, answers' ids and weights as JSON, and which models they are of."""
+        messages: list[dict[str, Any]] = [dict(m) for m in self.messages]
+        answers = [m for m in messages if m["role"] == "assistant"]
+        for message, exchange in zip(answers, self.exchanges, strict=True):
+            if exchange.ids is not None:
+                message["ids"] = list(exchange.ids)
+        weights = self.weights.weights if isinstance(self.weights, Selection) else self.weights
+        contents = {
+            "messages": messages,
+            "weights": weights and {"alpha": weights.alpha, "beta": weights.beta},
+            "models": {role: model.path.name for role, model in self.trio.models.items()},
+            "vocabulary": _vocabulary_digest(self.trio),
+        }
+        text = json.dumps(contents, ensure_ascii=False, indent=1)
+        path.write_text(text + "\n", encoding="utf-8")
+
+    def load(self, path: Path) -> None:
+        """Put a saved conversation in the place of this one; weights too, where it held some.
+
+        Of other models, its answers are tokenized anew, and `notify` is told. Raises PromptError
+        where the file is none, OSError; this conversation is then as before.
+        """
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8-sig"))
+            own = saved.get("vocabulary") == _vocabulary_digest(self.trio)
+            system, exchanges = _exchanges(saved["messages"], self.trio.n_vocab if own else 0)
+            held = saved.get("weights")
+            weights = None if held is None else Weights(float(held["alpha"]), float(held["beta"]))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise PromptError(
+                f"{path} holds no conversation; expected JSON as `/save` writes it"
+            ) from None
+        self.reset()
+        self.system, self.exchanges = system, exchanges
+        self.weights = self.weights if weights is None else weights
+        if not own and exchanges:
+            self._notify(f"{path.name} was saved with other models; its answers are read as text")
+
+
+def pulls(row: Mapping[str, Any], n_vocab: int) -> dict[str, float]:
+    """How far each model that the mix reads drew it to a token of a trace, in nats.
+
+    A model's coefficient times its log-probability over that of chance, ln(p · n_vocab).
+    """
+    coefficients = Weights(**row["weights"]).coefficients
+    return {
+        role: coefficients[role] * math.log(max(p, 1e-30) * n_vocab)
+        for role, p in row["probabilities"].items()
+        if coefficients.get(role)
+    }
+
+
+def _longest(prompt: Prompt) -> int:
+    return max(prompt.n_tokens(role) for role in ROLES)
+
+
+def _ids_of_text(model: Model, ids: Sequence[int], text: str) -> tuple[int, ...]:
+    """The first of `ids`, as far as they spell `text`; a piece of a token is tokenized anew.
+
+    A stop string, or a break, can end the text inside a token.
+    """
+    pieces = [model.piece(i) for i in ids]
+    for n in range(len(ids), 0, -1):
+        begun = b"".join(pieces[:n]).decode("utf-8", "replace")
+        if text.startswith(begun):
+            return (*ids[:n], *inner_ids(model, text[len(begun) :]))
+    return tuple(inner_ids(model, text))
+
+
+def _vocabulary_digest(trio: Trio) -> str:
+    """What ids mean: two quantizations of one model agree on it."""
+    tokens = trio.models[ROLES[0]].file.array("tokenizer.ggml.tokens") or []
+    return hashlib.sha256(b"\0".join(tokens[: trio.n_vocab])).hexdigest()
+
+
+def _exchanges(messages: list[dict[str, Any]], n_vocab: int) -> tuple[str, list[Exchange]]:
+    """The system's message and the exchanges of a file; ids below `n_vocab` are kept."""
+    system = ""
+    if messages and messages[0]["role"] == "system":
+        system, messages = messages[0]["content"], messages[1:]
+    roles = [message["role"] for message in messages]
+    contents = [message["content"] for message in messages]
+    expected = ["user", "assistant"] * (len(messages) // 2)
+    if roles != expected or not all(isinstance(c, str) for c in (system, *contents)):
+        raise ValueError("messages that are no questions and answers")
+    exchanges = []
+    for question, answer in zip(messages[::2], messages[1::2], strict=True):
+        ids = answer.get("ids") if n_vocab else None
+        if ids is not None and not all(type(i) is int and 0 <= i < n_vocab for i in ids):
+            raise ValueError("ids beyond the vocabulary")
+        own = None if ids is None else tuple(ids)
+        exchanges.append(Exchange(question["content"], answer["content"], own))
+    return system, exchanges

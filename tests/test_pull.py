@@ -14,12 +14,17 @@ import pytest
 from conftest import KAZAKH
 from hf_checkpoint import checkpoint_folder
 from hub_server import Fault, serving
+from huggingface_hub import constants
 from killed_pulls import Pulls
 from test_cli import one_line_error
 
 from trimix_gguf.convert.hf import convert_hf
 from trimix_gguf.convert.lora import convert_lora
+from trimix_gguf.errors import TrimixError
 from trimix_gguf.gguf_file import read_gguf
+from trimix_gguf.hub import N_TRIES
+from trimix_gguf.pull_plan import plan_pull
+from trimix_gguf.pulling import pull
 from trimix_gguf.store import sha256_of
 from trimix_gguf.triofile import TrioFile
 
@@ -202,12 +207,13 @@ def test_adapter_over_a_ready_base_takes_the_config_of_the_base_it_names(
 
 
 def test_a_hub_of_faults_is_outlasted(person, hub, ready):
-    """Cut, silent, overloaded, deaf to Range, and wrong once: the file comes, byte by byte."""
+    """Cut, silent, overloaded, deaf to Range, behind a login page, wrong once: the file comes."""
     hub.add(REPO, ready)
     soon = {"Retry-After": "0"}
     hub.faults["/api/models"] = [Fault(status=429, headers=soon), Fault(status=503, headers=soon)]
     hub.faults["/file/small_base"] = [
         Fault(cut_after=100_001),
+        Fault(body=b"<html>log in</html>"),
         Fault(status=500, headers=soon),
         Fault(stall_after=77_777),
         Fault(cut_after=1_000_000, whole=True),
@@ -220,13 +226,30 @@ def test_a_hub_of_faults_is_outlasted(person, hub, ready):
     assert b"wrong bytes; fetching it again" in result.stderr
     person.pulled()
     assert not hub.faults["/file/small_base"]
-    first = [one.range for one in hub.asked if "/file/" in one.path][:3]
-    assert first == [None, "bytes=100001-", "bytes=100001-"]
+    first = [one.range for one in hub.asked if "/file/" in one.path][:5]
+    assert first == [None, *3 * ["bytes=100001-"], "bytes=177778-"]
 
 
-def test_every_refusal_of_the_hub_is_one_line_with_its_mend(person, hub, ready):
+@pytest.fixture
+def refusal(person, hub, monkeypatch):
+    """What a pull in this very process, of a trio file, is refused with; it waits for nothing."""
+    monkeypatch.setenv("TRIMIX_HOME", str(person.folder / "home"))
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("trimix_gguf.hub.PAUSES", (0.0,))
+
+    def refused(file: Path) -> str:
+        with pytest.raises(TrimixError) as refused:
+            pull(plan_pull(TrioFile.read(file, inside=True)))
+        assert len(str(refused.value).splitlines()) == 1
+        return str(refused.value)
+
+    return refused
+
+
+def test_a_hub_that_refuses_is_explained_with_the_mend(person, hub, ready, refusal):
     hub.add(REPO, ready)
-    hub.add("kk/gated", ready, token="hf_secret")
     file = person.write()
     soon = {"Retry-After": "0"}
     for piece, fault, words in [
@@ -239,11 +262,23 @@ def test_every_refusal_of_the_hub_is_one_line_with_its_mend(person, hub, ready):
         ("/resolve/", Fault(status=401, forever=True), "hf auth login"),
     ]:
         hub.faults = {piece: [fault]}
-        assert words in person.refused(file)
+        assert words in refusal(file)
         assert sum(path.stat().st_size for path in person.trio.rglob("*.gguf*")) == 0
-    hub.faults = {}
+
+
+def test_a_hub_that_sends_the_same_beginning_for_ever_is_given_up(person, hub, ready, refusal):
+    """Bytes that were there before are no progress."""
+    hub.add(REPO, ready)
+    hub.faults["/file/"] = [Fault(cut_after=9, whole=True, forever=True)]
+    words = refusal(person.write())
+    assert "the connection fails" in words and "what came is kept" in words
+    assert sum("/file/" in one.path for one in hub.asked) == N_TRIES
+    assert sum(path.stat().st_size for path in person.trio.rglob("*.part")) == 9
+
+
+def test_a_source_that_is_not_there_is_named(person, hub, ready, refusal):
+    hub.add(REPO, ready)
     for entry, words in [
-        ('repo = "kk/gated"\nfile = "small_cpt.gguf"', "accept it at https://huggingface.co/kk"),
         ('repo = "kk/nobody"\nfile = "small_cpt.gguf"', "no such repository, or it is private"),
         (f'repo = "{REPO}"\nfile = "small_ctp.gguf"', "it has small_cpt.gguf"),
         (f'repo = "{REPO}"\nfile = "a.gguf"\nrevision = "v9"', "no such revision"),
@@ -252,7 +287,14 @@ def test_every_refusal_of_the_hub_is_one_line_with_its_mend(person, hub, ready):
         (f'repo = "{REPO}"\nquantization = "q3"', "quantization 'q3' is unknown"),
         (f'repo = "{REPO}"\nfile = "small_cpt.gguf"\nsha256 = "{"0" * 64}"', "set revision to"),
     ]:
-        assert words in person.refused(person.write(small_cpt=entry))
+        assert words in refusal(person.write(small_cpt=entry))
+
+
+def test_no_consent_and_no_network_are_one_line(person, hub, ready):
+    hub.add(REPO, ready, token="hf_secret")
+    file = person.write()
+    assert f"accept it at https://huggingface.co/{REPO}" in person.refused(file)
+    assert hub.n_sent("/file/") == 0
     assert "connect to a network" in person.refused(file, **NOWHERE)
     assert "HF_HUB_OFFLINE is set" in person.refused(file, HF_HUB_OFFLINE="1")
 

@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from io import FileIO
@@ -25,7 +25,7 @@ Progress = Callable[[str, int, int], None]  # file or tensor name, bytes done, b
 Notify = Callable[[str], None]  # a line for the person who waits
 
 N_TRIES = 5  # without a new byte between them
-PAUSES = (0.0, 1.0, 2.0, 4.0)  # seconds, where the hub names none
+PAUSES = (0.2, 1.0, 2.0, 4.0)  # seconds, where the hub names none
 LONGEST_PAUSE = 600.0  # seconds that the hub may ask for
 
 
@@ -174,6 +174,7 @@ def _fetch_bytes(file: RemoteFile, part: Path, progress: Progress, notify: Notif
     what = f"{file.name} of {file.repo}"
     patience = _Patience(what, file.repo, notify, kept="; what came is kept")
     part.touch()
+    furthest = part.stat().st_size
     while (n_have := part.stat().st_size) != file.n_bytes:
         if n_have > file.n_bytes:
             os.truncate(part, n_have := 0)
@@ -181,7 +182,8 @@ def _fetch_bytes(file: RemoteFile, part: Path, progress: Progress, notify: Notif
         error: Exception = ConnectionError("the connection was cut")
         try:
             for n_done in _stream(file, part, n_have):
-                patience.n_failed = 0
+                if n_done > furthest:
+                    furthest, patience.n_failed = n_done, 0
                 progress(file.name, n_done, file.n_bytes)
         except client_errors() as raised:
             error = raised
@@ -203,11 +205,7 @@ def _stream(file: RemoteFile, part: Path, n_have: int) -> Iterator[int]:
         if response.is_error:
             response.read()
         hf_raise_for_status(response)
-        # Who passes over Range sends the file from its beginning.
-        came = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-        n_done = int(came[1]) if came else 0
-        if n_done > n_have:
-            raise ConnectionError(f"the hub sent byte {n_done} in place of {n_have}")
+        n_done = _first_byte(response.headers, file, n_have)
         if n_done < n_have:
             os.truncate(part, n_done)
         with part.open("ab", buffering=0) as out:  # what was written outlives a kill
@@ -217,6 +215,20 @@ def _stream(file: RemoteFile, part: Path, n_have: int) -> Iterator[int]:
                 yield n_done
                 if n_done > file.n_bytes:
                     return  # not our file, which its hash will say
+
+
+def _first_byte(headers: Mapping[str, str], file: RemoteFile, n_have: int) -> int:
+    """Where in the file an answer begins; ConnectionError where it is an answer of another kind.
+
+    Who passes over Range sends the whole file. A network's login page must not be taken for
+    that: it would cost all that came before.
+    """
+    came = re.match(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
+    first = int(came[1]) if came else 0
+    total = came[2] if came else headers.get("Content-Length")
+    if first > n_have or total != str(file.n_bytes) and (n_have or total is not None):
+        raise ConnectionError(f"not this file came, but {total} bytes, from {first} on")
+    return first
 
 
 def _append(out: FileIO, chunk: bytes, part: Path, n_bytes: int) -> None:

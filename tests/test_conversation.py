@@ -80,7 +80,7 @@ def spelled(trio, ids):
     return b"".join(trio.models["large_ins"].piece(i) for i in ids).decode("utf-8", "replace")
 
 
-def assert_goes_on_as_fresh(conversation, fresh, question, **options):
+def assert_goes_on_as_fresh(conversation, fresh, question):
     """The next answer and its weights are those of one who reads the same prompt for once."""
     prompt = conversation.prompt(question)
     said = ask(conversation, question)
@@ -93,8 +93,8 @@ def assert_goes_on_as_fresh(conversation, fresh, question, **options):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
         assert selection.weights == oracle.weights
     fresh.forget()
-    twin = talk(fresh, weights=selection.weights)._options
-    answer = generate(fresh, prompt, weights=selection.weights, max_tokens=12, **twin)
+    options = conversation._options
+    answer = generate(fresh, prompt, weights=selection.weights, max_tokens=12, **options)
     assert said == answer.text
 
 

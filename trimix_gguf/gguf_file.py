@@ -43,6 +43,7 @@ class GGUFArray:
     value_type: str
     length: int
     offset: int  # of the first item, from the file's start
+    n_bytes: int
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,23 @@ class GGUFFile:
                 raw = file.read(found.length * form.size)
                 return [item[0] for item in form.iter_unpack(raw)]
             return [file.read(_U64.unpack(file.read(8))[0]) for _ in range(found.length)]
+
+    def n_items(self, key: str) -> int:
+        """Length of a metadata array; 0 where the key is absent."""
+        found = self.metadata.get(key)
+        return found.length if isinstance(found, GGUFArray) else len(found or ())
+
+    def agrees_on(self, key: str, other: GGUFFile) -> bool:
+        """Whether two files have the same under a metadata key; long arrays byte for byte."""
+        mine, theirs = self.metadata.get(key), other.metadata.get(key)
+        if not isinstance(mine, GGUFArray) or not isinstance(theirs, GGUFArray):
+            return bool(mine == theirs)
+        if (mine.value_type, mine.n_bytes) != (theirs.value_type, theirs.n_bytes):
+            return False
+        with open(self.path, "rb") as a, open(other.path, "rb") as b:
+            a.seek(mine.offset)
+            b.seek(theirs.offset)
+            return a.read(mine.n_bytes) == b.read(theirs.n_bytes)
 
     def _hparam(self, key: str) -> Any:
         return self.metadata.get(f"{self.architecture}.{key}")
@@ -252,12 +270,12 @@ def _read_array(cursor: _Cursor, what: str) -> list[Any] | GGUFArray:
     cursor.need(length * (form or _U64).size, what)
     if length <= MAX_LISTED:
         return [cursor.value(form, what) for _ in range(length)]
-    array = GGUFArray(name, length, cursor.pos)
+    offset = cursor.pos
     if form:
         cursor.pos += length * form.size
     else:
         cursor.skip_strings(length, what)
-    return array
+    return GGUFArray(name, length, offset, cursor.pos - offset)
 
 
 def _value_type(cursor: _Cursor, what: str) -> tuple[str, struct.Struct | None]:

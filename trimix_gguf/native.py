@@ -2,11 +2,9 @@
 
 import ctypes
 import importlib
-import importlib.metadata
 import importlib.util
 import mmap
 import os
-import platform
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -176,6 +174,9 @@ def gpu_offload() -> bool:
 
 def build_info() -> dict[str, str]:
     """Versions and CPU features of the llama.cpp in use."""
+    import importlib.metadata  # 2 MB that answering has no use for
+    import platform
+
     return {
         "llama-cpp-python": importlib.metadata.version("llama-cpp-python"),
         "system": lib.llama_print_system_info().decode().strip(" |"),

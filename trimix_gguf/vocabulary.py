@@ -6,6 +6,8 @@ from typing import Any
 from trimix_gguf.errors import VocabularyMismatch
 from trimix_gguf.gguf_file import GGUFFile
 
+_PREFIX = "tokenizer.ggml."
+_ARRAYS = ("tokens", "token_type", "scores", "merges")
 _NORMAL, _UNUSED = 1, 5  # llama.cpp's token types; padding is unused
 # Pre-tokenizers that add BOS where a file does not say (llama.cpp, src/llama-vocab.cpp).
 _ADD_BOS = frozenset(
@@ -20,55 +22,77 @@ def check_contract(files: Mapping[str, GGUFFile]) -> int:
     Compared: tokenizer model and pre-tokenizer, text, type and score of every id below the
     smallest vocabulary, merges, BOS and EOS where they are added. Sizes may differ by padding.
     """
+    for file in files.values():
+        _check_sizes(file)
     (first, reference), *others = files.items()
-    known = _Vocabulary(reference)
-    n_common = len(known.tokens)
+    n_common = reference.n_items(f"{_PREFIX}tokens")
     for role, file in others:
         if file.path == reference.path:
             continue
-        other = _Vocabulary(file)
-        flaw = _first_difference(first, known, role, other)
+        flaw = _first_difference(first, reference, role, file)
         if flaw is not None:
             raise VocabularyMismatch(f"{flaw}; convert both with one tokenizer")
-        n_common = min(n_common, len(other.tokens))
+        n_common = min(n_common, file.n_items(f"{_PREFIX}tokens"))
     return n_common
 
 
+def _check_sizes(file: GGUFFile) -> None:
+    tokens, types, scores = (
+        file.n_items(f"{_PREFIX}{key}") for key in ("tokens", "token_type", "scores")
+    )
+    if not tokens:
+        raise VocabularyMismatch(f"{file.path.name} holds no vocabulary; convert it again")
+    if types not in (0, tokens) or scores not in (0, tokens):
+        raise VocabularyMismatch(
+            f"{file.path.name} has {tokens} tokens, {types} types and {scores} scores; "
+            "convert it again"
+        )
+
+
+def _first_difference(a_role: str, a: GGUFFile, b_role: str, b: GGUFFile) -> str | None:
+    for key, what in (("model", "tokenizer model"), ("pre", "pre-tokenizer")):
+        x, y = _setting(a, key), _setting(b, key)
+        if x != y:
+            return f"{what} is {y!r} in {b_role} but {x!r} in {a_role}"
+    if not all(a.agrees_on(f"{_PREFIX}{key}", b) for key in _ARRAYS):
+        flaw = _token_difference(a_role, _Vocabulary(a), b_role, _Vocabulary(b))
+        if flaw is not None:
+            return flaw
+    for key in ("bos", "eos"):
+        if _adds(a, key) != _adds(b, key):
+            return f"add_{key}_token is {_adds(b, key)} in {b_role} but {_adds(a, key)} in {a_role}"
+        x, y = _setting(a, f"{key}_token_id"), _setting(b, f"{key}_token_id")
+        if _adds(a, key) and x != y:
+            return f"{key}_token_id is {y} in {b_role} but {x} in {a_role}"
+    return None
+
+
+def _setting(file: GGUFFile, key: str) -> Any:
+    return file.metadata.get(f"{_PREFIX}{key}")
+
+
+def _adds(file: GGUFFile, key: str) -> bool:
+    """Whether prompts get BOS or EOS, as llama.cpp decides where the file does not say."""
+    added = _setting(file, f"add_{key}_token")
+    if added is None and key == "bos":
+        return _setting(file, "model") == "llama" or _setting(file, "pre") in _ADD_BOS
+    return bool(added)
+
+
 class _Vocabulary:
-    """What a GGUF says about its tokenizer."""
+    """The tokens of a GGUF, read whole: 150,000 texts, so only where two files' bytes differ."""
 
     def __init__(self, file: GGUFFile) -> None:
-        self.metadata = file.metadata
-        self.tokens: list[bytes] = file.array("tokenizer.ggml.tokens") or []
+        self.tokens: list[bytes] = file.array(f"{_PREFIX}tokens") or []
         # As llama.cpp reads an absent array; BPE has no use for scores.
-        n, bpe = len(self.tokens), self.setting("model") == "gpt2"
-        self.types: list[int] = file.array("tokenizer.ggml.token_type") or [_NORMAL] * n
-        scores = None if bpe else file.array("tokenizer.ggml.scores")
+        n, bpe = len(self.tokens), _setting(file, "model") == "gpt2"
+        self.types: list[int] = file.array(f"{_PREFIX}token_type") or [_NORMAL] * n
+        scores = None if bpe else file.array(f"{_PREFIX}scores")
         self.scores: list[float] = scores or [0.0] * n
-        self.merges: list[bytes] = file.array("tokenizer.ggml.merges") or []
-        if not self.tokens:
-            raise VocabularyMismatch(f"{file.path.name} holds no vocabulary; convert it again")
-        if not n == len(self.types) == len(self.scores):
-            raise VocabularyMismatch(
-                f"{file.path.name} has {n} tokens, {len(self.types)} types and "
-                f"{len(self.scores)} scores; convert it again"
-            )
-
-    def setting(self, key: str) -> Any:
-        return self.metadata.get(f"tokenizer.ggml.{key}")
-
-    def adds(self, key: str) -> bool:
-        """Whether prompts get BOS or EOS, as llama.cpp decides where the file does not say."""
-        added = self.setting(f"add_{key}_token")
-        if added is None and key == "bos":
-            return self.setting("model") == "llama" or self.setting("pre") in _ADD_BOS
-        return bool(added)
+        self.merges: list[bytes] = file.array(f"{_PREFIX}merges") or []
 
 
-def _first_difference(a_role: str, a: _Vocabulary, b_role: str, b: _Vocabulary) -> str | None:
-    for key, what in (("model", "tokenizer model"), ("pre", "pre-tokenizer")):
-        if a.setting(key) != b.setting(key):
-            return f"{what} is {b.setting(key)!r} in {b_role} but {a.setting(key)!r} in {a_role}"
+def _token_difference(a_role: str, a: _Vocabulary, b_role: str, b: _Vocabulary) -> str | None:
     n = min(len(a.tokens), len(b.tokens))
     for what, x, y in (
         ("token", a.tokens, b.tokens),
@@ -86,12 +110,6 @@ def _first_difference(a_role: str, a: _Vocabulary, b_role: str, b: _Vocabulary) 
         for i in range(n, len(longer.tokens)):
             if not (longer.types and longer.types[i] == _UNUSED):
                 return f"{role} has {_show(longer.tokens[i])} as token {i}, past the other's {n}"
-    for key in ("bos", "eos"):
-        if a.adds(key) != b.adds(key):
-            return f"add_{key}_token is {b.adds(key)} in {b_role} but {a.adds(key)} in {a_role}"
-        x, y = a.setting(f"{key}_token_id"), b.setting(f"{key}_token_id")
-        if a.adds(key) and x != y:
-            return f"{key}_token_id is {y} in {b_role} but {x} in {a_role}"
     return None
 
 

@@ -32,7 +32,11 @@ from trimix_gguf.server.prompts import make_requests, prompt_texts
 from trimix_gguf.trio import Trio
 
 PAGE = Path(__file__).parent / "page.html"
-_PAGE_POLICY = "default-src 'self' 'unsafe-inline' data: blob:; frame-ancestors 'none'"
+# The page is one file that asks this server alone, and no other page may hold it in a frame.
+_PAGE_POLICY = (
+    "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 class Api:
@@ -194,16 +198,21 @@ class Api:
         return JSONResponse({"object": "list", "data": [self._model()]})
 
     async def model(self, request: Request) -> Response:
-        self._check_model(request.path_params["id"])
+        name = request.path_params["id"]
+        if not name:
+            raise HTTPException(404)
+        self._check_model(name)
         return JSONResponse(self._model())
 
     def _model(self) -> dict[str, Any]:
+        fixed = self._weights  # of requests that name none; else each prompt chooses its own
         return {
             "id": self._name,
             "object": "model",
             "created": self._created,
             "owned_by": "trimix",
             "max_model_len": self._trio.n_ctx,
+            "trimix": {"weights": None if fixed is None else [fixed.alpha, fixed.beta]},
         }
 
     async def tokenize(self, request: Request) -> Response:

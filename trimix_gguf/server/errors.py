@@ -17,7 +17,10 @@ _RETRY_S = 5
 
 
 class RequestError(TrimixError):
-    """A request that is refused: HTTP's `status`, the field `param` that is at fault, a `code`."""
+    """A request that is refused: HTTP's `status`, the field `param` that is at fault, a `code`.
+
+    `is_read` is whether all of it had come by then.
+    """
 
     def __init__(
         self,
@@ -27,9 +30,10 @@ class RequestError(TrimixError):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        is_read: bool = True,
     ) -> None:
         super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        self.status, self.param, self.code, self.is_read = status, param, code, is_read
         self.headers = dict(headers or {})
 
 
@@ -60,10 +64,8 @@ def error_json(error: RequestError) -> dict[str, Any]:
 
 def error_response(error: RequestError) -> Response:
     """The whole answer to a request that is refused."""
-    kind = _LastWords if error.status == 413 else Response
-    headers = dict(error.headers)
-    if error.status in (408, 413):  # the rest of the body is not waited for
-        headers["Connection"] = "close"
+    kind = Response if error.is_read else _LastWords
+    headers = dict(error.headers) if error.is_read else {**error.headers, "Connection": "close"}
     return kind(
         json.dumps(error_json(error), ensure_ascii=False),
         status_code=error.status,

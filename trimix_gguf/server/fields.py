@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from trimix_gguf.server.errors import RequestError
 
@@ -21,26 +21,37 @@ async def read_json(request: Request, *, most_bytes: int, timeout_s: float) -> A
     """
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise RequestError("the body is compressed; send it as it is", status=415)
-    too_long = RequestError(
+    declared = request.headers.get("content-length", "0")
+    if not declared.isdecimal() or int(declared[:20]) > most_bytes:
+        raise _too_long(most_bytes, is_read=False)
+    body, more = bytearray(), True
+    try:
+        async with asyncio.timeout(timeout_s):
+            while more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                body += message["body"]
+                more = message["more_body"]
+                if len(body) > most_bytes:
+                    raise _too_long(most_bytes, is_read=not more)
+    except TimeoutError:
+        raise RequestError(
+            f"the body did not come within {timeout_s:g} seconds",
+            status=408,
+            code="too_slow",
+            is_read=False,
+        ) from None
+    return parse_json(bytes(body))
+
+
+def _too_long(most_bytes: int, *, is_read: bool) -> RequestError:
+    return RequestError(
         f"the body is longer than {most_bytes} bytes; shorten it or raise --body-limit",
         status=413,
         code="body_too_long",
+        is_read=is_read,
     )
-    declared = request.headers.get("content-length", "0")
-    if not declared.isdecimal() or int(declared[:20]) > most_bytes:
-        raise too_long
-    body = bytearray()
-    try:
-        async with asyncio.timeout(timeout_s):
-            async for part in request.stream():
-                body += part
-                if len(body) > most_bytes:
-                    raise too_long
-    except TimeoutError:
-        raise RequestError(
-            f"the body did not come within {timeout_s:g} seconds", status=408, code="too_slow"
-        ) from None
-    return parse_json(bytes(body))
 
 
 def parse_json(raw: bytes) -> Any:

@@ -1,0 +1,66 @@
+"""`trimix serve` as a user starts it: a process of its own, at a free port."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+
+# The nano trio ends a text by id 0; without it, answers are as long as they may be.
+ENDLESS = {"logit_bias": {"0": -100}}
+
+
+@dataclass
+class Served:
+    """A running server."""
+
+    process: subprocess.Popen
+    port: int
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    def post(self, path, body, **options):
+        return httpx.post(self.url + path, json=body, timeout=60, **options)
+
+    def complete(self, prompt, **body):
+        """The JSON of a completion that must succeed."""
+        response = self.post("/v1/completions", {"prompt": prompt, "temperature": 0, **body})
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def metrics(self, **headers):
+        """Samples of /metrics by name and labels."""
+        text = httpx.get(f"{self.url}/metrics", headers=headers).text
+        lines = (line for line in text.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+    def wait_until(self, condition):
+        """The metrics, once `condition` holds for them; some time at most."""
+        deadline = time.monotonic() + 30
+        while not condition(found := self.metrics()):
+            assert time.monotonic() < deadline, found
+            time.sleep(0.02)
+        return found
+
+
+@contextmanager
+def serving(*arguments):
+    """A server, ready; afterwards it is ended as a service manager would, and left no trace."""
+    command = [sys.executable, "-m", "trimix_gguf.cli", "serve", "--port", "0"]
+    process = subprocess.Popen([*command, *map(str, arguments)], stderr=subprocess.PIPE)
+    line = process.stderr.readline().decode()
+    found = re.search(r"http://\S+:(\d+)", line)
+    try:
+        assert found, line + process.stderr.read().decode()
+        yield Served(process, int(found[1]))
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    assert b"Traceback" not in error, error.decode()

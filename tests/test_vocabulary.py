@@ -250,3 +250,20 @@ def test_two_real_families_are_told_apart() -> None:
 def test_two_real_sizes_of_one_family_pass() -> None:
     large, small = real(QWEN_LARGE, QWEN_SMALL)
     assert check(large, small) == 151_936
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "flaw"),
+    [
+        ("tokens", "тілX", "token 3 is 'тілX'"),
+        ("types", int(TokenType.UNUSED), "type of token 3 is 5"),
+        ("merges", "a3 bX", "merge 3 of small_cpt"),
+    ],
+)
+def test_a_difference_that_changes_no_size_is_found(
+    make: Make, key: str, value: object, flaw: str
+) -> None:
+    def edit(parts: dict[str, Any]) -> None:
+        parts[key][3] = value
+
+    assert refusal(make("a"), make("b", edit)).startswith(flaw)

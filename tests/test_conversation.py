@@ -198,6 +198,25 @@ def test_a_question_that_was_not_answered_is_not_kept(kept, fresh):
     assert_goes_on_as_fresh(conversation, fresh, "Астана")
 
 
+@pytest.mark.parametrize("role", ROLES)
+def test_a_break_amid_the_first_batch_leaves_the_caches_empty(kept, monkeypatch, role):
+    """Bug: Python tells of Ctrl-C after the batch, whose cells no position then counted."""
+    oracle, conversation, model = talk(kept), talk(kept), kept.models[role]
+    expected = ask(oracle, KAZAKH)
+    kept.forget()
+    decode = model._decode
+
+    def interrupted(entries):
+        decode(entries)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "_decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ask(conversation, KAZAKH)
+    monkeypatch.undo()
+    assert ask(conversation, KAZAKH) == expected
+
+
 def test_an_answer_that_ends_in_a_token_keeps_ids_of_its_text_alone(kept, fresh):
     numbers = [i for c in "0123456789.,-" for i in kept.models["large_ins"].tokenize(c)]
     banned = dict.fromkeys([*numbers, *kept.end_of_generation], -100.0)

@@ -252,6 +252,8 @@ class Trio:
             yield
         except BaseException:
             self._rewind(0)
+            for model in self.models.values():
+                model.rewind(0)  # whatever Ctrl-C kept it from counting
             raise
 
     def _rewind(self, *lengths: int) -> None:

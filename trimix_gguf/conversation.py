@@ -147,6 +147,11 @@ class Conversation:
         answers = {first + 2 * i: e.ids for i, e in enumerate(exchanges)}
         return chat_prompt(self.trio, messages, template=self._template, answers=answers)
 
+    def n_new(self, text: str) -> int:
+        """How many tokens of large_ins the caches do not hold of the prompt for `text`."""
+        units = self.prompt(text).units
+        return sum(len(ids[0]) for ids, _ in units[self.trio.n_kept(units) :])
+
     def _messages(self, exchanges: Sequence[Exchange]) -> list[Message]:
         said = [{"role": "system", "content": self.system}] if self.system else []
         for exchange in exchanges:

@@ -10,6 +10,7 @@ import click
 COMMANDS = {  # name -> (module, and function in it where that is called otherwise; one-line help)
     "generate": ("generate", "Continue a prompt with the mix of three models."),
     "serve": ("serve", "Answer HTTP requests as OpenAI's API does, several at once."),
+    "chat": ("chat", "Chat with the mix, turn after turn."),
     "score": ("score", "Perplexity of texts under each model and over the weight grid."),
     "eval": ("evaluate", "Compare methods on labelled tasks; report what came out."),
     "bench": ("bench", "Measure how fast a trio is here, and compare its forms."),

@@ -1,0 +1,296 @@
+"""trimix chat: a conversation with the mix, in a terminal or through pipes."""
+
+import signal
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from trimix_gguf.cli.generation_options import (
+    decoding_options,
+    generation_settings,
+    mix_options,
+    weights_line,
+)
+from trimix_gguf.cli.options import (
+    open_trio,
+    parse_weights,
+    read_text,
+    token_progress,
+    trio_options,
+)
+from trimix_gguf.errors import PromptError, TrimixError
+
+_WAY_OUT = "Ctrl-D or /exit leaves; /help names the commands"
+_LONG = 64  # tokens to read that are worth a bar
+
+
+@click.command()
+@trio_options
+@click.option("--system", metavar="TEXT|@FILE", help="What the models are told before all else.")
+@click.option("--load", metavar="FILE", help="Go on with a chat that /save wrote.")
+@mix_options
+@decoding_options
+def chat(system: str | None, load: str | None, **options: Any) -> None:
+    """Chat with the mix of three models.
+
+    Each line is a message, answered with all before it in mind; a line that begins with / is a
+    command, and /help names them. Without a trio, the small Kazakh one that ships with the
+    package answers. Through a pipe, answers go to standard output.
+    """
+    from trimix_gguf.conversation import Conversation
+
+    told: dict[str, Any] = {} if system is None else {"system": _text_or_file(system)}
+    settings = generation_settings(options)
+    with open_trio(options) as trio:
+        session = _Session(Conversation(trio, notify=_note, **settings, **told))
+        if load is not None:
+            session.load(load)
+            session.conversation.system = told.get("system", session.conversation.system)
+        if not session.run():
+            raise click.exceptions.Exit(1)
+
+
+class _Session:
+    """Lines in, answers out; a bad line costs one line on stderr, and the chat goes on."""
+
+    def __init__(self, conversation: Any) -> None:
+        self.conversation = conversation
+        self.by_hand = sys.stdin.isatty()
+        self.files: set[Path] = set()  # saved or loaded here, so /save may replace them
+        self._stopping = False  # Ctrl-C came during an answer
+
+    def run(self) -> bool:
+        """Whether all lines were good; by hand they always are."""
+        good = True
+        if self.by_hand:
+            signal.signal(signal.SIGTERM, _leave)  # else it would pass for Ctrl-C
+            _note(_WAY_OUT)
+        for line in _typed_lines() if self.by_hand else _piped_lines():
+            try:
+                if line.startswith("/") and not line.startswith("//"):
+                    if not self._command(line):
+                        break
+                elif line.strip():
+                    self.answer(self.conversation.say, line.removeprefix("/"))
+            except BrokenPipeError:
+                raise
+            except (TrimixError, OSError) as error:
+                good = self.by_hand
+                print(f"trimix: {' '.join(str(error).split())}", file=sys.stderr)
+        return good
+
+    # -- answers ----------------------------------------------------------------------------
+
+    def answer(self, ask: Callable[..., Any], *text: str) -> None:
+        """Stream the answer of `ask`, and tell its weights and why it ended, if not of itself."""
+        shown, last = "", None
+        total = self.conversation.n_new(*text) if text else 0
+        bar = ExitStack()
+        with self._stoppable() as check, bar:
+            quiet = not self.by_hand or total < _LONG
+            advance = bar.enter_context(token_progress(total, "Reading", quiet=quiet))
+
+            def progress(n: int) -> None:
+                advance(n)
+                check()
+
+            try:
+                with closing(ask(*text, progress=progress)) as responses:
+                    for response in responses:
+                        if last is None:
+                            bar.close()
+                            _note(weights_line(response.selection))
+                        last = response
+                        piece = response.text if shown else response.text.lstrip()
+                        shown += piece
+                        _write(piece)
+                        check()
+            except KeyboardInterrupt:
+                if not self.by_hand:
+                    raise
+                self._stopping = True
+            finally:
+                if shown or last is not None:
+                    print(flush=True)
+        self._tell_the_end(last, shown)
+
+    @contextmanager
+    def _stoppable(self) -> Iterator[Callable[[], None]]:
+        """By hand, have Ctrl-C wait for the check that this yields; a second one does not wait.
+
+        Interrupted between tokens the caches stay as they are, amid decoding they are emptied.
+        """
+        self._stopping = False
+
+        def stop(*_: Any) -> None:
+            if self._stopping:
+                raise KeyboardInterrupt
+            self._stopping = True
+
+        def check() -> None:
+            if self._stopping:
+                raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGINT, stop) if self.by_hand else None
+        try:
+            yield check
+        finally:
+            if self.by_hand:
+                signal.signal(signal.SIGINT, before)
+
+    def _tell_the_end(self, last: Any, shown: str) -> None:
+        reason = None if last is None else last.finish_reason
+        if reason is None and self._stopping:
+            _note(f"stopped; {'what was said is kept' if shown else 'the question is taken back'}")
+        elif reason == "length":
+            _note(f"stopped after {last.n_tokens} tokens; -n raises that")
+        elif reason == "context":
+            _note(f"the context of {self.conversation.trio.n_ctx} tokens is full; raise --n-ctx")
+        elif not shown:
+            _note("the models have nothing to say to that")
+
+    # -- commands ---------------------------------------------------------------------------
+
+    def _command(self, line: str) -> bool:
+        """Obey a line such as '/save chat.json'; False where it ends the chat."""
+        name, _, argument = line[1:].partition(" ")
+        if name not in _COMMANDS:
+            raise PromptError(f"/{name} is no command; /help names them, // begins a message")
+        usage, _, obey = _COMMANDS[name]
+        argument = argument.strip()
+        if not usage and argument:
+            raise PromptError(f"/{name} takes nothing after it")
+        if usage and not usage.startswith("[") and not argument:
+            raise PromptError(f"/{name} takes {usage} after it")
+        if obey is not None:
+            obey(self, argument)
+        return obey is not None
+
+    def weights(self, argument: str) -> None:
+        talk = self.conversation
+        if argument == "auto":
+            talk.weights = None
+        elif argument == "hold":
+            talk.hold()
+        elif argument:
+            talk.weights = parse_weights(argument)
+        held = getattr(talk.weights, "weights", talk.weights)  # of a Selection, or Weights
+        if held is not None:
+            print(f"weights: alpha {held.alpha:.3g}, beta {held.beta:.3g}, held", flush=True)
+        elif talk.last is None:
+            print("weights: chosen for each answer", flush=True)
+        else:
+            last = weights_line(talk.last.selection)
+            print(f"weights: chosen for each answer; the last {last}", flush=True)
+
+    def why(self, _: str) -> None:
+        from trimix_gguf.cli.why import print_why
+
+        print_why(self.conversation)
+
+    def save(self, argument: str) -> None:
+        path = Path(argument).expanduser()
+        if path.exists() and path.resolve() not in self.files:
+            raise PromptError(f"{path} exists already; name another file, or remove it")
+        self.conversation.save(path)
+        self.files.add(path.resolve())
+        _note(f"saved to {path}")
+
+    def load(self, argument: str) -> None:
+        path = Path(argument).expanduser()
+        self.conversation.load(path)
+        self.files.add(path.resolve())
+        _note(f"loaded {len(self.conversation.exchanges)} questions and answers from {path}")
+
+    def system(self, argument: str) -> None:
+        self.conversation.system = _text_or_file(argument)
+
+    def edit(self, argument: str) -> None:
+        self.answer(self.conversation.edit, argument)
+
+    def retry(self, _: str) -> None:
+        self.answer(self.conversation.retry)
+
+    def undo(self, _: str) -> None:
+        taken = self.conversation.undo()
+        _note(f"taken back: {' '.join(taken.question.split())}")
+
+    def reset(self, _: str) -> None:
+        self.conversation.reset()
+
+    def help(self, _: str) -> None:
+        for name, (usage, text, _obey) in _COMMANDS.items():
+            print(f"{f'/{name} {usage}':<24} {text}")
+        print("Ctrl-C stops an answer, Ctrl-D leaves.", flush=True)
+
+
+_COMMANDS: dict[str, tuple[str, str, Callable[[_Session, str], None] | None]] = {
+    "weights": ("[auto|hold|A,B]", "choose each time, hold the last, or fix", _Session.weights),
+    "why": ("", "what each model made of the last answer's tokens", _Session.why),
+    "save": ("FILE", "write the chat as JSON", _Session.save),
+    "load": ("FILE", "go on with a saved chat", _Session.load),
+    "system": ("[TEXT|@FILE]", "what the models are told before all else", _Session.system),
+    "edit": ("TEXT", "ask this instead of the last question", _Session.edit),
+    "retry": ("", "another answer to the last question", _Session.retry),
+    "undo": ("", "take back the last question and answer", _Session.undo),
+    "reset": ("", "forget all but what /system says", _Session.reset),
+    "help": ("", "this", _Session.help),
+    "exit": ("", "leave", None),
+}  # fmt: skip
+
+
+def _typed_lines() -> Iterator[str]:
+    """Lines typed at the terminal, with what editing it offers; Ctrl-C only empties the line."""
+    with suppress(ImportError):  # not on Windows, whose terminals edit lines themselves
+        import readline  # noqa: F401 - input() uses it
+    prompt = "> "
+    if not sys.stdout.isatty():  # input() would write it among the answers
+        prompt = ""
+    sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    while True:
+        if not prompt:
+            print("> ", end="", file=sys.stderr, flush=True)
+        try:
+            yield input(prompt)
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            _note(_WAY_OUT)
+        except UnicodeDecodeError:
+            print("trimix: that line is not UTF-8; set the terminal to it", file=sys.stderr)
+
+
+def _piped_lines() -> Iterator[str]:
+    """Raises PromptError where a line is not UTF-8."""
+    for n, raw in enumerate(sys.stdin.buffer, 1):
+        try:
+            yield raw.decode("utf-8-sig" if n == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise PromptError(f"stdin is not UTF-8 (line {n}); save it as UTF-8") from None
+
+
+def _text_or_file(text: str) -> str:
+    return read_text(text[1:]).strip() if text.startswith("@") else text
+
+
+def _write(text: str) -> None:
+    """Part of an answer; control characters, which a terminal would obey, stay out of one."""
+    if sys.stdout.isatty():
+        text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _note(text: str) -> None:
+    click.secho(text, err=True, dim=True)
+
+
+def _leave(*_: Any) -> NoReturn:
+    raise click.Abort

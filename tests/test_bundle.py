@@ -160,9 +160,11 @@ def test_importing_again_changes_nothing_and_another_trio_needs_another_name(hom
 
 
 def test_an_export_is_brought_up_to_date(home, small, bundle):
-    small.path("small_cpt").write_bytes(b"newer")
-    export_trio(small, bundle)
-    assert contents(import_trio(bundle)) == contents(small)
+    for content in (b"newer", b"newest", b"NEWEST"):  # also where only the bytes differ
+        small.path("small_cpt").write_bytes(content)
+        export_trio(small, bundle)
+        assert contents(import_trio(bundle)) == contents(small)
+        store.remove("small")
 
 
 def test_an_export_takes_nothing_elses_place(small, tmp_path):

@@ -119,6 +119,9 @@ def test_a_removed_trio_is_gone_and_its_linked_files_are_not(home, nano_files):
     store.remove("mine")
     assert store.installed() == [] and list(home.iterdir()) == []
     assert all(path.is_file() for path in nano_files.values())
+    (home / "linked").symlink_to(NANO)
+    store.remove("linked")
+    assert list(home.iterdir()) == [] and all(path.is_file() for path in nano_files.values())
     for name in ("nano", "mine", "../mine", "."):
         with pytest.raises(TrioFileError):
             store.remove(name)
@@ -286,7 +289,7 @@ def test_the_trios_own_settings_hold_beneath_the_options(home, trimix):
 def test_the_trios_own_weights_are_the_default(home, trimix):
     from trimix_gguf import Weights
 
-    install("mine", method=None, weights=Weights(0.25, 0.5))
+    install("mine", method=None, weights=Weights(0.25, 0.5), gpu_layers="auto")
     arguments = ("generate", KAZAKH, "--trio", "mine", "-n", "1", "--json")
 
     def weights(*more):

@@ -236,6 +236,16 @@ def test_n_answers_have_seeds_that_count_up(server):
     assert several["usage"]["prompt_tokens"] == alone[0]["usage"]["prompt_tokens"]
 
 
+def test_a_full_context_ends_an_answer_and_says_so():
+    with serving("--n-ctx", 32) as served:
+        choice = served.complete(KAZAKH, max_tokens=100, **ENDLESS)
+        body = {"prompt": KAZAKH, "max_tokens": 100, "stream": True, **ENDLESS}
+        *_, last, done = events_of(served.post("/v1/completions", body).text)
+    assert choice["choices"][0]["finish_reason"] == "length"
+    assert choice["trimix"]["finish_reason"] == "context"
+    assert json.loads(last)["trimix"] == {"finish_reason": "context"} and done == "[DONE]"
+
+
 def test_stop_ends_before_its_string(server):
     text = server.complete(TEXTS[3], max_tokens=24, **ENDLESS)["choices"][0]["text"]
     stop = text[5:7]

@@ -49,8 +49,16 @@ class Answer:
             yield self._chunk(index, choice.opening(), choice.mix())
         piece = choice.piece(event)
         if piece is not None:
-            traced = choice.traced(event.tokens)
-            yield self._chunk(index, piece, {"tokens": traced} if self._call.trace else None)
+            yield self._chunk(index, piece, self._extension(choice, event.tokens) or None)
+
+    def _extension(self, choice: "_Choice", tokens: Sequence[Token]) -> dict[str, Any]:
+        """What the extension `trimix` says of tokens, and of an end that "length" does not tell."""
+        said: dict[str, Any] = {}
+        if self._call.trace:
+            said["tokens"] = choice.traced(tokens)
+        if choice.newest.finish_reason == "context":
+            said["finish_reason"] = "context"
+        return said
 
     def _chunk(
         self, index: int, choice: dict[str, Any], mix: dict[str, Any] | None
@@ -73,9 +81,7 @@ class Answer:
         choices, mixes = [], []
         for i, choice in enumerate(self._choices):
             choices.append({"index": i, **choice.whole()})
-            mixes.append(choice.mix())
-            if self._call.trace:
-                mixes[i]["tokens"] = choice.traced(choice.tokens)
+            mixes.append({**choice.mix(), **self._extension(choice, choice.tokens)})
         if len(choices) > 1:
             choices = [{**c, "trimix": mix} for c, mix in zip(choices, mixes, strict=True)]
         return {**self._head, "choices": choices, "usage": self.usage(), "trimix": mixes[0]}

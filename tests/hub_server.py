@@ -49,6 +49,7 @@ class Repo:
     branches: dict[str, str] = field(default_factory=dict)
     licence: str | None = None
     token: str | None = None  # gated: only who sends it gets files
+    n_weights: dict[str, int] = field(default_factory=dict)  # of a checkpoint, by dtype
     declared: dict[str, int] = field(default_factory=dict)  # sizes that are not the files' own
 
 
@@ -194,6 +195,9 @@ class _Handler(BaseHTTPRequestHandler):
         facts = {"id": name, "sha": commit, "siblings": siblings, "private": False}
         facts["gated"] = "manual" if repo.token else False
         facts["cardData"] = {"license": repo.licence} if repo.licence else {}
+        if repo.n_weights:
+            total = sum(repo.n_weights.values())
+            facts["safetensors"] = {"parameters": repo.n_weights, "total": total}
         self._send(200, {"Content-Type": "application/json"}, json.dumps(facts).encode())
 
     def _resolve(

@@ -263,13 +263,18 @@ def test_a_hub_of_faults_is_outlasted(person, hub, ready):
 
 
 @pytest.fixture
-def refusal(person, hub, monkeypatch):
-    """What a pull in this very process, of a trio file, is refused with; it waits for nothing."""
+def here(person, hub, monkeypatch):
+    """This very process has the person's home and hub; it waits for nothing."""
     monkeypatch.setenv("TRIMIX_HOME", str(person.folder / "home"))
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr("trimix_gguf.hub.PAUSES", (0.0,))
+
+
+@pytest.fixture
+def refusal(here):
+    """What a pull in this very process, of a trio file, is refused with."""
 
     def refused(file: Path) -> str:
         with pytest.raises(TrimixError) as refused:
@@ -318,6 +323,9 @@ def test_a_source_that_is_not_there_is_named(person, hub, ready, refusal):
         (f'repo = "{REPO}"\nfile = "a-00001-of-00002.gguf"', "one part of several"),
         (f'repo = "{REPO}"\nquantization = "q3"', "quantization 'q3' is unknown"),
         (f'repo = "{REPO}"\nfile = "small_cpt.gguf"\nsha256 = "{"0" * 64}"', "set revision to"),
+        ('path = ".pull/a.gguf"', "the pull's own folder"),
+        ('path = "trio.toml"', "is the trio file"),
+        ('path = "./LARGE_INS.gguf"', "that of models.large_ins already"),
     ]:
         assert words in refusal(person.write(small_cpt=entry))
 
@@ -341,6 +349,20 @@ def test_what_cannot_be_pulled_is_said_before_anything_is_fetched(person, hub, r
     assert "trimix convert hf" in person.refused("qwen2.5-1.5b-3b-bn")
     assert "ships with the package" in person.refused("nano")
     assert "nothing of it is converted" in person.refused(file, "--quantization", "q4_0")
+
+
+def test_what_is_converted_counts_by_the_size_that_it_will_have(
+    person, hub, ready, checkpoint, here
+):
+    hub.add(REPO, ready)
+    hub.add("kk/small-base", checkpoint, n_weights={"F16": 1_000_000_000})
+    manifest = TrioFile.read(person.write(small_base='repo = "kk/small-base"'))
+    plans = {t: plan_pull(manifest, quantization=t) for t in ("f16", "q8_0", "q4_k_m")}
+    assert plans["f16"].n_memory == pytest.approx(2e9, rel=0.01)
+    assert plans["q8_0"].n_memory == pytest.approx(34 / 32 * 1e9, rel=0.02)
+    assert plans["q4_k_m"].n_memory < 0.7e9
+    n_bytes = plans["f16"].n_to_fetch
+    assert plans["f16"].n_disk == pytest.approx(n_bytes + 2e9, rel=0.01)
 
 
 def test_models_that_do_not_speak_the_same_tokens_are_not_made_a_trio(person, hub, ready, tmp_path):

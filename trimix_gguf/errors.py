@@ -12,7 +12,7 @@ TrimixError
  ├── DataError            evaluation data that is absent, damaged or not what a task asks for
  ├── TrioFileError        a trio that is unknown, incomplete, damaged, or not one
  ├── QueueFull            more requests at once than may wait
- ├── HubError             the Hugging Face hub refuses, does not answer, or sends wrong bytes
+ ├── HubError             what the Hugging Face hub has cannot be brought here
  └── ConversionError      a checkpoint that cannot become a GGUF
 
 Each message is one line: what was expected, what came, and the mend.
@@ -68,7 +68,7 @@ class QueueFull(TrimixError):
 
 
 class HubError(TrimixError):
-    """The Hugging Face hub refuses, does not answer, or sends wrong bytes."""
+    """What the Hugging Face hub has cannot be brought here."""
 
 
 class ConversionError(TrimixError):

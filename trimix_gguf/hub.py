@@ -141,7 +141,7 @@ def fetch(
         _fetch_bytes(file, part, progress, notify)
         if _is_right(file, part, progress):
             # Else a power cut could leave the name in place, and not the bytes.
-            with part.open("rb") as written:
+            with part.open("r+b") as written:
                 os.fsync(written.fileno())
             os.replace(part, out)
             return
@@ -298,7 +298,10 @@ def explain(error: Exception, page: str) -> str:
             errors.GatedRepoError,
             f"its authors ask for consent: accept it at {page}, then run `hf auth login`",
         ),
-        (errors.RevisionNotFoundError, "the hub has no such revision of it; look for one there"),
+        (
+            errors.RevisionNotFoundError,
+            "the hub has no such revision; name a branch, tag or commit",
+        ),
         (
             errors.LocalEntryNotFoundError,
             "it is not cached, and the hub does not answer: run once with a network",

@@ -201,6 +201,7 @@ def plan_pull(
         raise TrioFileError(f"{SHIPPED} is the name of the shipped trio; give another --name")
     folder = installed_folder(name)
     trio = replace(manifest, folder=folder, filename=FILENAME, name=name)
+    _check_paths(trio)
     if quantization is not None:
         trio = _requantized(trio, quantization)
     here: list[str] = []
@@ -241,6 +242,19 @@ def check_room(plan: Plan, *, force: bool = False) -> None:
             f"{plan.trio.name} needs about {memory.in_gib(need)} on the disk, and {folder} has "
             f"{memory.in_gib(have)} free; free some, or set TRIMIX_HOME to a folder elsewhere"
         )
+
+
+def _check_paths(trio: TrioFile) -> None:
+    """Each model has a place of its own, and none that the pull or the trio file takes."""
+    taken = {WORK: "the pull's own folder", FILENAME: "the trio file"}
+    for role, entry in trio.models.items():
+        path = PurePosixPath(entry.path)
+        for name in (str(path).lower(), path.parts[0].lower()):  # as file systems compare them
+            if name in taken:
+                raise TrioFileError(
+                    f"models.{role}.path: {entry.path!r} is {taken[name]}; name another"
+                )
+        taken[str(path).lower()] = f"that of models.{role} already"
 
 
 def _requantized(trio: TrioFile, quantization: str) -> TrioFile:

@@ -152,7 +152,7 @@ def _convert(part: Part, plan: Plan, progress: Progress, notify: Notify) -> None
             convert_hf(folder, out, type=part.type, progress=show)
         else:
             convert_lora(folder, _base_folder(folder, plan), out, type=part.type, progress=show)
-        with out.open("rb") as file:
+        with out.open("r+b") as file:
             os.fsync(file.fileno())
         os.replace(out, plan.staged(part))
     shutil.rmtree(plan.work / part.key)

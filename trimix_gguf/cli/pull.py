@@ -39,8 +39,12 @@ def pull(trio: str, name: str | None, quantization: str | None, yes: bool, force
         _say(line)
     check_room(plan, force=force)
     _ask(yes)
-    with _bars() as progress:
-        done = run(plan, progress=progress, notify=_say)
+    try:
+        with _bars() as progress:
+            done = run(plan, progress=progress, notify=_say)
+    except KeyboardInterrupt:
+        _say("stopped; the same command goes on from here")
+        raise
     _say(f'{done.name} is whole: trimix generate "…" --trio {done.name}')
     print(done.folder)
 

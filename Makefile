@@ -8,7 +8,7 @@ LLAMA_CMAKE := -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=
                -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF
 LLAMA := $(shell sed -n 's/^ *"\(llama-cpp-python[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: demo test oracle lint nano
+.PHONY: demo test oracle lint reference nano
 
 demo: $(VENV)/.runtime
 	$(BIN)/trimix generate "Қазақстан Республикасының Үкіметі" --max-tokens 60 --seed 7
@@ -25,6 +25,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check trimix_gguf convert tests benchmarks
 	$(BIN)/ruff check trimix_gguf convert tests benchmarks
 	$(BIN)/mypy
+
+# The page of commands and options, from their --help; a test holds it to that.
+reference: $(VENV)/.runtime
+	$(BIN)/python -m trimix_gguf.cli.reference
 
 # Raw text -> the shipped trio; `make -j2 nano` trains the small and the large chain side by side.
 # DATA holds corpus/, parallel/ and eval/. A run that was stopped goes on where it was. For a trial

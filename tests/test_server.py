@@ -21,6 +21,7 @@ from served import ENDLESS, serving
 
 from trimix_gguf import Weights, score
 from trimix_gguf.fusion import METHODS
+from trimix_gguf.triofile import ModelEntry, TrioFile
 
 TEXTS = [
     "Қазақстан Республикасының Үкіметі",
@@ -276,6 +277,28 @@ def test_tokenize_and_back(server, trio):
     assert server.post("/detokenize", {"tokens": answer["tokens"]}).json()["content"] == KAZAKH
     assert error_of(server.post("/detokenize", {"tokens": [10**6]}), 400)["param"] == "tokens"
     assert error_of(server.post("/tokenize", {"content": 3}), 400)["param"] == "content"
+
+
+def test_a_trio_file_brings_name_and_weights(nano_files, tmp_path):
+    models = {role: ModelEntry(str(path)) for role, path in nano_files.items()}
+    TrioFile(tmp_path, "kazakh-test", models, weights=Weights(0.2, 0.7)).write()
+    with serving("--trio", tmp_path) as served:
+        (model,) = httpx.get(f"{served.url}/v1/models").json()["data"]
+        assert model["id"] == "kazakh-test" and model["trimix"] == {"weights": [0.2, 0.7]}
+        answers = [
+            served.complete(KAZAKH, max_tokens=1, model=name) for name in ("kazakh-test", "default")
+        ]
+        chosen = served.complete(KAZAKH, max_tokens=1, trimix={"method": "ppl"})
+    for answer in answers:
+        assert answer["model"] == "kazakh-test"
+        weights = {"alpha": 0.2, "beta": 0.7, "method": "fixed"}
+        assert answer["trimix"]["weights"] == weights
+    assert chosen["trimix"]["weights"]["method"] == "ppl"
+    TrioFile(tmp_path, "by-entropy", models, method="ent").write()
+    with serving("--trio", tmp_path) as served:
+        chosen = served.complete(KAZAKH, max_tokens=1)["trimix"]["weights"]
+        fixed = served.complete(KAZAKH, max_tokens=1, trimix={"weights": [1, 0]})["trimix"]
+    assert chosen["method"] == "ent" and fixed["weights"]["method"] == "fixed"
 
 
 def test_metrics_are_well_formed_and_count(server):

@@ -112,6 +112,7 @@ def _access(host: str, options: dict[str, Any]) -> dict[str, Any]:
 def _run(listening: dict[str, Any], access: dict[str, Any], options: dict[str, Any]) -> None:
     from trimix_gguf.batching import Batcher
     from trimix_gguf.server.app import Api
+    from trimix_gguf.server.openai import mix_settings
     from trimix_gguf.server.running import bind, run
 
     host, port = listening["host"], listening["port"]
@@ -135,7 +136,7 @@ def _run(listening: dict[str, Any], access: dict[str, Any], options: dict[str, A
             trio,
             batcher,
             name=name,
-            weights=None if trio_file is None else trio_file.fixed_weights,
+            mix=None if trio_file is None else mix_settings(trio_file.method, trio_file.weights),
             chat_template=None if trio_file is None else trio_file.chat_template,
             max_tokens=max(16, trio.n_ctx // n_parallel),
             most_answers=n_parallel + n_queue,

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from trimix_gguf import batching
 from trimix_gguf.batching import Batcher
 from trimix_gguf.errors import TrimixError
-from trimix_gguf.fusion import ROLES, Weights
+from trimix_gguf.fusion import ROLES
 from trimix_gguf.server.answers import Answer
 from trimix_gguf.server.errors import RequestError, as_request_error, error_json, error_response
 from trimix_gguf.server.fields import Fields, read_json
@@ -42,9 +42,10 @@ _PAGE_POLICY = (
 class Api:
     """A trio and its engine behind OpenAI's routes, under the model name `name`.
 
-    `weights` and `chat_template` are the trio's own, where it has some. Requests that name no
-    max_tokens get `max_tokens`; `most_answers` is what the engine takes in at once. A body may
-    have `body_limit` bytes and `read_timeout_s` to come, an answer `timeout_s`.
+    `mix` (openai.mix_settings) and `chat_template` are the trio's own, where it has some: `mix`
+    holds for requests that say nothing of it. Those that name no max_tokens get `max_tokens`;
+    `most_answers` is what the engine takes in at once. A body may have `body_limit` bytes and
+    `read_timeout_s` to come, an answer `timeout_s`.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Api:
         batcher: Batcher,
         *,
         name: str,
-        weights: Weights | None = None,
+        mix: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
         max_tokens: int = 128,
         most_answers: int = 40,
@@ -62,7 +63,7 @@ class Api:
         body_limit: int = 1 << 20,
     ) -> None:
         self._trio, self._batcher, self._name = trio, batcher, name
-        self._weights, self._chat_template, self._max_tokens = weights, chat_template, max_tokens
+        self._mix, self._chat_template, self._max_tokens = mix or {}, chat_template, max_tokens
         self._most_answers, self._timeout_s = most_answers, timeout_s
         self._read_timeout_s, self._body_limit = read_timeout_s, body_limit
         self._created = int(time.time())
@@ -145,7 +146,7 @@ class Api:
             self._trio,
             call,
             chat_template=self._chat_template,
-            defaults={"max_tokens": self._max_tokens, "weights": self._weights},
+            defaults={"max_tokens": self._max_tokens, **self._mix},
         )
 
     async def _events(self, jobs: Jobs, answer: Answer) -> AsyncGenerator[dict[str, Any], None]:
@@ -205,7 +206,9 @@ class Api:
         return JSONResponse(self._model())
 
     def _model(self) -> dict[str, Any]:
-        fixed = self._weights  # of requests that name none; else each prompt chooses its own
+        fixed = self._mix.get(
+            "weights"
+        )  # of requests that name none; else each prompt chooses its own
         return {
             "id": self._name,
             "object": "model",

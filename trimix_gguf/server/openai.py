@@ -288,15 +288,20 @@ def _mix(fields: Fields) -> tuple[dict[str, Any], dict[str, Any]]:
     inner.done()
     if weights is not None and method is not None:
         raise RequestError("give trimix.weights or trimix.method, not both", param="trimix.method")
+    pair = None if weights is None else _weights(inner, weights)
+    return {**settings, **mix_settings(method, pair)}, sampling
+
+
+def mix_settings(method: str | None, weights: Weights | None) -> dict[str, Any]:
+    """Fields of Request for fixed weights or a method's name; none for neither."""
     if weights is not None:
-        settings["weights"] = _weights(inner, weights)
-    elif method in METHODS:
-        settings["weights"] = METHODS[method].weights
-        settings["plausibility_threshold"] = METHODS[method].plausibility_threshold
-    elif method is not None:
-        settings["method"] = method
-        settings["weights"] = None  # also where the server has fixed ones
-    return settings, sampling
+        return {"weights": weights, "plausibility_threshold": 0.0}
+    if method in METHODS:
+        threshold = METHODS[method].plausibility_threshold
+        return {"weights": METHODS[method].weights, "plausibility_threshold": threshold}
+    if method is not None:
+        return {"weights": None, "plausibility_threshold": 0.0, "method": method}
+    return {}
 
 
 def _weights(fields: Fields, value: Any) -> Weights:

@@ -1,5 +1,7 @@
 """trimix chat: a conversation with the mix, in a terminal or through pipes."""
 
+import locale
+import os
 import signal
 import sys
 import unicodedata
@@ -246,6 +248,8 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[_Session, str], None] | None]] = 
 
 def _typed_lines() -> Iterator[str]:
     """Lines typed at the terminal, with what editing it offers; Ctrl-C only empties the line."""
+    if sys.platform != "win32" and "UTF-8" not in locale.nl_langinfo(locale.CODESET).upper():
+        os.environ["LC_ALL"] = "C.UTF-8"  # readline looks there, and would erase half a letter
     with suppress(ImportError):  # not on Windows, whose terminals edit lines themselves
         import readline  # noqa: F401 - input() uses it
     prompt = "> "

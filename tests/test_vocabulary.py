@@ -114,6 +114,15 @@ def test_sizes_may_differ_by_padding(make: Make, n_tokens: int) -> None:
     assert check(large, middle, large) == n_tokens + 3
 
 
+def test_control_tokens_past_the_other_s_end_pass(make: Make, n_tokens: int) -> None:
+    """As Gemma 3's mark for images, which its 1B lacks."""
+
+    def mark(parts: dict[str, Any]) -> None:
+        parts["types"][n_tokens] = int(TokenType.CONTROL)
+
+    assert check(make("a", n_padding=3, edit=mark), make("b")) == n_tokens
+
+
 def test_more_tokens_that_are_no_padding_are_refused(make: Make, n_tokens: int) -> None:
     def speak(parts: dict[str, Any]) -> None:
         parts["types"][-1] = int(TokenType.NORMAL)

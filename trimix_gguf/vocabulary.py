@@ -8,7 +8,7 @@ from trimix_gguf.gguf_file import GGUFFile
 
 _PREFIX = "tokenizer.ggml."
 _ARRAYS = ("tokens", "token_type", "scores", "merges")
-_NORMAL, _UNUSED = 1, 5  # llama.cpp's token types; padding is unused
+_NORMAL, _CONTROL, _UNUSED = 1, 3, 5  # llama.cpp's token types; padding is unused
 # Pre-tokenizers that add BOS where a file does not say (llama.cpp, src/llama-vocab.cpp).
 _ADD_BOS = frozenset(
     ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
@@ -20,7 +20,8 @@ def check_contract(files: Mapping[str, GGUFFile]) -> int:
     """The number of ids that all share; raises VocabularyMismatch naming the first difference.
 
     Compared: tokenizer model and pre-tokenizer, text, type and score of every id below the
-    smallest vocabulary, merges, BOS and EOS where they are added. Sizes may differ by padding.
+    smallest vocabulary, merges, BOS and EOS where they are added. Sizes may differ by padding and
+    control tokens.
     """
     for file in files.values():
         _check_sizes(file)
@@ -108,7 +109,8 @@ def _token_difference(a_role: str, a: _Vocabulary, b_role: str, b: _Vocabulary) 
         return f"merge {i} of {b_role} differs from that of {a_role}"
     for role, longer in ((a_role, a), (b_role, b)):
         for i in range(n, len(longer.tokens)):
-            if not (longer.types and longer.types[i] == _UNUSED):
+            # No text holds them: padding, or a mark such as Gemma 3's for images.
+            if longer.types[i] not in (_CONTROL, _UNUSED):
                 return f"{role} has {_show(longer.tokens[i])} as token {i}, past the other's {n}"
     return None
 

@@ -69,7 +69,7 @@ def not_json(rng, path, body):
     return request(path, rng.choice([
         b"", b"null", b"[]", b'"text"', b"7", b"{]", b"{'a': 1}", b"\xef\xbb\xbf" + text.encode(),
         text.encode("utf-16"), text.replace("0.", "0.0.").encode() + b"}",
-        f'{{"seed": {rng.choice(["NaN", "-Infinity", "1e999", "1" * 5000])}, '.encode()
+        f'{{"metadata": {rng.choice(["NaN", "-Infinity", "1e999", "1" * 5000])}, '.encode()
         + text[1:].encode(), b'{"prompt": "\\ud800"}', text.encode() * 2,
     ]))  # fmt: skip
 

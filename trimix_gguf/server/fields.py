@@ -57,7 +57,7 @@ def _too_long(most_bytes: int, *, is_read: bool) -> RequestError:
 def parse_json(raw: bytes) -> Any:
     """Strict JSON in UTF-8: no NaN, no lone surrogates, no more than MOST_NESTED levels."""
     try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RequestError(f"the body is not UTF-8 (byte {error.start})") from None
     except RecursionError:
@@ -66,10 +66,6 @@ def parse_json(raw: bytes) -> Any:
         raise RequestError(f"the body is not JSON: {error}") from None
     _check_values(value)
     return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _check_values(value: Any) -> None:
@@ -83,7 +79,7 @@ def _check_values(value: Any) -> None:
             elif isinstance(item, list):
                 deeper += item
             elif isinstance(item, float) and not math.isfinite(item):
-                raise RequestError("the body has a number beyond what a float64 can hold")
+                raise RequestError("the body has NaN, or a number too large for a float64")
             elif isinstance(item, str) and not _is_text(item):
                 raise RequestError("the body has half of a surrogate pair, which is no character")
         level = deeper

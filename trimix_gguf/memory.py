@@ -185,14 +185,17 @@ def _model_memory(file: GGUFFile, own: Mapping[str, Any]) -> ModelMemory:
         output=output,
         kv=tuple(kv // n_heads * n for n in file.n_head_kv),
         rows=rows,
-        compute=max(rows, n_batch * _token_bytes(file, n_ctx, own.get("flash_attn"))),
+        compute=max(
+            rows + 16 * n_batch * file.n_embd,
+            n_batch * _token_bytes(file, n_ctx, own.get("flash_attn")),
+        ),
         tied=tied,
         tied_ram=tied if table is not None and table.type in repacked else 0,
     )
 
 
 def _token_bytes(file: GGUFFile, n_ctx: int, flash_attn: bool | None) -> int:
-    """Most work space that a token read takes: in the feed-forward layer, beside the mask.
+    """Work space that a token read takes in the feed-forward layer, beside the mask.
 
     As llama.cpp laid out five models' graphs, to 1 %; without flash attention every head's row
     of attention is there at once. A sliding-window model has two masks.

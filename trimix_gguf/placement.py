@@ -233,7 +233,7 @@ def _named(roles: Sequence[str], case: Case) -> str | None:
     names = [device.name for device in case.devices]
     for role in sorted(roles, key=_LOADED.index):
         if (wanted := case.option(role, "device", None)) is not None:
-            for name in names:
+            for name in (*names, CPU):
                 if name.lower() == wanted.lower():
                     return name
             raise ModelError(f"device {wanted!r} is not here; there is {', '.join(names)}")

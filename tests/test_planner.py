@@ -1,0 +1,490 @@
+"""What a trio needs and where its layers go: laws over many machines, and real memory."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import KAZAKH
+from test_cli import one_line_error
+
+from trimix_gguf import Trio, memory, native
+from trimix_gguf.errors import MemoryNeededError, ModelError
+from trimix_gguf.fusion import ROLES
+from trimix_gguf.gguf_file import GGUFFile, TensorInfo, read_gguf
+from trimix_gguf.native import Device
+from trimix_gguf.placement import AUTO, MARGIN, RAM
+from trimix_gguf.planner import place, plan
+
+GIB = 1 << 30
+
+
+def a_file(name, *, n_layer, n_embd, n_vocab=152_064, bits=4.8, tied=False, quantized=True):
+    """What a GGUF of these sizes declares; nothing is written."""
+    kind = "Q6_K" if quantized else "F16"
+    tensors = []
+
+    def add(tensor, *shape):
+        size = 1
+        for n in shape:
+            size *= n
+        tensors.append(TensorInfo(tensor, shape, kind, 0, int(size * bits / 8)))
+
+    add("token_embd.weight", n_embd, n_vocab)
+    for i in range(n_layer):
+        # Layers differ, as mixed quantizations make them.
+        add(f"blk.{i}.attn.weight", n_embd, 3 * n_embd + 256 * (i % 3))
+        add(f"blk.{i}.ffn.weight", n_embd, 9 * n_embd)
+    if not tied:
+        add("output.weight", n_embd, n_vocab)
+    hparams = {
+        "context_length": 32768,
+        "embedding_length": n_embd,
+        "block_count": n_layer,
+        "feed_forward_length": 3 * n_embd,
+        "attention.head_count": n_embd // 128,
+        "attention.head_count_kv": max(n_embd // 512, 1),
+        "attention.key_length": 128,
+        "attention.value_length": 128,
+    }
+    metadata = {"general.architecture": "qwen2", "tokenizer.ggml.tokens": ["t"] * n_vocab}
+    metadata |= {f"qwen2.{key}": value for key, value in hparams.items()}
+    size = sum(tensor.n_bytes for tensor in tensors)
+    return GGUFFile(Path(f"{name}.gguf"), 3, metadata, tuple(tensors), size)
+
+
+FAMILIES = [
+    {"large_ins": a_file(f"large{i}", n_layer=large[0], n_embd=large[1])}
+    | {
+        role: a_file(f"{role}{i}", n_layer=small[0], n_embd=small[1], bits=bits, tied=tied)
+        for role in ("small_cpt", "small_base")
+    }
+    for i, (large, small, bits, tied) in enumerate(
+        [
+            ((48, 5120), (28, 1536), 4.8, False),
+            ((36, 2048), (24, 1024), 8.5, True),
+            ((28, 1536), (28, 1536), 16, True),
+        ]
+    )
+]
+
+
+def card(name, free, kind="GPU", description=None):
+    return Device(name, description or f"card {name}", kind, free, free, 0)
+
+
+def machines(n, seed):
+    """(files, options, devices, free RAM, rng): n trios on random machines."""
+    rng = random.Random(seed)
+    for _ in range(n):
+        files = dict(rng.choice(FAMILIES))
+        if rng.random() < 0.3:
+            files["small_cpt"] = files["small_base"]  # one file twice, as with an adapter
+        devices = [
+            card(f"CUDA{i}", int(rng.uniform(0, 14) * GIB))
+            for i in range(rng.choice([0, 1, 1, 2, 3]))
+        ]
+        if rng.random() < 0.15:
+            devices = [card("MTL0", int(rng.uniform(1, 30) * GIB))]
+        n_ctx = rng.choice([512, 2048, 8192, 32768])
+        kind = rng.choice(["f16", "q8_0"])
+        own = {"n_ctx": n_ctx, "type_k": kind, "type_v": kind}
+        devices = [card("CPU", 0, "CPU"), *devices]
+        yield files, dict.fromkeys(ROLES, own), devices, int(rng.uniform(0.5, 30) * GIB), rng
+
+
+def tight_machines(n, seed):
+    """As machines(), with about as much RAM as the trio needs."""
+    for files, options, devices, _, rng in machines(n, seed):
+        need = plan(files, devices=devices, free_ram=64 * GIB, options=options).ram_needed
+        yield files, options, devices, int(need * rng.uniform(0.4, 1.05)), rng
+
+
+def layers(found):
+    return {role: own.n_layers for role, own in found.models.items()}
+
+
+# -- laws -------------------------------------------------------------------------------------
+
+
+def test_without_cards_all_is_on_the_cpu_and_is_the_estimate():
+    for files, options, _, ram, _ in machines(60, seed=1):
+        found = plan(files, devices=[card("CPU", 0, "CPU")], free_ram=ram, options=options)
+        need = memory.estimate(files, options, None)
+        assert list(found.rooms) == [RAM] and set(layers(found).values()) == {0}
+        room = found.rooms[RAM].need
+        assert need == {"weights": room.weights, "kv": room.kv, "buffers": room.buffers}
+        assert found.fits == (sum(need.values()) <= ram)
+        assert found.load_options("large_ins") == {"n_gpu_layers": 0}
+
+
+def test_what_is_placed_sums_to_the_estimate_and_what_offloading_doubles():
+    for files, options, devices, ram, _ in machines(200, seed=2):
+        found = plan(files, devices=devices, free_ram=ram, options=options)
+        need = memory.estimate(files, options, None)
+        facts = memory.by_role(files, options)
+        rooms = [room.need for room in found.rooms.values()]
+        away = [role for role, n in layers(found).items() if n]
+        doubled = sum(facts[role].tied - facts[role].tied_ram for role in away)
+        assert sum(room.kv for room in rooms) == need["kv"]
+        assert sum(room.weights for room in rooms) == need["weights"] + doubled
+        compute = sum(facts[role].compute for role in away)
+        assert sum(room.buffers for room in rooms) == need["buffers"] + compute
+        by_model = sum((m.on_device + m.in_ram for m in found.models.values()), memory.Need())
+        assert by_model.total + found.program == sum(room.total for room in rooms)
+
+
+def test_offloading_leaves_the_margin_and_unified_memory_is_counted_once():
+    n_unified = 0
+    for files, options, devices, ram, _ in (*machines(150, seed=3), *tight_machines(150, seed=9)):
+        found = plan(files, devices=devices, free_ram=ram, options=options)
+        for name, room in found.rooms.items():
+            assert name == RAM or room.need.total <= max(room.free - MARGIN, 0)
+        here = found.rooms[RAM].need.total
+        unified = sum(room.need.total for room in found.rooms.values() if room.is_ram)
+        assert found.ram_needed == here + unified
+        without = plan(files, devices=[], free_ram=ram, options=options)
+        assert found.fits or not without.fits, "a card made a trio that fits unfit"
+        n_unified += unified > 0
+    assert n_unified > 3
+
+
+def test_more_memory_never_offloads_less():
+    for files, options, devices, ram, rng in machines(300, seed=4):
+        before = layers(plan(files, devices=devices, free_ram=ram, options=options))
+        more = list(devices)
+        i, extra = rng.randrange(len(more)), int(rng.uniform(0, 6) * GIB)
+        more[i] = replace(more[i], free=more[i].free + extra)
+        after = layers(plan(files, devices=more, free_ram=ram + extra, options=options))
+        assert all(after[role] >= n for role, n in before.items()), (before, after, more[i].name)
+
+
+def test_large_ins_is_never_below_the_small_ones():
+    n_parts = 0
+    for files, options, devices, ram, _ in machines(200, seed=5):
+        found = plan(files, devices=devices, free_ram=ram, options=options)
+        tiny = a_file("tiny", n_layer=2, n_embd=256)
+        alone = {**files, "small_cpt": tiny, "small_base": tiny}
+        if not any(room.is_ram for room in found.rooms.values()):
+            other = plan(alone, devices=devices, free_ram=ram, options=options)
+            assert layers(other)["large_ins"] == layers(found)["large_ins"]
+        large = found.models["large_ins"]
+        n_parts += 0 < large.n_layers < large.most
+        for role in ("small_cpt", "small_base"):
+            own = found.models[role]
+            if own.n_layers and large.n_layers < large.most:
+                assert own.device != large.device and len(found.rooms) > 2
+    assert n_parts > 20
+
+
+def test_a_model_goes_whole_to_a_card_that_holds_it_and_else_as_far_as_it_fits():
+    for files, options, devices, ram, _ in machines(200, seed=6):
+        found = plan(files, devices=devices, free_ram=ram, options=options)
+        facts = memory.by_role(files, options)["large_ins"]
+        rooms = [d.free - MARGIN for d in devices if d.kind == "GPU"]
+        if not rooms or any(room.is_ram for room in found.rooms.values()):
+            continue
+        n = found.models["large_ins"].n_layers
+        assert n == 0 or facts.on_device(n).total <= max(rooms)
+        assert n == facts.n_layers or facts.on_device(n + 1).total > max(rooms)
+
+
+def test_roles_that_share_a_file_go_together_and_pay_for_it_once():
+    files = {**FAMILIES[0], "small_cpt": FAMILIES[0]["small_base"]}
+    adapter = replace(
+        files["small_base"],
+        path=Path("lora.gguf"),
+        tensors=(TensorInfo("blk.27.attn.weight.lora_a", (1536, 8), "F16", 0, 8 << 20),),
+    )
+    for gib in (1, 2, 4, 12, 24):
+        found = plan(files, devices=[card("CUDA0", gib * GIB)], free_ram=64 * GIB, lora=adapter)
+        cpt, base = found.models["small_cpt"], found.models["small_base"]
+        assert (cpt.device, cpt.n_layers) == (base.device, base.n_layers)
+        assert base.shares == "small_cpt" and cpt.shares is None
+        assert (
+            base.on_device.weights == base.in_ram.weights == 0 < base.on_device.kv + base.in_ram.kv
+        )
+        here = cpt.on_device.weights + cpt.in_ram.weights
+        assert here == files["small_base"].weight_bytes + (8 << 20)
+        assert not cpt.n_layers or cpt.on_device.weights > 8 << 20  # its layer went first
+
+
+def test_what_the_user_fixed_stays_and_the_rest_goes_around_it():
+    devices = [card("CUDA0", 24 * GIB), card("CUDA1", 8 * GIB)]
+    options = {
+        "large_ins": {"n_gpu_layers": 5, "device": "cuda1"},
+        "small_cpt": {"n_gpu_layers": AUTO, "device": "CPU"},
+        "small_base": {},
+    }
+    found = plan(FAMILIES[0], devices=devices, free_ram=64 * GIB, options=options)
+    places = {role: (own.device, own.n_layers) for role, own in found.models.items()}
+    assert places == {
+        "large_ins": ("CUDA1", 5),
+        "small_cpt": ("CPU", 0),
+        "small_base": ("CUDA0", 29),
+    }
+    assert found.load_options("small_cpt") == {"n_gpu_layers": 0, "device": "CPU"}
+    everything = {"large_ins": {"n_gpu_layers": -1, "device": "CUDA1"}}
+    found = plan(FAMILIES[0], devices=devices, free_ram=64 * GIB, options=everything)
+    assert layers(found)["large_ins"] == 49 and not found.fits
+    assert "CUDA1" in found.refusal() and "--gpu-layers auto" in found.refusal()
+    with pytest.raises(ModelError, match="NoSuch.*CUDA0, CUDA1"):
+        plan(
+            FAMILIES[0], devices=devices, free_ram=GIB, options={"large_ins": {"device": "NoSuch"}}
+        )
+
+
+def test_one_card_behind_two_backends_counts_once_and_integrated_ones_come_last():
+    same = [card("CUDA0", 8 * GIB, description="RTX"), card("Vulkan0", 8 * GIB, description="RTX")]
+    found = plan(FAMILIES[1], devices=same, free_ram=64 * GIB)
+    assert list(found.rooms) == [RAM, "CUDA0"]
+    twins = [card("CUDA0", 8 * GIB, description="RTX"), card("CUDA1", 8 * GIB, description="RTX")]
+    assert len(plan(FAMILIES[1], devices=twins, free_ram=64 * GIB).rooms) == 3
+    inside = card("Vulkan0", 30 * GIB, kind="integrated GPU")
+    found = plan(FAMILIES[1], devices=[inside, twins[0]], free_ram=64 * GIB)
+    assert {own.device for own in found.models.values()} == {"CUDA0"}
+    found = plan(FAMILIES[1], devices=[inside], free_ram=64 * GIB)
+    assert {own.device for own in found.models.values()} == {"Vulkan0"} and found.rooms[
+        "Vulkan0"
+    ].is_ram
+
+
+# -- advice -----------------------------------------------------------------------------------
+
+
+def options_of(change):
+    words = change.option.split()
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def test_the_context_advised_fits_and_one_step_more_does_not():
+    n_found = 0
+    for files, options, devices, ram, _ in tight_machines(80, seed=7):
+        found = plan(files, devices=devices, free_ram=ram, options=options)
+        assert bool(found.advice) <= (not found.fits)
+        for change in found.advice:
+            given = options_of(change)
+            if set(given) != {"--n-ctx"}:
+                continue
+
+            def fits(n_ctx, files=files, devices=devices, ram=ram, options=options):
+                own = {role: {**options[role], "n_ctx": n_ctx} for role in ROLES}
+                return plan(files, devices=devices, free_ram=ram, options=own).fits
+
+            n_ctx = int(given["--n-ctx"])
+            assert n_ctx % memory.CTX_STEP == 0 and fits(n_ctx) == change.suffices
+            assert not fits(n_ctx + memory.CTX_STEP)
+            n_found += change.suffices
+    assert n_found > 5
+
+
+def test_advice_saves_what_it_says_and_suffices_where_it_says():
+    seen = set()
+    for files, options, devices, ram, _ in tight_machines(120, seed=8):
+        found = plan(files, devices=devices, free_ram=ram, options=options)
+        before = sum(room.need.total for room in found.rooms.values())
+        for change in found.advice:
+            given, now = options_of(change), options["large_ins"]
+            seen.add((*sorted(given), change.suffices))
+            kind = given.get("--kv-type", now["type_k"])
+            own = {"n_ctx": int(given.get("--n-ctx", now["n_ctx"])), "type_k": kind, "type_v": kind}
+            changed, lora = dict(files), None
+            if "--small-cpt-lora" in given:
+                changed["small_cpt"], lora = (
+                    files["small_base"],
+                    memory.adapter_of(files["small_base"]),
+                )
+            elif change.command is not None:
+                role = max(ROLES, key=lambda role, files=files: files[role].weight_bytes)
+                kind = change.command.split(" --type ")[1].split()[0]
+                smaller = memory.as_quantized(files[role], kind)
+                same = [r for r in ROLES if files[r].path == files[role].path]
+                changed |= dict.fromkeys(same, smaller)
+                assert str(smaller.path) in change.option
+            then = plan(
+                changed,
+                devices=devices,
+                free_ram=ram,
+                options=dict.fromkeys(ROLES, own),
+                lora=lora,
+            )
+            after = sum(room.need.total for room in then.rooms.values())
+            assert then.fits == change.suffices and change.saves >= max(before - after, 1)
+    assert {("--kv-type", True), ("--kv-type", False), ("--n-ctx", True)} <= seen
+    files_given = ("--large-ins", "--small-base", "--small-cpt")
+    assert {(*files_given, True), (*files_given[:2], "--small-cpt-lora", True)} <= seen
+    assert any({"--large-ins", "--n-ctx", True} <= set(one) for one in seen)  # together
+
+
+def test_a_smaller_quantization_is_the_best_that_suffices():
+    files = {
+        role: a_file(role, n_layer=36, n_embd=4096, bits=16, quantized=False) for role in ROLES
+    }
+    full = memory.estimate(files, {}, None)
+    need, size = sum(full.values()), files["large_ins"].weight_bytes
+    for room, name in ((0.6, "q8_0"), (0.45, "q6_k"), (0.4, "q5_k_m"), (0.34, "q4_k_m")):
+        found = plan(files, devices=[], free_ram=int(need - size * (1 - room)))
+        change = next(c for c in found.advice if c.command)
+        assert change.suffices and f"--type {name}" in change.command
+        assert "--requantize" not in change.command and f"large_ins-{name}.gguf" in change.option
+    assert "would do" in found.refusal()
+    hopeless = plan(files, devices=[], free_ram=GIB)
+    assert not any(change.suffices for change in hopeless.advice)
+    assert "smaller trio" in hopeless.refusal()
+
+
+@pytest.mark.parametrize("name", ["q6_k", "q5_k_m", "q4_k_m", "q4_0"])
+def test_sizes_of_quantized_files_are_near_what_llama_cpp_makes(trimix, tmp_path, nano_files, name):
+    source, out = nano_files["large_ins"], tmp_path / "out.gguf"
+    trimix("convert", "quantize", source, out, "--type", name, "--requantize")
+    guess = memory.as_quantized(read_gguf(source), name).weight_bytes
+    assert guess == pytest.approx(read_gguf(out).weight_bytes, rel=0.05)
+
+
+# -- real memory ------------------------------------------------------------------------------
+
+PEAK = """
+import json, re, sys
+from pathlib import Path
+from trimix_gguf import Trio, select_weights
+with Trio.load(**json.loads(sys.argv[1])) as trio:
+    select_weights(trio, trio.prompt(sys.argv[2] * 2))
+    trio.rows()
+    print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+"""
+
+
+def measured_over_estimate(files, **options):
+    """Peak resident memory of a process that scored a prompt, over the estimate."""
+    lora = read_gguf(files["small_cpt_lora"]) if "small_cpt_lora" in files else None
+    read = {role: read_gguf(files.get(role) or files["small_base"]) for role in ROLES}
+    need = memory.estimate(read, dict.fromkeys(ROLES, options), lora)
+    arguments = {**{role: str(path) for role, path in files.items()}, **options}
+    command = [sys.executable, "-c", PEAK, json.dumps(arguments), KAZAKH]
+    peak = int(subprocess.run(command, capture_output=True, check=True).stdout) * 1024
+    return peak / sum(need.values())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_nano_trio_takes_what_was_estimated(nano_files):
+    # Python and its libraries are most of it, and differ by version.
+    assert 0.8 < measured_over_estimate(nano_files, n_ctx=512) < 1.1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_real_trio_takes_what_was_estimated(real_files):
+    assert 0.96 < measured_over_estimate(real_files, n_ctx=2048) < 1.02
+
+
+def test_llama_cpp_allocates_the_weights_and_caches_that_were_counted(trimix):
+    run = trimix("generate", KAZAKH, "-n", "1", "--n-ctx", "300", "--verbose", "--kv-type", "q8_0")
+    log = run.stderr.decode()
+
+    def logged(what):
+        sizes = re.findall(rf"{what} buffer size =\s+([\d.]+) MiB", log)
+        return sum(float(size) for size in sizes) * (1 << 20)
+
+    report = json.loads(trimix("plan", "--n-ctx", "300", "--kv-type", "q8_0", "--json").stdout)
+    ram = report["devices"]["RAM"]
+    assert logged("model") == pytest.approx(ram["weights"], rel=0.01)
+    assert logged("KV") == pytest.approx(ram["kv"], rel=0.01)
+    own = sum(m["in_ram"]["buffers"] for m in report["models"].values())
+    assert 0.7 * own < logged("output") + logged("compute") < 1.01 * own
+
+
+# -- auto, and the command --------------------------------------------------------------------
+
+
+def test_auto_without_a_card_is_no_layers(nano_files):
+    if len([d for d in native.devices() if d.kind != "CPU"]):
+        pytest.skip("this build has a card")
+    files = {role: read_gguf(path) for role, path in nano_files.items()}
+    asked = {"large_ins": {"n_gpu_layers": AUTO}, "small_cpt": {"n_gpu_layers": 3}}
+    placed = place(files, asked, None)
+    assert [placed[role]["n_gpu_layers"] for role in ROLES] == [0, 0, 0]
+    assert place(files, {"small_cpt": {"n_gpu_layers": 3}}, None)["small_cpt"] == {
+        "n_gpu_layers": 3
+    }
+    with Trio.load(**nano_files, n_ctx=64, n_gpu_layers=AUTO, device="CPU") as opened:
+        assert {m.device for m in opened.models.values()} == {"CPU"}
+        assert {m.n_gpu_layers for m in opened.models.values()} == {0}
+    with pytest.raises(ModelError, match="'much'.*'auto'"):
+        Trio.load(**nano_files, n_gpu_layers="much")
+    with pytest.raises(MemoryNeededError, match="--n-ctx"):
+        Trio.load(**nano_files, n_gpu_layers=AUTO, n_ctx=1 << 30)
+
+
+def test_generate_with_auto_says_what_was_chosen_and_answers_the_same(trimix):
+    arguments = ("generate", KAZAKH, "-n", "6", "--temperature", "0", "--weights", "0.1,0.9")
+    auto = trimix(*arguments, "--gpu-layers", "large-ins=auto", "--verbose")
+    assert auto.returncode == 0 and auto.stdout == trimix(*arguments).stdout
+    assert "layers offloaded: large_ins 0" in auto.stderr.decode()
+    wrong = trimix(*arguments, "--gpu-layers", "much")
+    assert wrong.returncode == 2 and b"much" in wrong.stderr
+
+
+def test_plan_for_this_machine_and_doctor_agree(trimix):
+    result = trimix("plan")
+    assert result.returncode == 0 and result.stderr == b""
+    lines = result.stdout.decode().splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == list(ROLES)
+    assert "it fits: --gpu-layers" in lines[-1]
+    report = json.loads(trimix("plan", "--json").stdout)
+    doctor = json.loads(trimix("doctor", "--json").stdout)["trio"]
+    assert report["fits"] and doctor["fits"] == "yes"
+    alone = not any(m["n_gpu_layers"] for m in report["models"].values())
+    assert (doctor["auto layers"] == "all on CPU") == alone
+
+
+def test_plan_for_assumed_cards_whole_in_part_and_not_at_all(trimix):
+    def planned(*arguments):
+        return json.loads(trimix("plan", "--json", "--assume-ram", "8", *arguments).stdout)
+
+    whole = planned("--assume-gpu", "1")
+    assert {m["device"] for m in whole["models"].values()} == {"GPU0"}
+    assert all(m["n_gpu_layers"] == m["n_layers"] for m in whole["models"].values())
+    assert whole["flags"].split() == [
+        "--gpu-layers", "large-ins=8", "--gpu-layers", "small-cpt=6",
+        "--gpu-layers", "small-base=6",
+    ]  # fmt: skip
+    part = planned("--assume-gpu", "0.51", "--assume-gpu", "0.505")
+    assert 0 < part["models"]["large_ins"]["n_gpu_layers"] < 8
+    assert part["models"]["large_ins"]["device"] == "GPU0"
+    assert part["models"]["small_cpt"]["device"] != "GPU0"
+    assert part["devices"]["GPU0"]["needed"] <= part["devices"]["GPU0"]["usable"]
+    none = planned("--assume-gpu", "0.4")
+    assert none["flags"] == "--gpu-layers 0" and none["fits"]
+    fixed = planned("--assume-gpu", "1", "--gpu-layers", "large-ins=2")
+    assert fixed["models"]["large_ins"]["n_gpu_layers"] == 2
+
+
+def test_plan_that_fits_nowhere_advises_and_what_it_advises_fits(trimix):
+    machine = ("--assume-ram", "0.125", "--n-ctx", "16384")
+    result = trimix("plan", *machine)
+    assert result.returncode == 1 and b"RAM" in result.stdout
+    error = result.stderr.decode()
+    assert len(error.strip().splitlines()) == 1 and "would do" in error
+    advised = re.search(r"^ +--n-ctx (\d+)$", result.stdout.decode(), re.M)[1]
+    there = ("plan", "--assume-ram", "0.125", "--n-ctx")
+    assert trimix(*there, advised).returncode == 0
+    assert trimix(*there, int(advised) + 256).returncode == 1
+    report = json.loads(trimix("plan", *machine, "--json").stdout)
+    assert not report["fits"] and any(change["suffices"] for change in report["advice"])
+    none = trimix("plan", "--assume-ram", "0")
+    assert none.returncode == 1 and b"smaller trio" in none.stderr
+
+
+@pytest.mark.parametrize("amount", ["nan", "-1", "inf", "1e30"])
+def test_amounts_that_are_no_memory_are_usage_errors(trimix, amount):
+    result = trimix("plan", "--assume-ram", amount)
+    assert result.returncode == 2 and b"Traceback" not in result.stderr
+
+
+def test_a_device_that_is_not_here_is_one_line(trimix):
+    assert "NoSuchGPU" in one_line_error(trimix("plan", "--device", "NoSuchGPU"))
+    kinds = one_line_error(trimix("plan", "--kv-type", "q9"))
+    assert "q9" in kinds

@@ -319,7 +319,9 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
     }.get(error.status_code, error.detail)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
     return error_response(
-        RequestError(message, status=error.status_code, code=code, headers=error.headers)
+        RequestError(
+            message, status=error.status_code, code=code, headers=error.headers, is_read=False
+        )
     )
 
 

@@ -19,7 +19,7 @@ _RETRY_S = 5
 class RequestError(TrimixError):
     """A request that is refused: HTTP's `status`, the field `param` that is at fault, a `code`.
 
-    `is_read` is whether all of it had come by then.
+    `is_read` is whether its body had come by then.
     """
 
     def __init__(
@@ -65,7 +65,9 @@ def error_json(error: RequestError) -> dict[str, Any]:
 def error_response(error: RequestError) -> Response:
     """The whole answer to a request that is refused."""
     kind = Response if error.is_read else _LastWords
-    headers = dict(error.headers) if error.is_read else {**error.headers, "Connection": "close"}
+    headers = dict(error.headers)
+    if error.status in (408, 413):  # the rest is not waited for
+        headers["Connection"] = "close"
     return kind(
         json.dumps(error_json(error), ensure_ascii=False),
         status_code=error.status,

@@ -20,7 +20,7 @@ async def read_json(request: Request, *, most_bytes: int, timeout_s: float) -> A
     The limit holds while it comes: no more than `most_bytes` of it are ever kept.
     """
     if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise RequestError("the body is compressed; send it as it is", status=415)
+        raise RequestError("the body is compressed; send it as it is", status=415, is_read=False)
     declared = request.headers.get("content-length", "0")
     if not declared.isdecimal() or int(declared[:20]) > most_bytes:
         raise _too_long(most_bytes, is_read=False)

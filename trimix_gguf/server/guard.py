@@ -75,12 +75,14 @@ class Guard:
                 f"this server answers to localhost, not to {host[:80]!r}",
                 status=403,
                 code="host_not_allowed",
+                is_read=False,
             )
         if origin is not None and not shared and origin.partition("://")[2] != host:
             raise RequestError(
                 f"pages of {origin[:80]!r} may not use this server; --cors allows an origin",
                 status=403,
                 code="origin_not_allowed",
+                is_read=False,
             )
 
     def _check_key(self, headers: Headers) -> None:
@@ -94,6 +96,7 @@ class Guard:
                 "the API key is missing or wrong; send it as Authorization: Bearer KEY",
                 status=401,
                 code="invalid_api_key",
+                is_read=False,
                 headers={"WWW-Authenticate": "Bearer"},
             )
 

@@ -185,8 +185,9 @@ def test_refusals_are_one_line(trio):
         with pytest.raises(PromptError, match=words) as caught:
             chat_prompt(trio, twice, template=template)
         assert "\n" not in str(caught.value)
-    for messages in ([], [{"role": "tool", "content": "a"}], [{"role": "user"}]):
-        with pytest.raises(PromptError, match="expected|no message"):
+    half = [{"role": "user", "content": "\ud83d"}]
+    for messages in ([], [{"role": "tool", "content": "a"}], [{"role": "user"}], half):
+        with pytest.raises(PromptError, match="expected|no message|surrogate"):
             chat_prompt(trio, messages)
 
 

@@ -314,6 +314,7 @@ def test_answers_of_other_models_are_read_as_text(kept, tmp_path):
         '{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "a"}]}',
         '{"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "a"}]}',
         '{"messages": [], "weights": {"alpha": "much"}}',
+        '{"messages": [{"role": "system", "content": "\\ud83d"}]}',
     ],
 )
 def test_files_that_are_no_conversation_are_refused(kept, tmp_path, text):

@@ -168,6 +168,8 @@ def _checked(
                 f"message {i + 1} has role {role!r} and {type(text).__name__} content; "
                 "expected system, user or assistant, and text"
             )
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise PromptError(f"message {i + 1} holds half a surrogate pair; send it as UTF-8")
         known = answers.get(i)
         ids = None if known is None else tuple(known)
         text = model.normalize(text) if ids is None else text

@@ -283,6 +283,7 @@ def _exchanges(messages: list[dict[str, Any]], n_vocab: int) -> tuple[str, list[
     expected = ["user", "assistant"] * (len(messages) // 2)
     if roles != expected or not all(isinstance(c, str) for c in (system, *contents)):
         raise ValueError("messages that are no questions and answers")
+    "".join((system, *contents)).encode()  # UnicodeEncodeError, a ValueError, for half a pair
     exchanges = []
     for question, answer in zip(messages[::2], messages[1::2], strict=True):
         ids = answer.get("ids") if n_vocab else None

@@ -40,7 +40,7 @@ def print_why(conversation: Any) -> None:
     print(f"alpha {weights['alpha']:.3g}, beta {weights['beta']:.3g}, {len(rows)} tokens")
     for role in sorted(roles, key=lambda role: -drawn[role]):
         share = f"{100 * drawn[role] / total:.0f} % of the pull"
-        print(f"{role} spoke {n_led[role]} times, {share}")
+        print(f"{role}: spoke {n_led[role]} of {len(rows)} tokens, {share}")
     print("pull: a model's coefficient times ln(its probability / chance); the highest spoke")
     sys.stdout.flush()
 

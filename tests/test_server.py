@@ -119,6 +119,16 @@ def test_curl_gets_an_answer_and_a_stream(server):
     assert len({part["id"] for part in parts}) == 1
 
 
+def test_a_stream_has_no_line_ends_but_its_own(server):
+    """Clients that cut text as str.splitlines does found halves of JSON."""
+    prompt = "бір\u2028екі\u0085үш\u2029төрт\nбес"
+    body = {"prompt": prompt, "echo": True, "max_tokens": 1, "stream": True, **ENDLESS}
+    lines = server.post("/v1/completions", body).text.splitlines()
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert all(line == "" or line.startswith("data: ") for line in lines)
+    assert chunks[0]["choices"][0]["text"] == prompt
+
+
 @pytest.mark.skipif(shutil.which("llm") is None, reason="the llm command is not installed")
 def test_llm_command_answers(server, tmp_path, monkeypatch):
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
@@ -349,18 +359,39 @@ def is_idle(metrics):
     return metrics["trimix_requests_running"] == metrics["trimix_requests_waiting"] == 0
 
 
+def is_running(metrics):
+    return metrics["trimix_requests_running"] == 1
+
+
+def post_head(path, body):
+    lines = (f"POST {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}", "", "")
+    return "\r\n".join(lines).encode()
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_leaves_frees_the_place(server, stream):
     key = 'trimix_requests_finished_total{reason="cancelled"}'
     before = server.wait_until(is_idle).get(key, 0)
     body = json.dumps({"prompt": KAZAKH, "max_tokens": 4000, "stream": stream, **ENDLESS}).encode()
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
-        connection.sendall(head.encode() + b"\r\n\r\n" + body)
-        server.wait_until(lambda m: m["trimix_requests_running"] == 1)
+        connection.sendall(post_head("/v1/completions", body) + body)
+        server.wait_until(is_running)
         if stream:
             assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
     assert server.wait_until(is_idle)[key] == before + 1
+
+
+def test_who_reads_nothing_holds_no_place_for_ever():
+    body = {"prompt": KAZAKH, "max_tokens": 8000, "stream": True, "logprobs": 20, **ENDLESS}
+    raw = json.dumps(body).encode()
+    with serving("--n-ctx", 8192, "--timeout", 4, "--read-timeout", 1) as served:
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", served.port))
+            connection.sendall(post_head("/v1/completions", raw) + raw)
+            served.wait_until(is_running)
+            ended = served.wait_until(is_idle)
+        assert ended['trimix_requests_finished_total{reason="cancelled"}'] == 1
 
 
 def test_too_many_are_told_to_come_again_and_time_is_limited():
@@ -368,7 +399,7 @@ def test_too_many_are_told_to_come_again_and_time_is_limited():
     with serving("--n-ctx", 8192, "--parallel", 1, "--queue", 0, "--timeout", 2) as served:
         with ThreadPoolExecutor(1) as pool:
             streamed = pool.submit(served.post, "/v1/completions", {**long, "stream": True})
-            served.wait_until(lambda m: m["trimix_requests_running"] == 1)
+            served.wait_until(is_running)
             refused = served.post("/v1/completions", {"prompt": "a", "max_tokens": 1})
             assert error_of(refused, 429)["code"] == "queue_full"
             assert int(refused.headers["retry-after"]) > 0
@@ -566,10 +597,6 @@ def test_what_runs_has_its_time_to_end(sent, drain, n, code):
         assert events[-1] == "[DONE]"
     else:
         assert json.loads(events[-1])["error"]["code"] == "shutting_down"
-
-
-def is_running(metrics):
-    return metrics["trimix_requests_running"] == 1
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")

@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ _PAGE_POLICY = (
     "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+# Clients that cut a stream into lines may cut it here too; JSON lets these stand unescaped.
+_LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 
 class Api:
@@ -136,7 +138,7 @@ class Api:
         if call.stream:
             chunks = self._stream(jobs, call, answer)
             # Headers go out once there is something to say: until then a failure has its status.
-            return _EventStream(await anext(chunks), chunks)
+            return _EventStream(await anext(chunks), chunks, stall_s=self._read_timeout_s)
         async for _ in self._events(jobs, answer):
             pass
         return JSONResponse(answer.body())
@@ -265,23 +267,28 @@ class Api:
 
 
 class _EventStream(Response):
-    """A response in parts that come one by one."""
+    """A response in parts that come one by one, for a client that reads some within `stall_s`."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], *, stall_s: float) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._first, self._rest = first, rest
+        self._first, self._rest, self._stall_s = first, rest, stall_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def tell(part: bytes, more: bool = True) -> None:
+            async with asyncio.timeout(self._stall_s):
+                await send({"type": "http.response.body", "body": part, "more_body": more})
+
         start = {"type": "http.response.start", "status": self.status_code}
-        async with aclosing(self._rest) as rest:
-            await send({**start, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": self._first, "more_body": True})
-            async for part in rest:
-                await send({"type": "http.response.body", "body": part, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
+        with suppress(TimeoutError):  # uvicorn hangs up where a response ends too early
+            async with aclosing(self._rest) as rest:
+                await send({**start, "headers": self.raw_headers})
+                await tell(self._first)
+                async for part in rest:
+                    await tell(part)
+            await tell(b"", more=False)
 
 
 class _Count:
@@ -302,7 +309,7 @@ class _Count:
 
 def _sse(value: dict[str, Any]) -> bytes:
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return f"data: {text}\n\n".encode()
+    return f"data: {text.translate(_LINE_ENDS)}\n\n".encode()
 
 
 async def _refused(_: Request, error: Exception) -> Response:

@@ -69,7 +69,8 @@ class Jobs:
         self.end(ClientDisconnect())
 
     def end(self, error: Exception) -> None:
-        """Have events() raise `error` after those that have come so far."""
+        """Cancel the jobs; have events() raise `error` after what has come so far."""
+        self._cancel()  # here, for who reads the events may wait for a client that reads nothing
         self._queue.put_nowait(error)
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
@@ -90,9 +91,12 @@ class Jobs:
 
     def close(self) -> None:
         """Cancel what has not ended."""
-        self._closed = True
         self._timer.cancel()
         self._watcher.cancel()
+        self._cancel()
+
+    def _cancel(self) -> None:
+        self._closed = True
         for job in list(self._jobs):
             job.cancel()
 

@@ -102,11 +102,20 @@ class Browser:
         """Entries since the last call: of the page's console ('browser'), or 'performance'."""
         return self._call("POST", "/se/log", type=kind)
 
-    def requested(self):
-        """Addresses that were asked for since the last call, by the page or on its behalf."""
+    def requests(self):
+        """(address, body that was sent or None, id) of each request since the last call."""
         entries = [json.loads(entry["message"])["message"] for entry in self.log("performance")]
         sent = [e["params"] for e in entries if e["method"] == "Network.requestWillBeSent"]
-        return [parameters["request"]["url"] for parameters in sent]
+        return [
+            (p["request"]["url"], p["request"].get("postData"), p["requestId"])
+            for p in sent
+            if p["request"]["url"].partition(":")[0] not in ("chrome", "data")
+        ]
+
+    def response(self, request):
+        """The body that came for a request of this page, by its id."""
+        found = self.cdp("Network.getResponseBody", requestId=request)
+        return base64.b64decode(found["body"]).decode() if found["base64Encoded"] else found["body"]
 
 
 @contextmanager
@@ -116,7 +125,11 @@ def browser(profile):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as driver:
         session = None
         try:
-            port = next(m[1] for line in driver.stdout if (m := re.search(rb"successfully on port (\d+)", line)))
+            port = next(
+                m[1]
+                for line in driver.stdout
+                if (m := re.search(rb"successfully on port (\d+)", line))
+            )
             address = f"http://127.0.0.1:{int(port)}"
             options = {"args": [*_FLAGS, f"--user-data-dir={profile}"], "binary": BROWSER}
             wanted = {

@@ -22,9 +22,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from trimix_gguf.bundle import export_trio, import_trio
-from trimix_gguf.store import resolve, verify
-from trimix_gguf.triofile import FILENAME, TrioFile
+from trimix_gguf.trios.bundle import export_trio, import_trio
+from trimix_gguf.trios.store import resolve, verify
+from trimix_gguf.trios.triofile import FILENAME, TrioFile
 
 # What a run does to files, by the names of Python's functions for it.
 OPERATIONS = frozenset(
@@ -33,7 +33,7 @@ OPERATIONS = frozenset(
 )
 FORMS = ("export to a tar", "export to a folder", "import of a tar", "import of a folder")
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["trimix_gguf.bundle"])
+_processes.set_forkserver_preload(["trimix_gguf.trios.bundle"])
 
 
 def run(form: str, source: str, target: str, kill_at: int = 0) -> int:

@@ -19,9 +19,9 @@ from hf_checkpoint import checkpoint_folder
 from hub_server import Asked, Hub
 
 from trimix_gguf.convert.hf import convert_hf
-from trimix_gguf.store import sha256_of
 from trimix_gguf.trio import NANO
-from trimix_gguf.triofile import FILENAME, TrioFile
+from trimix_gguf.trios.store import sha256_of
+from trimix_gguf.trios.triofile import FILENAME, TrioFile
 
 TRIO = """version = 1
 name = "kk"

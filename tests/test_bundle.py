@@ -16,11 +16,11 @@ import psutil
 import pytest
 from conftest import KAZAKH
 
-from trimix_gguf import bundle_files, store
-from trimix_gguf.bundle import export_trio, import_trio
 from trimix_gguf.errors import TrioFileError
 from trimix_gguf.fusion import ROLES
-from trimix_gguf.triofile import ModelEntry, TrioFile, to_toml
+from trimix_gguf.trios import bundle_files, store
+from trimix_gguf.trios.bundle import export_trio, import_trio
+from trimix_gguf.trios.triofile import ModelEntry, TrioFile, to_toml
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from kills import FORMS, kill_many  # noqa: E402

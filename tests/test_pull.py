@@ -22,11 +22,11 @@ from trimix_gguf.convert.hf import convert_hf
 from trimix_gguf.convert.lora import convert_lora
 from trimix_gguf.errors import TrimixError
 from trimix_gguf.gguf_file import read_gguf
-from trimix_gguf.hub import N_TRIES
-from trimix_gguf.pull_plan import plan_pull
-from trimix_gguf.pulling import pull
-from trimix_gguf.store import sha256_of
-from trimix_gguf.triofile import TrioFile
+from trimix_gguf.trios.hub import N_TRIES
+from trimix_gguf.trios.pull_plan import plan_pull
+from trimix_gguf.trios.pulling import pull
+from trimix_gguf.trios.store import sha256_of
+from trimix_gguf.trios.triofile import TrioFile
 
 ROLES = ("large_ins", "small_cpt", "small_base")
 REPO = "kk/nano-GGUF"
@@ -269,7 +269,7 @@ def here(person, hub, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr("trimix_gguf.hub.PAUSES", (0.0,))
+    monkeypatch.setattr("trimix_gguf.trios.hub.PAUSES", (0.0,))
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from served import ENDLESS, serving
 
 from trimix_gguf import Weights, score
 from trimix_gguf.fusion import METHODS
-from trimix_gguf.triofile import ModelEntry, TrioFile
+from trimix_gguf.trios.triofile import ModelEntry, TrioFile
 
 TEXTS = [
     "Қазақстан Республикасының Үкіметі",

@@ -11,11 +11,11 @@ from dataclasses import replace
 import pytest
 from conftest import KAZAKH
 
-from trimix_gguf import store
 from trimix_gguf.errors import ModelFileError, TrioFileError
 from trimix_gguf.fusion import ROLES
 from trimix_gguf.trio import NANO
-from trimix_gguf.triofile import ModelEntry, TrioFile, parse_trio, to_toml
+from trimix_gguf.trios import store
+from trimix_gguf.trios.triofile import ModelEntry, TrioFile, parse_trio, to_toml
 
 
 @pytest.fixture

@@ -16,9 +16,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     "errors", "fusion", "gguf_file", "vocabulary", "memory", "native", "scoring", "sampling",
     "prompt", "model", "placement", "planner", "trio", "branches", "selection", "prompt_cache",
-    "speculative", "costs", "generation", "chat", "conversation", "request", "batching", "triofile",
-    "store", "bundle_files", "bundle", "hub", "pull_plan", "pulling", "bench", "evaluation",
-    "server", "cli",
+    "speculative", "costs", "generation", "chat", "conversation", "request", "batching", "trios",
+    "bench", "evaluation", "server", "cli",
 ]  # fmt: skip
 
 
@@ -36,7 +35,7 @@ def imported_layers(path):
                 yield parts[1]
 
 
-FOLDERS = {"evaluation", "server", "cli"}
+FOLDERS = {"trios", "evaluation", "server", "cli"}
 
 
 @pytest.mark.parametrize("layer", [name for name in LAYERS if name != "cli"])

@@ -9,7 +9,7 @@ import pytest
 from trimix_gguf import Weights
 from trimix_gguf.errors import TrioFileError
 from trimix_gguf.fusion import METHODS, ROLES
-from trimix_gguf.triofile import CHOOSING, ModelEntry, TrioFile, check_name, parse_trio
+from trimix_gguf.trios.triofile import CHOOSING, ModelEntry, TrioFile, check_name, parse_trio
 
 TOP = 'version = 1\nname = "a"\n'
 MODELS = "[models.large_ins]\n[models.small_base]\n[models.small_cpt]\n"

@@ -75,7 +75,7 @@ def named_trio(options: dict[str, Any]) -> Any:
 
     Takes nothing out of `options`. What it says of weights is for the command to follow.
     """
-    from trimix_gguf.store import SHIPPED, resolve
+    from trimix_gguf.trios.store import SHIPPED, resolve
 
     name = options.get("trio")
     if any(options.get(role) is not None for role in _FILES):

@@ -24,9 +24,9 @@ def pull(trio: str, name: str | None, quantization: str | None, yes: bool, force
     """
     from rich.filesize import decimal
 
-    from trimix_gguf.pull_plan import check_room, find_manifest, plan_pull
-    from trimix_gguf.pulling import clear_work
-    from trimix_gguf.pulling import pull as run
+    from trimix_gguf.trios.pull_plan import check_room, find_manifest, plan_pull
+    from trimix_gguf.trios.pulling import clear_work
+    from trimix_gguf.trios.pulling import pull as run
 
     manifest = find_manifest(trio)
     plan = plan_pull(manifest, name=name, quantization=quantization, notify=_say)

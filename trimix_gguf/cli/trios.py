@@ -15,7 +15,7 @@ from trimix_gguf.cli.options import byte_progress
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: all there is.")
 def list_trios(every: bool, as_json: bool) -> None:
     """Name the trios that are here, and those that `trimix pull` can fetch."""
-    from trimix_gguf.store import SHIPPED, installed, presets
+    from trimix_gguf.trios.store import SHIPPED, installed, presets
 
     here = [_summary(name) for name in [SHIPPED, *installed()]]
     known = list(presets().values())
@@ -39,7 +39,7 @@ def list_trios(every: bool, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
 def show(trio: str, as_json: bool) -> None:
     """Show a trio: its settings, its models, where they are from and whether they are here."""
-    from trimix_gguf.store import installed, presets, resolve
+    from trimix_gguf.trios.store import installed, presets, resolve
 
     known = presets()
     found = known[trio].trio if trio in known and trio not in installed() else resolve(trio)
@@ -52,8 +52,8 @@ def show(trio: str, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
 def verify(trio: str, as_json: bool) -> None:
     """Compare every file of a trio with its SHA-256 (exit 1 where one is missing or altered)."""
-    from trimix_gguf import store
     from trimix_gguf.errors import TrioFileError
+    from trimix_gguf.trios import store
 
     found = store.resolve(trio)
     with byte_progress("Reading") as progress:
@@ -73,7 +73,7 @@ def verify(trio: str, as_json: bool) -> None:
 @click.argument("name")
 def remove(name: str) -> None:
     """Delete a trio that was pulled or imported."""
-    from trimix_gguf import store
+    from trimix_gguf.trios import store
 
     store.remove(name)
     print(f"{name} is gone", file=sys.stderr)
@@ -87,8 +87,8 @@ def export_(trio: str, target: str) -> None:
 
     Its files go with their SHA-256. An export that was stopped is completed by the same command.
     """
-    from trimix_gguf.bundle import export_trio
-    from trimix_gguf.store import resolve
+    from trimix_gguf.trios.bundle import export_trio
+    from trimix_gguf.trios.store import resolve
 
     with byte_progress("Exporting") as progress:
         export_trio(resolve(trio), Path(target), progress=progress)
@@ -100,7 +100,7 @@ def export_(trio: str, target: str) -> None:
 @click.option("--name", metavar="NAME", help="What to call it here; default: its own name.")
 def import_(source: str, name: str | None) -> None:
     """Install an exported trio; it is there once every file was compared with its SHA-256."""
-    from trimix_gguf.bundle import import_trio
+    from trimix_gguf.trios.bundle import import_trio
 
     with byte_progress("Importing") as progress:
         trio = import_trio(Path(source), name=name, progress=progress)
@@ -114,7 +114,7 @@ def import_(source: str, name: str | None) -> None:
 def _summary(name: str) -> dict[str, Any]:
     """An installed trio in a line of the list; a damaged one says what is wrong."""
     from trimix_gguf.errors import TrioFileError
-    from trimix_gguf.store import resolve
+    from trimix_gguf.trios.store import resolve
 
     try:
         trio = resolve(name)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.hub import client_errors, explain
+from trimix_gguf.trios.hub import client_errors, explain
 
 Row = tuple[str, dict[str, Any]]  # its place ("…/test.tsv:12"), its fields
 Fields = Mapping[str, Any]  # name -> its type, or a union of types

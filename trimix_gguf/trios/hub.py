@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trimix_gguf.errors import HubError
-from trimix_gguf.store import sha256_of
+from trimix_gguf.trios.store import sha256_of
 
 Progress = Callable[[str, int, int], None]  # file or tensor name, bytes done, bytes in all
 Notify = Callable[[str], None]  # a line for the person who waits

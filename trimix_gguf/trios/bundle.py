@@ -17,7 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from trimix_gguf.bundle_files import (
+from trimix_gguf.convert.output import temporary_file
+from trimix_gguf.errors import TrioFileError
+from trimix_gguf.trios.bundle_files import (
     FLAWS,
     TAR,
     Advance,
@@ -30,9 +32,7 @@ from trimix_gguf.bundle_files import (
     refuse_altered,
     write_file,
 )
-from trimix_gguf.convert.output import temporary_file
-from trimix_gguf.errors import TrioFileError
-from trimix_gguf.store import (
+from trimix_gguf.trios.store import (
     SHIPPED,
     Progress,
     clear_leftovers,
@@ -41,7 +41,14 @@ from trimix_gguf.store import (
     temporary_folder,
     trios_folder,
 )
-from trimix_gguf.triofile import FILENAME, MOST_BYTES, TrioFile, is_inside, parse_trio, to_toml
+from trimix_gguf.trios.triofile import (
+    FILENAME,
+    MOST_BYTES,
+    TrioFile,
+    is_inside,
+    parse_trio,
+    to_toml,
+)
 
 _MARK = ".trio-export"  # in a folder: an export to it is under way, or was cut off
 

@@ -18,9 +18,9 @@ from typing import Any
 from trimix_gguf import memory
 from trimix_gguf.errors import HubError, MemoryNeededError, TrioFileError
 from trimix_gguf.fusion import ROLES
-from trimix_gguf.hub import Notify, RemoteFile, Repository, check_access, read_repository
-from trimix_gguf.store import SHIPPED, installed, installed_folder, presets
-from trimix_gguf.triofile import FILENAME, ModelEntry, TrioFile, check_name
+from trimix_gguf.trios.hub import Notify, RemoteFile, Repository, check_access, read_repository
+from trimix_gguf.trios.store import SHIPPED, installed, installed_folder, presets
+from trimix_gguf.trios.triofile import FILENAME, ModelEntry, TrioFile, check_name
 
 WORK = ".pull"
 # What the converter reads beside the weights.

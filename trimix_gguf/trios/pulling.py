@@ -15,10 +15,10 @@ from typing import Any
 
 from trimix_gguf.errors import HubError, TrioFileError
 from trimix_gguf.gguf_file import read_gguf
-from trimix_gguf.hub import Notify, Progress, fetch, read_repository
-from trimix_gguf.pull_plan import WORK, Part, Plan
-from trimix_gguf.store import sha256_of
-from trimix_gguf.triofile import TrioFile
+from trimix_gguf.trios.hub import Notify, Progress, fetch, read_repository
+from trimix_gguf.trios.pull_plan import WORK, Part, Plan
+from trimix_gguf.trios.store import sha256_of
+from trimix_gguf.trios.triofile import TrioFile
 from trimix_gguf.vocabulary import check_contract
 
 

@@ -15,8 +15,8 @@ import psutil
 
 from trimix_gguf.convert.output import temporary_file
 from trimix_gguf.errors import TrioFileError
-from trimix_gguf.store import CHUNK, Progress
-from trimix_gguf.triofile import FILENAME
+from trimix_gguf.trios.store import CHUNK, Progress
+from trimix_gguf.trios.triofile import FILENAME
 
 TAR = ".tar"
 FAT32_LIMIT = 1 << 32  # a file there has fewer bytes

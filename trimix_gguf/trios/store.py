@@ -17,12 +17,12 @@ import psutil
 from trimix_gguf.errors import TrioFileError
 from trimix_gguf.fusion import ROLES
 from trimix_gguf.trio import NANO, trio_paths
-from trimix_gguf.triofile import FILENAME, ModelEntry, TrioFile, check_name
+from trimix_gguf.trios.triofile import FILENAME, ModelEntry, TrioFile, check_name
 
 Progress = Callable[[str, int, int], None]  # what is read, bytes done, bytes in all
 
 SHIPPED = "nano"
-PRESETS = Path(__file__).parent / "presets" / "presets.toml"
+PRESETS = Path(__file__).parent / "presets.toml"
 CHUNK = 1 << 20  # bytes read at once
 _TEMPORARY = re.compile(r"\.(?:import|remove)-(\d+)-(\d+)-")
 

@@ -221,7 +221,8 @@ def test_every_control_has_a_name_and_the_keyboard_reaches_it(page):
     ask(page, KAZAKH)
     page.click("summary")
     page.wait("return document.querySelector('[type=range]')")
-    for state in ("", "openSettings()"):
+    choose = "document.querySelector('[value={}]').click()"
+    for state in ("", "openSettings()", choose.format("fixed"), choose.format("alone")):
         page.run(state)
         nodes = page.cdp("Accessibility.getFullAXTree")["nodes"]
         kinds = {

@@ -22,7 +22,7 @@ from trimix_gguf.cli.options import named_trio, open_trio, trio_options
 )
 @click.option(
     "--parallel",
-    type=click.IntRange(1, 256),
+    type=click.IntRange(1, 31),
     default=8,
     show_default=True,
     help="Answers at once; they share --n-ctx tokens.",

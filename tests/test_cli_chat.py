@@ -5,6 +5,7 @@ import json
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,8 @@ import pytest
 from conftest import KAZAKH
 from test_cli import one_line_error
 
-from trimix_gguf import Trio
+from trimix_gguf import Trio, Weights
+from trimix_gguf.cli.chat import _Session
 from trimix_gguf.conversation import Conversation
 
 ANSWERS = ("-n", "8", "--seed", "5", "--threads", "1")
@@ -252,6 +254,28 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(terminal, endless, tmp_path):
     saved = json.loads(path.read_text("utf-8"))["messages"]
     assert [m["content"] for m in saved[::2]] == ["Сәлем", "Қалайсыз?"]
     assert all(m["content"] and m["ids"] for m in saved[1::2])
+
+
+def test_ctrl_c_amid_decoding_waits_so_that_the_caches_stay(trio, monkeypatch, capsys):
+    session = _Session(Conversation(trio, max_tokens=30, weights=Weights(0.1, 0.9), seed=1))
+    session.by_hand = True
+    model, n = trio.models["small_cpt"], 0
+
+    def interrupted(entries, decode=model._decode):
+        nonlocal n
+        rows, n = decode(entries), n + 1
+        if n == 5:
+            signal.raise_signal(signal.SIGINT)
+        return rows
+
+    trio.forget()
+    monkeypatch.setattr(model, "_decode", interrupted)
+    session.answer(session.conversation.say, KAZAKH)
+    assert "stopped; what was said is kept" in capsys.readouterr().err
+    (exchange,) = session.conversation.exchanges
+    held = trio.ids["small_cpt"][-len(exchange.ids) :]
+    assert exchange.ids and n < 30 and list(exchange.ids)[:-1] == held[1:]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_sigterm_ends_it(terminal):

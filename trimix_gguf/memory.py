@@ -15,8 +15,8 @@ N_CTX = 2048  # positions of a context, where none are asked for
 N_WINDOW = 32  # most rows of logits held at once
 N_BATCH = 128  # tokens read at once where only the last row is wanted
 CTX_STEP = 256  # llama.cpp rounds a context up to a multiple of it
-# Python, NumPy, llama.cpp's code and what scoring works with: 60 to 65 MiB in four trios.
-_BASE = 64 << 20
+# Python, NumPy, llama.cpp's code and what scoring works with: about 50 MiB in four trios.
+_BASE = 52 << 20
 # llama.cpp's tokenizer: a token in three tables, a merge in one. Fitted to those trios too.
 _TOKEN, _MERGE = 240, 270
 # Types that llama.cpp's CPU code rearranges for products, by ggml-cpu/repack.cpp: on ARM more.

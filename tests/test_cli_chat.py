@@ -17,6 +17,7 @@ from test_cli import one_line_error
 from trimix_gguf import Trio, Weights
 from trimix_gguf.cli.chat import _Session
 from trimix_gguf.conversation import Conversation
+from trimix_gguf.trios.triofile import ModelEntry, TrioFile
 
 ANSWERS = ("-n", "8", "--seed", "5", "--threads", "1")
 pty = pytest.importorskip("pty", reason="needs terminals")
@@ -299,3 +300,12 @@ def test_real_models_chat(trimix, real_files, tmp_path):
     assert "Paris" in first and "Rome" in second and "<|" not in first + second
     ids = [m["ids"] for m in json.loads(path.read_text("utf-8"))["messages"] if "ids" in m]
     assert len(ids) == 2 and all(ids)
+
+
+def test_the_chat_template_of_a_trio_file_is_followed(trimix, tmp_path, nano_files):
+    template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}<assistant> "
+    models = {role: ModelEntry(str(path)) for role, path in nano_files.items()}
+    TrioFile(tmp_path, "own", models, chat_template=template).write()
+    result = trimix("chat", *ANSWERS, "--trio", tmp_path, "--n-ctx", 512, stdin=lines(KAZAKH))
+    (own,) = in_python(KAZAKH, template=template)
+    assert result.stdout.decode() == f"{own}\n" != f"{in_python(KAZAKH)[0]}\n"

@@ -208,9 +208,8 @@ class Api:
         return JSONResponse(self._model())
 
     def _model(self) -> dict[str, Any]:
-        fixed = self._mix.get(
-            "weights"
-        )  # of requests that name none; else each prompt chooses its own
+        # Of requests that name none; without, each prompt chooses its own.
+        fixed = self._mix.get("weights")
         return {
             "id": self._name,
             "object": "model",

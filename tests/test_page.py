@@ -233,5 +233,11 @@ def test_a_key_is_asked_for_a_busy_server_waited_for_and_a_trios_weights_kept(wi
             window.click(".retry button")
             if "name" in (answer := ended(window))["end"]:
                 break
-        assert answer["text"] and answer["mix"]["weights"]["alpha"] == 0.3
+        assert answer["text"]
+        weights = {"alpha": 0.3, "beta": 0.9, "method": "fixed"}
+        assert answer["mix"]["weights"] == weights and window.run("return settings.mix") == "fixed"
+        window.click("#open-settings")
+        window.click("[value=auto]")
+        window.click("#settings button.main")
+        assert ask(window, KAZAKH, n=2)["mix"]["weights"]["method"] == "ppl"
     window.log("browser")  # Chromium itself notes what was refused

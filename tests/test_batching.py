@@ -36,8 +36,8 @@ def batcher(trio):
     opened.close()
 
 
-def ask(batcher, requests):
-    """Submit all at once; the events of each, once every one has ended."""
+def ask(batcher, requests, cancelled=()):
+    """Submit all at once, and cancel some; the events of each, once every one has ended."""
     events, ended = [[] for _ in requests], queue.Queue()
 
     def listener(i):
@@ -48,8 +48,9 @@ def ask(batcher, requests):
 
         return on_event
 
-    for i, request in enumerate(requests):
-        batcher.submit(request, listener(i))
+    jobs = [batcher.submit(request, listener(i)) for i, request in enumerate(requests)]
+    for i in cancelled:
+        jobs[i].cancel()
     for _ in requests:
         ended.get(timeout=120)
     return events
@@ -328,21 +329,7 @@ def test_any_mixture_of_requests_gives_each_its_own_text(trio):
         requests.append(Request(prompt, weights, sampling=GREEDY, max_tokens=n, n_top=4))
     expected = [ids_alone(trio, request) for request in requests]
     batcher = Batcher(trio, n_parallel=5, n_queue=64)
-    events, ended = [[] for _ in requests], queue.Queue()
-
-    def listener(i):
-        def on_event(event):
-            events[i].append(event)
-            if event.finish_reason is not None or event.error is not None:
-                ended.put(i)
-
-        return on_event
-
-    jobs = [batcher.submit(request, listener(i)) for i, request in enumerate(requests)]
-    for i in rng.sample(range(len(jobs)), 8):
-        jobs[i].cancel()
-    for _ in jobs:
-        ended.get(timeout=120)
+    events = ask(batcher, requests, cancelled=rng.sample(range(len(requests)), 8))
     batcher.close()
     for i, own in enumerate(events):
         assert own[-1].error is None

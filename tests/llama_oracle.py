@@ -1,7 +1,9 @@
 """llama.cpp's own logits of a GGUF, as exact as it gives them."""
 
-import llama_cpp
 import numpy as np
+
+# Imported whole, llama_cpp takes llama.cpp's log over, and cannot decode all of it.
+from trimix_gguf.native import lib as llama_cpp
 
 
 def load(path, **options):

@@ -239,6 +239,35 @@ def test_requests_beyond_the_room_wait_and_all_are_answered(trio):
     assert all(events[-1].n_tokens == 60 for events in found)
 
 
+def test_where_every_branch_is_taken_the_kept_one_goes_on_itself():
+    """Bug: it was forgotten to make room for its own fork, and the engine stopped."""
+    with Trio.nano(n_ctx=2048, n_window=8, n_threads=2) as small:
+        batcher = Batcher(small, n_parallel=7)
+        prompt = small.prompt(TEXTS[3])
+        (want,) = ask(batcher, [Request(prompt, Weights(0, 1), sampling=GREEDY, max_tokens=5)])
+        started = queue.Queue()
+        jobs = []
+        for token in range(20, 26):
+            long = Request(
+                Prompt((Segment.of([token]),)),
+                Weights(0, 1),
+                sampling={**GREEDY, "logit_bias": dict.fromkeys(small.end_of_generation, -100.0)},
+                max_tokens=240,
+            )
+            jobs.append(batcher.submit(long, started.put))
+        while batcher.statistics().n_running < 6:
+            started.get(timeout=60)
+        for _ in range(12):
+            started.get(timeout=60)
+        (again,) = ask(batcher, [Request(prompt, Weights(0, 1), sampling=GREEDY, max_tokens=5)])
+        assert batcher.statistics().n_running == 6  # all branches were in use
+        for job in jobs:
+            job.cancel()
+        batcher.close()
+    assert text_of(again) == text_of(want)
+    assert again[0].n_cached == prompt.n_tokens() - 1
+
+
 def test_an_answer_ends_where_the_context_is_full(trio, batcher):
     prompt = trio.prompt(TEXTS[0])
     (events,) = ask(batcher, [Request(prompt, Weights(0, 1), sampling=GREEDY, max_tokens=5000)])

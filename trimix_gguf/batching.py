@@ -212,6 +212,9 @@ class Batcher:
         elif source in self._kept:  # now the last to be forgotten
             self._kept[source] = self._kept.pop(source)
         if self._branches.n_free == 0:
+            if source is not None and list(self._kept) == [source]:
+                del self._kept[source]  # the last one to spare: it goes on itself
+                return source
             self._forget_one()
         return self._branches.fork(source)
 

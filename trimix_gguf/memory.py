@@ -9,7 +9,7 @@ from typing import Any
 
 from trimix_gguf.errors import MemoryNeededError, ModelError
 from trimix_gguf.fusion import ROLES
-from trimix_gguf.gguf_file import GGUFArray, GGUFFile, TensorInfo
+from trimix_gguf.gguf_file import GGUFFile, TensorInfo
 
 N_CTX = 2048  # positions of a context, where none are asked for
 N_WINDOW = 32  # most rows of logits held at once
@@ -118,8 +118,8 @@ def by_role(
 
 def program(large_ins: GGUFFile) -> int:
     """Bytes of the process beside its models: code, and large_ins' tokenizer."""
-    n_tokens = _length(large_ins, "tokenizer.ggml.tokens")
-    n_merges = _length(large_ins, "tokenizer.ggml.merges")
+    n_tokens = large_ins.n_items("tokenizer.ggml.tokens")
+    n_merges = large_ins.n_items("tokenizer.ggml.merges")
     return _BASE + _TOKEN * n_tokens + _MERGE * n_merges
 
 
@@ -178,7 +178,7 @@ def _model_memory(file: GGUFFile, own: Mapping[str, Any]) -> ModelMemory:
     table = tensors.get("token_embd.weight")
     tied = table.n_bytes if table is not None and "output.weight" not in tensors else 0
     repacked = _REPACKED_ON_ARM if platform.machine() in ("arm64", "aarch64") else _REPACKED
-    rows = 4 * _length(file, "tokenizer.ggml.tokens") * n_window
+    rows = 4 * file.n_items("tokenizer.ggml.tokens") * n_window
     return ModelMemory(
         embedding=embedding,
         layers=layers,
@@ -226,12 +226,6 @@ def _weights(tensors: Iterable[TensorInfo], n_layer: int) -> tuple[int, tuple[in
         else:
             output += tensor.n_bytes
     return embedding, tuple(layers), output
-
-
-def _length(file: GGUFFile, key: str) -> int:
-    """Items of a metadata array, which is not read for it."""
-    found = file.metadata.get(key)
-    return found.length if isinstance(found, GGUFArray) else len(found or ())
 
 
 def _most(file: GGUFFile, key: str) -> int:

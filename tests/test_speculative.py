@@ -3,12 +3,14 @@
 import itertools
 import json
 import math
+import random
 
 import numpy as np
 import pytest
 from conftest import KAZAKH
 
 from trimix_gguf import Trio, Weights, generate, stream_generate
+from trimix_gguf.lookup import LONGEST, Lookup, Match
 from trimix_gguf.sampling import Sampler
 from trimix_gguf.speculative import Drafting, Plan, decode_steps
 from trimix_gguf.trio import concurrency
@@ -143,6 +145,9 @@ def test_interrupted_in_a_run_the_trio_goes_on_as_new(lone_trio):
     assert generate(lone_trio, KAZAKH, **options, speculative="on").text == oracle
 
 
+BOTH = ("large_ins", "small_cpt")
+
+
 class Costs:
     """A trio that is only its models' costs."""
 
@@ -164,20 +169,85 @@ class Costs:
     ],
 )
 def test_the_length_follows_the_costs(draft, verify, expected):
-    plan = Drafting().plan(Costs(draft, verify), ("large_ins",), 15)
+    plan = Drafting().plan(Costs(draft, verify), BOTH, 15)
     assert expected[0] <= plan.n_draft <= expected[1]
 
 
 def test_the_length_follows_acceptance():
     costs, drafting = Costs(0.2, lambda n: 1.0 + 0.02 * n), Drafting()
-    before = drafting.plan(costs, ("large_ins",), 15).n_draft
+    before = drafting.plan(costs, BOTH, 15).n_draft
     for _ in range(40):
         drafting.learn([0.9] * 4, 0)
-    assert drafting.plan(costs, ("large_ins",), 15).n_draft == 0 < before
+    assert drafting.plan(costs, BOTH, 15).n_draft == 0 < before
     for _ in range(40):
         drafting.learn([0.9] * 4, 4)
-    assert drafting.plan(costs, ("large_ins",), 15).n_draft > before
+    assert drafting.plan(costs, BOTH, 15).n_draft > before
     assert drafting.chance(0.9) > 0.9 and drafting.chance(0.1) < 0.8
+
+
+def longest_match(ids):
+    """How many of the newest ids stood somewhere before, by trying all."""
+    sizes = range(2, LONGEST + 1)
+    found = [n for n in sizes for at in range(n, len(ids)) if ids[at - n : at] == ids[-n:]]
+    return max(found, default=0)
+
+
+def test_a_lookup_finds_the_longest_match_and_what_followed_it():
+    rng = random.Random(0)
+    for size in range(60):
+        ids = [rng.randrange(3) for _ in range(size)]
+        match = Lookup(ids).find()
+        assert (match.length if match else 0) == longest_match(ids)
+        if match:
+            before, after = ids[: match.place], ids[match.place :]
+            assert before[-match.length :] == ids[-match.length :]
+            assert match.token == after[0]
+            assert Lookup(ids).following(match, size) == (after * size)[:size]
+
+
+class Finds(Drafting):
+    """Takes `n` tokens from every match."""
+
+    n = 0
+
+    def n_found(self, plan, match, most):
+        return min(self.n, most) if match else 0
+
+
+@pytest.mark.parametrize("weights", [*MIXES, Weights(0.0, 1.0)], ids=str)
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_what_is_looked_up_changes_no_token(lone_trio, weights, temperature):
+    again = " ".join([KAZAKH, KAZAKH, *KAZAKH.split()[:3]])
+    never = Drafting(never=True)
+    oracle, gaps = tokens(
+        lone_trio, weights, 32, prompt=again, temperature=temperature, drafting=never
+    )
+    for n in (1, 5, 31):
+        drafting = Finds()
+        drafting.n = n
+        ours, _ = tokens(
+            lone_trio, weights, 32, prompt=again, temperature=temperature, drafting=drafting
+        )
+        assert_same(ours, oracle, gaps)
+        assert drafting.n_drafted > 0
+
+
+def test_lookups_follow_what_they_cost_and_bring():
+    match = Match(4, place=9, token=1)
+    cheap, dear = Costs(0.2, lambda n: 1.0 + 0.05 * n), Costs(1.0, lambda n: float(n))
+    for costs, pays in ((cheap, True), (dear, False)):
+        drafting = Drafting()
+        for length in range(2, LONGEST + 1):
+            for _ in range(20):
+                drafting.check(Match(length, place=9, token=1), 1)
+        plan = drafting.plan(costs, BOTH, 15)
+        assert (drafting.n_found(plan, match, 15) > plan.n_draft) is pays
+        assert drafting.n_found(plan, match, 3) <= 3 and drafting.n_found(plan, None, 15) == 0
+        for length in range(2, LONGEST + 1):
+            for _ in range(20):
+                drafting.check(Match(length, place=9, token=1), 2)
+        assert drafting.n_found(plan, match, 15) == 0
+    assert Drafting(n_draft=3).n_found(Plan(3), match, 15) == 0
 
 
 def test_a_draft_stops_at_doubt_and_not_at_a_size_that_batches_well():
@@ -195,7 +265,7 @@ def test_lockstep_is_watched_so_that_drafting_comes_back():
     for token, expected in ((2, False), (1, True)):
         for _ in range(60):
             drafting.watch(row, token)
-        assert (drafting.plan(costs, ("large_ins",), 15).n_draft > 0) is expected
+        assert (drafting.plan(costs, BOTH, 15).n_draft > 0) is expected
         assert (drafting.chance(0.5) > 0.9) is expected
 
 

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     "errors", "fusion", "gguf_file", "vocabulary", "memory", "native", "scoring", "sampling",
     "prompt", "model", "placement", "planner", "trio", "branches", "selection", "prompt_cache",
-    "speculative", "costs", "generation", "chat", "conversation", "request", "batching", "trios",
-    "bench", "evaluation", "server", "cli",
+    "lookup", "speculative", "costs", "generation", "chat", "conversation", "request", "batching",
+    "trios", "bench", "evaluation", "server", "cli",
 ]  # fmt: skip
 
 

@@ -1,8 +1,9 @@
-"""Decoding one token after another, with small_cpt drafting some ahead where that pays.
+"""Decoding one token after another, with some drafted ahead where that pays.
 
 The weights that a prompt's perplexity picks lean on small_cpt, so its own choice is mostly the
 mix's: it drafts a few tokens, the others verify them in one batch, and the target's sampler runs
-over the fused rows in order, up to the first pick that is not the drafted one. Each fused row,
+over the fused rows in order, up to the first pick that is not the drafted one. What repeats
+earlier text is drafted from there instead, and verified by all models. Each fused row,
 and so each pick, is that of lockstep (no draft at all): the same seed gives the same text, but
 for near ties. llama.cpp sums a batch in another order than single tokens: logits differ by about
 1e-6 in float32, by some 0.03 with quantized weights. Source: Leviathan et al. 2023, "Fast Inference
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.fusion import Rows, Weights, fuse, mask_implausible
+from trimix_gguf.lookup import LONGEST, Lookup, Match
 from trimix_gguf.sampling import Sampler
 from trimix_gguf.trio import Trio
 
@@ -26,6 +28,7 @@ _MIN_GAIN = 1.1  # expected over lockstep's speed, or nothing is drafted: costs 
 _MEMORY = 0.9  # weight of what was known, as the fate of each drafted token comes in
 _PLAN_EVERY = 8  # rounds
 _BANDS = 4  # of the drafter's confidence, each with its own share of accepted tokens
+_MATCH_MEMORY, _MATCH_PRIOR = 0.8, 0.6  # as _MEMORY, and before anything is known: of lookups
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,14 @@ class Step:
 class Plan:
     """A length of draft, and what it rests on; without costs it is drafted whole.
 
-    Seconds: `step` of one drafted token, `verify[k]` of k drafted tokens, `token` of one token
-    of the answer. `acceptance` is the chance of each.
+    Seconds: `step` of one drafted token, `verify[k]` of k drafted tokens, `read[k]` of k that no
+    model drafted, `token` of one token of the answer. `acceptance` is the chance of each.
     """
 
     n_draft: int
     step: float = 0.0
     verify: tuple[float, ...] = ()
+    read: tuple[float, ...] = ()
     acceptance: float = 1.0
     token: float = math.inf
 
@@ -72,8 +76,9 @@ class Drafting:
     """How far to draft: as far as gives the most expected tokens a second; and what came of it.
 
     Costs are what the models' decodes of n tokens took so far, prefill included. Acceptance is a
-    running share, for each band of the drafter's confidence in its token. `n_draft` fixes the
-    length instead; `always` rules out lockstep, `never` everything else.
+    running share, for each band of the drafter's confidence in its token, and for each length of
+    a lookup's match. `n_draft` fixes the length of what the drafter drafts instead, and rules out
+    lookups; `always` rules out lockstep, `never` everything else.
     """
 
     def __init__(
@@ -85,51 +90,71 @@ class Drafting:
         self._plan, self._next_plan = Plan(0), 0
         self._acceptance = 0.8
         self._by_confidence = [0.5 + 0.5 * (i + 0.5) / _BANDS for i in range(_BANDS)]
+        self._by_match = [_MATCH_PRIOR] * (LONGEST + 1)
 
     @property
     def acceptance(self) -> float | None:
         """Share of the drafted tokens that were accepted."""
         return self.n_accepted / self.n_drafted if self.n_drafted else None
 
-    def plan(
-        self, trio: Trio, verifiers: Sequence[str], most: int, *, mixed: bool = True
-    ) -> "Plan":
-        """What is worth drafting now, `most` tokens at most.
-
-        `mixed` says whether the drafter's own rows are part of the mix, and so paid for anyway.
-        """
+    def plan(self, trio: Trio, needed: Sequence[str], most: int) -> "Plan":
+        """What is worth drafting now, `most` tokens at most; `needed` are the roles in the mix."""
         if self.n_draft is not None:
             return Plan(min(self.n_draft, most))
         if self.n_rounds >= self._next_plan:
-            self._plan = self._best(trio, verifiers, trio.n_window - 1, mixed)
+            self._plan = self._best(trio, needed, trio.n_window - 1)
             # Costs change little; thinking about them costs too, beside a very small model.
             self._next_plan = self.n_rounds + (self.n_rounds > _PLAN_EVERY) * _PLAN_EVERY
         return replace(self._plan, n_draft=min(self._plan.n_draft, most))
 
-    def _best(self, trio: Trio, verifiers: Sequence[str], most: int, mixed: bool) -> "Plan":
-        verify = [sum(trio.models[r].seconds(n) for r in verifiers) for n in range(1, most + 2)]
+    def _best(self, trio: Trio, needed: Sequence[str], most: int) -> "Plan":
+        sizes = range(1, most + 2)
+        costs = {role: [trio.models[role].seconds(n) for n in sizes] for role in needed}
+        verify = [sum(c[i] for r, c in costs.items() if r != DRAFTER) for i in range(most + 1)]
+        read = [sum(c[i] for c in costs.values()) for i in range(most + 1)]
         step, p = trio.models[DRAFTER].seconds(1), self._acceptance
-        if not math.isfinite(step + verify[0]):
+        if not math.isfinite(step + read[0]):
             return Plan(0)  # the first step is lockstep's, and measures it
-        lead = step if mixed else 0.0
-        best, best_speed = 0, 1 / (lead + verify[0])
-        for k in range(1, most + 1):
+        lead = step if DRAFTER in needed else 0.0  # its own row is then paid for anyway
+        best, best_speed = 0, 1 / read[0]
+        for k in range(1, most + 1 if verify[0] else 1):
             expected = sum(p**i for i in range(k + 1))
             # The last drafted token is read by the drafter only where all were accepted.
             speed = expected / (k * step + p**k * lead + verify[k])
             if speed > best_speed * (_MIN_GAIN if best == 0 and not self.always else 1):
                 best, best_speed = k, speed
-        return Plan(max(best, int(self.always)), step, tuple(verify), p, 1 / best_speed)
+        n_draft = max(best, int(self.always and verify[0] > 0))
+        return Plan(n_draft, step, tuple(verify), tuple(read), p, 1 / best_speed)
+
+    def n_found(self, plan: "Plan", match: Match | None, most: int) -> int:
+        """How many tokens from a lookup's match on to verify; 0 where `plan` gives more a second.
+
+        Each that comes true makes the match longer by one.
+        """
+        if match is None or not plan.read:
+            return 0
+        best, best_speed = 0, max(1 / plan.token, _MIN_GAIN / plan.read[0])
+        reach = expected = 1.0
+        for k in range(1, most + 1):
+            reach *= self._by_match[min(match.length + k - 1, LONGEST)]
+            expected += reach
+            if expected / plan.read[k] > best_speed:
+                best, best_speed = k, expected / plan.read[k]
+        return best
 
     def chance(self, confidence: float) -> float:
         """That a token which the drafter gives this probability will be accepted."""
         return self._by_confidence[_band(confidence)]
 
+    def count(self, n_drafted: int, n_accepted: int) -> None:
+        """Take in a round of drafts, whoever drafted them."""
+        self.n_rounds += 1
+        self.n_drafted += n_drafted
+        self.n_accepted += n_accepted
+
     def learn(self, confidences: Sequence[float], n_accepted: int) -> None:
         """Take in a round of drafts: the drafter's confidence in each, and how many were kept."""
-        self.n_rounds += 1
-        self.n_drafted += len(confidences)
-        self.n_accepted += n_accepted
+        self.count(len(confidences), n_accepted)
         for i, confidence in enumerate(confidences[: n_accepted + 1]):
             self._notice(confidence, i < n_accepted)
 
@@ -139,6 +164,11 @@ class Drafting:
         if self.n_draft is None:
             top = int(row.argmax())
             self._notice(probability(row, top), top == token)
+
+    def check(self, match: Match, token: int) -> None:
+        """Take in what came where a lookup had found `match`, whether it was drafted or not."""
+        share = self._by_match[match.length]
+        self._by_match[match.length] += (1 - _MATCH_MEMORY) * ((match.token == token) - share)
 
     def _notice(self, confidence: float, hit: bool) -> None:
         band = _band(confidence)
@@ -162,21 +192,29 @@ def decode_steps(
     than `max_tokens`. `also` are roles whose rows it wants though the mix does not. However it
     ends, the trio then holds what it held, and the tokens yielded but for the last.
     """
-    needed = {*weights.active, *also, *(("large_ins",) if plausibility_threshold > 0 else ())}
-    verifiers = tuple(role for role in trio.models if role in needed and role != DRAFTER)
+    wanted = {*weights.active, *also, *(("large_ins",) if plausibility_threshold > 0 else ())}
+    needed = tuple(role for role in trio.models if role in wanted)
+    lookup = Lookup(trio.ids[needed[0]] if drafting.n_draft is None else ())
     n_ahead, n_left = 0, max_tokens
     try:
         while True:
             most = max(0, min(trio.n_window, trio.room, n_left) - 1)
-            plan = Plan(0)
-            if verifiers:
-                plan = drafting.plan(trio, verifiers, most, mixed=DRAFTER in needed)
-            drafted, confidences, kept = draft(trio, sampler, drafting, plan)
+            plan, match = drafting.plan(trio, needed, most), lookup.find()
+            n_found = drafting.n_found(plan, match, most)
+            confidences: list[float] = []
+            kept: list[NDArray[np.float32]] = []
+            if match is not None and n_found:
+                drafted, readers = lookup.following(match, n_found), needed
+                for token in drafted:
+                    trio.advance(token)
+            else:
+                drafted, confidences, kept = draft(trio, sampler, drafting, plan)
+                readers = tuple(role for role in needed if role != DRAFTER)
             n_ahead = len(drafted)
-            verified = trio.tail_rows(verifiers, len(drafted) + 1)
+            read = trio.tail_rows(readers, len(drafted) + 1)
             for i in range(len(drafted) + 1):
-                rows = {role: verified[role][i] for role in verifiers}
-                if DRAFTER in needed:
+                rows = {role: read[role][i] for role in readers}
+                if DRAFTER in needed and DRAFTER not in readers:
                     last = i == len(drafted)
                     rows[DRAFTER] = trio.rows((DRAFTER,))[DRAFTER] if last else kept[i]
                 fused = fuse(rows, weights, unused=trio.unused)
@@ -187,10 +225,17 @@ def decode_steps(
                 accepted = i < len(drafted) and token == drafted[i]
                 if drafted and not accepted:
                     trio.rewind(len(drafted) - i)
-                    drafting.learn(confidences, i)
+                    if n_found:
+                        drafting.count(n_found, i)
+                    else:
+                        drafting.learn(confidences, i)
                 elif not drafted and DRAFTER in rows:
                     drafting.watch(rows[DRAFTER], token)
                 n_ahead = len(drafted) - i if accepted else 0
+                if drafting.n_draft is None:
+                    if match := lookup.find():
+                        drafting.check(match, token)
+                    lookup.append(token)
                 yield Step(token, fused, rows, accepted)
                 if not accepted:
                     trio.advance(token)

@@ -1,0 +1,59 @@
+"""Prompt lookup: where the newest ids stood before, what followed them may follow again.
+
+Names, quotations and loops come again word for word, so this drafts for nothing what a model
+would be asked for one id at a time. Source: Saxena 2023, "Prompt Lookup Decoding".
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+LONGEST = 8  # ids that are compared: a longer match says no more
+_SHORTEST = 2
+_MOST_PLACES = 32  # that are compared, the newest: a space stands in thousands
+
+
+@dataclass(frozen=True)
+class Match:
+    """The newest `length` ids stood before; `token` came then, at `place`."""
+
+    length: int
+    place: int
+    token: int
+
+
+class Lookup:
+    """The ids of a prompt and its answer so far, by the pairs that they end in."""
+
+    def __init__(self, ids: Iterable[int]) -> None:
+        self._ids: list[int] = []
+        self._places: dict[tuple[int, ...], list[int]] = {}  # pair -> where the next id stands
+        for token in ids:
+            self.append(token)
+
+    def append(self, token: int) -> None:
+        if len(self._ids) >= _SHORTEST:
+            self._places.setdefault(self._newest, []).append(len(self._ids))
+        self._ids.append(token)
+
+    @property
+    def _newest(self) -> tuple[int, ...]:
+        return tuple(self._ids[-_SHORTEST:])
+
+    def find(self) -> Match | None:
+        """The longest match, and of these the newest."""
+        places = self._places.get(self._newest, [])[-_MOST_PLACES:]
+        length, place = max(((self._length(p), p) for p in places), default=(0, 0))
+        return Match(length, place, self._ids[place]) if length else None
+
+    def following(self, match: Match, n: int) -> list[int]:
+        """The `n` ids from the match on; where they reach the newest id, they come round again."""
+        period = len(self._ids) - match.place
+        return [self._ids[match.place + i % period] for i in range(n)]
+
+    def _length(self, place: int) -> int:
+        length = _SHORTEST
+        while length < min(LONGEST, place) and (
+            self._ids[place - 1 - length] == self._ids[-1 - length]
+        ):
+            length += 1
+        return length

@@ -153,10 +153,15 @@ class Costs:
 
     def __init__(self, draft, verify):
         self.n_window = 16
-        cost = {"small_cpt": lambda n: draft * n, "large_ins": verify}
-        self.models = {role: type("Model", (), {"seconds": s})() for role, s in cost.items()}
-        for role, seconds in cost.items():
-            self.models[role].seconds = seconds
+        self.models = {"small_cpt": _Cost(lambda n: draft * n), "large_ins": _Cost(verify)}
+
+
+class _Cost:
+    def __init__(self, cost):
+        self.cost = cost
+
+    def seconds(self, most):
+        return np.array([self.cost(n) for n in range(1, most + 1)])
 
 
 @pytest.mark.parametrize(

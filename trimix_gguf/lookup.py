@@ -41,9 +41,14 @@ class Lookup:
 
     def find(self) -> Match | None:
         """The longest match, and of these the newest."""
-        places = self._places.get(self._newest, [])[-_MOST_PLACES:]
-        length, place = max(((self._length(p), p) for p in places), default=(0, 0))
-        return Match(length, place, self._ids[place]) if length else None
+        length = found = 0
+        for place in reversed(self._places.get(self._newest, [])[-_MOST_PLACES:]):
+            here = self._length(place)
+            if here > length:
+                length, found = here, place
+            if length == LONGEST:
+                break
+        return Match(length, found, self._ids[found]) if length else None
 
     def following(self, match: Match, n: int) -> list[int]:
         """The `n` ids from the match on; where they reach the newest id, they come round again."""
@@ -51,9 +56,8 @@ class Lookup:
         return [self._ids[match.place + i % period] for i in range(n)]
 
     def _length(self, place: int) -> int:
+        ids, most = self._ids, min(LONGEST, place)
         length = _SHORTEST
-        while length < min(LONGEST, place) and (
-            self._ids[place - 1 - length] == self._ids[-1 - length]
-        ):
+        while length < most and ids[place - 1 - length] == ids[-1 - length]:
             length += 1
         return length

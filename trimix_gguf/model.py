@@ -1,7 +1,6 @@
 """Model: one GGUF in one llama.cpp context, with its KV cache and its position."""
 
 import ctypes
-import math
 import os
 import statistics
 import time
@@ -196,18 +195,20 @@ class Model:
             native.drop_pages(np.ctypeslib.as_array(pointer, shape=(self.n_window, self.n_vocab)))
             native.return_freed()
 
-    def seconds(self, n: int) -> float:
-        """What decoding `n` ids at once takes: the median of its last times.
+    def seconds(self, most: int) -> NDArray[np.float64]:
+        """What decoding 1, 2, … `most` ids at once takes [most]: medians of the last times.
 
         Sizes not seen lie on a line between those that were; infinite before a single id was.
         """
         if 1 not in self.decode_seconds:
-            return math.inf
+            return np.full(most, np.inf)
         known = sorted(self.decode_seconds)
-        times = [statistics.median(self.decode_seconds[k]) for k in known]
-        if n > known[-1]:
-            return times[-1] * n / known[-1]
-        return float(np.interp(n, known, times))
+        times = [statistics.median(self.decode_seconds[n]) for n in known]
+        sizes = np.arange(1, most + 1)
+        seconds: NDArray[np.float64] = np.interp(sizes, known, times)
+        beyond = sizes > known[-1]
+        seconds[beyond] = times[-1] * sizes[beyond] / known[-1]
+        return seconds
 
     def rewind(self, n_past: int) -> None:
         """Forget every position from `n_past` on."""

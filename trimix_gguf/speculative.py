@@ -108,17 +108,17 @@ class Drafting:
         return replace(self._plan, n_draft=min(self._plan.n_draft, most))
 
     def _best(self, trio: Trio, needed: Sequence[str], most: int) -> "Plan":
-        sizes = range(1, most + 2)
-        costs = {role: [trio.models[role].seconds(n) for n in sizes] for role in needed}
-        verify = [sum(c[i] for r, c in costs.items() if r != DRAFTER) for i in range(most + 1)]
-        read = [sum(c[i] for c in costs.values()) for i in range(most + 1)]
-        step, p = trio.models[DRAFTER].seconds(1), self._acceptance
+        costs = {role: trio.models[role].seconds(most + 1) for role in needed}
+        none = np.zeros(most + 1)
+        read = sum(costs.values(), none).tolist()
+        verify = sum((c for r, c in costs.items() if r != DRAFTER), none).tolist()
+        step, p = float(trio.models[DRAFTER].seconds(1)[0]), self._acceptance
         if not math.isfinite(step + read[0]):
             return Plan(0)  # the first step is lockstep's, and measures it
         lead = step if DRAFTER in needed else 0.0  # its own row is then paid for anyway
-        best, best_speed = 0, 1 / read[0]
+        best, best_speed, expected = 0, 1 / read[0], 1.0
         for k in range(1, most + 1 if verify[0] else 1):
-            expected = sum(p**i for i in range(k + 1))
+            expected += p**k
             # The last drafted token is read by the drafter only where all were accepted.
             speed = expected / (k * step + p**k * lead + verify[k])
             if speed > best_speed * (_MIN_GAIN if best == 0 and not self.always else 1):

@@ -419,6 +419,38 @@ def test_calibration_forgets_what_a_choice_gets_anyway(rng, tmp_path):
     assert after["ppl"] != before["ppl"]
 
 
+def informed(nll):
+    """Mutual information of question and choice [n, n], from nats [n, n_choices, n, n]."""
+    p = np.exp(-nll) / np.exp(-nll).sum(axis=1, keepdims=True)
+    mean = p.mean(axis=0, keepdims=True)
+    return (p * np.log(p / mean)).sum(axis=1).mean(axis=0)
+
+
+def test_mi_takes_the_point_where_answers_tell_most_of_their_questions(rng, tmp_path):
+    pytest.importorskip("scipy")
+    lines = made_lines(rng, "tumlu", n=30)
+    nats = np.array([line["choice_nll"] for line in lines])
+    a, b = np.unravel_index(informed(nats)[1:, 1:].argmax(), (6, 6))
+    expected = {True: [LETTERS[n[:, a + 1, b + 1].argmin()] for n in nats]}
+    expected[False] = [line["grid"][a][b] for line in lines]
+    for by_choice, texts in expected.items():
+        found = summary_of(lines, tmp_path, choice_scoring=by_choice)["methods"]["mi"]
+        assert (found["alpha"], found["beta"]) == pytest.approx((GRID[a], GRID[b]))
+        assert found["metrics"]["accuracy"]["value"] == pytest.approx(accuracy(lines, texts))
+    for line in lines:  # there one choice is by far the likeliest for every question
+        line["choice_nll"][0][a + 1][b + 1] -= 50
+    collapsed = summary_of(lines, tmp_path)["methods"]["mi"]
+    assert (collapsed["alpha"], collapsed["beta"]) != pytest.approx((GRID[a], GRID[b]))
+    assert "mi" not in summary_of(lines[:9], tmp_path)["methods"]  # too few to tell by
+
+
+def test_mi_of_a_task_without_choices_is_ppl_answers(rng, tmp_path):
+    pytest.importorskip("scipy")
+    run = write_run(tmp_path / "run", {"kazqad": made_lines(rng, "kazqad")})
+    methods = report(run)["tasks"]["kazqad"]["methods"]
+    assert methods["mi"] == methods["ppl-answers"] != methods["ppl"]
+
+
 def test_the_way_to_the_upper_bound_has_no_other_oracle_on_it(rng, tmp_path):
     pytest.importorskip("scipy")
     lines = made_lines(rng, "tumlu")

@@ -130,12 +130,12 @@ def _split(text: str) -> tuple[str, ...]:
 
 
 def _singles(texts: tuple[str, ...]) -> dict[str, Path]:
-    from trimix_gguf.evaluation.methods import METHODS
+    from trimix_gguf.evaluation.methods import INFORMATIVE, METHODS
 
     pairs = [text.partition("=") for text in texts]
     if not all(name and file for name, _, file in pairs):
         raise click.UsageError("--single takes NAME=FILE")
-    if taken := {name for name, _, _ in pairs} & {*METHODS}:
+    if taken := {name for name, _, _ in pairs} & {*METHODS, INFORMATIVE}:
         raise click.UsageError(f"--single: {taken.pop()} is the name of a method; take another")
     return {name: Path(file) for name, _, file in pairs}
 

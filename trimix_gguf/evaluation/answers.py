@@ -13,15 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.methods import ORACLE
+from trimix_gguf.evaluation.methods import ANSWERS, INFORMATIVE, ORACLE, most_informative
 from trimix_gguf.evaluation.run import FORMAT
 from trimix_gguf.evaluation.sources import Fields, Row, check_type, read_jsonl, read_lines
 from trimix_gguf.evaluation.task import Task
 from trimix_gguf.evaluation.tasks import custom_task, find_task
+from trimix_gguf.scoring import GRID
 
 Float64 = NDArray[np.float64]
 GridTexts = list[list[list[str]]]  # [n_grid][n_grid][n]: alpha, beta, example
 
+_FEWEST = 10  # examples that mutual information is told from
 CALIBRATED = "+cal"  # after the name of a method whose choices are less what they get anyway
 _UNFINISHED = "give the run's command again to finish it"
 _DAMAGED = "the file is damaged, or not a run's"
@@ -134,7 +136,7 @@ def _by_choice(answers: TaskRun, nll: Float64) -> Predictions:
         return [choices[at] for choices, at in zip(answers.choices, lowest, strict=True)]
 
     for suffix, nats in (("", nll), (CALIBRATED, nll - np.nanmean(nll, axis=0))):
-        for name in answers.texts:
+        for name in answers.weights:
             points = answers.points(name)
             if points is not None:
                 methods[name + suffix] = pick(nats[everyone, :, points[:, 0], points[:, 1]])
@@ -187,6 +189,15 @@ def _task_run(folder: Path, name: str, settings: Mapping[str, Any]) -> TaskRun:
         texts[single] = [o["text"] for o in _outputs([answers[i] for i in ids], single)]
     n = len(settings["axis"])
     choices = [line.get("choices", []) for _, line in rows]
+    grid = _grid_texts(rows, n - 1) if ORACLE in settings["methods"] else None
+    choice_nll = _numbers(rows, "choice_nll", [(len(c), n, n) for c in choices])
+    if choice_nll is not None and len(rows) >= _FEWEST:
+        pair = most_informative(choice_nll)
+        weights[INFORMATIVE] = np.tile((pair.alpha, pair.beta), (len(rows), 1))
+        if grid is not None:
+            texts[INFORMATIVE] = grid[GRID.index(pair.alpha)][GRID.index(pair.beta)]
+    elif choice_nll is None and ANSWERS in asked:
+        texts[INFORMATIVE], weights[INFORMATIVE] = texts[ANSWERS], weights[ANSWERS]
     return TaskRun(
         task=task,
         axis=tuple(float(weight) for weight in settings["axis"]),
@@ -195,10 +206,10 @@ def _task_run(folder: Path, name: str, settings: Mapping[str, Any]) -> TaskRun:
         choices=choices,
         texts=texts,
         weights=weights,
-        grid_texts=_grid_texts(rows, n - 1) if ORACLE in settings["methods"] else None,
+        grid_texts=grid,
         n_scored=_numbers(rows, "n_scored", [()] * len(rows)),
         nll=_numbers(rows, "nll", [(n, n)] * len(rows)),
-        choice_nll=_numbers(rows, "choice_nll", [(len(c), n, n) for c in choices]),
+        choice_nll=choice_nll,
     )
 
 

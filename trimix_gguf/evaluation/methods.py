@@ -14,17 +14,21 @@ from trimix_gguf.scoring import GRID, Float64, lowest
 _FINE = np.linspace(0, 1, 101)  # where the continuous optimum is looked for
 _KEEP = 0.97  # what a token's evidence is worth one token later, for token-level weights
 
+ANSWERS = "ppl-answers"
 Score = Callable[[Rows, int], Float64]  # rows [n_vocab], the id that followed -> nats over AXIS²
 
 SELECTING = {
     "ppl": "lowest perplexity of the prompt (TriMix-PPL)",
-    "ppl-answers": "lowest perplexity of the exemplars' answers",
+    ANSWERS: "lowest perplexity of the exemplars' answers",
     "ppl-task": "one pair a task, lowest macro perplexity of 50 prompts",
     "ent": "lowest entropy of the first token (TriMix-ENT)",
     "continuous": "lowest perplexity of the prompt, between the grid's points too",
     "token": "chosen anew at each token, by the perplexity of what lies just before it",
 }
 ORACLE = "upper-bound"  # the best fixed grid point on the labelled set: needs all 36 answers
+# One pair a task, chosen by the report: the most mutual information between questions and choices;
+# ANSWERS where a task has no choices.
+INFORMATIVE = "mi"
 METHODS = (*FIXED, *SELECTING, ORACLE)
 
 
@@ -61,14 +65,35 @@ def lowest_on_grid(nll: Float64) -> Weights:
     return lowest(nll[np.ix_(inner, inner)], GRID, GRID)
 
 
+def most_informative(choice_nll: Float64) -> Weights:
+    """The point of GRID² where the choice hangs most on the question, whatever is right.
+
+    `choice_nll` [n, n_choices, n, n] are the nats of each example's choices over AXIS², nan where
+    it has fewer. Mutual information is the entropy of the choices' mean probabilities less the
+    mean of their entropies: low where one answer is given to everything, and where none is
+    preferred. It looks at no label. Source: Sorensen et al. 2022, "An Information-theoretic
+    Approach to Prompt Engineering Without Ground Truth Labels" (arXiv 2203.11364), for templates.
+    """
+    nats = np.where(np.isnan(choice_nll), np.inf, choice_nll)
+    p = np.exp(np.nanmin(choice_nll, axis=1, keepdims=True) - nats)
+    p /= p.sum(axis=1, keepdims=True)
+    information = _entropy(p.mean(axis=0), axis=0) - _entropy(p, axis=1).mean(axis=0)
+    return lowest_on_grid(-information)
+
+
+def _entropy(p: Float64, axis: int) -> Float64:
+    entropy: Float64 = -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=axis)
+    return entropy
+
+
 def _selecting(name: str, reading: Reading, score: Score) -> Mix:
     if name == "ent":
         return Mix(lowest(reading.entropy, GRID, GRID))
     if name == "continuous":
         return Mix(_continuous(reading.nlls.sum(axis=0)))
-    if name == "ppl-answers":
+    if name == ANSWERS:
         if not reading.answers.any():
-            raise WeightsError("ppl-answers needs exemplars; give --exemplars 1 or more")
+            raise WeightsError(f"{ANSWERS} needs exemplars; give --exemplars 1 or more")
         return Mix(lowest_on_grid(reading.nlls[reading.answers].sum(axis=0)))
     if name == "token":
         return _token_level(reading, score)

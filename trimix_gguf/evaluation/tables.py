@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from trimix_gguf.evaluation.answers import CALIBRATED
-from trimix_gguf.evaluation.methods import ORACLE
+from trimix_gguf.evaluation.methods import ANSWERS, INFORMATIVE, ORACLE
 from trimix_gguf.evaluation.metrics import METRICS
 
 Summary = Mapping[str, Any]
@@ -206,6 +206,12 @@ def _conventions(summary: Summary) -> str:
         "Perplexity: micro = exp(Σ nats / Σ tokens), macro = exp(mean over prompts of mean nats).",
         "token changes its weights as it goes; shown are those that it starts with.",
     ]
+    if INFORMATIVE in summary["methods"]:
+        lines.append(
+            f"{INFORMATIVE}: one pair a task, of the most mutual information between its questions "
+            "and the probabilities of their choices, no label being looked at; where a task has no "
+            f"choices, it is {ANSWERS}."
+        )
     if summary["choice_scoring"]:
         lines.append(
             "Choices: the one of the fewest nats after the prompt, not divided by its length; "

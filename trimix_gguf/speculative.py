@@ -3,12 +3,12 @@
 The weights that a prompt's perplexity picks lean on small_cpt, so its own choice is mostly the
 mix's: it drafts a few tokens, the others verify them in one batch, and the target's sampler runs
 over the fused rows in order, up to the first pick that is not the drafted one. What repeats
-earlier text is drafted from there instead, and verified by all models. Each fused row,
-and so each pick, is that of lockstep (no draft at all): the same seed gives the same text, but
-for near ties. llama.cpp sums a batch in another order than single tokens: logits differ by about
-1e-6 in float32, by some 0.03 with quantized weights. Source: Leviathan et al. 2023, "Fast Inference
-from Transformers via Speculative Decoding" (arXiv 2211.17192), with one of the mixed models as
-the draft.
+earlier text is drafted from there instead, and verified by all models. Each fused row, and so each
+pick, is that of lockstep (no draft at all): the same seed gives the same text, but for near ties.
+llama.cpp sums a batch in another order than single tokens: logits differ by about 1e-6 in float32,
+with quantized weights by 0.03 to 0.2, as the processor has it. Source: Leviathan et al. 2023,
+"Fast Inference from Transformers via Speculative Decoding" (arXiv 2211.17192), with one of the
+mixed models as the draft.
 """
 
 import math

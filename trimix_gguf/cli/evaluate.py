@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from trimix_gguf.cli.options import open_trio, own_weights, parse_weights, trio_options
+from trimix_gguf.cli.options import named_trio, open_trio, own_weights, parse_weights, trio_options
 
 _DEFAULT = "large_ins,small_cpt,small_base,proxy-tuning,ppl,ppl-answers,ent"
 
@@ -29,6 +29,7 @@ _DEFAULT = "large_ins,small_cpt,small_base,proxy-tuning,ppl,ppl-answers,ent"
 @click.option("--harness-path", metavar="DIR", help="Your own harness tasks, alone.")
 @click.option("--weights", metavar="ALPHA,BETA", help="Fixed weights, for the harness.")
 @click.option("--single", multiple=True, metavar="NAME=FILE", help="One more GGUF, by itself.")
+@click.option("--large-base", metavar="FILE", help="Fourth model; default: the trio's, if any.")
 @click.option("-o", "--out", metavar="DIR", help="Folder of the results; a run there goes on.")
 @click.pass_context
 def evaluate(context: click.Context, /, **options: Any) -> None:
@@ -90,9 +91,10 @@ def _run(options: dict[str, Any]) -> None:
         n_exemplars=options.pop("exemplars"),
         chat=options.pop("chat"),
         singles=_singles(options.pop("single")),
+        large_base=_large_base(options),
         command=sys.argv,
     )
-    plan.datasets  # noqa: B018  # before the models are loaded, which takes longer
+    plan.fourth, plan.datasets  # noqa: B018  # before the models are loaded, which takes longer
     with open_trio(options) as trio:
         run = open_run(out, plan, trio)
         run.compare(trio, _progress)
@@ -123,6 +125,16 @@ def _run_harness(options: dict[str, Any]) -> None:
         text = json.dumps(results, ensure_ascii=False, indent=1, default=str)
         (out / "harness.json").write_text(text, encoding="utf-8")
     click.echo(make_table(results))
+
+
+def _large_base(options: dict[str, Any]) -> Path | None:
+    from trimix_gguf.evaluation.decoupled import LARGE_BASE
+
+    if (given := options.pop(LARGE_BASE)) is not None:
+        return Path(given)
+    trio_file = named_trio(options)
+    named = trio_file is not None and LARGE_BASE in trio_file.models
+    return trio_file.path(LARGE_BASE) if named else None
 
 
 def _split(text: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.methods import ANSWERS, INFORMATIVE, ORACLE, most_informative
+from trimix_gguf.evaluation.methods import ANSWERS, DECOUPLED, INFORMATIVE, ORACLE, most_informative
 from trimix_gguf.evaluation.run import FORMAT
 from trimix_gguf.evaluation.sources import Fields, Row, check_type, read_jsonl, read_lines
 from trimix_gguf.evaluation.task import Task
@@ -70,9 +70,9 @@ class TaskRun:
     def points(self, name: str) -> NDArray[np.int64] | None:
         """Where a method's weights lie on the axes [n, 2]; None if one of them does not.
 
-        `token` has none: what it gives are the weights that it starts with.
+        `token` has none, what it gives are the weights that it starts with; nor has a mix of four.
         """
-        if name == "token" or name not in self.weights:
+        if name in ("token", DECOUPLED) or name not in self.weights:
             return None
         off = np.abs(self.weights[name][..., None] - np.array(self.axis))
         return off.argmin(axis=-1) if bool((off.min(axis=-1) < 1e-6).all()) else None

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from trimix_gguf.branches import Branches
 from trimix_gguf.errors import ContextFullError
+from trimix_gguf.evaluation.decoupled import FourthModel, three_of_four
 from trimix_gguf.fusion import ROLES, Rows, Weights, fuse, mask_implausible
 from trimix_gguf.trio import Trio
 
@@ -63,6 +64,23 @@ def continue_all(trio: Trio, mixes: Sequence[Mix], *, max_tokens: int) -> None:
         size = min(room, branches.most)
         for start in range(0, len(mixes), size):
             _continue(trio, branches, list(mixes[start : start + size]), first, max_tokens)
+
+
+def continue_decoupled(
+    trio: Trio, fourth: FourthModel, weights: Weights, gamma: float, *, max_tokens: int
+) -> Mix:
+    """As continue_all, the one mix of four models, token after token."""
+    mix, n_written = Mix(weights), 0
+    while True:
+        rows = {role: row[None] for role, row in trio.rows().items()}
+        three = three_of_four(fourth.beside(rows, trio.n_past), gamma)
+        token = mix.pick({role: row[0] for role, row in three.items()}, trio.unused)
+        if _finish(trio, mix, token, max_tokens):
+            break
+        trio.advance(token)
+        n_written += 1
+    trio.rewind(n_written)
+    return mix
 
 
 @dataclass

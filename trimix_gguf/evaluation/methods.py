@@ -1,6 +1,7 @@
 """The methods that are compared: what each makes of a prompt's reading."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,6 +16,7 @@ _FINE = np.linspace(0, 1, 101)  # where the continuous optimum is looked for
 _KEEP = 0.97  # what a token's evidence is worth one token later, for token-level weights
 
 ANSWERS = "ppl-answers"
+DECOUPLED = "decoupled"
 Score = Callable[[Rows, int], Float64]  # rows [n_vocab], the id that followed -> nats over AXIS²
 
 SELECTING = {
@@ -23,6 +25,7 @@ SELECTING = {
     "ppl-task": "one pair a task, lowest macro perplexity of 50 prompts",
     "ent": "lowest entropy of the first token (TriMix-ENT)",
     "continuous": "lowest perplexity of the prompt, between the grid's points too",
+    DECOUPLED: "lowest perplexity of the prompt over (alpha, beta, gamma), by four models",
     "token": "chosen anew at each token, by the perplexity of what lies just before it",
 }
 ORACLE = "upper-bound"  # the best fixed grid point on the labelled set: needs all 36 answers
@@ -42,16 +45,30 @@ def check_methods(names: tuple[str, ...]) -> None:
 def mixes(
     names: tuple[str, ...], reading: Reading | None, task_weights: Weights | None, score: Score
 ) -> Mapping[str, Mix]:
-    """A Mix for each method; those that select need a reading. ORACLE has none of its own."""
+    """A Mix of the trio for each method; those that select need a reading. ORACLE has none."""
     made: dict[str, Mix] = {}
     for name in names:
         if name in FIXED:
             made[name] = Mix(FIXED[name].weights, FIXED[name].plausibility_threshold)
         elif name == "ppl-task" and task_weights is not None:
             made[name] = Mix(task_weights)
-        elif name in SELECTING and reading is not None:
+        elif name in SELECTING and name != DECOUPLED and reading is not None:
             made[name] = _selecting(name, reading, score)
     return made
+
+
+@dataclass(frozen=True)
+class Decoupled:
+    """Weights of the four models' mix (decoupled.py)."""
+
+    weights: Weights
+    gamma: float
+
+
+def lowest_decoupled(nll: Float64) -> Decoupled:
+    """The point of GRID³ with the lowest of `nll` [n_grid, n, n]; of equal ones the first gamma."""
+    at = int(np.argmin([_inner(one).min() for one in nll]))
+    return Decoupled(lowest_on_grid(nll[at]), GRID[at])
 
 
 def grid_mixes() -> list[Mix]:
@@ -61,8 +78,12 @@ def grid_mixes() -> list[Mix]:
 
 def lowest_on_grid(nll: Float64) -> Weights:
     """The point of GRID² with the lowest of `nll` [n, n] over AXIS²."""
-    inner = [AXIS.index(w) for w in GRID]
-    return lowest(nll[np.ix_(inner, inner)], GRID, GRID)
+    return lowest(_inner(nll), GRID, GRID)
+
+
+def _inner(nll: Float64) -> Float64:
+    at = [AXIS.index(w) for w in GRID]
+    return nll[np.ix_(at, at)]
 
 
 def most_informative(choice_nll: Float64) -> Weights:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from trimix_gguf.branches import Branches
 from trimix_gguf.errors import PromptError
+from trimix_gguf.evaluation.decoupled import FourthModel, three_of_four
 from trimix_gguf.fusion import ROLES, Rows
 from trimix_gguf.model import available_cores
 from trimix_gguf.prompt import Prompt
@@ -24,31 +25,38 @@ class Reading:
 
     `nlls` float64 [n_scored, n, n] in nats, over AXIS for alpha and for beta; `answers` bool
     [n_scored], the tokens of the exemplars' answers; `entropy` float64 [n_grid, n_grid] of the
-    first generated token, over GRID.
+    first generated token, over GRID. `decoupled` float64 [n_grid, n, n] is the sum of `nlls` at
+    each gamma of GRID, where a fourth model read the prompt too.
     """
 
     n_tokens: int
     nlls: Float64
     answers: NDArray[np.bool_]
     entropy: Float64
+    decoupled: Float64 | None = None
 
 
 class Reader:
     """Reads prompts that begin with the same exemplars, which it reads and scores once.
 
     `answers` says of each unit of `prefix` whether it is part of an answer; `turn` are the ids
-    by which large_ins' chat template begins its answer.
+    by which large_ins' chat template begins its answer. `fourth` reads all that is scored.
 
     Every question is read from the same state of the caches, in the same batches, whatever was
     read before: a run that was broken off and taken up again gives the same numbers.
     """
 
     def __init__(
-        self, trio: Trio, prefix: Prompt, answers: Sequence[bool], turn: Sequence[int] = ()
+        self,
+        trio: Trio,
+        prefix: Prompt,
+        answers: Sequence[bool],
+        turn: Sequence[int] = (),
+        fourth: FourthModel | None = None,
     ) -> None:
-        self.trio, self.prefix, self.turn = trio, prefix, list(turn)
+        self.trio, self.prefix, self.turn, self.fourth = trio, prefix, list(turn), fourth
         self._answers = np.asarray(answers, dtype=bool)
-        self._nlls: Float64 | None = None
+        self._scores: _Scores | None = None
 
     def start(self, question: Prompt, roles: Sequence[str]) -> None:
         """Have `roles` read the exemplars and `question`, without scoring them."""
@@ -62,28 +70,50 @@ class Reader:
         """Score the exemplars and `question`; afterwards the trio holds both."""
         trio, prompt = self.trio, Prompt((*self.prefix.segments, *question.segments))
         n_prefix = len(self.prefix.units)
-        held = self._nlls is not None and trio.n_kept(prompt.units) >= n_prefix
+        held = self._scores is not None and trio.n_kept(prompt.units) >= n_prefix
         if n_prefix and not held:
             trio.forget()
-            self._nlls = self._score(self.prefix, None)
-        tail = self._score(prompt, (n_prefix, n_prefix) if n_prefix else None)
-        nlls = tail if self._nlls is None else np.concatenate((self._nlls, tail))
+            self._scores = self._score(self.prefix, None)
+        scores = self._score(prompt, (n_prefix, n_prefix) if n_prefix else None)
+        if self._scores is not None:
+            scores = self._scores.before(scores)
+        nlls = scores.nlls
         if not len(nlls):
             raise PromptError("the prompt has no token to score")
         scored = [at for at, (_, scored) in enumerate(prompt.units) if scored][-len(nlls) :]
         answers = np.pad(self._answers, (0, len(prompt.units) - n_prefix))[scored]
         rows = trio.rows()
         entropy = grid_entropy(**rows, alphas=GRID, betas=GRID, unused=trio.unused)
-        return Reading(prompt.n_tokens(), nlls, answers, entropy)
+        decoupled = None if self.fourth is None else scores.decoupled
+        return Reading(prompt.n_tokens(), nlls, answers, entropy, decoupled)
 
-    def _score(self, prompt: Prompt, after: tuple[int, int] | None) -> Float64:
+    def _score(self, prompt: Prompt, after: tuple[int, int] | None) -> "_Scores":
         parts = [np.empty((0, len(AXIS), len(AXIS)))]
+        decoupled = np.zeros((len(GRID), len(AXIS), len(AXIS)))
 
         def consume(rows: Rows, targets: NDArray[np.int64]) -> None:
             parts.append(token_nlls(self.trio, rows, targets))
+            if self.fourth is not None:
+                # The mark's last unit is the newest target, which no row here has read.
+                four = self.fourth.beside(rows, self.trio.mark[1] - 1)
+                for at, gamma in enumerate(GRID):
+                    three = three_of_four(four, gamma)
+                    decoupled[at] += token_nlls(self.trio, three, targets).sum(axis=0)
 
         self.trio.prefill(prompt, consume=consume, after=after)
-        return np.concatenate(parts)
+        return _Scores(np.concatenate(parts), decoupled)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Nats of tokens [n_tokens, n, n], and their sums at each gamma [n_grid, n, n]."""
+
+    nlls: Float64
+    decoupled: Float64
+
+    def before(self, later: "_Scores") -> "_Scores":
+        nlls = np.concatenate((self.nlls, later.nlls))
+        return _Scores(nlls, self.decoupled + later.decoupled)
 
 
 def choice_nll(trio: Trio, choices: Sequence[Sequence[int]]) -> Float64:

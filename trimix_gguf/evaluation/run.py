@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib import metadata
@@ -12,10 +12,13 @@ from typing import Any
 
 from trimix_gguf import native
 from trimix_gguf.errors import DataError
+from trimix_gguf.evaluation.decoupled import LARGE_BASE, FourthModel
+from trimix_gguf.evaluation.methods import DECOUPLED
 from trimix_gguf.evaluation.reading import AXIS
 from trimix_gguf.evaluation.runner import Settings, run_task
 from trimix_gguf.evaluation.task import Dataset, Task
 from trimix_gguf.evaluation.tasks import custom_task, find_task
+from trimix_gguf.model import Model
 from trimix_gguf.trio import Trio
 
 FORMAT = 1  # of run.json and of the lines
@@ -25,7 +28,10 @@ Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be compared; `tasks` are names, or paths of a user's own JSONL."""
+    """What is to be compared; `tasks` are names, or paths of a user's own JSONL.
+
+    `large_base` is the fourth model, read where a method needs it.
+    """
 
     lang: str
     tasks: Sequence[str]
@@ -36,6 +42,7 @@ class Plan:
     n_exemplars: int | None = None
     chat: bool = False
     singles: Mapping[str, Path] | None = None
+    large_base: Path | None = None
     command: Sequence[str] = ()
 
     @property
@@ -50,6 +57,19 @@ class Plan:
             for name in self.tasks
         ]
         return {t.name: (t, t.load(self.data, self.lang, self.seed)) for t in tasks}
+
+    @property
+    def fourth(self) -> Path | None:
+        """`large_base` where it is read. Raises DataError where it is needed and missing."""
+        if DECOUPLED not in self.methods:
+            return None
+        if self.large_base is None:
+            raise DataError(
+                f"{DECOUPLED} needs a fourth model: give --large-base, or a trio that names one"
+            )
+        if self.chat:
+            raise DataError(f"{DECOUPLED} reads plain prompts alone; leave out --chat")
+        return self.large_base
 
     def own_files(self) -> dict[str, str]:
         paths = [Path(name) for name in self.tasks if name.endswith(".jsonl")]
@@ -66,10 +86,15 @@ class OpenRun:
     def compare(self, trio: Trio, progress: Progress) -> None:
         """Run every task that is not finished; then each single GGUF, one at a time."""
         plan = self.plan
-        for name, (task, dataset) in plan.datasets.items():
-            with progress(name) as shown:
-                out = self.folder / f"{name}.jsonl"
-                run_task(trio, task, dataset, plan.settings, out, progress=shown)
+        with ExitStack() as stack:
+            fourth = None
+            if plan.fourth is not None:
+                large_base = stack.enter_context(closing(_beside(trio, plan.fourth)))
+                fourth = FourthModel(large_base, trio)
+            for name, (task, dataset) in plan.datasets.items():
+                with progress(name) as shown:
+                    out = self.folder / f"{name}.jsonl"
+                    run_task(trio, task, dataset, plan.settings, out, progress=shown, fourth=fourth)
         for single, file in (plan.singles or {}).items():
             alone = replace(plan.settings, methods=("large_ins",))
             with Trio.load(
@@ -107,9 +132,25 @@ def open_run(folder: Path, plan: Plan, trio: Trio) -> OpenRun:
     return OpenRun(folder, plan)
 
 
+def _beside(trio: Trio, path: Path) -> Model:
+    """A model by the settings of large_ins; the trio has the tokenizer."""
+    large = trio.models["large_ins"]
+    return Model(
+        path,
+        n_ctx=trio.n_ctx,
+        n_window=trio.n_window,
+        n_batch=large.n_batch,
+        n_threads=large.n_threads,
+        n_gpu_layers=large.n_gpu_layers,
+        tokenizer=False,
+    )
+
+
 def _settings(plan: Plan, trio: Trio) -> dict[str, Any]:
     datasets, questions = plan.datasets, plan.settings.questions
     files = {role: model.path for role, model in trio.models.items()}
+    if plan.fourth is not None:
+        files[LARGE_BASE] = plan.fourth
     files |= {f"{r}_lora": m.lora for r, m in trio.models.items() if m.lora is not None}
     return {
         "format": FORMAT,

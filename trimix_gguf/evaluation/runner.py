@@ -12,11 +12,14 @@ import numpy as np
 
 from trimix_gguf.chat import around_message
 from trimix_gguf.errors import DataError, PromptError
-from trimix_gguf.evaluation.continuing import Mix, continue_all, roles_of
+from trimix_gguf.evaluation.continuing import Mix, continue_all, continue_decoupled, roles_of
+from trimix_gguf.evaluation.decoupled import FourthModel
 from trimix_gguf.evaluation.methods import (
+    DECOUPLED,
     ORACLE,
     SELECTING,
     grid_mixes,
+    lowest_decoupled,
     lowest_on_grid,
     mixes,
 )
@@ -59,19 +62,21 @@ def run_task(
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
     name_as: str | None = None,
+    fourth: FourthModel | None = None,
 ) -> None:
     """Answer the task's questions by every method, appending lines to `out`.
 
     Lines that it already holds are kept, a line cut off by a kill is written anew. `name_as` is
-    what large_ins' answers are to be called, where it is a model by itself. Raises PromptError
-    where the exemplars do not fit the context, saying how many do.
+    what large_ins' answers are to be called, where it is a model by itself; `fourth` is what
+    DECOUPLED needs. Raises PromptError where the exemplars do not fit the context, saying how many
+    do.
     """
     questions = settings.questions(dataset)
     done = finished_ids(out)
     left = [q for q in questions if q.id not in done]
     if not left:
         return
-    reader = open_reader(trio, task, dataset, settings, questions)
+    reader = open_reader(trio, task, dataset, settings, questions, fourth)
     progress(len(questions) - len(left), len(questions))
     weights = _task_weights(reader, task, questions, settings, out)
     with out.open("a", encoding="utf-8") as lines:
@@ -100,7 +105,12 @@ def finished_ids(out: Path) -> set[str]:
 
 
 def open_reader(
-    trio: Trio, task: Task, dataset: Dataset, settings: Settings, questions: Sequence[Example]
+    trio: Trio,
+    task: Task,
+    dataset: Dataset,
+    settings: Settings,
+    questions: Sequence[Example],
+    fourth: FourthModel | None = None,
 ) -> Reader:
     """A Reader of the instruction and the exemplars."""
     n = task.n_exemplars if settings.n_exemplars is None else settings.n_exemplars
@@ -116,7 +126,7 @@ def open_reader(
             f"{task.name}: {n} exemplars and the longest question do not fit in a context of "
             f"{trio.n_ctx}; {fit} would, or raise --n-ctx"
         )
-    return _reader(trio, prefixes[n], around)
+    return _reader(trio, prefixes[n], around, fourth)
 
 
 def _prefix(trio: Trio, task: Task, exemplars: Sequence[Example]) -> Prompt:
@@ -127,7 +137,12 @@ def _prefix(trio: Trio, task: Task, exemplars: Sequence[Example]) -> Prompt:
     return trio.prompt(text, spans=(_OPEN, _CLOSE)) if exemplars else trio.prompt(text)
 
 
-def _reader(trio: Trio, marked: Prompt, around: tuple[list[int], list[int]]) -> Reader:
+def _reader(
+    trio: Trio,
+    marked: Prompt,
+    around: tuple[list[int], list[int]],
+    fourth: FourthModel | None,
+) -> Reader:
     """All tokens of the prefix are scored but BOS; those scored in `marked` are answers."""
     ids = [i for segment in marked.segments for i in segment.ids[ROLES[0]]]
     bos = trio.models[ROLES[0]].bos
@@ -136,7 +151,8 @@ def _reader(trio: Trio, marked: Prompt, around: tuple[list[int], list[int]]) -> 
         begin.append(Segment.per_role({ROLES[0]: around[0]}))
     prefix = Prompt((*begin, Segment.of(ids[len(bos) :])))
     answers = [scored for _, scored in marked.units]
-    return Reader(trio, prefix, [False] * (len(prefix.units) - len(answers)) + answers, around[1])
+    answers = [False] * (len(prefix.units) - len(answers)) + answers
+    return Reader(trio, prefix, answers, around[1], fourth)
 
 
 def answer(
@@ -172,6 +188,12 @@ def answer(
         reader.start(question, roles_of([*named.values(), *grid]))
     continue_all(trio, [*named.values(), *grid], max_tokens=task.max_tokens)
     line["outputs"] = {name: _output(mix, chosen[name]) for name, mix in named.items()}
+    if reading is not None and reading.decoupled is not None and reader.fourth is not None:
+        best = lowest_decoupled(reading.decoupled)
+        mix = continue_decoupled(
+            trio, reader.fourth, best.weights, best.gamma, max_tokens=task.max_tokens
+        )
+        line["outputs"][DECOUPLED] = _output(mix, best.weights) | {"gamma": best.gamma}
     if grid:
         texts = [mix.text for mix in grid]
         line["grid"] = [texts[at : at + len(GRID)] for at in range(0, len(texts), len(GRID))]

@@ -1,0 +1,56 @@
+"""Decoupled weights: a gamma for the step in size, beside alpha and beta, by a fourth model.
+
+    L = small_base + α·(large_ins − large_base) + β·(small_cpt − small_base)
+      + γ·(large_base − small_base)
+
+Where γ = α, large_base cancels and this is the mix of three. For any one γ it is a mix of three
+too, of models that stand for these four; so scoring and mixing are those of the three.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimix_gguf.fusion import ROLES, Rows
+from trimix_gguf.model import Model
+from trimix_gguf.trio import Trio
+from trimix_gguf.vocabulary import check_contract
+
+LARGE_BASE = "large_base"
+
+
+def three_of_four(rows: Rows, gamma: float) -> Rows:
+    """Logits of three models whose mix by (α, β) is that of the four in `rows` by (α, β, γ)."""
+    small, large = rows["small_base"], rows[LARGE_BASE]
+    base = small + np.float32(gamma) * (large - small)
+    return {
+        "large_ins": base + (rows["large_ins"] - large),
+        "small_cpt": base + (rows["small_cpt"] - small),
+        "small_base": base,
+    }
+
+
+class FourthModel:
+    """large_base, which follows what a trio holds; all of its roles must hold the same ids.
+
+    Raises VocabularyMismatch where its ids are not the trio's.
+    """
+
+    def __init__(self, model: Model, trio: Trio) -> None:
+        check_contract({r: m.file for r, m in trio.models.items()} | {LARGE_BASE: model.file})
+        self.model, self._trio = model, trio
+        self._ids: list[int] = []
+
+    def beside(self, rows: Rows, n_ids: int) -> Rows:
+        """`rows` [n, n_vocab] of the trio, and its own: after each of the last n of `n_ids` ids."""
+        n = len(next(iter(rows.values())))
+        return {**rows, LARGE_BASE: self._rows(self._trio.ids[ROLES[0]][:n_ids], n)}
+
+    def _rows(self, ids: list[int], n: int) -> NDArray[np.float32]:
+        model, first = self.model, len(ids) - n
+        pairs = enumerate(zip(ids, self._ids, strict=False))
+        n_same = next((i for i, (a, b) in pairs if a != b), min(len(ids), len(self._ids)))
+        model.rewind(min(n_same, first))
+        for start in range(model.n_past, first, model.n_batch):
+            model.decode(ids[start : min(start + model.n_batch, first)])
+        self._ids = ids
+        return model.decode(ids[first:], every_row=True)[:, : self._trio.n_vocab]

@@ -17,7 +17,7 @@ from trimix_gguf import Trio, Weights, generate, score
 from trimix_gguf.chat import around_message
 from trimix_gguf.errors import ContextFullError
 from trimix_gguf.evaluation import methods
-from trimix_gguf.evaluation.continuing import Mix, continue_all
+from trimix_gguf.evaluation.continuing import Mix, continue_all, continue_decoupled
 from trimix_gguf.evaluation.decoupled import FourthModel
 from trimix_gguf.evaluation.reading import AXIS, Reader, Reading, choice_nll
 from trimix_gguf.evaluation.runner import Settings, finished_ids, run_task
@@ -75,9 +75,14 @@ def fourth(nano_files, trio):
 
 def test_a_decoupled_reading_is_the_formula_at_each_token(trio, fourth):
     """In float64, on each model's own logits of the whole prompt."""
+    other = Reader(trio, trio.prompt(f"{QUESTION} {EXEMPLARS}"), [False] * 500, fourth=fourth)
+    other.read(scored(trio, QUESTION))
     reader = Reader(trio, trio.prompt(EXEMPLARS), [False] * 500, fourth=fourth)
     reader.read(scored(trio, QUESTION + " x"))
     reading = reader.read(scored(trio, QUESTION))
+    n_past = trio.n_past
+    assert continue_decoupled(trio, fourth, Weights(0.5, 0.5), 0.3, max_tokens=6).ids
+    assert trio.n_past == n_past
     segments = (*reader.prefix.segments, *scored(trio, QUESTION).segments)
     ids = [i for segment in segments for i in segment.ids["large_ins"]]
     n, rows = len(reading.nlls), {}

@@ -109,6 +109,14 @@ def test_a_decoupled_reading_is_the_formula_at_each_token(trio, fourth):
             assert found == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_fourth_model_follows_the_trio_to_another_text(trio, fourth):
+    for text in (EXEMPLARS + QUESTION, QUESTION, QUESTION + EXEMPLARS):
+        trio.prefill(trio.prompt(text))
+        three = {role: row[None].copy() for role, row in trio.rows().items()}
+        row = fourth.beside(three, trio.n_past)["large_base"][0]
+        np.testing.assert_allclose(row, three["small_cpt"][0], atol=0.05)  # the same file
+
+
 def test_a_question_gives_the_same_numbers_whatever_was_read_before(trio, reader):
     others = ["Text: Ауа райы жылы.\nTopic:", QUESTION + " спорт"]
     first = reader.read(scored(trio, QUESTION))

@@ -64,3 +64,21 @@ def serving(*arguments):
             process.send_signal(signal.SIGTERM)
         _, error = process.communicate(timeout=60)
     assert b"Traceback" not in error, error.decode()
+
+
+def events_of(text):
+    """The payloads of a server-sent stream, whose shape is checked."""
+    *blocks, end = text.split("\n\n")
+    assert end == "" and blocks
+    assert all(re.fullmatch(r"data: [^\n]+", block) for block in blocks), text
+    return [block.removeprefix("data: ") for block in blocks]
+
+
+def error_of(response, status):
+    """The error object of a refusal, in OpenAI's shape."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["message"] and "\n" not in error["message"]
+    return error

@@ -12,6 +12,16 @@ import httpx
 
 # The nano trio ends a text by id 0; without it, answers are as long as they may be.
 ENDLESS = {"logit_bias": {"0": -100}}
+TEXTS = [
+    "Қазақстан Республикасының Үкіметі",
+    "Бүгін Алматыда жаңа мектеп ашылды, ал",
+    "The prince had come to",
+    "Абай Құнанбайұлы — қазақтың ұлы ақыны. Ол",
+    "Президент Астанада сөз сөйледі.",
+    "Ауа райы бүгін жылы болады",
+    "Once upon a time there was a",
+    "Мектеп оқушылары кітап оқиды, себебі",
+]
 
 
 @dataclass

@@ -344,8 +344,11 @@ def test_a_fourth_model_that_says_what_one_of_three_does_changes_nothing(
     report = trimix("eval", "report", out)
     assert report.returncode == 0, report.stderr.decode()
     assert b"| decoupled |" in report.stdout
-    without = trimix(*arguments(task_file, tmp_path / "other", "ppl,decoupled"))
-    assert "--large-base" in one_line_error(without)
+    other = tmp_path / "other"
+    given = arguments(task_file, other, "ppl,decoupled")
+    assert "--large-base" in one_line_error(trimix(*given))
+    assert "no.gguf" in one_line_error(trimix(*given, "--large-base", tmp_path / "no.gguf"))
+    assert not other.exists()
 
 
 def test_a_run_killed_twenty_times_ends_with_the_same_file(trimix, task_file, tmp_path):

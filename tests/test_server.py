@@ -10,22 +10,12 @@ import httpx
 import openai
 import pytest
 from conftest import KAZAKH
-from served import ENDLESS, error_of, events_of, serving
+from served import ENDLESS, TEXTS, error_of, events_of, serving
 
 from trimix_gguf import Weights, score
 from trimix_gguf.fusion import METHODS
 from trimix_gguf.trios.triofile import ModelEntry, TrioFile
 
-TEXTS = [
-    "Қазақстан Республикасының Үкіметі",
-    "Бүгін Алматыда жаңа мектеп ашылды, ал",
-    "The prince had come to",
-    "Абай Құнанбайұлы — қазақтың ұлы ақыны. Ол",
-    "Президент Астанада сөз сөйледі.",
-    "Ауа райы бүгін жылы болады",
-    "Once upon a time there was a",
-    "Мектеп оқушылары кітап оқиды, себебі",
-]
 CHAT = [{"role": "system", "content": "Қысқа жауап бер."}, {"role": "user", "content": KAZAKH}]
 
 

@@ -14,18 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from conftest import KAZAKH
-from served import ENDLESS, error_of, events_of, serving
-
-TEXTS = [
-    "Қазақстан Республикасының Үкіметі",
-    "Бүгін Алматыда жаңа мектеп ашылды, ал",
-    "The prince had come to",
-    "Абай Құнанбайұлы — қазақтың ұлы ақыны. Ол",
-    "Президент Астанада сөз сөйледі.",
-    "Ауа райы бүгін жылы болады",
-    "Once upon a time there was a",
-    "Мектеп оқушылары кітап оқиды, себебі",
-]
+from served import ENDLESS, TEXTS, error_of, events_of, serving
 
 
 @pytest.fixture(scope="module")

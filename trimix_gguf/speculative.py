@@ -195,11 +195,12 @@ def decode_steps(
     wanted = {*weights.active, *also, *(("large_ins",) if plausibility_threshold > 0 else ())}
     needed = tuple(role for role in trio.models if role in wanted)
     lookup = Lookup(trio.ids[needed[0]] if drafting.n_draft is None else ())
+    match = lookup.find()
     n_ahead, n_left = 0, max_tokens
     try:
         while True:
             most = max(0, min(trio.n_window, trio.room, n_left) - 1)
-            plan, match = drafting.plan(trio, needed, most), lookup.find()
+            plan = drafting.plan(trio, needed, most)
             n_found = drafting.n_found(plan, match, most)
             confidences: list[float] = []
             kept: list[NDArray[np.float32]] = []
@@ -233,9 +234,10 @@ def decode_steps(
                     drafting.watch(rows[DRAFTER], token)
                 n_ahead = len(drafted) - i if accepted else 0
                 if drafting.n_draft is None:
-                    if match := lookup.find():
+                    if match is not None:
                         drafting.check(match, token)
                     lookup.append(token)
+                    match = lookup.find()
                 yield Step(token, fused, rows, accepted)
                 if not accepted:
                     trio.advance(token)

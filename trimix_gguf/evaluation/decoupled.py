@@ -7,10 +7,13 @@ Where γ = α, large_base cancels and this is the mix of three. For any one γ i
 too, of models that stand for these four; so scoring and mixing are those of the three.
 """
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.fusion import ROLES, Rows
+from trimix_gguf.gguf_file import read_gguf
 from trimix_gguf.model import Model
 from trimix_gguf.trio import Trio
 from trimix_gguf.vocabulary import check_contract
@@ -29,14 +32,15 @@ def three_of_four(rows: Rows, gamma: float) -> Rows:
     }
 
 
-class FourthModel:
-    """large_base, which follows what a trio holds; all of its roles must hold the same ids.
+def check_fourth(path: Path, trio: Trio) -> None:
+    """Raises ModelFileError, and VocabularyMismatch where its ids are not the trio's."""
+    check_contract({r: m.file for r, m in trio.models.items()} | {LARGE_BASE: read_gguf(path)})
 
-    Raises VocabularyMismatch where its ids are not the trio's.
-    """
+
+class FourthModel:
+    """large_base, which follows what a trio holds; all of its roles must hold the same ids."""
 
     def __init__(self, model: Model, trio: Trio) -> None:
-        check_contract({r: m.file for r, m in trio.models.items()} | {LARGE_BASE: model.file})
         self.model, self._trio = model, trio
         self._ids: list[int] = []
 

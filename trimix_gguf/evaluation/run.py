@@ -12,7 +12,7 @@ from typing import Any
 
 from trimix_gguf import native
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.decoupled import LARGE_BASE, FourthModel
+from trimix_gguf.evaluation.decoupled import LARGE_BASE, FourthModel, check_fourth
 from trimix_gguf.evaluation.methods import DECOUPLED
 from trimix_gguf.evaluation.reading import AXIS
 from trimix_gguf.evaluation.runner import Settings, run_task
@@ -108,6 +108,8 @@ class OpenRun:
 
 def open_run(folder: Path, plan: Plan, trio: Trio) -> OpenRun:
     """Begin a run, or go on with one; DataError where the folder's was made otherwise."""
+    if plan.fourth is not None:
+        check_fourth(plan.fourth, trio)
     settings = _settings(plan, trio)
     file = folder / "run.json"
     if file.exists():

@@ -15,7 +15,7 @@ from trimix_gguf.sampling import Sampler
 from trimix_gguf.speculative import Drafting, Plan, decode_steps
 from trimix_gguf.trio import concurrency
 
-TIE = 1e-3  # logits closer than this may change places between a batch and single decodes
+ROUNDING = 0.3  # of a logit, between a batch and single decodes; a cache gone wrong shows in units
 MIXES = [Weights(0.1, 0.9), Weights(0.3, 0.9), Weights(1.0, 1.0), Weights(1.0, 0.0)]
 SAMPLERS = {
     "greedy": {"temperature": 0},
@@ -39,36 +39,49 @@ def lone_trio():
         yield opened
 
 
-def tokens(trio, weights, n, *, prompt=KAZAKH, **options):
-    """(token ids, gap between the two best logits at each) of one answer."""
-    sampling, gaps, ids = dict(options), [], []
-    drafting = sampling.pop("drafting")
-    sampler = Sampler(trio.models["large_ins"].vocab, trio.n_vocab, seed=7, **sampling)
-    segments = trio.prompt(prompt)
-    trio.prefill(segments)
+def steps_of(trio, weights, n, *, drafting, prompt=KAZAKH, **sampling):
+    """(token ids, fused row before each) of one answer."""
+    ids, rows = [], []
+    sampler = new_sampler(trio, sampling)
+    trio.prefill(trio.prompt(prompt))
     steps = decode_steps(trio, weights, sampler, drafting=drafting, max_tokens=n)
     for step in itertools.islice(steps, n):
         sampler.accept(step.token)
         ids.append(step.token)
-        second, first = np.sort(step.fused)[-2:]
-        gaps.append(float(first - second))
+        rows.append(step.fused.copy())
     steps.close()
-    return ids, gaps
+    return ids, rows
 
 
-def assert_same(ours, oracle, gaps):
-    """Identical, or parted where the two best tokens all but tied."""
-    parted = next((i for i, (a, b) in enumerate(zip(ours, oracle, strict=True)) if a != b), None)
-    assert parted is None or gaps[parted] < TIE, f"token {parted}, gap {gaps[parted]}"
+def new_sampler(trio, sampling):
+    return Sampler(trio.models["large_ins"].vocab, trio.n_vocab, seed=7, **sampling)
+
+
+def assert_same(trio, ours, oracle, **sampling):
+    """The rows are lockstep's up to rounding, and each token is what lockstep takes from its row.
+
+    So the two part only where rounding parts them, and how far two batches of different size
+    round apart depends on the processor.
+    """
+    sampler = new_sampler(trio, sampling)
+    for i, (token, row, expected, single) in enumerate(zip(*ours, *oracle, strict=True)):
+        assert np.abs(row - single).max() < ROUNDING, f"row {i}"
+        assert sampler.clone().sample(row) == token, f"token {i}"
+        assert sampler.clone().sample(single) == expected, f"lockstep's token {i}"
+        assert sampler.sample(row) == token
+        sampler.accept(token)
+        if token != expected:
+            return
 
 
 @pytest.mark.parametrize("n_draft", [1, 3, 15])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_same_seed_gives_the_tokens_of_lockstep(lone_trio, name, n_draft):
     settings = SAMPLERS[name]
-    lockstep, gaps = tokens(lone_trio, MIXES[0], 24, drafting=Drafting(never=True), **settings)
+    lockstep = steps_of(lone_trio, MIXES[0], 24, drafting=Drafting(never=True), **settings)
     drafting = Drafting(n_draft=n_draft)
-    assert_same(tokens(lone_trio, MIXES[0], 24, drafting=drafting, **settings)[0], lockstep, gaps)
+    ours = steps_of(lone_trio, MIXES[0], 24, drafting=drafting, **settings)
+    assert_same(lone_trio, ours, lockstep, **settings)
     assert drafting.n_drafted > 0
 
 
@@ -76,15 +89,15 @@ def test_the_same_seed_gives_the_tokens_of_lockstep(lone_trio, name, n_draft):
 @pytest.mark.parametrize("temperature", [0, 0.8])
 def test_any_mix(lone_trio, weights, temperature):
     settings = {"temperature": temperature}
-    lockstep, gaps = tokens(lone_trio, weights, 30, drafting=Drafting(never=True), **settings)
+    lockstep = steps_of(lone_trio, weights, 30, drafting=Drafting(never=True), **settings)
     for drafting in (Drafting(n_draft=4), Drafting(always=True), Drafting()):
-        ours, _ = tokens(lone_trio, weights, 30, drafting=drafting, **settings)
-        assert_same(ours, lockstep, gaps)
+        ours = steps_of(lone_trio, weights, 30, drafting=drafting, **settings)
+        assert_same(lone_trio, ours, lockstep, **settings)
 
 
 def test_drafts_are_accepted_where_small_cpt_leads(lone_trio):
     drafting = Drafting(n_draft=4)
-    tokens(lone_trio, Weights(0.05, 0.95), 40, drafting=drafting, temperature=0)
+    steps_of(lone_trio, Weights(0.05, 0.95), 40, drafting=drafting, temperature=0)
     assert drafting.acceptance > 0.5
     assert drafting.n_rounds < 30  # 40 tokens took fewer rounds than lockstep's 40
 
@@ -93,14 +106,14 @@ def test_a_coupled_draft_is_accepted_whole_when_the_mix_is_small_cpt_itself(lone
     """A copy of the sampler, random stream included, picks the same from the same row."""
     drafting = Drafting(n_draft=5)
     weights = Weights(1e-7, 1 - 1e-7)
-    tokens(lone_trio, weights, 36, drafting=drafting, temperature=1.0)
+    steps_of(lone_trio, weights, 36, drafting=drafting, temperature=1.0)
     assert drafting.acceptance > 0.99
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 8])
 def test_stopping_anywhere_leaves_the_caches_at_what_was_yielded(lone_trio, n):
     """Inside an accepted run the caches are ahead; closing brings them back."""
-    ids, _ = tokens(lone_trio, MIXES[1], n, drafting=Drafting(n_draft=6), temperature=0)
+    ids, _ = steps_of(lone_trio, MIXES[1], n, drafting=Drafting(n_draft=6), temperature=0)
     rows = {role: row.copy() for role, row in lone_trio.rows().items()}
     prompt = lone_trio.prompt(KAZAKH)
     assert lone_trio.n_past == prompt.n_tokens() + n - 1
@@ -223,17 +236,13 @@ class Finds(Drafting):
 @pytest.mark.parametrize("temperature", [0, 0.8])
 def test_what_is_looked_up_changes_no_token(lone_trio, weights, temperature):
     again = " ".join([KAZAKH, KAZAKH, *KAZAKH.split()[:3]])
-    never = Drafting(never=True)
-    oracle, gaps = tokens(
-        lone_trio, weights, 32, prompt=again, temperature=temperature, drafting=never
-    )
+    settings = {"prompt": again, "temperature": temperature}
+    lockstep = steps_of(lone_trio, weights, 32, drafting=Drafting(never=True), **settings)
     for n in (1, 5, 31):
         drafting = Finds()
         drafting.n = n
-        ours, _ = tokens(
-            lone_trio, weights, 32, prompt=again, temperature=temperature, drafting=drafting
-        )
-        assert_same(ours, oracle, gaps)
+        ours = steps_of(lone_trio, weights, 32, drafting=drafting, **settings)
+        assert_same(lone_trio, ours, lockstep, temperature=temperature)
         assert drafting.n_drafted > 0
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from trimix_gguf.errors import ModelError, WeightsError
 from trimix_gguf.fusion import Weights
+from trimix_gguf.threads import run_all
 
 GRID = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # published, for alpha and for beta
 CONTINUOUS_RANGE = (-0.5, 1.5)  # where the continuous optimum is looked for, in each weight
@@ -97,7 +98,10 @@ def grid_token_nlls(
 
     n_parts = max(1, min(n_threads, n_tokens))
     parts = [range(k, n_tokens, n_parts) for k in range(n_parts)]
-    list(_pool(n_threads).map(fill, parts) if n_parts > 1 else map(fill, parts))
+    if n_parts > 1:
+        run_all(_pool(n_threads), fill, parts)
+    else:
+        fill(*parts)
     return nll
 
 

@@ -1,7 +1,7 @@
 """Trio: three Models kept on the same segments, and the rows that predict their next token."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from trimix_gguf.memory import check_fits
 from trimix_gguf.model import Model
 from trimix_gguf.planner import place
 from trimix_gguf.prompt import Prompt, Segment, Unit, n_common, text_prompt
+from trimix_gguf.threads import run_all
 from trimix_gguf.vocabulary import check_contract
 
 Progress = Callable[[int], None]  # tokens just read
@@ -298,11 +299,7 @@ class Trio:
 
         if len(groups) < 2:
             return run(list(roles))
-        futures = [self._pool.submit(run, group) for group in groups.values()]
-        try:
-            parts = [future.result() for future in futures]
-        finally:
-            wait(futures)  # also on Ctrl-C: no cache may be touched while a thread decodes
+        parts = run_all(self._pool, run, groups.values())
         return {role: row for part in parts for role, row in part.items()}
 
     def _owe(self, segment: Segment, skip: int) -> None:

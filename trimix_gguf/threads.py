@@ -1,0 +1,38 @@
+"""Work on several threads that the caller outlives, whatever happens."""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from threading import Condition
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def run_all(pool: ThreadPoolExecutor, work: Callable[[T], R], parts: Iterable[T]) -> list[R]:
+    """`work` of each part, in order; on a failure or Ctrl-C too, returns when no thread works.
+
+    The caller may then free what they used: llama.cpp's caches, or its rows of logits.
+    """
+    gate, closed, n_working = Condition(), False, 0
+
+    # Counted here: Ctrl-C may come while a part is handed over, before anyone holds its future.
+    def counted(part: T) -> R:
+        nonlocal n_working
+        with gate:
+            if closed:
+                raise CancelledError
+            n_working += 1
+        try:
+            return work(part)
+        finally:
+            with gate:
+                n_working -= 1
+                gate.notify_all()
+
+    try:
+        return list(pool.map(counted, parts))
+    finally:
+        with gate:
+            closed = True
+            gate.wait_for(lambda: n_working == 0)

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     "errors", "fusion", "gguf_file", "vocabulary", "memory", "native", "threads", "scoring",
     "sampling", "prompt", "model", "placement", "planner", "trio", "branches", "selection",
-    "prompt_cache", "lookup", "speculative", "costs", "generation", "chat", "conversation", "request", "batching",
-    "trios", "bench", "evaluation", "server", "cli",
+    "prompt_cache", "lookup", "speculative", "costs", "generation", "chat", "conversation",
+    "request", "batching", "trios", "bench", "evaluation", "server", "cli",
 ]  # fmt: skip
 
 

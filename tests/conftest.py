@@ -1,11 +1,13 @@
 """Shared fixtures: the shipped trio, a runner for the CLI, and where the real models are."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from trimix_gguf import Trio
@@ -63,3 +65,26 @@ def trimix():
 @pytest.fixture(scope="session")
 def nano_files():
     return {r: NANO / f"{r}.gguf" for r in ("large_ins", "small_base", "small_cpt")}
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def task_file(tmp_path):
+    """A user's own task: topics of made-up Kazakh sentences."""
+    sentences = {
+        "спорт": ["Команда доп ойнады.", "Балуан жеңіске жетті.", "Жүгіруші рекорд жасады."],
+        "саясат": ["Үкімет заң қабылдады.", "Президент сөз сөйледі.", "Сайлау өтті."],
+        "денсаулық": ["Дәрігер науқасты емдеді.", "Аурухана ашылды.", "Вакцина егілді."],
+    }
+    rows = [{"instruction": "Classify the topic: спорт, саясат, денсаулық.", "language": "kk"}]
+    for label, texts in sentences.items():
+        for i, text in enumerate(texts):
+            row = {"question": f"Text: {text}\nTopic:", "choices": list(sentences)}
+            rows.append(row | {"answer": label} | ({"exemplar": True} if i == 0 else {}))
+    path = tmp_path / "topics.jsonl"
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
+    return path

@@ -1,34 +1,22 @@
-"""Reading, continuing and running tasks, on the nano trio; the command driven as a user would."""
+"""Reading and continuing a task's prompts, on the nano trio."""
 
 import json
-import random
-import signal
-import subprocess
-import sys
-import time
-from contextlib import closing
 
 import numpy as np
 import pytest
 from conftest import KAZAKH
-from test_cli import one_line_error
+from topics import EXEMPLARS, QUESTION, TOPICS, scored
 
 from trimix_gguf import Trio, Weights, generate, score
 from trimix_gguf.chat import around_message
 from trimix_gguf.errors import ContextFullError
 from trimix_gguf.evaluation import methods
-from trimix_gguf.evaluation.continuing import Mix, continue_all, continue_decoupled
-from trimix_gguf.evaluation.decoupled import FourthModel
+from trimix_gguf.evaluation.continuing import Mix, continue_all
 from trimix_gguf.evaluation.reading import AXIS, Reader, Reading, choice_nll
-from trimix_gguf.evaluation.runner import Settings, finished_ids, run_task
+from trimix_gguf.evaluation.runner import Settings, run_task
 from trimix_gguf.evaluation.task import Dataset, Example, Task
-from trimix_gguf.model import Model
 from trimix_gguf.prompt import Prompt, Segment
 from trimix_gguf.scoring import GRID
-
-TOPICS = {"спорт": "Команда ойында жеңді.", "саясат": "Үкімет жаңа заң қабылдады."}
-EXEMPLARS = "".join(f"Text: {text}\nTopic: {label}\n\n" for label, text in TOPICS.items())
-QUESTION = "Text: Президент Астанада сөз сөйледі.\nTopic:"
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +25,10 @@ def trio():
         yield loaded
 
 
-def scored(trio, text):
-    return Prompt(tuple(s for s in trio.prompt(text).segments if s.scored))
-
-
 @pytest.fixture
 def reader(trio):
     prefix = trio.prompt(EXEMPLARS)
     return Reader(trio, prefix, [i % 3 == 0 for i in range(len(prefix.units))])
-
-
-# -- reading --------------------------------------------------------------------------------
 
 
 def test_a_reading_is_the_score_of_the_whole_prompt(trio, reader):
@@ -64,57 +45,6 @@ def test_a_reading_is_the_score_of_the_whole_prompt(trio, reader):
     n_question = len(whole.units) - len(reader.prefix.units)
     assert reading.answers[-n_question:].sum() == 0
     assert reading.answers.sum() == sum(marked[-(len(reading.answers) - n_question) :])
-
-
-@pytest.fixture
-def fourth(nano_files, trio):
-    """small_cpt's file as large_base: a model unlike its neighbours in the formula."""
-    with closing(Model(nano_files["small_cpt"], n_ctx=512, n_threads=1, tokenizer=False)) as model:
-        yield FourthModel(model, trio)
-
-
-def test_a_decoupled_reading_is_the_formula_at_each_token(trio, fourth):
-    """In float64, on each model's own logits of the whole prompt."""
-    other = Reader(trio, trio.prompt(f"{QUESTION} {EXEMPLARS}"), [False] * 500, fourth=fourth)
-    other.read(scored(trio, QUESTION))
-    reader = Reader(trio, trio.prompt(EXEMPLARS), [False] * 500, fourth=fourth)
-    reader.read(scored(trio, QUESTION + " x"))
-    reading = reader.read(scored(trio, QUESTION))
-    n_past = trio.n_past
-    assert continue_decoupled(trio, fourth, Weights(0.5, 0.5), 0.3, max_tokens=6).ids
-    assert trio.n_past == n_past
-    segments = (*reader.prefix.segments, *scored(trio, QUESTION).segments)
-    ids = [i for segment in segments for i in segment.ids["large_ins"]]
-    n, rows = len(reading.nlls), {}
-    for role in trio.models:
-        parts = []
-        for at in range(len(ids) - n - 1, len(ids) - 1, 16):
-            end = min(at + 16, len(ids) - 1)
-            trio.prefill(Prompt((Segment.of(ids[:end]),)))
-            parts.append(trio.tail_rows((role,), end - at)[role].astype(np.float64))
-        rows[role] = np.concatenate(parts)
-    large, cpt, base = (rows[r] for r in ("large_ins", "small_cpt", "small_base"))
-    fourth_rows = cpt  # large_base is small_cpt's file
-    targets = np.array(ids[-n:])
-    for at, gamma in ((0, GRID[0]), (3, GRID[3])):
-        for alpha, beta in ((0.0, 0.0), (1.0, 0.3), (0.5, 0.9)):
-            mixed = base + alpha * (large - fourth_rows) + beta * (cpt - base)
-            mixed += gamma * (fourth_rows - base)
-            if trio.unused is not None:
-                mixed[:, trio.unused] = -np.inf
-            top = mixed.max(axis=1, keepdims=True)
-            logp = mixed - top - np.log(np.exp(mixed - top).sum(axis=1, keepdims=True))
-            expected = -logp[np.arange(n), targets].sum()
-            found = reading.decoupled[at, AXIS.index(alpha), AXIS.index(beta)]
-            assert found == pytest.approx(expected, rel=1e-4)
-
-
-def test_a_fourth_model_follows_the_trio_to_another_text(trio, fourth):
-    for text in (EXEMPLARS + QUESTION, QUESTION, QUESTION + EXEMPLARS):
-        trio.prefill(trio.prompt(text))
-        three = {role: row[None].copy() for role, row in trio.rows().items()}
-        row = fourth.beside(three, trio.n_past)["large_base"][0]
-        np.testing.assert_allclose(row, three["small_cpt"][0], atol=0.05)  # the same file
 
 
 def test_a_question_gives_the_same_numbers_whatever_was_read_before(trio, reader):
@@ -161,9 +91,6 @@ def test_choices_cost_what_their_tokens_cost(trio):
         )
         expected = score(trio, tail, grid=(GRID, GRID)).on_grid() * len(ids)
         assert nats[1:, 1:] == pytest.approx(expected, abs=2e-3)
-
-
-# -- continuing -----------------------------------------------------------------------------
 
 
 def test_mixes_together_write_what_each_writes_alone(trio):
@@ -214,9 +141,6 @@ def test_an_answer_that_cannot_fit_is_refused():
             continue_all(small, [Mix(Weights(1, 0))], max_tokens=60)
 
 
-# -- methods --------------------------------------------------------------------------------
-
-
 def bowl(alpha, beta, n=12):
     """nlls [n, …] whose sum is lowest at (alpha, beta)."""
     a, b = np.asarray(AXIS)[:, None], np.asarray(AXIS)[None, :]
@@ -256,9 +180,6 @@ def test_token_level_weights_follow_the_newest_evidence():
     assert [w.alpha for w in weights] == sorted(w.alpha for w in weights)
 
 
-# -- chat -----------------------------------------------------------------------------------
-
-
 def test_in_a_chat_large_ins_alone_reads_control_tokens(trio, tmp_path):
     example = Example("1", QUESTION, "саясат", ("саясат",))
     shown = [
@@ -279,160 +200,3 @@ def test_in_a_chat_large_ins_alone_reads_control_tokens(trio, tmp_path):
     )
     for key in ("n_scored", "n_answers"):
         assert plain[True][1][key] == plain[False][1][key]
-
-
-# -- the command ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def task_file(tmp_path):
-    """A user's own task: topics of made-up Kazakh sentences."""
-    sentences = {
-        "спорт": ["Команда доп ойнады.", "Балуан жеңіске жетті.", "Жүгіруші рекорд жасады."],
-        "саясат": ["Үкімет заң қабылдады.", "Президент сөз сөйледі.", "Сайлау өтті."],
-        "денсаулық": ["Дәрігер науқасты емдеді.", "Аурухана ашылды.", "Вакцина егілді."],
-    }
-    rows = [{"instruction": "Classify the topic: спорт, саясат, денсаулық.", "language": "kk"}]
-    for label, texts in sentences.items():
-        for i, text in enumerate(texts):
-            row = {"question": f"Text: {text}\nTopic:", "choices": list(sentences)}
-            rows.append(row | {"answer": label} | ({"exemplar": True} if i == 0 else {}))
-    path = tmp_path / "topics.jsonl"
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
-    return path
-
-
-def arguments(task_file, out, methods="ppl,ppl-answers,ppl-task,ent,proxy-tuning,upper-bound"):
-    return [
-        *("eval", "--lang", "kk", "--tasks", str(task_file), "--methods", methods),
-        *("--threads", "1", "-o", str(out)),
-    ]  # fmt: skip
-
-
-def test_a_comparison_from_the_command_line(trimix, task_file, tmp_path):
-    pytest.importorskip("sacrebleu")
-    out = tmp_path / "run"
-    result = trimix(*arguments(task_file, out))
-    assert result.returncode == 0, result.stderr.decode()
-    lines = [json.loads(line) for line in (out / "topics.jsonl").read_text("utf-8").splitlines()]
-    assert len(lines) == 6
-    assert all(len(line["grid"]) == len(line["grid"][0]) == 6 for line in lines)
-    report = trimix("eval", "report", out, "--json")
-    assert report.returncode == 0, report.stderr.decode()
-    table = trimix("eval", "report", out)
-    assert b"upper-bound" in table.stdout and b"proxy-tuning" in table.stdout
-    assert not {p.name for p in out.iterdir()} - {
-        "run.json",
-        "topics.jsonl",
-        "topics.weights.json",
-    }
-
-
-@pytest.mark.parametrize("role", ["large_ins", "small_base"])
-def test_a_fourth_model_that_says_what_one_of_three_does_changes_nothing(
-    trimix, task_file, tmp_path, nano_files, role
-):
-    """large_base as large_ins leaves gamma as alpha; as small_base, alpha as it is."""
-    out = tmp_path / "run"
-    given = [*arguments(task_file, out, "ppl,decoupled"), "--large-base", nano_files[role]]
-    assert trimix(*given).returncode == 0
-    for line in (out / "topics.jsonl").read_text("utf-8").splitlines():
-        ppl, decoupled = (json.loads(line)["outputs"][name] for name in ("ppl", "decoupled"))
-        weight = "gamma" if role == "large_ins" else "alpha"
-        assert (decoupled[weight], decoupled["beta"]) == (ppl["alpha"], ppl["beta"])
-        assert decoupled["text"] == ppl["text"]
-    report = trimix("eval", "report", out)
-    assert report.returncode == 0, report.stderr.decode()
-    assert b"| decoupled |" in report.stdout
-    other = tmp_path / "other"
-    given = arguments(task_file, other, "ppl,decoupled")
-    assert "--large-base" in one_line_error(trimix(*given))
-    assert "no.gguf" in one_line_error(trimix(*given, "--large-base", tmp_path / "no.gguf"))
-    assert not other.exists()
-
-
-def test_a_run_killed_twenty_times_ends_with_the_same_file(trimix, task_file, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert trimix(*arguments(task_file, whole)).returncode == 0
-    rng, kills = random.Random(7), 0
-    command = [sys.executable, "-m", "trimix_gguf.cli", *arguments(task_file, broken)]
-    while kills < 20:
-        started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(0.2, 1.6))
-        started.send_signal(signal.SIGKILL)
-        started.wait()
-        kills += 1
-    assert trimix(*arguments(task_file, broken)).returncode == 0
-    for name in ("topics.jsonl", "topics.weights.json"):
-        assert (broken / name).read_bytes() == (whole / name).read_bytes()
-
-
-def test_a_line_cut_short_by_a_kill_is_written_anew(trimix, task_file, tmp_path):
-    out = tmp_path / "run"
-    given = arguments(task_file, out, "large_ins,small_cpt")
-    assert trimix(*given).returncode == 0
-    file = out / "topics.jsonl"
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) * 2 // 3])
-    assert trimix(*given).returncode == 0
-    assert file.read_bytes() == whole
-
-
-def test_an_answer_with_a_line_end_of_its_own_breaks_no_resumed_run(tmp_path):
-    """finished_ids cut lines at U+2028, and took the file for another program's."""
-    out = tmp_path / "topics.jsonl"
-    line = json.dumps(
-        {"id": "7", "outputs": {"ppl": {"text": "a\u2028b\u0085c"}}}, ensure_ascii=False
-    )
-    out.write_text(line + "\n", encoding="utf-8")
-    assert finished_ids(out) == {"7"}
-
-
-def test_an_unfinished_run_is_not_reported(trimix, task_file, tmp_path):
-    pytest.importorskip("sacrebleu")
-    out = tmp_path / "run"
-    assert trimix(*arguments(task_file, out, "large_ins")).returncode == 0
-    file = out / "topics.jsonl"
-    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:4]))
-    assert "4 of 6" in one_line_error(trimix("eval", "report", out))
-
-
-def test_one_more_model_by_itself(trimix, task_file, tmp_path, nano_files):
-    out = tmp_path / "run"
-    single = f"twin={nano_files['large_ins']}"
-    result = trimix(*arguments(task_file, out, "large_ins"), "--single", single)
-    assert result.returncode == 0, result.stderr.decode()
-    ours, twins = (
-        [json.loads(line) for line in (out / f"topics{end}.jsonl").read_text("utf-8").splitlines()]
-        for end in ("", ".twin")
-    )
-    for line, twin in zip(ours, twins, strict=True):
-        assert twin["outputs"]["twin"] == line["outputs"]["large_ins"]
-
-
-def test_other_settings_are_not_mixed_into_a_run(trimix, task_file, tmp_path):
-    out = tmp_path / "run"
-    given = arguments(task_file, out, "large_ins")
-    assert trimix(*given).returncode == 0
-    message = one_line_error(trimix(*given, "--seed", "1"))
-    assert "other seed" in message
-
-
-def test_options_of_the_harness_are_not_passed_over(trimix, task_file, tmp_path):
-    result = trimix(*arguments(task_file, tmp_path / "run"), "--weights", "0.1,0.9")
-    assert result.returncode == 2 and b"goes with --harness" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        (("--tasks", "sib2000"), "sib200, flores"),
-        (("--methods", "best"), "proxy-tuning"),
-        (("--tasks", "sib200", "--lang", "xx"), "kk"),
-        (("--exemplars", "9"), "3 exemplars"),
-        (("--n-ctx", "128"), "1 would"),
-    ],
-)
-def test_bad_input_is_one_line_that_names_what_there_is(trimix, task_file, tmp_path, changed, said):
-    message = one_line_error(trimix(*arguments(task_file, tmp_path / "run"), *changed))
-    assert said in message

@@ -1,0 +1,120 @@
+"""trimix eval, driven as a user would, on the nano trio."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from test_cli import one_line_error
+from topics import arguments
+
+from trimix_gguf.evaluation.runner import finished_ids
+
+
+def test_a_comparison_from_the_command_line(trimix, task_file, tmp_path):
+    pytest.importorskip("sacrebleu")
+    out = tmp_path / "run"
+    result = trimix(*arguments(task_file, out))
+    assert result.returncode == 0, result.stderr.decode()
+    lines = [json.loads(line) for line in (out / "topics.jsonl").read_text("utf-8").splitlines()]
+    assert len(lines) == 6
+    assert all(len(line["grid"]) == len(line["grid"][0]) == 6 for line in lines)
+    report = trimix("eval", "report", out, "--json")
+    assert report.returncode == 0, report.stderr.decode()
+    table = trimix("eval", "report", out)
+    assert b"upper-bound" in table.stdout and b"proxy-tuning" in table.stdout
+    assert not {p.name for p in out.iterdir()} - {
+        "run.json",
+        "topics.jsonl",
+        "topics.weights.json",
+    }
+
+
+def test_a_run_killed_twenty_times_ends_with_the_same_file(trimix, task_file, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert trimix(*arguments(task_file, whole)).returncode == 0
+    rng, kills = random.Random(7), 0
+    command = [sys.executable, "-m", "trimix_gguf.cli", *arguments(task_file, broken)]
+    while kills < 20:
+        started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.2, 1.6))
+        started.send_signal(signal.SIGKILL)
+        started.wait()
+        kills += 1
+    assert trimix(*arguments(task_file, broken)).returncode == 0
+    for name in ("topics.jsonl", "topics.weights.json"):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_line_cut_short_by_a_kill_is_written_anew(trimix, task_file, tmp_path):
+    out = tmp_path / "run"
+    given = arguments(task_file, out, "large_ins,small_cpt")
+    assert trimix(*given).returncode == 0
+    file = out / "topics.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) * 2 // 3])
+    assert trimix(*given).returncode == 0
+    assert file.read_bytes() == whole
+
+
+def test_an_answer_with_a_line_end_of_its_own_breaks_no_resumed_run(tmp_path):
+    """finished_ids cut lines at U+2028, and took the file for another program's."""
+    out = tmp_path / "topics.jsonl"
+    line = json.dumps(
+        {"id": "7", "outputs": {"ppl": {"text": "a\u2028b\u0085c"}}}, ensure_ascii=False
+    )
+    out.write_text(line + "\n", encoding="utf-8")
+    assert finished_ids(out) == {"7"}
+
+
+def test_an_unfinished_run_is_not_reported(trimix, task_file, tmp_path):
+    pytest.importorskip("sacrebleu")
+    out = tmp_path / "run"
+    assert trimix(*arguments(task_file, out, "large_ins")).returncode == 0
+    file = out / "topics.jsonl"
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:4]))
+    assert "4 of 6" in one_line_error(trimix("eval", "report", out))
+
+
+def test_one_more_model_by_itself(trimix, task_file, tmp_path, nano_files):
+    out = tmp_path / "run"
+    single = f"twin={nano_files['large_ins']}"
+    result = trimix(*arguments(task_file, out, "large_ins"), "--single", single)
+    assert result.returncode == 0, result.stderr.decode()
+    ours, twins = (
+        [json.loads(line) for line in (out / f"topics{end}.jsonl").read_text("utf-8").splitlines()]
+        for end in ("", ".twin")
+    )
+    for line, twin in zip(ours, twins, strict=True):
+        assert twin["outputs"]["twin"] == line["outputs"]["large_ins"]
+
+
+def test_other_settings_are_not_mixed_into_a_run(trimix, task_file, tmp_path):
+    out = tmp_path / "run"
+    given = arguments(task_file, out, "large_ins")
+    assert trimix(*given).returncode == 0
+    message = one_line_error(trimix(*given, "--seed", "1"))
+    assert "other seed" in message
+
+
+def test_options_of_the_harness_are_not_passed_over(trimix, task_file, tmp_path):
+    result = trimix(*arguments(task_file, tmp_path / "run"), "--weights", "0.1,0.9")
+    assert result.returncode == 2 and b"goes with --harness" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (("--tasks", "sib2000"), "sib200, flores"),
+        (("--methods", "best"), "proxy-tuning"),
+        (("--tasks", "sib200", "--lang", "xx"), "kk"),
+        (("--exemplars", "9"), "3 exemplars"),
+        (("--n-ctx", "128"), "1 would"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_what_there_is(trimix, task_file, tmp_path, changed, said):
+    message = one_line_error(trimix(*arguments(task_file, tmp_path / "run"), *changed))
+    assert said in message

@@ -277,7 +277,7 @@ def test_lockstep_is_watched_so_that_drafting_comes_back():
     costs, drafting = Costs(0.2, lambda n: 1.0 + 0.02 * n), Drafting()
     row = np.array([0.0, 1.0, 0.2], np.float32)  # unsure: about a half for the top one
     for token, expected in ((2, False), (1, True)):
-        for _ in range(60):
+        for _ in range(180):
             drafting.watch(row, token)
         assert (drafting.plan(costs, BOTH, 15).n_draft > 0) is expected
         assert (drafting.chance(0.5) > 0.9) is expected

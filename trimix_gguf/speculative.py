@@ -27,6 +27,7 @@ DRAFTER = "small_cpt"
 _MIN_GAIN = 1.1  # expected over lockstep's speed, or nothing is drafted: costs are estimates
 _MEMORY = 0.9  # weight of what was known, as the fate of each drafted token comes in
 _PLAN_EVERY = 8  # rounds
+_WATCH_EVERY = 3  # rounds of lockstep
 _BANDS = 4  # of the drafter's confidence, each with its own share of accepted tokens
 _MATCH_MEMORY, _MATCH_PRIOR = 0.8, 0.6  # as _MEMORY, and before anything is known: of lookups
 
@@ -158,10 +159,13 @@ class Drafting:
         for i, confidence in enumerate(confidences[: n_accepted + 1]):
             self._notice(confidence, i < n_accepted)
 
-    def watch(self, row: NDArray[np.float32], token: int) -> None:
-        """Take in a step of lockstep: whether the drafter's row would have led to `token`."""
+    def watch(self, row: NDArray[np.float32] | None, token: int) -> None:
+        """Take in a step of lockstep: whether the drafter's row, if any, would have led to `token`.
+
+        One step in some: beside a very small model, looking costs too.
+        """
         self.n_rounds += 1
-        if self.n_draft is None:
+        if row is not None and self.n_draft is None and self.n_rounds % _WATCH_EVERY == 0:
             top = int(row.argmax())
             self._notice(probability(row, top), top == token)
 
@@ -230,8 +234,8 @@ def decode_steps(
                         drafting.count(n_found, i)
                     else:
                         drafting.learn(confidences, i)
-                elif not drafted and DRAFTER in rows:
-                    drafting.watch(rows[DRAFTER], token)
+                elif not drafted:
+                    drafting.watch(rows.get(DRAFTER), token)
                 n_ahead = len(drafted) - i if accepted else 0
                 if drafting.n_draft is None:
                     if match is not None:

@@ -100,7 +100,7 @@ def control_ids(trio, ids):
 
 
 def own_template(trio, template):
-    return template or trio.models["large_ins"].file.metadata["tokenizer.chat_template"]
+    return template or trio.models["large_ins"].chat_template
 
 
 def check_rendering(trio, messages, template):
@@ -155,7 +155,7 @@ def test_a_message_cannot_bring_control_tokens(trio):
 
 
 def test_without_a_template_all_read_the_plain_one(trio, monkeypatch):
-    monkeypatch.delitem(trio.models["large_ins"].file.metadata, "tokenizer.chat_template")
+    monkeypatch.setattr(trio.models["large_ins"], "chat_template", None)
     for messages in CHATS:
         prompt = check_rendering(trio, messages, PLAIN_TEMPLATE)
         assert chat_prompt(trio, messages) == prompt

@@ -27,9 +27,9 @@ def lines(*texts):
     return "".join(f"{text}\n" for text in texts).encode()
 
 
-def in_python(*questions, **options):
+def in_python(*questions, template=None, **options):
     """The answers that the Python API gives with the same settings."""
-    with Trio.nano(n_threads=1) as trio:
+    with Trio.nano(n_threads=1, chat_template=template) as trio:
         conversation = Conversation(trio, max_tokens=8, seed=5, **options)
         said = ["".join(r.text for r in conversation.say(q)) for q in questions]
     return [text.lstrip() for text in said]

@@ -8,9 +8,10 @@ import pytest
 from test_cli import one_line_error
 from topics import EXEMPLARS, QUESTION, arguments, scored
 
-from trimix_gguf import Trio, Weights
+from trimix_gguf import Trio, Weights, memory
+from trimix_gguf.errors import MemoryNeededError
 from trimix_gguf.evaluation.continuing import continue_decoupled
-from trimix_gguf.evaluation.decoupled import FourthModel
+from trimix_gguf.evaluation.decoupled import FourthModel, check_fourth
 from trimix_gguf.evaluation.reading import AXIS, Reader
 from trimix_gguf.model import Model
 from trimix_gguf.prompt import Prompt, Segment
@@ -64,6 +65,13 @@ def test_a_decoupled_reading_is_the_formula_at_each_token(trio, fourth):
             expected = -logp[np.arange(n), targets].sum()
             found = reading.decoupled[at, AXIS.index(alpha), AXIS.index(beta)]
             assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_fourth_model_that_does_not_fit_beside_the_trio_is_refused(trio, nano_files, monkeypatch):
+    check_fourth(nano_files["small_cpt"], trio)
+    monkeypatch.setattr(memory, "available", lambda: 1 << 20)
+    with pytest.raises(MemoryNeededError, match=r"small_cpt.gguf needs .* beside the trio"):
+        check_fourth(nano_files["small_cpt"], trio)
 
 
 def test_a_fourth_model_follows_the_trio_to_another_text(trio, fourth):

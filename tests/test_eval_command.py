@@ -12,6 +12,7 @@ from test_cli import one_line_error
 from topics import arguments
 
 from trimix_gguf.evaluation.runner import finished_ids
+from trimix_gguf.trios.triofile import ModelEntry, TrioFile
 
 
 def test_a_comparison_from_the_command_line(trimix, task_file, tmp_path):
@@ -90,6 +91,26 @@ def test_one_more_model_by_itself(trimix, task_file, tmp_path, nano_files):
     )
     for line, twin in zip(ours, twins, strict=True):
         assert twin["outputs"]["twin"] == line["outputs"]["large_ins"]
+
+
+def test_a_chat_follows_the_template_of_the_trio_file(trimix, task_file, tmp_path, nano_files):
+    """One that adds nothing to a message changes nothing; the model's own does."""
+    models = {role: ModelEntry(str(path)) for role, path in nano_files.items()}
+    empty = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    TrioFile(tmp_path, "empty", models, chat_template=empty).write()
+    lines = {}
+    for name, more in {
+        "plain": (),
+        "empty": ("--chat", "--trio", tmp_path),
+        "own": ("--chat",),
+    }.items():
+        given = [*arguments(task_file, tmp_path / name, "ppl,large_ins"), "--n-ctx", 512, *more]
+        result = trimix(*given)
+        assert result.returncode == 0, result.stderr.decode()
+        lines[name] = (tmp_path / name / "topics.jsonl").read_text("utf-8")
+    assert lines["empty"] == lines["plain"] != lines["own"]
+    changed = trimix(*given[:-1], "--chat", "--trio", tmp_path)
+    assert "other chat_template" in one_line_error(changed)
 
 
 def test_other_settings_are_not_mixed_into_a_run(trimix, task_file, tmp_path):

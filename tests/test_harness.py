@@ -525,26 +525,26 @@ def test_chat_is_rendered_as_transformers_does(trio, template, add_generation_pr
 
 
 def test_a_template_that_refuses_system_messages(trio, monkeypatch):
-    lm, metadata = TrimixLM(trio), trio.models["large_ins"].file.metadata
-    monkeypatch.setitem(metadata, "tokenizer.chat_template", "{% set strict = 1 %}" + TRICKY)
+    lm, model = TrimixLM(trio), trio.models["large_ins"]
+    monkeypatch.setattr(model, "chat_template", "{% set strict = 1 %}" + TRICKY)
     text = lm.apply_chat_template(MESSAGES[:2])
     bos = trio.models["large_ins"].piece(lm.prefix_token_id, special=True)
     assert text.startswith(bos.decode())
     assert KAZAKH in text and "көмекшісің" not in text
     with pytest.raises(PromptError, match="refuses the messages: no system"):
         lm.apply_chat_template(MESSAGES[:1])
-    monkeypatch.delitem(metadata, "tokenizer.chat_template")
+    monkeypatch.setattr(model, "chat_template", None)
     with pytest.raises(PromptError, match="has no chat template"):
         lm.apply_chat_template(MESSAGES)
 
 
 def test_the_template_asked_for_and_the_name_of_the_tokenizer(trio, monkeypatch):
-    lm, metadata = TrimixLM(trio), trio.models["large_ins"].file.metadata
+    lm, model = TrimixLM(trio), trio.models["large_ins"]
     assert lm.chat_template(False) is None
-    assert lm.chat_template(True) == metadata["tokenizer.chat_template"]
+    assert lm.chat_template(True) == model.file.metadata["tokenizer.chat_template"]
     name = lm.tokenizer_name
     assert name.startswith("large_ins-") and Path(name).name == name
-    monkeypatch.setitem(metadata, "tokenizer.chat_template", TRICKY)
+    monkeypatch.setattr(model, "chat_template", TRICKY)
     assert lm.tokenizer_name != name
 
 

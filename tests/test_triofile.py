@@ -97,10 +97,11 @@ def test_paths_are_those_of_trio_load(tmp_path):
 
 def test_settings_of_a_model_go_before_those_of_the_trio(tmp_path):
     text = text_of(
-        "n_ctx = 99\ngpu_layers = 7\n", 'gpu_layers = 0\nthreads = 3\nkv_type = "q8_0"\n'
+        "n_ctx = 99\ngpu_layers = 7\nchat_template = 'x'\n",
+        'gpu_layers = 0\nthreads = 3\nkv_type = "q8_0"\n',
     )
     arguments = read(tmp_path, text).load_arguments()
-    assert arguments["n_ctx"] == 99
+    assert (arguments["n_ctx"], arguments["chat_template"]) == (99, "x")
     assert arguments["per_role"]["large_ins"] == {"n_gpu_layers": 7}
     own = {"n_gpu_layers": 0, "n_threads": 3, "type_k": "q8_0", "type_v": "q8_0"}
     assert arguments["per_role"]["small_cpt"] == own

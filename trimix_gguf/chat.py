@@ -45,7 +45,7 @@ def chat_prompt(
     """Messages {"role": system | user | assistant, "content": text} as a prompt for three.
 
     What stands around a message is each role's own and not scored: large_ins reads `template`,
-    else its file's, else the plain one, which the small models always read. Each content is
+    else its model's, else the plain one, which the small models always read. Each content is
     shared and scored; control tokens in it are only text. `answers` are contents that were
     generated, by the message's index: they are not scored, and keep these ids, if any. Without
     the generation prompt the last message stays open, to be continued. A system message that the
@@ -53,7 +53,7 @@ def chat_prompt(
     """
     model = trio.models[ROLES[0]]
     turns = _checked(messages, answers or {}, model)
-    own = template or str(model.file.metadata.get("tokenizer.chat_template") or PLAIN_TEMPLATE)
+    own = template or model.chat_template or PLAIN_TEMPLATE
 
     def cut(turns: list[_Turn], template: str) -> _Layout:
         return _cut(turns, _renderer(template, add_generation_prompt, _tokens(model)), is_open)
@@ -76,11 +76,10 @@ def chat_prompt(
 
 
 def template_of(model: Model) -> str:
-    """The chat template in a model's file; raises PromptError where it has none."""
-    template = model.file.metadata.get("tokenizer.chat_template")
-    if template is None:
+    """A model's chat template; raises PromptError where it has none."""
+    if model.chat_template is None:
         raise PromptError(f"{model.path.name} has no chat template; use plain prompts")
-    return str(template)
+    return model.chat_template
 
 
 def apply_template(

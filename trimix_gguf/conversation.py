@@ -37,9 +37,9 @@ class Exchange:
 class Conversation:
     """Questions and answers so far, and how the next one is answered.
 
-    `weights` are held for all answers; None chooses them anew for each. `template` stands for the
-    chat template of large_ins' file. `options` go to stream_generate. Where the context is full
-    the oldest exchanges are no longer read, and `notify` is told.
+    `weights` are held for all answers; None chooses them anew for each. `options` go to
+    stream_generate. Where the context is full the oldest exchanges are no longer read, and
+    `notify` is told.
     """
 
     def __init__(
@@ -48,7 +48,6 @@ class Conversation:
         *,
         system: str = "",
         weights: Weights | Selection | None = None,
-        template: str | None = None,
         max_tokens: int = 512,
         stop: Sequence[str] = (),
         notify: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
@@ -59,7 +58,7 @@ class Conversation:
         self.n_dropped = 0  # exchanges that are no longer read
         self.last: Response | None = None  # the end of the newest answer
         self.trace: list[dict[str, Any]] = []  # its tokens: see stream_generate
-        self._template, self._max_tokens, self._notify = template, max_tokens, notify
+        self._max_tokens, self._notify = max_tokens, notify
         self._options = {**options, "stop": (*PLAIN_STOPS, *stop)}
 
     @property
@@ -145,7 +144,7 @@ class Conversation:
         messages = [*self._messages(exchanges), {"role": "user", "content": text}]
         first = len(messages) - 2 * len(exchanges)  # the first answer
         answers = {first + 2 * i: e.ids for i, e in enumerate(exchanges)}
-        return chat_prompt(self.trio, messages, template=self._template, answers=answers)
+        return chat_prompt(self.trio, messages, answers=answers)
 
     def n_new(self, text: str) -> int:
         """How many tokens of large_ins the caches do not hold of the prompt for `text`."""

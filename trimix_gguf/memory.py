@@ -157,6 +157,18 @@ def check_fits(
         )
 
 
+def check_fits_beside(file: GGUFFile, own: Mapping[str, Any]) -> None:
+    """Raise MemoryNeededError where one more model does not fit beside what is open."""
+    if own.get("n_gpu_layers"):
+        return
+    need, have = _model_memory(file, own).in_ram(0).total, available()
+    if need > have:
+        raise MemoryNeededError(
+            f"{file.path.name} needs {in_gib(need)} beside the trio and {in_gib(have)} is free; "
+            "turn down --n-ctx or quantization"
+        )
+
+
 def in_gib(n_bytes: int) -> str:
     return f"{n_bytes / (1 << 30):.2f} GiB"
 

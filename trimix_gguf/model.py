@@ -66,6 +66,7 @@ class Model:
         self.kv_types = (type_k, type_v)
         self.n_gpu_layers, self.device = n_gpu_layers, device_of(n_gpu_layers, device)
         self.n_threads = n_threads or available_cores()
+        self.chat_template: str | None = self.file.metadata.get("tokenizer.chat_template")
         self.decode_seconds: dict[int, deque[float]] = {}  # ids decoded at once -> the last times
         self._weights: _Weights = (
             _Weights(self.file, n_gpu_layers, device, mmap, mlock, tokenizer)

@@ -54,13 +54,15 @@ class Trio:
         small_cpt: Path | str | None = None,
         small_cpt_lora: Path | str | None = None,
         per_role: dict[str, dict[str, Any]] | None = None,
+        chat_template: str | None = None,
         **options: Any,
     ) -> "Trio":
         """Open three GGUF files; `options` go to every Model, `per_role[role]` to one.
 
         Without `small_cpt`, `small_cpt_lora` is applied over small_base, whose weights the two
-        then share. `n_gpu_layers` "auto" leaves layers and device to the planner. Raises
-        ModelFileError, VocabularyMismatch, MemoryNeededError.
+        then share. `chat_template` stands for that of large_ins' file. `n_gpu_layers` "auto" leaves
+        layers and device to the planner. Raises ModelFileError, VocabularyMismatch,
+        MemoryNeededError.
         """
         if small_cpt is None and small_cpt_lora is None:
             raise ModelFileError("small_cpt is missing; give its GGUF, or an adapter of small_base")
@@ -83,6 +85,8 @@ class Trio:
             models[role] = Model(
                 paths[role], lora=lora, share=share, tokenizer=tokenizer, **own[role]
             )
+        if chat_template is not None:
+            models["large_ins"].chat_template = chat_template
         return cls(**models)
 
     @classmethod

@@ -19,7 +19,6 @@ from trimix_gguf.cli.generation_options import (
     weights_line,
 )
 from trimix_gguf.cli.options import (
-    named_trio,
     open_trio,
     parse_weights,
     read_text,
@@ -49,8 +48,6 @@ def chat(system: str | None, load: str | None, **options: Any) -> None:
 
     told: dict[str, Any] = {} if system is None else {"system": _text_or_file(system)}
     settings = generation_settings(options)
-    if (named := named_trio(options)) is not None:
-        settings["template"] = named.chat_template
     with open_trio(options) as trio:
         session = _Session(Conversation(trio, notify=_note, **settings, **told))
         if load is not None:

@@ -137,7 +137,6 @@ def _run(listening: dict[str, Any], access: dict[str, Any], options: dict[str, A
             batcher,
             name=name,
             mix=None if trio_file is None else mix_settings(trio_file.method, trio_file.weights),
-            chat_template=None if trio_file is None else trio_file.chat_template,
             max_tokens=max(16, trio.n_ctx // n_parallel),
             most_answers=n_parallel + n_queue,
             **limits,

@@ -8,12 +8,14 @@ too, of models that stand for these four; so scoring and mixing are those of the
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.fusion import ROLES, Rows
 from trimix_gguf.gguf_file import read_gguf
+from trimix_gguf.memory import check_fits_beside
 from trimix_gguf.model import Model
 from trimix_gguf.trio import Trio
 from trimix_gguf.vocabulary import check_contract
@@ -33,8 +35,28 @@ def three_of_four(rows: Rows, gamma: float) -> Rows:
 
 
 def check_fourth(path: Path, trio: Trio) -> None:
-    """Raises ModelFileError, and VocabularyMismatch where its ids are not the trio's."""
-    check_contract({r: m.file for r, m in trio.models.items()} | {LARGE_BASE: read_gguf(path)})
+    """Raises ModelFileError, VocabularyMismatch where its ids are not the trio's, and
+    MemoryNeededError where it does not fit beside the trio, which is open.
+    """
+    file = read_gguf(path)
+    check_contract({r: m.file for r, m in trio.models.items()} | {LARGE_BASE: file})
+    check_fits_beside(file, _settings(trio))
+
+
+def open_fourth(path: Path, trio: Trio) -> Model:
+    """The model, as large_ins is run; the trio has the tokenizer."""
+    return Model(path, **_settings(trio), tokenizer=False)
+
+
+def _settings(trio: Trio) -> dict[str, Any]:
+    large = trio.models[ROLES[0]]
+    return {
+        "n_ctx": trio.n_ctx,
+        "n_window": trio.n_window,
+        "n_batch": large.n_batch,
+        "n_threads": large.n_threads,
+        "n_gpu_layers": large.n_gpu_layers,
+    }
 
 
 class FourthModel:

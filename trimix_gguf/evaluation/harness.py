@@ -337,11 +337,11 @@ class TrimixLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """Tells request caches apart: the file of large_ins and its chat template."""
-        template = self._model.file.metadata.get("tokenizer.chat_template", "")
+        template = self._model.chat_template or ""
         return f"{self._model.path.stem}-{hashlib.sha256(template.encode()).hexdigest()[:8]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template that large_ins' GGUF holds; None where none is asked for."""
+        """That of large_ins; None where none is asked for."""
         if not chat_template:
             return None
         return template_of(self._model)
@@ -349,7 +349,7 @@ class TrimixLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Messages -> text by the GGUF's template, or up to the end of a last, unfinished one.
+        """Messages -> text by large_ins' template, or up to the end of a last, unfinished one.
 
         As the harness's own models do, leaves system messages out where the template refuses.
         """

@@ -12,13 +12,13 @@ from typing import Any
 
 from trimix_gguf import native
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.decoupled import LARGE_BASE, FourthModel, check_fourth
+from trimix_gguf.evaluation.decoupled import LARGE_BASE, FourthModel, check_fourth, open_fourth
 from trimix_gguf.evaluation.methods import DECOUPLED
 from trimix_gguf.evaluation.reading import AXIS
 from trimix_gguf.evaluation.runner import Settings, run_task
 from trimix_gguf.evaluation.task import Dataset, Task
 from trimix_gguf.evaluation.tasks import custom_task, find_task
-from trimix_gguf.model import Model
+from trimix_gguf.fusion import ROLES
 from trimix_gguf.trio import Trio
 
 FORMAT = 1  # of run.json and of the lines
@@ -89,7 +89,7 @@ class OpenRun:
         with ExitStack() as stack:
             fourth = None
             if plan.fourth is not None:
-                large_base = stack.enter_context(closing(_beside(trio, plan.fourth)))
+                large_base = stack.enter_context(closing(open_fourth(plan.fourth, trio)))
                 fourth = FourthModel(large_base, trio)
             for name, (task, dataset) in plan.datasets.items():
                 with progress(name) as shown:
@@ -134,20 +134,6 @@ def open_run(folder: Path, plan: Plan, trio: Trio) -> OpenRun:
     return OpenRun(folder, plan)
 
 
-def _beside(trio: Trio, path: Path) -> Model:
-    """A model by the settings of large_ins; the trio has the tokenizer."""
-    large = trio.models["large_ins"]
-    return Model(
-        path,
-        n_ctx=trio.n_ctx,
-        n_window=trio.n_window,
-        n_batch=large.n_batch,
-        n_threads=large.n_threads,
-        n_gpu_layers=large.n_gpu_layers,
-        tokenizer=False,
-    )
-
-
 def _settings(plan: Plan, trio: Trio) -> dict[str, Any]:
     datasets, questions = plan.datasets, plan.settings.questions
     files = {role: model.path for role, model in trio.models.items()}
@@ -166,6 +152,7 @@ def _settings(plan: Plan, trio: Trio) -> dict[str, Any]:
         "limit": plan.limit,
         "n_exemplars": plan.n_exemplars,
         "chat": plan.chat,
+        "chat_template": trio.models[ROLES[0]].chat_template if plan.chat else None,
         "n_ctx": trio.n_ctx,
         "axis": AXIS,
         "models": {role: _fingerprint(path) for role, path in files.items()},

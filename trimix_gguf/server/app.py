@@ -44,10 +44,9 @@ _LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 class Api:
     """A trio and its engine behind OpenAI's routes, under the model name `name`.
 
-    `mix` (openai.mix_settings) and `chat_template` are the trio's own, where it has some: `mix`
-    holds for requests that say nothing of it. Those that name no max_tokens get `max_tokens`;
-    `most_answers` is what the engine takes in at once. A body may have `body_limit` bytes and
-    `read_timeout_s` to come, an answer `timeout_s`.
+    `mix` (openai.mix_settings) is the trio's own, for requests that say nothing of it. Those that
+    name no max_tokens get `max_tokens`; `most_answers` is what the engine takes in at once. A body
+    may have `body_limit` bytes and `read_timeout_s` to come, an answer `timeout_s`.
     """
 
     def __init__(
@@ -57,7 +56,6 @@ class Api:
         *,
         name: str,
         mix: Mapping[str, Any] | None = None,
-        chat_template: str | None = None,
         max_tokens: int = 128,
         most_answers: int = 40,
         timeout_s: float = 600.0,
@@ -65,7 +63,7 @@ class Api:
         body_limit: int = 1 << 20,
     ) -> None:
         self._trio, self._batcher, self._name = trio, batcher, name
-        self._mix, self._chat_template, self._max_tokens = mix or {}, chat_template, max_tokens
+        self._mix, self._max_tokens = mix or {}, max_tokens
         self._most_answers, self._timeout_s = most_answers, timeout_s
         self._read_timeout_s, self._body_limit = read_timeout_s, body_limit
         self._created = int(time.time())
@@ -147,7 +145,6 @@ class Api:
         return make_requests(
             self._trio,
             call,
-            chat_template=self._chat_template,
             defaults={"max_tokens": self._max_tokens, **self._mix},
         )
 

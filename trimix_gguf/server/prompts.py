@@ -15,14 +15,12 @@ from trimix_gguf.trio import Trio
 _N_SEEDS = 2**32 - 1
 
 
-def make_requests(
-    trio: Trio, call: Call, *, chat_template: str | None, defaults: Mapping[str, Any]
-) -> list[Request]:
+def make_requests(trio: Trio, call: Call, *, defaults: Mapping[str, Any]) -> list[Request]:
     """`n` for each prompt; a seed counts up from one to the next. Raises RequestError."""
     for token in call.settings["sampling"].get("logit_bias", ()):
         _check_id(trio, token, "logit_bias")
     if call.kind == "chat":
-        prompts = [_chat(trio, call, chat_template)]
+        prompts = [_chat(trio, call)]
     else:
         prompts = [_plain(trio, source) for source in call.prompts]
     settings = {**defaults, **call.settings}
@@ -54,9 +52,9 @@ def _text(trio: Trio, ids: tuple[int, ...]) -> str:
     return b"".join(piece(token) for token in ids).decode("utf-8", "replace")
 
 
-def _chat(trio: Trio, call: Call, template: str | None) -> Prompt:
+def _chat(trio: Trio, call: Call) -> Prompt:
     try:
-        return chat_prompt(trio, call.messages, template=template)
+        return chat_prompt(trio, call.messages)
     except PromptError as error:
         raise RequestError(str(error), param="messages", code="invalid_prompt") from None
 

@@ -36,29 +36,32 @@ def test_a_comparison_from_the_command_line(trimix, task_file, tmp_path):
 
 def test_a_run_killed_twenty_times_ends_with_the_same_file(trimix, task_file, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert trimix(*arguments(task_file, whole)).returncode == 0
+    methods = "ppl,ppl-answers,ppl-task,token,proxy-tuning"
+    assert trimix(*arguments(task_file, whole, methods)).returncode == 0
     rng, kills = random.Random(7), 0
-    command = [sys.executable, "-m", "trimix_gguf.cli", *arguments(task_file, broken)]
+    command = [sys.executable, "-m", "trimix_gguf.cli", *arguments(task_file, broken, methods)]
     while kills < 20:
         started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(rng.uniform(0.2, 1.6))
         started.send_signal(signal.SIGKILL)
         started.wait()
         kills += 1
-    assert trimix(*arguments(task_file, broken)).returncode == 0
+    assert trimix(*arguments(task_file, broken, methods)).returncode == 0
     for name in ("topics.jsonl", "topics.weights.json"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_a_line_cut_short_by_a_kill_is_written_anew(trimix, task_file, tmp_path):
     out = tmp_path / "run"
-    given = arguments(task_file, out, "large_ins,small_cpt")
+    given = arguments(task_file, out, "large_ins,ppl")
     assert trimix(*given).returncode == 0
     file = out / "topics.jsonl"
     whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) * 2 // 3])
-    assert trimix(*given).returncode == 0
-    assert file.read_bytes() == whole
+    lines = whole.splitlines(keepends=True)
+    for n in (1, 4, 5):  # in and between the groups that are answered together
+        file.write_bytes(b"".join(lines[:n]) + lines[n][:20])
+        assert trimix(*given).returncode == 0
+        assert file.read_bytes() == whole
 
 
 def test_an_answer_with_a_line_end_of_its_own_breaks_no_resumed_run(tmp_path):

@@ -8,10 +8,11 @@ from conftest import KAZAKH
 from topics import EXEMPLARS, QUESTION, TOPICS, scored
 
 from trimix_gguf import Trio, Weights, generate, score
+from trimix_gguf.branches import Branches
 from trimix_gguf.chat import around_message
 from trimix_gguf.errors import ContextFullError
-from trimix_gguf.evaluation import methods
-from trimix_gguf.evaluation.continuing import Mix, continue_all
+from trimix_gguf.evaluation import methods, runner
+from trimix_gguf.evaluation.continuing import Mix, Start, continue_all, roles_of
 from trimix_gguf.evaluation.reading import AXIS, Reader, Reading, choice_nll
 from trimix_gguf.evaluation.runner import Settings, run_task
 from trimix_gguf.evaluation.task import Dataset, Example, Task
@@ -82,7 +83,8 @@ def test_choices_cost_what_their_tokens_cost(trio):
     choices = [trio.models["large_ins"].tokenize(f" {label}") for label in labels]
     assert len({len(ids) for ids in choices}) > 1
     trio.prefill(trio.prompt(QUESTION))
-    found = choice_nll(trio, choices)
+    with Branches(trio) as branches:
+        found = choice_nll(branches, Start.here(branches, []), choices)
     for ids, nats in zip(choices, found, strict=True):
         prompt = trio.prompt(QUESTION)
         tail = Prompt(
@@ -93,6 +95,56 @@ def test_choices_cost_what_their_tokens_cost(trio):
         assert nats[1:, 1:] == pytest.approx(expected, abs=2e-3)
 
 
+def go_on(trio, mixes, *, max_tokens):
+    """Let mixes continue what the trio holds."""
+    with Branches(trio, roles_of(mixes)) as branches:
+        continue_all(branches, [Start.here(branches, mixes)], max_tokens=max_tokens)
+
+
+def test_prompts_together_are_continued_as_each_alone(trio, reader):
+    """They share the exemplars; each goes on from its own end, whatever was read after it."""
+    questions = [scored(trio, text) for text in (QUESTION, f"{KAZAKH}\nTopic:", "Text: Доп.")]
+    weights = [Weights(1, 0), Weights(0.1, 0.9), Weights(0.5, 0.5)]
+    alone, together = [], []
+    for question in questions:
+        reader.read(question)
+        alone.append([Mix(one) for one in weights])
+        go_on(trio, alone[-1], max_tokens=12)
+    reader.hold_exemplars()
+    with Branches(trio) as branches:
+        starts = []
+        for question in questions:
+            reader.read(question)
+            starts.append(Start.here(branches, [Mix(one) for one in weights]))
+        n_ids = [sum(len(s.ids[r]) for s in q.segments) for q in questions for r in ("small_cpt",)]
+        assert branches.n_cells("small_cpt") == reader.prefix.n_tokens() + sum(n_ids)
+        continue_all(branches, starts, max_tokens=12)
+        together = [start.mixes for start in starts]
+    assert [[m.text for m in ms] for ms in together] == [[m.text for m in ms] for ms in alone]
+    assert len({m.text for ms in alone for m in ms}) > 3
+
+
+def test_how_many_questions_are_answered_at_once_changes_no_answer(trio, tmp_path, monkeypatch):
+    shown = [
+        Example(str(i), f"Text: {t}\nTopic:", a, (a,)) for i, (a, t) in enumerate(TOPICS.items())
+    ]
+    asked = [
+        Example(str(i), f"Text: {t}\nTopic:", "спорт", ("спорт",), tuple(TOPICS))
+        for i, t in enumerate(("Доп ойнады.", "Заң шықты.", "Балуан жеңді.", KAZAKH, "Сайлау."))
+    ]
+    task = Task("topics", ("kk",), "Classify.", ("accuracy",), 6, lambda *_: None, n_exemplars=2)
+    lines = []
+    for most in (1, 4):
+        monkeypatch.setattr(runner, "_MOST_TOGETHER", most)
+        out = tmp_path / f"{most}.jsonl"
+        run_task(trio, task, Dataset(asked, shown), Settings(("large_ins", "ppl", "token")), out)
+        lines.append([json.loads(line) for line in out.read_text("utf-8").splitlines()])
+    for alone, together in zip(*lines, strict=True):
+        assert alone["outputs"] == together["outputs"] and alone["id"] == together["id"]
+        for key in ("nll", "entropy", "choice_nll"):
+            np.testing.assert_allclose(alone[key], together[key], rtol=1e-3)
+
+
 def test_mixes_together_write_what_each_writes_alone(trio):
     weights = [Weights(a, b) for a in (0.0, 0.1, 0.5, 1.0) for b in (0.0, 0.3, 0.9, 1.0)]
     expected = []
@@ -101,7 +153,7 @@ def test_mixes_together_write_what_each_writes_alone(trio):
         expected.append(answer.text.lstrip().partition("\n")[0].rstrip())
     trio.prefill(trio.prompt(QUESTION))
     mixes = [Mix(one) for one in weights]
-    continue_all(trio, mixes, max_tokens=8)
+    go_on(trio, mixes, max_tokens=8)
     assert [mix.text for mix in mixes] == expected
     assert len(set(expected)) > 3
 
@@ -109,7 +161,7 @@ def test_mixes_together_write_what_each_writes_alone(trio):
 def test_an_answer_ends_where_a_model_ends_it(trio):
     trio.prefill(trio.prompt(KAZAKH))
     ended, goes_on = Mix(Weights(1, 0)), Mix(Weights(0, 1))
-    continue_all(trio, [ended, goes_on], max_tokens=5)
+    go_on(trio, [ended, goes_on], max_tokens=5)
     assert ended.ids == [] and ended.text == ""  # large_ins takes the sentence for a whole text
     assert goes_on.ids
 
@@ -118,9 +170,9 @@ def test_more_mixes_than_fit_at_once(trio):
     trio.prefill(trio.prompt(KAZAKH))
     weights = [Weights(a, b) for a in np.linspace(0, 1, 6) for b in np.linspace(0, 1, 6)]
     together, apart = [Mix(w) for w in weights], [Mix(w) for w in weights]
-    continue_all(trio, together, max_tokens=6)
+    go_on(trio, together, max_tokens=6)
     for mix in apart:
-        continue_all(trio, [mix], max_tokens=6)
+        go_on(trio, [mix], max_tokens=6)
     assert [m.text for m in together] == [m.text for m in apart]
 
 
@@ -130,7 +182,7 @@ def test_models_that_no_mix_reads_are_not_run(trio, monkeypatch):
         monkeypatch.setattr(trio.models[role], "_decode", None)
     trio.prefill(trio.prompt(QUESTION))
     mix = Mix(Weights(1, 0))
-    continue_all(trio, [mix], max_tokens=5)
+    go_on(trio, [mix], max_tokens=5)
     assert mix.ids
 
 
@@ -138,7 +190,7 @@ def test_an_answer_that_cannot_fit_is_refused():
     with Trio.nano(n_ctx=64) as small:
         small.prefill(small.prompt("а " * 20))
         with pytest.raises(ContextFullError, match="does not fit"):
-            continue_all(small, [Mix(Weights(1, 0))], max_tokens=60)
+            go_on(small, [Mix(Weights(1, 0))], max_tokens=60)
 
 
 def bowl(alpha, beta, n=12):

@@ -28,14 +28,15 @@ class _Branch:
 class Branches:
     """Continuations of `trio`, its trunk, by the models in `roles`.
 
-    Use it as a context manager, and leave the trio alone meanwhile; afterwards the trio holds
-    what it held. All of them together share the n_ctx positions of each context.
+    Use it as a context manager. Meanwhile the trio may read on from what it held, and be rewound
+    to it; afterwards it holds what it was left with. All of them together share the n_ctx
+    positions of each context.
     """
 
     def __init__(self, trio: Trio, roles: Sequence[str] = ROLES) -> None:
         self.trio, self.roles = trio, tuple(roles)
-        if trio.n_past:
-            trio.rows(self.roles)  # a fork shares what was read, not what is owed
+        # A fork shares what was read, not what is owed.
+        trio.rows([r for r in self.roles if trio.models[r].n_past < len(trio.ids[r])])
         self._start = {role: len(ids) for role, ids in trio.ids.items()}
         self.most = trio.n_window - 1
         self._branches: dict[int, _Branch] = {}
@@ -69,16 +70,16 @@ class Branches:
         return self._branches[branch].ids
 
     def fork(self, branch: int | None = None) -> int:
-        """A new branch that goes on from `branch`, or from the trunk; raises ModelError.
+        """A new branch that goes on from `branch`, or from what the trunk holds now.
 
-        There can be `most` at once.
+        There can be `most` at once; raises ModelError.
         """
         if not self._free:
             raise ModelError(f"{self.most} branches at once are the most; drop one")
         new = self._free.pop()
         for role in self.roles:
             self.trio.models[role].fork(branch or 0, new)
-        known = self._branches[branch] if branch else _nothing(self.roles)
+        known = self._branches[branch] if branch else self._trunk()
         self._branches[new] = _Branch(
             {role: list(ids) for role, ids in known.ids.items()},
             dict(known.n_read),
@@ -157,16 +158,19 @@ class Branches:
             for i in range(branch.n_read[role], len(branch.ids[role])):
                 yield branch.ids[role][i], self._start[role] + i, number, i in rows
 
+    def _trunk(self) -> _Branch:
+        """What the trio read since it became the trunk; a branch owes what it owes."""
+        held = {role: self.trio.ids[role][self._start[role] :] for role in self.roles}
+        n_read = {r: min(self.trio.models[r].n_past - self._start[r], len(held[r])) for r in held}
+        cells = {role: list(itertools.islice(self._new_cell, n)) for role, n in n_read.items()}
+        return _Branch(held, n_read, cells)
+
     def _cut(self, branch: int, role: str, length: int) -> None:
         known = self._branches[branch]
         if known.n_read[role] > length:
             self.trio.models[role].drop(branch, self._start[role] + length)
             known.n_read[role] = length
             del known.cells[role][length:]
-
-
-def _nothing(roles: Sequence[str]) -> _Branch:
-    return _Branch({r: [] for r in roles}, dict.fromkeys(roles, 0), {r: [] for r in roles})
 
 
 def _batches(entries: Iterable[Entry], n_batch: int, n_rows: int) -> Iterator[list[Entry]]:

@@ -1,4 +1,4 @@
-"""Greedy answers of many mixes to one prompt, together.
+"""Greedy answers of many mixes to a few prompts, together.
 
 Mixes that have written the same text so far are one branch, decoded once; all branches take
 their next token in one batch a model. 36 grid points that agree cost as much as one.
@@ -48,22 +48,45 @@ class Mix:
         return token
 
 
-def continue_all(trio: Trio, mixes: Sequence[Mix], *, max_tokens: int) -> None:
-    """Let each of `mixes` continue what `trio` holds up to the end of its first line.
+@dataclass(frozen=True)
+class Start:
+    """A prompt that `branch` holds, the rows [n_vocab] after it, and what is to continue it."""
 
-    Sets their text and ids. Raises ContextFullError where not even one answer fits.
+    branch: int
+    rows: Rows
+    mixes: Sequence[Mix]
+
+    @staticmethod
+    def here(branches: Branches, mixes: Sequence[Mix]) -> "Start":
+        """From what the trio of `branches` holds now."""
+        trio = branches.trio
+        rows = {role: row.copy() for role, row in trio.rows(branches.roles).items()}
+        branch = branches.fork()
+        trio.forget_rows()  # branches write where they are
+        return Start(branch, rows, mixes)
+
+
+def continue_all(branches: Branches, starts: Sequence[Start], *, max_tokens: int) -> None:
+    """Let each mix continue its prompt up to the end of its first line; sets its text and ids.
+
+    Raises ContextFullError where not even one answer fits.
     """
-    room = trio.room // max_tokens
-    if room < 1:
+    trio = branches.trio
+    room = min(trio.models[r].n_ctx - branches.n_cells(r) for r in branches.roles)
+    size = min(room // max_tokens, branches.n_free)
+    if size < 1:
         raise ContextFullError(
             f"an answer of {max_tokens} tokens does not fit behind {trio.n_past} in a context of "
             f"{trio.n_ctx}; raise --n-ctx or lower the number of exemplars"
         )
-    first = {role: row.copy() for role, row in trio.rows(roles_of(mixes)).items()}
-    with Branches(trio, tuple(first)) as branches:
-        size = min(room, branches.most)
-        for start in range(0, len(mixes), size):
-            _continue(trio, branches, list(mixes[start : start + size]), first, max_tokens)
+    pairs = [(start, mix) for start in starts for mix in start.mixes]
+    for first in range(0, len(pairs), size):
+        nodes, rows = [], []
+        for start in starts:
+            if group := [mix for its, mix in pairs[first : first + size] if its is start]:
+                nodes.append(_Node(group, branches.fork(start.branch)))
+                rows.append(start.rows)
+        _continue(branches, nodes, rows, max_tokens)
 
 
 def continue_decoupled(
@@ -85,16 +108,14 @@ def continue_decoupled(
 
 @dataclass
 class _Node:
-    """Mixes that wrote the same text, and the branch that holds it; the trunk is None."""
+    """Mixes that wrote the same text, and the branch that holds it."""
 
     mixes: list[Mix]
-    branch: int | None = None
+    branch: int
 
 
-def _continue(
-    trio: Trio, branches: Branches, mixes: list[Mix], first: Rows, max_tokens: int
-) -> None:
-    nodes, rows = [_Node(mixes)], [first]
+def _continue(branches: Branches, nodes: list[_Node], rows: list[Rows], max_tokens: int) -> None:
+    trio = branches.trio
     while nodes:
         grown: list[_Node] = []
         for node, node_rows in zip(nodes, rows, strict=True):
@@ -124,13 +145,13 @@ def _grow(branches: Branches, node: _Node, groups: dict[int, list[Mix]]) -> list
     """A branch for each token that followed; the last one goes on in the node's own."""
     grown = []
     for i, (token, mixes) in enumerate(groups.items()):
-        last = i == len(groups) - 1 and node.branch is not None
-        branch = node.branch if last and node.branch else branches.fork(node.branch)
+        last = i == len(groups) - 1
+        branch = node.branch if last else branches.fork(node.branch)
         grown.append((token, _Node(mixes, branch)))
-    if not groups and node.branch is not None:
+    if not groups:
         branches.drop(node.branch)
     for token, child in grown:  # after the forks: they share what the parent had
-        branches.append(child.branch or 0, [token])
+        branches.append(child.branch, [token])
     return [child for _, child in grown]
 
 
@@ -140,7 +161,7 @@ def _next_rows(branches: Branches, nodes: Sequence[_Node]) -> Iterator[Rows]:
     for role in ROLES:
         reading = [i for i, node in enumerate(nodes) if role in roles_of(node.mixes)]
         if reading:
-            rows = branches.rows([nodes[i].branch or 0 for i in reading], (role,))[role]
+            rows = branches.rows([nodes[i].branch for i in reading], (role,))[role]
             for i, row in zip(reading, rows, strict=True):
                 found[i][role] = row
     yield from found

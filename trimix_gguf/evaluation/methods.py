@@ -49,12 +49,17 @@ def mixes(
     made: dict[str, Mix] = {}
     for name in names:
         if name in FIXED:
-            made[name] = Mix(FIXED[name].weights, FIXED[name].plausibility_threshold)
+            made[name] = fixed_mix(name)
         elif name == "ppl-task" and task_weights is not None:
             made[name] = Mix(task_weights)
         elif name in SELECTING and name != DECOUPLED and reading is not None:
             made[name] = _selecting(name, reading, score)
     return made
+
+
+def fixed_mix(name: str) -> Mix:
+    """The Mix of a method whose weights are given."""
+    return Mix(FIXED[name].weights, FIXED[name].plausibility_threshold)
 
 
 @dataclass(frozen=True)

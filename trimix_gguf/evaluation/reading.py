@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from trimix_gguf.branches import Branches
 from trimix_gguf.errors import PromptError
+from trimix_gguf.evaluation.continuing import Start
 from trimix_gguf.evaluation.decoupled import FourthModel, three_of_four
 from trimix_gguf.fusion import ROLES, Rows
 from trimix_gguf.model import available_cores
@@ -58,22 +59,25 @@ class Reader:
         self._answers = np.asarray(answers, dtype=bool)
         self._scores: _Scores | None = None
 
-    def start(self, question: Prompt, roles: Sequence[str]) -> None:
-        """Have `roles` read the exemplars and `question`, without scoring them."""
-        prompt = Prompt((*self.prefix.segments, *question.segments))
-        if self.trio.n_kept(prompt.units) < len(self.prefix.units):
-            self.trio.prefill(self.prefix)
-            self.trio.rows(roles)
-        self.trio.prefill(prompt)
+    def hold_exemplars(self, *, scored: bool = True) -> None:
+        """Have the trio hold the exemplars alone, and if they are to be `scored`, score them."""
+        known = self._scores is not None or not scored
+        if self.prefix.units and not (known and self._holds(self.prefix)):
+            self.trio.forget()
+            if scored:
+                self._scores = self._score(self.prefix, None)
+        self.trio.prefill(self.prefix)
+
+    def start(self, question: Prompt) -> None:
+        """Have the trio hold the exemplars and `question`, without scoring them."""
+        self.trio.prefill(Prompt((*self.prefix.segments, *question.segments)))
 
     def read(self, question: Prompt) -> Reading:
         """Score the exemplars and `question`; afterwards the trio holds both."""
         trio, prompt = self.trio, Prompt((*self.prefix.segments, *question.segments))
         n_prefix = len(self.prefix.units)
-        held = self._scores is not None and trio.n_kept(prompt.units) >= n_prefix
-        if n_prefix and not held:
-            trio.forget()
-            self._scores = self._score(self.prefix, None)
+        if self._scores is None or not self._holds(prompt):
+            self.hold_exemplars()
         scores = self._score(prompt, (n_prefix, n_prefix) if n_prefix else None)
         if self._scores is not None:
             scores = self._scores.before(scores)
@@ -86,6 +90,10 @@ class Reader:
         entropy = grid_entropy(**rows, alphas=GRID, betas=GRID, unused=trio.unused)
         decoupled = None if self.fourth is None else scores.decoupled
         return Reading(prompt.n_tokens(), nlls, answers, entropy, decoupled)
+
+    def _holds(self, prompt: Prompt) -> bool:
+        """Whether the caches hold the exemplars as `prompt` has them."""
+        return self.trio.n_kept(prompt.units) >= len(self.prefix.units)
 
     def _score(self, prompt: Prompt, after: tuple[int, int] | None) -> "_Scores":
         parts = [np.empty((0, len(AXIS), len(AXIS)))]
@@ -116,18 +124,20 @@ class _Scores:
         return _Scores(nlls, self.decoupled + later.decoupled)
 
 
-def choice_nll(trio: Trio, choices: Sequence[Sequence[int]]) -> Float64:
-    """Nats of each choice (ids) after what `trio` holds: float64 [n_choices, n, n] over AXIS."""
-    first = {role: row[None].copy() for role, row in trio.rows().items()}
+def choice_nll(branches: Branches, start: Start, choices: Sequence[Sequence[int]]) -> Float64:
+    """Nats of each choice (ids) after a prompt: float64 [n_choices, n, n] over AXIS."""
+    trio = branches.trio
+    first = {role: row[None] for role, row in start.rows.items()}
     total = np.stack([token_nlls(trio, first, np.array(c[:1]))[0] for c in choices])
-    with Branches(trio) as branches:
-        numbers = [branches.fork() for _ in choices]
-        for depth in range(1, max(len(c) for c in choices)):
-            going = [i for i, c in enumerate(choices) if len(c) > depth]
-            for i in going:
-                branches.append(numbers[i], [choices[i][depth - 1]])
-            rows = branches.rows([numbers[i] for i in going])
-            total[going] += token_nlls(trio, rows, np.array([choices[i][depth] for i in going]))
+    numbers = [branches.fork(start.branch) for _ in choices]
+    for depth in range(1, max(len(c) for c in choices)):
+        going = [i for i, c in enumerate(choices) if len(c) > depth]
+        for i in going:
+            branches.append(numbers[i], [choices[i][depth - 1]])
+        rows = branches.rows([numbers[i] for i in going])
+        total[going] += token_nlls(trio, rows, np.array([choices[i][depth] for i in going]))
+    for number in numbers:
+        branches.drop(number)
     return total
 
 

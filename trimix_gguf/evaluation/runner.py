@@ -3,21 +3,30 @@
 import json
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from trimix_gguf.branches import Branches
 from trimix_gguf.chat import around_message
 from trimix_gguf.errors import DataError, PromptError
-from trimix_gguf.evaluation.continuing import Mix, continue_all, continue_decoupled, roles_of
+from trimix_gguf.evaluation.continuing import (
+    Mix,
+    Start,
+    continue_all,
+    continue_decoupled,
+    roles_of,
+)
 from trimix_gguf.evaluation.decoupled import FourthModel
 from trimix_gguf.evaluation.methods import (
     DECOUPLED,
     ORACLE,
     SELECTING,
+    fixed_mix,
     grid_mixes,
     lowest_decoupled,
     lowest_on_grid,
@@ -31,6 +40,7 @@ from trimix_gguf.scoring import GRID, Float64
 from trimix_gguf.trio import Trio
 
 N_TASK_SAMPLE = 50  # prompts that the published code averages over
+_MOST_TOGETHER = 4  # questions: more gain little, and a run that is killed loses them
 _OPEN, _CLOSE = "\x02", "\x03"  # around an exemplar's answer; no text holds them
 
 
@@ -43,6 +53,18 @@ class Settings:
     n_exemplars: int | None = None
     limit: int | None = None
     chat: bool = False  # large_ins reads its chat template around each prompt
+
+    @property
+    def reads(self) -> bool:
+        """Whether a method chooses by what the prompts' reading shows."""
+        return any(name in SELECTING for name in self.methods)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Models that the methods run."""
+        if self.reads or ORACLE in self.methods:
+            return ROLES
+        return roles_of([fixed_mix(name) for name in self.methods])
 
     def questions(self, dataset: Dataset) -> list[Example]:
         """The examples to answer: all, or `limit` of them drawn with the seed, in their order."""
@@ -79,14 +101,38 @@ def run_task(
     reader = open_reader(trio, task, dataset, settings, questions, fourth)
     progress(len(questions) - len(left), len(questions))
     weights = _task_weights(reader, task, questions, settings, out)
+    n, n_done = _n_together(reader, task, questions, settings), len(questions) - len(left)
     with out.open("a", encoding="utf-8") as lines:
-        for n, example in enumerate(left, len(questions) - len(left) + 1):
-            line = answer(reader, task, example, settings, weights)
-            if name_as is not None:
-                line["outputs"] = {name_as: line["outputs"]["large_ins"]}
-            lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+        for at in range(0, len(questions), n):
+            # All of them, though some are done: a number depends, by rounding, on its neighbours.
+            group = questions[at : at + n]
+            if all(q.id in done for q in group):
+                continue
+            for line in answer_all(reader, task, group, settings, weights):
+                if line["id"] in done:
+                    continue
+                if name_as is not None:
+                    line["outputs"] = {name_as: line["outputs"]["large_ins"]}
+                lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+                n_done += 1
             lines.flush()
-            progress(n, len(questions))
+            progress(n_done, len(questions))
+
+
+def _n_together(
+    reader: Reader, task: Task, questions: Sequence[Example], settings: Settings
+) -> int:
+    """How many questions are answered at once: their answers' tokens are decoded in one batch."""
+    trio, n_mixes = reader.trio, len(settings.methods)
+    if ORACLE in settings.methods:
+        n_mixes += len(GRID) ** 2
+    prompts = [_question(reader, q) for q in questions]
+    longest = max(p.n_tokens(role) for p in prompts for role in ROLES)
+    room = trio.n_ctx - max(reader.prefix.n_tokens(role) for role in ROLES)
+    by_room = room // (longest + 1 + n_mixes * task.max_tokens)
+    n_choices = max(len(q.choices) for q in questions)
+    by_branches = min((trio.n_window - 1) // (n_mixes + 1), trio.n_window - 1 - n_choices)
+    return max(1, min(_MOST_TOGETHER, by_room, by_branches))
 
 
 def finished_ids(out: Path) -> set[str]:
@@ -155,49 +201,85 @@ def _reader(
     return Reader(trio, prefix, answers, around[1], fourth)
 
 
-def answer(
+def answer_all(
+    reader: Reader,
+    task: Task,
+    examples: Sequence[Example],
+    settings: Settings,
+    task_weights: Weights | None,
+) -> list[dict[str, Any]]:
+    """A line for each example: the sums of its reading, and the text of each method."""
+    reader.hold_exemplars(scored=settings.reads)
+    with Branches(reader.trio, settings.roles) as branches:
+        begun = [_begin(branches, reader, task, q, settings, task_weights) for q in examples]
+        continue_all(branches, [one.start for one in begun], max_tokens=task.max_tokens)
+    return [one.finished() for one in begun]
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """An example whose prompt was read; its mixes are about to continue it."""
+
+    line: dict[str, Any]
+    named: Mapping[str, Mix]
+    start: Start
+
+    def finished(self) -> dict[str, Any]:
+        for name, mix in self.named.items():
+            self.line["outputs"][name] |= _said(mix)
+        texts = [mix.text for mix in self.start.mixes[len(self.named) :]]
+        if texts:
+            n = len(GRID)
+            self.line["grid"] = [texts[at : at + n] for at in range(0, len(texts), n)]
+        return self.line
+
+
+def _begin(
+    branches: Branches,
     reader: Reader,
     task: Task,
     example: Example,
     settings: Settings,
     task_weights: Weights | None,
-) -> dict[str, Any]:
-    """One example's line: the sums of its reading, and the text of each method."""
-    trio = reader.trio
-    question = _question(reader, example)
+) -> _Begun:
+    trio, question = reader.trio, _question(reader, example)
     line: dict[str, Any] = {"id": example.id, "references": list(example.references)}
     if example.choices:
         line["choices"] = list(example.choices)
     reading: Reading | None = None
-    if any(name in SELECTING for name in settings.methods):
+    if settings.reads:
         reading = reader.read(question)
         line |= _reading_line(reading)
-        if example.choices:
-            ids = [trio.models[ROLES[0]].tokenize(f" {choice}") for choice in example.choices]
-            line["choice_nll"] = _rounded(choice_nll(trio, ids))
-
-    def score(rows: Rows, token: int) -> Float64:
-        one = {role: row[None] for role, row in rows.items()}
-        nats: Float64 = token_nlls(trio, one, np.array([token]))[0]
-        return nats
-
-    named = mixes(settings.methods, reading, task_weights, score)
+    else:
+        reader.start(question)
+    named = mixes(settings.methods, reading, task_weights, partial(_nats, trio))
+    line["outputs"] = {name: _weights(mix.weights) for name, mix in named.items()}
     grid = grid_mixes() if ORACLE in settings.methods else []
-    chosen = {name: mix.weights for name, mix in named.items()}
-    if reading is None:
-        reader.start(question, roles_of([*named.values(), *grid]))
-    continue_all(trio, [*named.values(), *grid], max_tokens=task.max_tokens)
-    line["outputs"] = {name: _output(mix, chosen[name]) for name, mix in named.items()}
-    if reading is not None and reading.decoupled is not None and reader.fourth is not None:
-        best = lowest_decoupled(reading.decoupled)
-        mix = continue_decoupled(
-            trio, reader.fourth, best.weights, best.gamma, max_tokens=task.max_tokens
-        )
-        line["outputs"][DECOUPLED] = _output(mix, best.weights) | {"gamma": best.gamma}
-    if grid:
-        texts = [mix.text for mix in grid]
-        line["grid"] = [texts[at : at + len(GRID)] for at in range(0, len(texts), len(GRID))]
-    return line
+    start = Start.here(branches, [*named.values(), *grid])
+    if reading is not None and example.choices:
+        ids = [trio.models[ROLES[0]].tokenize(f" {choice}") for choice in example.choices]
+        line["choice_nll"] = _rounded(choice_nll(branches, start, ids))
+    if reading is not None and reading.decoupled is not None:
+        line["outputs"][DECOUPLED] = _decoupled(reader, task, reading.decoupled)
+    return _Begun(line, named, start)
+
+
+def _decoupled(reader: Reader, task: Task, nats: Float64) -> dict[str, Any]:
+    """The answer of four models to what the trio holds, by the lowest point of their reading."""
+    if reader.fourth is None:
+        raise ValueError("a decoupled reading needs a fourth model")
+    best = lowest_decoupled(nats)
+    mix = continue_decoupled(
+        reader.trio, reader.fourth, best.weights, best.gamma, max_tokens=task.max_tokens
+    )
+    return _weights(best.weights) | {"gamma": best.gamma} | _said(mix)
+
+
+def _nats(trio: Trio, rows: Rows, token: int) -> Float64:
+    """Of one token after rows [n_vocab], over AXIS: what weights for each token follow."""
+    one = {role: row[None] for role, row in rows.items()}
+    nats: Float64 = token_nlls(trio, one, np.array([token]))[0]
+    return nats
 
 
 def _question(reader: Reader, example: Example) -> Prompt:
@@ -215,13 +297,12 @@ def _question(reader: Reader, example: Example) -> Prompt:
     return Prompt(tuple(parts))
 
 
-def _output(mix: Mix, chosen: Weights) -> dict[str, Any]:
-    return {
-        "text": mix.text,
-        "n_tokens": len(mix.ids),
-        "alpha": round(chosen.alpha, 6),
-        "beta": round(chosen.beta, 6),
-    }
+def _said(mix: Mix) -> dict[str, Any]:
+    return {"text": mix.text, "n_tokens": len(mix.ids)}
+
+
+def _weights(chosen: Weights) -> dict[str, float]:
+    return {"alpha": round(chosen.alpha, 6), "beta": round(chosen.beta, 6)}
 
 
 def _reading_line(reading: Reading) -> dict[str, Any]:

@@ -81,6 +81,13 @@ def test_an_unfinished_run_is_not_reported(trimix, task_file, tmp_path):
     file = out / "topics.jsonl"
     file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:4]))
     assert "4 of 6" in one_line_error(trimix("eval", "report", out))
+    with file.open("ab") as running:
+        running.write('{"id": "5", "жарт'.encode()[:-1])
+    result = trimix("eval", "report", out, "--so-far")
+    assert result.returncode == 0, result.stderr.decode()
+    assert "topics 4 of 6 (unfinished)" in result.stdout.decode()
+    file.write_bytes(b"")
+    assert "no answer yet" in one_line_error(trimix("eval", "report", out, "--so-far"))
 
 
 def test_one_more_model_by_itself(trimix, task_file, tmp_path, nano_files):
@@ -122,6 +129,7 @@ def test_other_settings_are_not_mixed_into_a_run(trimix, task_file, tmp_path):
     assert trimix(*given).returncode == 0
     message = one_line_error(trimix(*given, "--seed", "1"))
     assert "other seed" in message
+    assert trimix(*given, "--n-ctx", "400").returncode == 0  # what fits is the same there
 
 
 def test_options_of_the_harness_are_not_passed_over(trimix, task_file, tmp_path):

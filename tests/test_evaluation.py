@@ -134,7 +134,7 @@ def test_how_many_questions_are_answered_at_once_changes_no_answer(trio, tmp_pat
     ]
     task = Task("topics", ("kk",), "Classify.", ("accuracy",), 6, lambda *_: None, n_exemplars=2)
     lines = []
-    for most in (1, 4):
+    for most in (1, 3):
         monkeypatch.setattr(runner, "_MOST_TOGETHER", most)
         out = tmp_path / f"{most}.jsonl"
         run_task(trio, task, Dataset(asked, shown), Settings(("large_ins", "ppl", "token")), out)

@@ -98,6 +98,25 @@ def test_missing_examples_are_counted_and_the_first_is_named(n, n_single, file, 
         load_run(folder)
 
 
+def test_so_far_takes_tasks_that_were_begun_and_singles_that_are_as_far(rng, tmp_path):
+    tasks = {"tumlu": made_lines(rng, "tumlu", 12), "kazqad": made_lines(rng, "kazqad", 6)}
+    settings = {"singles": {"big": {}, "late": {}}, "n_questions": {"tumlu": 30, "kazqad": 6}}
+    folder = write_run(tmp_path / "run", tasks, **settings)
+    for single, n in {"big": 12, "late": 9}.items():
+        lines = [
+            {**line, "outputs": {single: {"text": "A", "n_tokens": 1, "alpha": 1.0, "beta": 0.0}}}
+            for line in tasks["tumlu"][:n]
+        ]
+        write_lines(folder / f"tumlu.{single}.jsonl", lines)
+    (folder / "kazqad.jsonl").write_text('{"id": "q0", "refe', "utf-8")
+    run = load_run(folder, so_far=True)
+    assert (run.settings["tasks"], list(run.settings["singles"])) == (["tumlu"], ["big"])
+    whole = write_run(tmp_path / "whole", {"tumlu": tasks["tumlu"]}, n_questions={"tumlu": 12})
+    expected = load_run(whole, so_far=True).tasks["tumlu"].texts
+    assert expected == load_run(whole).tasks["tumlu"].texts
+    assert {n: t for n, t in run.tasks["tumlu"].texts.items() if n != "big"} == expected
+
+
 def test_text_may_hold_unicodes_line_separators(rng, tmp_path):
     """JSON leaves U+2028 and U+0085 as they are, and str.splitlines ends a line at them."""
     lines = made_lines(rng, "tumlu", 4, selecting=(), grid=False)

@@ -80,7 +80,7 @@ class TaskRun:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its run.json, and each task's answers by its name."""
+    """A run: its run.json, and each task's answers by its name."""
 
     folder: Path
     settings: Mapping[str, Any]
@@ -95,9 +95,14 @@ class Predictions:
     grids: Mapping[str, GridTexts]
 
 
-def load_run(folder: Path) -> Run:
-    """Read a run's folder; raises DataError where it is none, unfinished or damaged."""
+def load_run(folder: Path, *, so_far: bool = False) -> Run:
+    """Read a run's folder; raises DataError where it is none, unfinished or damaged.
+
+    `so_far` takes what an unfinished one has: tasks that were begun, singles that are as far.
+    """
     settings = _settings(folder / "run.json")
+    if so_far:
+        return _begun(folder, settings)
     tasks = {name: _task_run(folder, name, settings) for name in settings["tasks"]}
     for name, wanted in settings.get("n_questions", {}).items():
         if len(tasks[name].ids) != wanted:
@@ -105,6 +110,22 @@ def load_run(folder: Path) -> Run:
                 f"{folder} is unfinished: {name} has {len(tasks[name].ids)} of {wanted} answers; "
                 "give the same trimix eval command again"
             )
+    return Run(folder, settings, tasks)
+
+
+def _begun(folder: Path, settings: dict[str, Any]) -> Run:
+    def ids(name: str) -> set[str]:
+        file = folder / f"{name}.jsonl"
+        whole = file.is_file() and b"\n" in file.read_bytes()
+        return {line["id"] for _, line in _lines(file, ended=True)} if whole else set()
+
+    begun = [name for name in settings["tasks"] if ids(name)]
+    if not begun:
+        raise DataError(f"{folder} has no answer yet; give the run's command again")
+    singles = settings.get("singles") or {}
+    level = [s for s in singles if all(ids(t) == ids(f"{t}.{s}") for t in begun)]
+    settings |= {"tasks": begun, "singles": {s: singles[s] for s in level}}
+    tasks = {name: _task_run(folder, name, settings, ended=True) for name in begun}
     return Run(folder, settings, tasks)
 
 
@@ -168,11 +189,13 @@ def _settings(file: Path) -> dict[str, Any]:
     return dict(settings)
 
 
-def _task_run(folder: Path, name: str, settings: Mapping[str, Any]) -> TaskRun:
+def _task_run(
+    folder: Path, name: str, settings: Mapping[str, Any], *, ended: bool = False
+) -> TaskRun:
     own = settings.get("task_files") or {}
     task = custom_task(Path(own[name])) if name in own else find_task(name, settings["lang"])
     file = folder / f"{name}.jsonl"
-    rows = _lines(file)
+    rows = _lines(file, ended=ended)
     ids = [line["id"] for _, line in rows]
     asked = [method for method in settings["methods"] if method != ORACLE]
     outputs = {method: _outputs(rows, method) for method in asked}
@@ -183,7 +206,7 @@ def _task_run(folder: Path, name: str, settings: Mapping[str, Any]) -> TaskRun:
     }
     for single in settings.get("singles") or {}:
         other = folder / f"{name}.{single}.jsonl"
-        answers = {line["id"]: (where, line) for where, line in _lines(other)}
+        answers = {line["id"]: (where, line) for where, line in _lines(other, ended=ended)}
         _check_ids(other, ids, list(answers))
         _check_ids(file, list(answers), ids)
         texts[single] = [o["text"] for o in _outputs([answers[i] for i in ids], single)]
@@ -213,12 +236,12 @@ def _task_run(folder: Path, name: str, settings: Mapping[str, Any]) -> TaskRun:
     )
 
 
-def _lines(file: Path) -> list[Row]:
+def _lines(file: Path, *, ended: bool = False) -> list[Row]:
     if not file.is_file() or file.stat().st_size == 0:
         raise DataError(f"{file} is missing or empty; {_UNFINISHED}")
-    if not file.read_bytes().endswith(b"\n"):
+    if not ended and not file.read_bytes().endswith(b"\n"):
         raise DataError(f"{file} ends in half a line; {_UNFINISHED}")
-    rows = read_jsonl(file, {})
+    rows = read_jsonl(file, {}, ended=ended)
     seen: set[str] = set()
     for where, line in rows:
         _check(where, line, _LINE)

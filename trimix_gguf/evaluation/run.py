@@ -22,7 +22,8 @@ from trimix_gguf.fusion import ROLES
 from trimix_gguf.trio import Trio
 
 FORMAT = 1  # of run.json and of the lines
-_MAY_DIFFER = ("command", "cpu")  # between the parts of one run
+# Between the parts of one run: what changes numbers by rounding alone.
+_MAY_DIFFER = ("command", "cpu", "n_ctx")
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
 

@@ -40,7 +40,7 @@ from trimix_gguf.scoring import GRID, Float64
 from trimix_gguf.trio import Trio
 
 N_TASK_SAMPLE = 50  # prompts that the published code averages over
-_MOST_TOGETHER = 4  # questions: more gain little, and a run that is killed loses them
+_MOST_TOGETHER = 8  # questions: more gain little, and a run that is killed loses them
 _OPEN, _CLOSE = "\x02", "\x03"  # around an exemplar's answer; no text holds them
 
 

@@ -82,12 +82,17 @@ def _fetch(hub: HubFile, absent: str, mend: str) -> Path:
     raise DataError(f"{absent}, nor {hub.filename} of {hub.repo} ({why}); or {mend}")
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file, which end at LF or CRLF only: U+2028 may stand inside one."""
+def read_lines(path: Path, *, ended: bool = False) -> list[str]:
+    """The lines of a UTF-8 file, which end at LF or CRLF only: U+2028 may stand inside one.
+
+    Those that are `ended` alone leave out what is still being written.
+    """
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    if ended:
+        raw = raw[: raw.rfind(b"\n") + 1]
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -129,10 +134,10 @@ def read_tsv(
     return _some(path, rows)
 
 
-def read_jsonl(path: Path, fields: Fields) -> list[Row]:
-    """Rows of a file that holds one JSON object a line."""
+def read_jsonl(path: Path, fields: Fields, *, ended: bool = False) -> list[Row]:
+    """Rows of a file that holds one JSON object a line; `ended` is read_lines'."""
     rows: list[Row] = []
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in enumerate(read_lines(path, ended=ended), 1):
         if line.strip():
             where = f"{path}:{number}"
             rows.append((where, _checked(where, _parsed(path, line, number), fields)))

@@ -190,9 +190,14 @@ def _gap(part: Mapping[str, Any]) -> Mapping[str, float]:
     return gap
 
 
+def _size(run: Mapping[str, Any], name: str, n: int) -> str:
+    wanted = run.get("n_questions", {}).get(name, n)
+    return f"{name} {n}" if n == wanted else f"{name} {n} of {wanted} (unfinished)"
+
+
 def _conventions(summary: Summary) -> str:
     run = summary["run"]
-    sizes = ", ".join(f"{name} {task['n']}" for name, task in summary["tasks"].items())
+    sizes = ", ".join(_size(run, name, task["n"]) for name, task in summary["tasks"].items())
     limit, shown = run.get("limit"), run.get("n_exemplars")
     lines = [
         f"Examples: {sizes}" + ("" if limit is None else f" (--limit {limit})") + "; exemplars: "

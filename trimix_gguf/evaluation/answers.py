@@ -6,6 +6,7 @@ Models are not needed: a finished run can be judged anew as often as one likes.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ def load_run(folder: Path, *, so_far: bool = False) -> Run:
 
 
 def _begun(folder: Path, settings: dict[str, Any]) -> Run:
+    @cache
     def ids(name: str) -> set[str]:
         file = folder / f"{name}.jsonl"
         whole = file.is_file() and b"\n" in file.read_bytes()

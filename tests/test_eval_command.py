@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from filelock import FileLock
 from test_cli import one_line_error
 from topics import arguments
 
@@ -28,6 +29,7 @@ def test_a_comparison_from_the_command_line(trimix, task_file, tmp_path):
     table = trimix("eval", "report", out)
     assert b"upper-bound" in table.stdout and b"proxy-tuning" in table.stdout
     assert not {p.name for p in out.iterdir()} - {
+        ".lock",
         "run.json",
         "topics.jsonl",
         "topics.weights.json",
@@ -62,6 +64,21 @@ def test_a_line_cut_short_by_a_kill_is_written_anew(trimix, task_file, tmp_path)
         file.write_bytes(b"".join(lines[:n]) + lines[n][:20])
         assert trimix(*given).returncode == 0
         assert file.read_bytes() == whole
+
+
+def test_two_runs_do_not_write_one_folder(trimix, task_file, tmp_path):
+    out = tmp_path / "run"
+    given = arguments(task_file, out, "large_ins,ppl")
+    assert trimix(*given).returncode == 0
+    before = (out / "topics.jsonl").read_bytes()
+    first_line = before[: before.index(b"\n") + 1]
+    (out / "topics.jsonl").write_bytes(first_line)
+    with FileLock(out / ".lock"):
+        refused = trimix(*given)
+    assert "another run" in one_line_error(refused)
+    assert (out / "topics.jsonl").read_bytes() == first_line
+    assert trimix(*given).returncode == 0
+    assert (out / "topics.jsonl").read_bytes() == before
 
 
 def test_an_answer_with_a_line_end_of_its_own_breaks_no_resumed_run(tmp_path):

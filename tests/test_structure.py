@@ -14,10 +14,10 @@ from trimix_gguf.cli.reference import PATH, reference
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    "errors", "fusion", "gguf_file", "vocabulary", "memory", "native", "threads", "scoring",
-    "sampling", "prompt", "model", "placement", "planner", "trio", "branches", "selection",
-    "prompt_cache", "lookup", "speculative", "costs", "generation", "chat", "conversation",
-    "request", "batching", "trios", "bench", "evaluation", "server", "cli",
+    "errors", "fusion", "gguf_file", "vocabulary", "memory", "native", "locking", "threads",
+    "scoring", "sampling", "prompt", "model", "placement", "planner", "trio", "branches",
+    "selection", "prompt_cache", "lookup", "speculative", "costs", "generation", "chat",
+    "conversation", "request", "batching", "trios", "bench", "evaluation", "server", "cli",
 ]  # fmt: skip
 
 

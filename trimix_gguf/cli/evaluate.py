@@ -98,8 +98,7 @@ def _run(options: dict[str, Any]) -> None:
         command=sys.argv,
     )
     plan.fourth, plan.datasets  # noqa: B018  # before the models are loaded, which takes longer
-    with open_trio(options) as trio:
-        run = open_run(out, plan, trio)
+    with open_trio(options) as trio, open_run(out, plan, trio) as run:
         run.compare(trio, _progress)
 
 

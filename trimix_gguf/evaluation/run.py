@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib import metadata
@@ -19,6 +19,7 @@ from trimix_gguf.evaluation.runner import Settings, run_task
 from trimix_gguf.evaluation.task import Dataset, Task
 from trimix_gguf.evaluation.tasks import custom_task, find_task
 from trimix_gguf.fusion import ROLES
+from trimix_gguf.locking import alone
 from trimix_gguf.trio import Trio
 
 FORMAT = 1  # of run.json and of the lines
@@ -107,11 +108,23 @@ class OpenRun:
                         run_task(model, task, dataset, alone, out, progress=shown, name_as=single)
 
 
-def open_run(folder: Path, plan: Plan, trio: Trio) -> OpenRun:
-    """Begin a run, or go on with one; DataError where the folder's was made otherwise."""
+@contextmanager
+def open_run(folder: Path, plan: Plan, trio: Trio) -> Iterator[OpenRun]:
+    """Begin a run, or go on with one; its folder is this process's alone meanwhile.
+
+    Raises DataError where the folder's run was made otherwise, or another process is at it.
+    """
     if plan.fourth is not None:
         check_fourth(plan.fourth, trio)
     settings = _settings(plan, trio)
+    folder.mkdir(parents=True, exist_ok=True)
+    busy = DataError(f"{folder} is being written by another run; wait for it, or stop it")
+    with alone(folder / ".lock", busy):
+        _keep_settings(folder, settings)
+        yield OpenRun(folder, plan)
+
+
+def _keep_settings(folder: Path, settings: dict[str, Any]) -> None:
     file = folder / "run.json"
     if file.exists():
         try:
@@ -128,11 +141,9 @@ def open_run(folder: Path, plan: Plan, trio: Trio) -> OpenRun:
                 f"{folder} holds a run with other {', '.join(changed)}; give another folder"
             )
     else:
-        folder.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part")
         part.write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
         part.replace(file)
-    return OpenRun(folder, plan)
 
 
 def _settings(plan: Plan, trio: Trio) -> dict[str, Any]:

@@ -8,13 +8,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from trimix_gguf.errors import HubError, TrioFileError
 from trimix_gguf.gguf_file import read_gguf
+from trimix_gguf.locking import alone
 from trimix_gguf.trios.hub import Notify, Progress, fetch, read_repository
 from trimix_gguf.trios.pull_plan import WORK, Part, Plan
 from trimix_gguf.trios.store import sha256_of
@@ -37,7 +36,10 @@ def pull(
     trio = plan.trio
     try:
         plan.work.mkdir(parents=True, exist_ok=True)
-        with _alone(plan):
+        busy = TrioFileError(
+            f"another `trimix pull` is fetching {trio.name}; wait for it, or stop it"
+        )
+        with alone(plan.work / "lock", busy):
             _tidy(plan)
             for part in plan.parts:  # what cannot be converted is refused before gigabytes came
                 _fetch_small_files(part, plan, notify)
@@ -64,23 +66,6 @@ def pull(
 def clear_work(trio: TrioFile) -> None:
     """Remove what a pull leaves beside a trio that is whole, where it was killed just then."""
     shutil.rmtree(trio.folder / WORK, ignore_errors=True)
-
-
-@contextmanager
-def _alone(plan: Plan) -> Iterator[None]:
-    from filelock import FileLock, Timeout  # huggingface_hub's own
-
-    lock = FileLock(plan.work / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise TrioFileError(
-            f"another `trimix pull` is fetching {plan.trio.name}; wait for it, or stop it"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _tidy(plan: Plan) -> None:

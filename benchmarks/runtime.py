@@ -1,5 +1,7 @@
 """What scoring a prompt costs in memory and time, lockstep's overhead, and trimix --help's time.
 
+Also how fast the models read a prompt with all its rows, by the number of rows held at once.
+
 Memory comes from /proc (Linux), each figure from a fresh process.
 """
 
@@ -11,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ from common import load, machine, parser, report, spread, text_ids
 
 from trimix_gguf import selection
 from trimix_gguf.fusion import ROLES, Weights, fuse
+from trimix_gguf.memory import N_WINDOW
 from trimix_gguf.model import available_cores
 from trimix_gguf.prompt import Prompt, Segment
 from trimix_gguf.trio import Trio
 
 N_CTX = 2048
+WINDOWS = (N_WINDOW // 2, N_WINDOW, N_WINDOW * 2)
 SHORT = 64  # tokens of the prompt that --tokens is compared with
 WEIGHTS = Weights(0.3, 0.9)  # all three models are active
 _MIB = 1 << 20
@@ -51,6 +55,7 @@ def main() -> None:
         result["selection"] = selection_cost(trio, Prompt((Segment.of(ids),)), options.repeats)
         print(json.dumps(result), file=sys.stderr)  # so that a long run cut short leaves figures
         result["lockstep"] = lockstep_cost(trio, options.steps)
+    result["windows"] = window_cost(options, ids, options.repeats)
     result["help_s"] = help_time()
     report(options, result, described(result, options.tokens))
 
@@ -170,6 +175,28 @@ def timed_grid_nll() -> Iterator[list[float]]:
         selection.grid_nll = original
 
 
+def window_cost(options: argparse.Namespace, ids: list[int], repeats: int) -> dict[str, Any]:
+    """Seconds to read a prompt with every row, in windows of each size, in turn."""
+    prompt = Prompt((Segment.of(ids),))
+    times: dict[int, list[float]] = {n: [] for n in WINDOWS}
+    with ExitStack() as stack:
+        trios = {n: stack.enter_context(load(options, n_ctx=N_CTX, n_window=n)) for n in WINDOWS}
+        for repeat in range(repeats + 1):
+            for n, trio in trios.items():
+                trio.forget()
+                start = time.perf_counter()
+                trio.prefill(prompt, consume=lambda rows, targets: None)
+                if repeat:  # the first warms up
+                    times[n].append(time.perf_counter() - start)
+    return {
+        str(n): {
+            "seconds": spread(t),
+            "ratio": spread([a / b for a, b in zip(t, times[N_WINDOW], strict=True)]),
+        }
+        for n, t in times.items()
+    }
+
+
 # -- lockstep -------------------------------------------------------------------------------
 
 
@@ -248,6 +275,13 @@ def described(result: dict[str, Any], n_tokens: int) -> list[str]:
         f"  of it grid_nll {s['grid_nll']:.2f} s; every row of logits, not the last alone, "
         f"{s['every_row'] - s['prefill']:.2f} s",
     ]
+    for n, cost in result["windows"].items():
+        ratio = cost["ratio"]
+        lines.append(
+            f"  every row in windows of {n}: {cost['seconds']['median']:.2f} s, "
+            f"{ratio['median']:.2f} × windows of {N_WINDOW} "
+            f"(from {ratio['min']:.2f} to {ratio['max']:.2f})"
+        )
     lock = result["lockstep"]
     own = ", ".join(f"{role} {lock['ms'][role]:.1f}" for role in ROLES)
     lines += [

@@ -27,11 +27,10 @@ from trimix_gguf import speculative
 from trimix_gguf.bench import Run, decode, read_bytes
 from trimix_gguf.fusion import ROLES, Weights
 from trimix_gguf.gguf_file import read_gguf
-from trimix_gguf.memory import N_WINDOW
 from trimix_gguf.model import Model
 from trimix_gguf.prompt import Prompt, Segment
 from trimix_gguf.sampling import Sampler
-from trimix_gguf.speculative import DRAFTER, Drafting, decode_steps
+from trimix_gguf.speculative import DRAFTER, MOST_DRAFTED, Drafting, decode_steps
 from trimix_gguf.trio import Trio
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 32)  # tokens in one batch
@@ -119,7 +118,7 @@ def elsewhere(on: Machine, sizes: dict[str, Size], weights: Weights, p: float) -
         lambda n: sum(on.seconds(n, *sizes[role]) for role in verifiers),
         mixed=DRAFTER in weights.active,
     )
-    k = costs.best(p, range(N_WINDOW))
+    k = costs.best(p, range(MOST_DRAFTED + 1))
     lockstep, speed = costs.tps(0, p), costs.tps(k, p)
     alone = 1 / on.seconds(1, *sizes["large_ins"])
     return {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import KAZAKH
 
-from trimix_gguf import Trio, Weights, generate, stream_generate
+from trimix_gguf import Trio, Weights, generate, speculative, stream_generate
 from trimix_gguf.lookup import LONGEST, Lookup, Match
 from trimix_gguf.sampling import Sampler
 from trimix_gguf.speculative import Drafting, Plan, decode_steps
@@ -87,7 +87,8 @@ def test_the_same_seed_gives_the_tokens_of_lockstep(lone_trio, name, n_draft):
 
 @pytest.mark.parametrize("weights", MIXES, ids=str)
 @pytest.mark.parametrize("temperature", [0, 0.8])
-def test_any_mix(lone_trio, weights, temperature):
+def test_any_mix(lone_trio, weights, temperature, monkeypatch):
+    monkeypatch.setattr(speculative, "_LEAST_STEP", 0)  # or nano's steps are too short to draft
     settings = {"temperature": temperature}
     lockstep = steps_of(lone_trio, weights, 30, drafting=Drafting(never=True), **settings)
     for drafting in (Drafting(n_draft=4), Drafting(always=True), Drafting()):
@@ -189,6 +190,17 @@ class _Cost:
 def test_the_length_follows_the_costs(draft, verify, expected):
     plan = Drafting().plan(Costs(draft, verify), BOTH, 15)
     assert expected[0] <= plan.n_draft <= expected[1]
+
+
+def test_beside_models_too_small_nothing_is_drafted():
+    """What goes on around a step of a millisecond is as much as drafts would save."""
+    match = Match(4, place=9, token=1)
+    for scale, drafts in ((1e-3, False), (1.0, True)):
+        costs = Costs(0.1 * scale, lambda n, scale=scale: scale)
+        plan = Drafting().plan(costs, BOTH, 15)
+        assert (plan.n_draft > 0) is drafts
+        assert drafts or Drafting().n_found(plan, match, 15) == 0
+        assert Drafting(always=True).plan(costs, BOTH, 15).n_draft > 0
 
 
 def test_the_length_follows_acceptance():

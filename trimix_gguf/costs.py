@@ -15,15 +15,17 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
 from trimix_gguf import native
 from trimix_gguf.model import Model
+from trimix_gguf.speculative import MOST_DRAFTED
 from trimix_gguf.trio import Trio
 
-_MOST = 32  # ids decoded at once that drafts may come to
+_MOST = MOST_DRAFTED + 1  # ids decoded at once that drafts may come to
 # No such file or no room; not JSON; no home directory, or JSON nested too deep.
 _UNUSABLE = (OSError, ValueError, RuntimeError)
 
@@ -105,6 +107,7 @@ def _profile(entry: Any) -> dict[int, float]:
     return {n: s for n, s in times.items() if isinstance(s, float) and 0 < s < math.inf}
 
 
+@cache
 def _machine() -> list[str]:
     return [*(d.description for d in native.devices()), *native.build_info().values()]
 

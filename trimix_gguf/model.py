@@ -203,6 +203,8 @@ class Model:
         """
         if 1 not in self.decode_seconds:
             return np.full(most, np.inf)
+        if most == 1:
+            return np.array([statistics.median(self.decode_seconds[1])])
         known = sorted(self.decode_seconds)
         times = [statistics.median(self.decode_seconds[n]) for n in known]
         sizes = np.arange(1, most + 1)

@@ -24,6 +24,8 @@ from trimix_gguf.sampling import Sampler
 from trimix_gguf.trio import Trio
 
 DRAFTER = "small_cpt"
+MOST_DRAFTED = 31
+_LEAST_STEP = 0.005  # seconds of lockstep: around smaller models goes what drafting would save
 _MIN_GAIN = 1.1  # expected over lockstep's speed, or nothing is drafted: costs are estimates
 _MEMORY = 0.9  # weight of what was known, as the fate of each drafted token comes in
 _PLAN_EVERY = 8  # rounds
@@ -89,6 +91,7 @@ class Drafting:
         self.always = always
         self.n_rounds = self.n_drafted = self.n_accepted = 0
         self._plan, self._next_plan = Plan(0), 0
+        self._idle = False  # the models are too small for any of this
         self._acceptance = 0.8
         self._by_confidence = [0.5 + 0.5 * (i + 0.5) / _BANDS for i in range(_BANDS)]
         self._by_match = [_MATCH_PRIOR] * (LONGEST + 1)
@@ -103,12 +106,16 @@ class Drafting:
         if self.n_draft is not None:
             return Plan(min(self.n_draft, most))
         if self.n_rounds >= self._next_plan:
-            self._plan = self._best(trio, needed, trio.n_window - 1)
+            self._plan = self._best(trio, needed, min(MOST_DRAFTED, trio.n_window - 1))
             # Costs change little; thinking about them costs too, beside a very small model.
             self._next_plan = self.n_rounds + (self.n_rounds > _PLAN_EVERY) * _PLAN_EVERY
         return replace(self._plan, n_draft=min(self._plan.n_draft, most))
 
     def _best(self, trio: Trio, needed: Sequence[str], most: int) -> "Plan":
+        lockstep = sum(float(trio.models[role].seconds(1)[0]) for role in needed)
+        self._idle = lockstep < _LEAST_STEP and not self.always
+        if self._idle:
+            return Plan(0)
         costs = {role: trio.models[role].seconds(most + 1) for role in needed}
         none = np.zeros(most + 1)
         read = sum(costs.values(), none).tolist()
@@ -165,7 +172,8 @@ class Drafting:
         One step in some: beside a very small model, looking costs too.
         """
         self.n_rounds += 1
-        if row is not None and self.n_draft is None and self.n_rounds % _WATCH_EVERY == 0:
+        looks = self.n_draft is None and not self._idle and self.n_rounds % _WATCH_EVERY == 0
+        if row is not None and looks:
             top = int(row.argmax())
             self._notice(probability(row, top), top == token)
 
@@ -203,7 +211,7 @@ def decode_steps(
     n_ahead, n_left = 0, max_tokens
     try:
         while True:
-            most = max(0, min(trio.n_window, trio.room, n_left) - 1)
+            most = max(0, min(MOST_DRAFTED + 1, trio.n_window, trio.room, n_left) - 1)
             plan = drafting.plan(trio, needed, most)
             n_found = drafting.n_found(plan, match, most)
             confidences: list[float] = []

@@ -23,6 +23,10 @@ TEXTS = [
 GREEDY = {"temperature": 0, "logit_bias": {0: -100.0}}
 
 
+# Of sums over other windows than alone: a row lost or taken twice shows in percents.
+ROUNDING = 3e-3
+
+
 @pytest.fixture(scope="module")
 def trio():
     with Trio.nano(n_ctx=512, n_threads=2) as loaded:
@@ -148,22 +152,26 @@ def test_a_kept_beginning_is_not_read_again_and_chooses_the_same_weights(trio, b
     for text, (events,) in zip(later, found, strict=True):
         fresh = select_weights(trio, trio.prompt(text))
         assert events[0].selection.weights == fresh.weights
-        assert events[0].selection.perplexities() == pytest.approx(fresh.perplexities(), rel=1e-4)
+        assert events[0].selection.perplexities() == pytest.approx(
+            fresh.perplexities(), rel=ROUNDING
+        )
     trio.forget()
 
 
 def test_sums_over_any_kept_beginning_are_those_of_a_fresh_prompt(trio):
     """Parting inside and at the ends of windows, and where only what is scored differs."""
-    ids = [i for s in trio.prompt(TEXTS[3] * 6).segments for i in s.ids["large_ins"]][:70]
+    w = trio.n_window
+    ids = [i for s in trio.prompt(TEXTS[3] * 12).segments for i in s.ids["large_ins"]][: 2 * w + 6]
+    assert len(ids) == 2 * w + 6
     prompts = [
-        Prompt((Segment.of(ids[:n]), Segment.of([9, 10, 11, 12]))) for n in (1, 31, 32, 33, 63, 64)
+        Prompt((Segment.of(ids[:n]), Segment.of([9, 10, 11, 12])))
+        for n in (1, w - 1, w, w + 1, 2 * w - 1, 2 * w)
     ]
     prompts += [
-        Prompt((Segment.of(ids[:n], scored=False), Segment.of(ids[n:]))) for n in (20, 32, 50)
+        Prompt((Segment.of(ids[:n], scored=False), Segment.of(ids[n:]))) for n in (20, w, w + 18)
     ]
-    prompts.append(
-        Prompt((Segment.of(ids[:40]), Segment.of(ids[40:64], scored=False), Segment.of(ids[64:])))
-    )
+    cuts = ids[: w + 8], ids[w + 8 : 2 * w], ids[2 * w :]
+    prompts.append(Prompt(tuple(Segment.of(c, scored=i != 1) for i, c in enumerate(cuts))))
     found = []
     for prompt in prompts:
         batcher = Batcher(trio)
@@ -171,12 +179,12 @@ def test_sums_over_any_kept_beginning_are_those_of_a_fresh_prompt(trio):
             ((event,),) = ask(batcher, [Request(asked, max_tokens=0)])
         found.append(event)
         batcher.close()
-    assert [event.n_cached for event in found] == [0, 0, 0, 32, 32, 32, 19, 31, 49, 32]
+    assert [event.n_cached for event in found] == [0, 0, 0, w, w, w, 19, w - 1, w + 17, w]
     for prompt, event in zip(prompts, found, strict=True):
         fresh = select_weights(trio, prompt)
         assert event.selection.score.n_tokens == fresh.score.n_tokens
         for ours, theirs in zip(event.selection.score.nll, fresh.score.nll, strict=True):
-            assert np.allclose(ours, theirs, rtol=1e-4)
+            assert np.allclose(ours, theirs, rtol=ROUNDING)
     trio.forget()
 
 

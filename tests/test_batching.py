@@ -23,13 +23,10 @@ TEXTS = [
 GREEDY = {"temperature": 0, "logit_bias": {0: -100.0}}
 
 
-# Of sums over other windows than alone: a row lost or taken twice shows in percents.
-ROUNDING = 3e-3
-
-
 @pytest.fixture(scope="module")
 def trio():
-    with Trio.nano(n_ctx=512, n_threads=2) as loaded:
+    """Windows of 32, whose sums hardly round apart from where they begin; those of 64 do."""
+    with Trio.nano(n_ctx=512, n_threads=2, n_window=32) as loaded:
         yield loaded
 
 
@@ -152,9 +149,7 @@ def test_a_kept_beginning_is_not_read_again_and_chooses_the_same_weights(trio, b
     for text, (events,) in zip(later, found, strict=True):
         fresh = select_weights(trio, trio.prompt(text))
         assert events[0].selection.weights == fresh.weights
-        assert events[0].selection.perplexities() == pytest.approx(
-            fresh.perplexities(), rel=ROUNDING
-        )
+        assert events[0].selection.perplexities() == pytest.approx(fresh.perplexities(), rel=1e-4)
     trio.forget()
 
 
@@ -184,7 +179,7 @@ def test_sums_over_any_kept_beginning_are_those_of_a_fresh_prompt(trio):
         fresh = select_weights(trio, prompt)
         assert event.selection.score.n_tokens == fresh.score.n_tokens
         for ours, theirs in zip(event.selection.score.nll, fresh.score.nll, strict=True):
-            assert np.allclose(ours, theirs, rtol=ROUNDING)
+            assert np.allclose(ours, theirs, rtol=1e-4)
     trio.forget()
 
 

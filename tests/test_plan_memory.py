@@ -51,15 +51,23 @@ def test_a_real_trio_takes_what_was_estimated(real_files):
     assert 0.96 < measured_over_estimate(real_files, n_ctx=2048) < 1.02
 
 
-def test_llama_cpp_allocates_the_weights_and_caches_that_were_counted(trimix):
-    run = trimix("generate", KAZAKH, "-n", "1", "--n-ctx", "300", "--verbose", "--kv-type", "q8_0")
-    log = run.stderr.decode()
+@pytest.mark.parametrize(
+    ("options", "flash"),
+    [
+        (("--n-ctx", "300", "--kv-type", "q8_0"), True),  # a quantized V cache needs it
+        (("--n-ctx", "8192"), False),
+        (("--n-ctx", "8192", "--flash-attn"), True),
+    ],
+)
+def test_llama_cpp_allocates_what_was_counted_for_the_attention_it_has(trimix, options, flash):
+    log = trimix("generate", KAZAKH, "-n", "1", "--verbose", *options).stderr.decode()
+    assert set(re.findall(r"flash_attn += (\w+)", log)) == {"enabled" if flash else "disabled"}
 
     def logged(what):
         sizes = re.findall(rf"{what} buffer size =\s+([\d.]+) MiB", log)
         return sum(float(size) for size in sizes) * (1 << 20)
 
-    report = json.loads(trimix("plan", "--n-ctx", "300", "--kv-type", "q8_0", "--json").stdout)
+    report = json.loads(trimix("plan", *options, "--json").stdout)
     ram = report["devices"]["RAM"]
     assert logged("model") == pytest.approx(ram["weights"], rel=0.01)
     assert logged("KV") == pytest.approx(ram["kv"], rel=0.01)

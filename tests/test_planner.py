@@ -126,7 +126,8 @@ def test_what_is_placed_sums_to_the_estimate_and_what_offloading_doubles():
         doubled = sum(facts[role].tied - facts[role].tied_ram for role in away)
         assert sum(room.kv for room in rooms) == need["kv"]
         assert sum(room.weights for room in rooms) == need["weights"] + doubled
-        compute = sum(facts[role].compute for role in away)
+        # Work space on the device and beside it, in place of that of plain attention.
+        compute = sum(2 * facts[role].compute - facts[role].compute_cpu for role in away)
         assert sum(room.buffers for room in rooms) == need["buffers"] + compute
         by_model = sum((m.on_device + m.in_ram for m in found.models.values()), memory.Need())
         assert by_model.total + found.program == sum(room.total for room in rooms)
@@ -251,8 +252,8 @@ def test_one_card_behind_two_backends_counts_once_and_integrated_ones_come_last(
 
 
 def options_of(change):
-    words = change.option.split()
-    return dict(zip(words[::2], words[1::2], strict=True))
+    words = iter(change.option.split())
+    return {word: True if word == "--flash-attn" else next(words) for word in words}
 
 
 def test_the_context_advised_fits_and_one_step_more_does_not():
@@ -286,6 +287,7 @@ def test_advice_saves_what_it_says_and_suffices_where_it_says():
             seen.add((*sorted(given), change.suffices))
             kind = given.get("--kv-type", now["type_k"])
             own = {"n_ctx": int(given.get("--n-ctx", now["n_ctx"])), "type_k": kind, "type_v": kind}
+            own["flash_attn"] = given.get("--flash-attn")
             changed, lora = dict(files), None
             if "--small-cpt-lora" in given:
                 changed["small_cpt"], lora = (
@@ -309,9 +311,25 @@ def test_advice_saves_what_it_says_and_suffices_where_it_says():
             after = sum(room.need.total for room in then.rooms.values())
             assert then.fits == change.suffices and change.saves >= max(before - after, 1)
     assert {("--kv-type", True), ("--kv-type", False), ("--n-ctx", True)} <= seen
+    assert ("--flash-attn", False) in seen
     files_given = ("--large-ins", "--small-base", "--small-cpt")
     assert {(*files_given, True), (*files_given[:2], "--small-cpt-lora", True)} <= seen
     assert any({"--large-ins", "--n-ctx", True} <= set(one) for one in seen)  # together
+
+
+def test_flash_attention_is_advised_unless_it_was_decided():
+    def advised(ram, **own):
+        found = plan(FAMILIES[0], devices=[], free_ram=ram, options=dict.fromkeys(ROLES, own))
+        return {c.option: c.suffices for c in found.advice}.get("--flash-attn"), found.ram_needed
+
+    for n_ctx in (4096, 32768):
+        need, flash = (advised(64 * GIB, n_ctx=n_ctx, flash_attn=f)[1] for f in (None, True))
+        assert flash < need == advised(64 * GIB, n_ctx=n_ctx, flash_attn=False)[1]
+        assert advised(need, n_ctx=n_ctx)[0] is None
+        assert advised(flash, n_ctx=n_ctx)[0] and not advised(flash - 1, n_ctx=n_ctx)[0]
+        assert advised(flash - 1, n_ctx=n_ctx)[0] is not None
+        assert advised(flash, n_ctx=n_ctx, flash_attn=False)[0] is None
+        assert advised(flash, n_ctx=n_ctx, type_v="q8_0")[0] is None
 
 
 def test_a_smaller_quantization_is_the_best_that_suffices():

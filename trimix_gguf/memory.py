@@ -31,6 +31,7 @@ QUANTIZED = {
     "q4_0": (4.5, 4.5),
 }
 _RANK = 64  # of an adapter that is not there yet
+WIDE_KV = ("f32", "f16", "bf16")  # types of a KV cache that are not quantized
 _INPUTS = ("token_embd", "position_embd", "token_types", "per_layer_token_embd")
 
 
@@ -66,6 +67,7 @@ class ModelMemory:
     kv: tuple[int, ...]
     rows: int  # logits as they are handed over
     compute: int  # work space of a step: wherever layers are, and in RAM at most as much
+    compute_cpu: int  # of a step where no layer is on a device
     tied: int = 0
     tied_ram: int = 0
 
@@ -87,7 +89,8 @@ class ModelMemory:
         first = self.n_layers - n if n else len(self.layers)
         output = 0 if n else self.output + self.tied_ram
         weights = self.embedding + output + sum(self.layers[:first])
-        return Need(weights, sum(self.kv[:first]), self.rows + self.compute)
+        compute = self.compute if n else self.compute_cpu
+        return Need(weights, sum(self.kv[:first]), self.rows + compute)
 
 
 def by_role(
@@ -169,6 +172,18 @@ def check_fits_beside(file: GGUFFile, own: Mapping[str, Any]) -> None:
         )
 
 
+def flash_attention(own: Mapping[str, Any], *, offloaded: bool) -> bool:
+    """Whether a context by these options of Model has flash attention, as far as can be told.
+
+    Not on the CPU, where it takes up to three times as long (benchmarks/attention.py), unless a
+    quantized V cache needs it; what is asked for goes first.
+    """
+    asked: bool | None = own.get("flash_attn")
+    if asked is None:
+        return offloaded or own.get("type_v", "f16") not in WIDE_KV
+    return asked
+
+
 def in_gib(n_bytes: int) -> str:
     return f"{n_bytes / (1 << 30):.2f} GiB"
 
@@ -191,22 +206,26 @@ def _model_memory(file: GGUFFile, own: Mapping[str, Any]) -> ModelMemory:
     tied = table.n_bytes if table is not None and "output.weight" not in tensors else 0
     repacked = _REPACKED_ON_ARM if platform.machine() in ("arm64", "aarch64") else _REPACKED
     rows = 4 * file.n_items("tokenizer.ggml.tokens") * n_window
+
+    def compute(offloaded: bool) -> int:
+        flash = flash_attention(own, offloaded=offloaded)
+        output = rows + 16 * n_batch * file.n_embd
+        return max(output, n_batch * _token_bytes(file, n_ctx, flash))
+
     return ModelMemory(
         embedding=embedding,
         layers=layers,
         output=output,
         kv=tuple(kv // n_heads * n for n in file.n_head_kv),
         rows=rows,
-        compute=max(
-            rows + 16 * n_batch * file.n_embd,
-            n_batch * _token_bytes(file, n_ctx, own.get("flash_attn")),
-        ),
+        compute=compute(offloaded=True),
+        compute_cpu=compute(offloaded=False),
         tied=tied,
         tied_ram=tied if table is not None and table.type in repacked else 0,
     )
 
 
-def _token_bytes(file: GGUFFile, n_ctx: int, flash_attn: bool | None) -> int:
+def _token_bytes(file: GGUFFile, n_ctx: int, flash: bool) -> int:
     """Work space that a token read takes in the feed-forward layer, beside the mask.
 
     As llama.cpp laid out five models' graphs, to 1 %; without flash attention every head's row
@@ -217,10 +236,10 @@ def _token_bytes(file: GGUFFile, n_ctx: int, flash_attn: bool | None) -> int:
         _most(file, "expert_feed_forward_length") * _most(file, "expert_used_count"),
     )
     masks = 2 if _most(file, "attention.sliding_window") else 1
-    if flash_attn is False:
-        attention = 4 * n_ctx * (_most(file, "attention.head_count") + masks)
-    else:
+    if flash:
         attention = 2 * n_ctx * masks
+    else:
+        attention = 4 * n_ctx * (_most(file, "attention.head_count") + masks)
     return 4 * (3 * feed_forward + 4 * file.n_embd) + attention
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from trimix_gguf import native
 from trimix_gguf.errors import ContextFullError, ModelError, ModelFileError
 from trimix_gguf.gguf_file import GGUFFile, read_gguf
-from trimix_gguf.memory import N_BATCH, N_CTX, N_WINDOW
+from trimix_gguf.memory import N_BATCH, N_CTX, N_WINDOW, flash_attention
 from trimix_gguf.native import lib
 
 _ENDS = ("eos", "eot", "eom")  # token ids in a GGUF's metadata that end a text
@@ -98,7 +98,9 @@ class Model:
         params.kv_unified = True  # sequences share cells, and each may fill the context
         params.n_threads = params.n_threads_batch = self.n_threads
         params.type_k, params.type_v = native.ggml_type(type_k), native.ggml_type(type_v)
-        params.flash_attn_type = -1 if flash_attn is None else int(flash_attn)
+        if flash_attn is None and self.device == "CPU":
+            flash_attn = flash_attention({"type_v": type_v}, offloaded=False)
+        params.flash_attn_type = -1 if flash_attn is None else int(flash_attn)  # -1: llama.cpp's
         params.swa_full = True  # a sliding-window cache could not be rewound
         params.no_perf = True
         context = lib.llama_init_from_model(self._weights.handle, params)

@@ -10,11 +10,9 @@ from trimix_gguf import memory, native
 from trimix_gguf.errors import MemoryNeededError, ModelError
 from trimix_gguf.fusion import ROLES
 from trimix_gguf.gguf_file import GGUFFile
-from trimix_gguf.memory import CTX_STEP, N_CTX, QUANTIZED, adapter_of, as_quantized
+from trimix_gguf.memory import CTX_STEP, N_CTX, QUANTIZED, WIDE_KV, adapter_of, as_quantized
 from trimix_gguf.native import Device
 from trimix_gguf.placement import AUTO, RAM, Case, Change, Files, Options, Plan, arrange
-
-_WIDE_KV = ("f32", "f16", "bf16")
 
 
 def plan(
@@ -85,14 +83,21 @@ def _advise(case: Case, now: Plan) -> Iterator[Change]:
         saves = max(_total(now) - _total(then), _missing(now) - _missing(then))
         return Change(what, made.option, saves, then.fits, command)
 
-    makers = (_open_layers, _narrow_kv, _smaller_context, _smaller_model, _as_adapter)
+    makers = (
+        _open_layers,
+        _flash_attention,
+        _narrow_kv,
+        _smaller_context,
+        _smaller_model,
+        _as_adapter,
+    )
     alone = [made for make in makers if (made := make(case)) is not None]
     changes = [change(made.what, made, made.command) for made in alone]
     yield from changes
     if any(one.suffices for one in changes):
         return
     options, commands, at = [], [], case
-    for make in (_open_layers, _narrow_kv, _smaller_model, _smaller_context):
+    for make in (_open_layers, _flash_attention, _narrow_kv, _smaller_model, _smaller_context):
         if (made := make(at)) is not None:
             at = made.case
             options.append(made.option)
@@ -121,10 +126,20 @@ def _open_layers(case: Case) -> _Made | None:
     return _Made(opened, "layers where there is room for them", "--gpu-layers auto")
 
 
+def _flash_attention(case: Case) -> _Made | None:
+    """Flash attention; None where it saves nothing, or it was decided."""
+    if any(case.option(role, "flash_attn", None) is not None for role in ROLES):
+        return None
+    changed = case.using(flash_attn=True)
+    if _total(arrange(changed)) >= _total(arrange(case)):
+        return None
+    return _Made(changed, "flash attention, which is slower on the CPU", "--flash-attn")
+
+
 def _narrow_kv(case: Case) -> _Made | None:
     """KV caches in q8_0; None where they are, or cannot be, that narrow."""
     kinds = {case.option(role, key, "f16") for role in ROLES for key in ("type_k", "type_v")}
-    if not kinds & set(_WIDE_KV) or False in (case.option(r, "flash_attn", None) for r in ROLES):
+    if not kinds & set(WIDE_KV) or False in (case.option(r, "flash_attn", None) for r in ROLES):
         return None
     try:
         for file in case.files.values():

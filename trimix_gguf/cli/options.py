@@ -46,7 +46,11 @@ def trio_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--kv-type", multiple=True, metavar="[ROLE=]TYPE", help="f16, q8_0, …"),
             click.option("--mmap/--no-mmap", default=None, help="Map files instead of reading."),
             click.option("--mlock", is_flag=True, default=None, help="Keep the weights in RAM."),
-            click.option("--flash-attn/--no-flash-attn", default=None, help="Default: auto."),
+            click.option(
+                "--flash-attn/--no-flash-attn",
+                default=None,
+                help="Default: on a device, or for a quantized KV cache; slower on the CPU.",
+            ),
             click.option("--verbose", is_flag=True, help="Show llama.cpp's log."),
         ]
     ):

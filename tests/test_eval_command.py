@@ -32,14 +32,16 @@ def test_a_comparison_from_the_command_line(trimix, task_file, tmp_path):
         ".lock",
         "run.json",
         "topics.jsonl",
-        "topics.weights.json",
+        "topics.sample.jsonl",
     }
 
 
 def test_a_run_killed_twenty_times_ends_with_the_same_file(trimix, task_file, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     methods = "ppl,ppl-answers,ppl-task,token,proxy-tuning"
-    assert trimix(*arguments(task_file, whole, methods)).returncode == 0
+    unbroken = trimix(*arguments(task_file, whole, methods))
+    assert unbroken.returncode == 0
+    assert "a sample for ppl-task: 5/6" in unbroken.stderr.decode()
     rng, kills = random.Random(7), 0
     command = [sys.executable, "-m", "trimix_gguf.cli", *arguments(task_file, broken, methods)]
     while kills < 20:
@@ -49,7 +51,7 @@ def test_a_run_killed_twenty_times_ends_with_the_same_file(trimix, task_file, tm
         started.wait()
         kills += 1
     assert trimix(*arguments(task_file, broken, methods)).returncode == 0
-    for name in ("topics.jsonl", "topics.weights.json"):
+    for name in ("topics.jsonl", "topics.sample.jsonl"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes()
 
 

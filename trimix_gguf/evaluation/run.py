@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib import metadata
@@ -15,7 +15,7 @@ from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.decoupled import LARGE_BASE, FourthModel, check_fourth, open_fourth
 from trimix_gguf.evaluation.methods import DECOUPLED
 from trimix_gguf.evaluation.reading import AXIS
-from trimix_gguf.evaluation.runner import Settings, run_task
+from trimix_gguf.evaluation.runner import Progress, Settings, run_task
 from trimix_gguf.evaluation.task import Dataset, Task
 from trimix_gguf.evaluation.tasks import custom_task, find_task
 from trimix_gguf.fusion import ROLES
@@ -25,7 +25,6 @@ from trimix_gguf.trio import Trio
 FORMAT = 1  # of run.json and of the lines
 # Between the parts of one run: what changes numbers by rounding alone.
 _MAY_DIFFER = ("command", "cpu", "n_ctx")
-Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
 
 @dataclass(frozen=True)
@@ -94,18 +93,16 @@ class OpenRun:
                 large_base = stack.enter_context(closing(open_fourth(plan.fourth, trio)))
                 fourth = FourthModel(large_base, trio)
             for name, (task, dataset) in plan.datasets.items():
-                with progress(name) as shown:
-                    out = self.folder / f"{name}.jsonl"
-                    run_task(trio, task, dataset, plan.settings, out, progress=shown, fourth=fourth)
+                out = self.folder / f"{name}.jsonl"
+                run_task(trio, task, dataset, plan.settings, out, progress=progress, fourth=fourth)
         for single, file in (plan.singles or {}).items():
             alone = replace(plan.settings, methods=("large_ins",))
             with Trio.load(
                 large_ins=file, small_cpt=file, small_base=file, n_ctx=trio.n_ctx
             ) as model:
                 for name, (task, dataset) in plan.datasets.items():
-                    with progress(f"{name}, {single}") as shown:
-                        out = self.folder / f"{name}.{single}.jsonl"
-                        run_task(model, task, dataset, alone, out, progress=shown, name_as=single)
+                    out = self.folder / f"{name}.{single}.jsonl"
+                    run_task(model, task, dataset, alone, out, progress=progress, name_as=single)
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 import json
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,14 @@ from trimix_gguf.trio import Trio
 N_TASK_SAMPLE = 50  # prompts that the published code averages over
 _MOST_TOGETHER = 8  # questions: more gain little, and a run that is killed loses them
 _OPEN, _CLOSE = "\x02", "\x03"  # around an exemplar's answer; no text holds them
+# What is under way -> how many of how many are done.
+Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+
+
+@contextmanager
+def silent(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress that nobody is shown."""
+    yield lambda done, total: None
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,7 @@ def run_task(
     settings: Settings,
     out: Path,
     *,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
     name_as: str | None = None,
     fourth: FourthModel | None = None,
 ) -> None:
@@ -98,11 +107,14 @@ def run_task(
     left = [q for q in questions if q.id not in done]
     if not left:
         return
+    label = task.name if name_as is None else f"{task.name}, {name_as}"
     reader = open_reader(trio, task, dataset, settings, questions, fourth)
-    progress(len(questions) - len(left), len(questions))
-    weights = _task_weights(reader, task, questions, settings, out)
+    weights = None
+    if "ppl-task" in settings.methods:
+        weights = _task_weights(reader, questions, settings.seed, out, progress, label)
     n, n_done = _n_together(reader, task, questions, settings), len(questions) - len(left)
-    with out.open("a", encoding="utf-8") as lines:
+    with progress(label) as shown, out.open("a", encoding="utf-8") as lines:
+        shown(n_done, len(questions))
         for at in range(0, len(questions), n):
             # All of them, though some are done: a number depends, by rounding, on its neighbours.
             group = questions[at : at + n]
@@ -116,7 +128,7 @@ def run_task(
                 lines.write(json.dumps(line, ensure_ascii=False) + "\n")
                 n_done += 1
             lines.flush()
-            progress(n_done, len(questions))
+            shown(n_done, len(questions))
 
 
 def _n_together(
@@ -321,21 +333,26 @@ def _rounded(values: Float64) -> Any:
 
 
 def _task_weights(
-    reader: Reader, task: Task, questions: Sequence[Example], settings: Settings, out: Path
-) -> Weights | None:
-    """The pair with the lowest macro perplexity of a sample of prompts; kept beside `out`."""
-    if "ppl-task" not in settings.methods:
-        return None
-    kept = out.with_suffix(".weights.json")
-    if kept.exists():
-        return Weights(**json.loads(kept.read_text(encoding="utf-8")))
-    n = min(N_TASK_SAMPLE, len(questions))
-    means = [
-        reader.read(_question(reader, q)).nlls.mean(axis=0)
-        for q in random.Random(settings.seed).sample(list(questions), n)
-    ]
-    weights = lowest_on_grid(np.mean(means, axis=0))
-    part = kept.with_suffix(".part")
-    part.write_text(json.dumps({"alpha": weights.alpha, "beta": weights.beta}), encoding="utf-8")
-    part.replace(kept)
-    return weights
+    reader: Reader,
+    questions: Sequence[Example],
+    seed: int,
+    out: Path,
+    progress: Progress,
+    label: str,
+) -> Weights:
+    """The pair with the lowest macro perplexity of a sample of prompts.
+
+    What each prompt of it has is kept beside `out`, for a run that goes on.
+    """
+    sample = random.Random(seed).sample(list(questions), min(N_TASK_SAMPLE, len(questions)))
+    kept = out.with_suffix(".sample.jsonl")
+    left = sample[len(finished_ids(kept)) :]
+    if left:
+        with progress(f"{label}, a sample for ppl-task") as shown, kept.open("a") as lines:
+            for n_left, question in zip(range(len(left), 0, -1), left, strict=True):
+                shown(len(sample) - n_left, len(sample))
+                nats = reader.read(_question(reader, question)).nlls.mean(axis=0)
+                lines.write(json.dumps({"id": question.id, "nll": _rounded(nats)}) + "\n")
+                lines.flush()
+    texts = kept.read_text(encoding="utf-8").split("\n")[:-1]
+    return lowest_on_grid(np.mean([json.loads(text)["nll"] for text in texts], axis=0))

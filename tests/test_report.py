@@ -1,6 +1,7 @@
 """Scores, means and p-values of a run's report, on folders that the tests write."""
 
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from made_runs import (
 
 from trimix_gguf.evaluation.metrics import METRICS
 from trimix_gguf.evaluation.report import to_markdown
-from trimix_gguf.evaluation.statistics import bootstrap_interval, paired_p_value
+from trimix_gguf.evaluation.statistics import bootstrap_interval, paired_difference
 
 
 def test_scores_and_intervals_are_those_of_a_naive_count(rng, tmp_path):
@@ -110,7 +111,7 @@ def test_a_run_of_fixed_methods_has_scores_and_nothing_of_a_reading(rng, tmp_pat
     task = summary["tasks"]["tumlu"]
     assert list(task["methods"]) == list(FIXED)
     assert all(method["perplexity"] is None for method in task["methods"].values())
-    assert task["p_values"] == {} and task["findings"]["chosen"] == {}
+    assert task["gains"] == {} and task["findings"]["chosen"] == {}
     assert task["findings"]["surface"] is task["findings"]["guidance"] is None
     assert "Is the gain chance?" not in to_markdown(summary)
 
@@ -203,8 +204,8 @@ def test_the_mean_of_one_task_is_the_task(rng, tmp_path):
     task, mean = summary["tasks"]["tumlu"], summary["mean"]
     for name, score in mean["methods"].items():
         assert score == pytest.approx(task["methods"][name]["metrics"]["accuracy"])
-    for why, found in mean["p_values"].items():
-        assert found == pytest.approx(task["p_values"][why])
+    for why, found in mean["gains"]["ppl"].items():
+        assert found == pytest.approx(task["gains"]["ppl"][why])
     assert mean["findings"]["gap_closed"] == task["findings"]["gap_closed"]
 
 
@@ -214,12 +215,14 @@ def test_a_method_that_a_task_lacks_has_no_mean(rng, tmp_path):
     summary = report(write_run(tmp_path, tasks), choice_scoring=True)
     assert summary["tasks"]["tumlu"]["by_choice"] and not summary["tasks"]["kazqad"]["by_choice"]
     assert "token" in summary["tasks"]["kazqad"]["methods"]
-    assert not {"token", "ppl+cal"} & summary["mean"]["methods"].keys()
-    expected = [
-        summary["tasks"][name]["methods"]["ppl"]["metrics"][metric]["value"]
-        for name, metric in (("tumlu", "accuracy"), ("kazqad", "exact_match"))
-    ]
-    assert summary["mean"]["methods"]["ppl"]["value"] == pytest.approx(np.mean(expected))
+    assert "token" not in summary["mean"]["methods"]
+    choices, texts = (summary["tasks"][name]["methods"] for name in ("tumlu", "kazqad"))
+    for name in ("ppl", "ppl+cal"):  # without choices, calibrated answers are the answers
+        both = (
+            choices[name]["metrics"]["accuracy"]["value"],
+            texts["ppl"]["metrics"]["exact_match"]["value"],
+        )
+        assert summary["mean"]["methods"][name]["value"] == pytest.approx(np.mean(both))
 
 
 def answered(rng, n_right, n=40):
@@ -238,18 +241,21 @@ def test_p_values_are_of_ppl_against_the_best_single_model_and_proxy_tuning(rng,
     folder = write_run(tmp_path, {"tumlu": lines})
     summary = report(folder, n_resamples=400)
     for part in (summary["tasks"]["tumlu"], summary["mean"]):
-        single, proxy = part["p_values"]["best_single"], part["p_values"]["proxy-tuning"]
-        assert single == {"against": "small_cpt", "difference": pytest.approx(80), "p": 1 / 401}
+        single, proxy = part["gains"]["ppl"]["best_single"], part["gains"]["ppl"]["proxy-tuning"]
+        assert single["against"] == "small_cpt" and single["p"] == 1 / 401
+        assert single["low"] < single["difference"] < single["high"]
+        assert single["difference"] == pytest.approx(80)
         assert proxy["difference"] == pytest.approx(5) and proxy["p"] > 0.05
         stats = [right(lines, said(lines, name)) for name in ("ppl", "proxy-tuning")]
-        assert proxy["p"] == paired_p_value(*stats, share, seed=5, n_resamples=400)
+        expected = asdict(paired_difference(*stats, share, seed=5, n_resamples=400))
+        assert proxy == pytest.approx(expected | {"against": "proxy-tuning"})
 
 
 def test_a_loss_has_a_small_p_value_too_and_a_tie_has_1(rng, tmp_path):
     pytest.importorskip("scipy")
     lines = answered(rng, {"ppl": 5, "small_base": 39, "proxy-tuning": 5})
-    found = summary_of(lines, tmp_path)["p_values"]
-    assert found["best_single"] == {
-        "against": "small_base", "difference": pytest.approx(-85), "p": 1 / 61
-    }  # fmt: skip
-    assert found["proxy-tuning"] == {"against": "proxy-tuning", "difference": 0, "p": 1}
+    found = summary_of(lines, tmp_path)["gains"]["ppl"]
+    best, tie = found["best_single"], found["proxy-tuning"]
+    assert best["against"] == "small_base" and best["p"] == 1 / 61
+    assert best["difference"] == pytest.approx(-85) and best["high"] < 0
+    assert tie["difference"] == 0 and tie["p"] == 1

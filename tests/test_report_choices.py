@@ -5,6 +5,7 @@ import pytest
 from made_runs import AXIS, GRID, LETTERS, accuracy, made_lines, report, summary_of, write_run
 
 from trimix_gguf.errors import DataError
+from trimix_gguf.fusion import ROLES
 
 
 def test_choice_scoring_takes_the_choice_of_the_fewest_nats(rng, tmp_path):
@@ -51,6 +52,22 @@ def test_calibration_forgets_what_a_choice_gets_anyway(rng, tmp_path):
     after = summary_of(lines, tmp_path, choice_scoring=True)["methods"]
     assert after["ppl+cal"] == before["ppl+cal"]
     assert after["ppl"] != before["ppl"]
+
+
+def test_calibrated_choices_are_compared_with_the_best_of_the_others_either_way(rng, tmp_path):
+    pytest.importorskip("scipy")
+    task = summary_of(made_lines(rng, "tumlu"), tmp_path, choice_scoring=True)
+    values = {name: m["metrics"]["accuracy"]["value"] for name, m in task["methods"].items()}
+    gains = task["gains"]
+    assert list(gains) == ["ppl", "ppl+cal"]
+    for ours, forms in (("ppl", ("",)), ("ppl+cal", ("", "+cal"))):
+        singles = [f"{role}{form}" for role in ROLES for form in forms]
+        for why, rivals in (
+            ("best_single", singles), ("proxy-tuning", [f"proxy-tuning{form}" for form in forms])
+        ):  # fmt: skip
+            found, best = gains[ours][why], max(values[name] for name in rivals)
+            assert found["against"] in rivals and values[found["against"]] == best
+            assert found["difference"] == pytest.approx(values[ours] - best)
 
 
 def informed(nll):

@@ -122,4 +122,4 @@ def test_a_summary_is_json_and_comes_out_the_same_again(rng, tmp_path):
     folder = write_run(tmp_path, tasks)
     text = json.dumps(report(folder), allow_nan=False)
     assert text == json.dumps(report(folder))
-    assert json.loads(text) == report(folder) | {"run": json.loads(text)["run"]}
+    assert json.loads(text) == report(folder) | {"runs": json.loads(text)["runs"]}

@@ -65,10 +65,12 @@ def test_markdown_says_what_it_rests_on(two_tasks):
     text = to_markdown(summary)
     rows = markdown_table(text, "Is the gain chance?")
     assert [row["task"] for row in rows] == ["tumlu"] * 2 + ["kazqad"] * 2 + ["mean"] * 2
-    assert "the best single model on these examples" in rows[0]["ppl against"]
-    assert float(rows[1]["p"]) == pytest.approx(
-        summary["tasks"]["tumlu"]["p_values"]["proxy-tuning"]["p"], abs=6e-4
-    )
+    assert {row["method"] for row in rows} == {"ppl"}
+    assert "the best single model on these examples" in rows[0]["against"]
+    gain = summary["tasks"]["tumlu"]["gains"]["ppl"]["proxy-tuning"]
+    assert float(rows[1]["p"]) == pytest.approx(gain["p"], abs=6e-4)
+    numbers = [float(number) for number in re.findall(r"[-+]?[\d.]+", rows[1]["difference"])]
+    assert numbers == pytest.approx([gain[k] for k in ("difference", "low", "high")], abs=0.051)
     chosen = markdown_table(text, "Chosen weights")
     assert [(row["task"], row["method"]) for row in chosen][:2] == [
         ("tumlu", "ppl"), ("tumlu", "ppl-answers")

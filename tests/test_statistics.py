@@ -8,11 +8,15 @@ import pytest
 
 from trimix_gguf.errors import TrimixError
 from trimix_gguf.evaluation import statistics
-from trimix_gguf.evaluation.statistics import bootstrap_interval, paired_p_value, spearman
+from trimix_gguf.evaluation.statistics import bootstrap_interval, paired_difference, spearman
 
 
 def mean(total):
     return 100 * total[0] / total[1]
+
+
+def paired_p_value(*pair, **options):
+    return paired_difference(*pair, mean, **options).p
 
 
 def examples(scores):
@@ -46,7 +50,7 @@ def test_one_seed_gives_one_answer():
     ours, theirs = map(examples, np.random.default_rng(3).random((2, 50)))
     first, again, other = (bootstrap_interval(ours, mean, seed=s) for s in (7, 7, 8))
     assert first == again != other
-    p_values = [paired_p_value(ours, theirs, mean, seed=s) for s in (7, 7, 8)]
+    p_values = [paired_p_value(ours, theirs, seed=s) for s in (7, 7, 8)]
     assert p_values[0] == p_values[1] != p_values[2]
 
 
@@ -66,22 +70,22 @@ def test_resamples_do_not_depend_on_how_many_are_held_at_once(monkeypatch):
 
 def test_identical_systems_do_not_differ():
     ours = examples(right_answers(80, 0.4, 0))
-    assert paired_p_value(ours, ours.copy(), mean, seed=0) == 1
+    assert paired_p_value(ours, ours.copy(), seed=0) == 1
     # As good on the whole, on other examples.
-    assert paired_p_value(ours, ours[::-1].copy(), mean, seed=0) == 1
+    assert paired_p_value(ours, ours[::-1].copy(), seed=0) == 1
 
 
 def test_clearly_different_systems_differ():
     ours, theirs = (examples(right_answers(200, share, s)) for s, share in enumerate((0.9, 0.3)))
-    assert paired_p_value(ours, theirs, mean, seed=0) == 1 / 1001
-    assert paired_p_value(ours, theirs, mean, seed=0, n_resamples=99) == 1 / 100
+    assert paired_p_value(ours, theirs, seed=0) == 1 / 1001
+    assert paired_p_value(ours, theirs, seed=0, n_resamples=99) == 1 / 100
 
 
 def test_a_p_value_does_not_ask_which_system_is_ours():
     ours, theirs = (examples(right_answers(60, share, s)) for s, share in enumerate((0.6, 0.5)))
-    p = paired_p_value(ours, theirs, mean, seed=4)
+    p = paired_p_value(ours, theirs, seed=4)
     assert 0.01 < p < 0.99
-    assert paired_p_value(theirs, ours, mean, seed=4) == p
+    assert paired_p_value(theirs, ours, seed=4) == p
 
 
 def test_pairing_sees_a_small_steady_gain_that_intervals_hide():
@@ -90,7 +94,20 @@ def test_pairing_sees_a_small_steady_gain_that_intervals_hide():
     ours, theirs = examples(scores + 0.02 + rng.normal(0, 0.02, 100)), examples(scores)
     intervals = [bootstrap_interval(stats, mean, seed=0) for stats in (ours, theirs)]
     assert intervals[0][0] < intervals[1][1]
-    assert paired_p_value(ours, theirs, mean, seed=0) < 0.01
+    assert paired_p_value(ours, theirs, seed=0) < 0.01
+
+
+def test_the_interval_of_a_difference_is_the_normal_one_of_paired_scores():
+    rng = np.random.default_rng(0)
+    theirs = rng.random(400)
+    gains = 0.05 + rng.normal(0, 0.1, 400)
+    found = paired_difference(
+        examples(theirs + gains), examples(theirs), mean, seed=1, n_resamples=8000
+    )
+    half = 100 * 1.959964 * gains.std() / math.sqrt(len(gains))
+    assert found.difference == pytest.approx(100 * gains.mean())
+    assert found.low == pytest.approx(100 * gains.mean() - half, abs=0.06 * half)
+    assert found.high == pytest.approx(100 * gains.mean() + half, abs=0.06 * half)
 
 
 def test_one_answer_of_difference_is_chance():
@@ -98,7 +115,7 @@ def test_one_answer_of_difference_is_chance():
     theirs = right_answers(100, 0.5, 0)
     ours = theirs.copy()
     ours[np.flatnonzero(theirs == 0)[0]] = 1
-    p = paired_p_value(examples(ours), examples(theirs), mean, seed=0, n_resamples=4000)
+    p = paired_p_value(examples(ours), examples(theirs), seed=0, n_resamples=4000)
     assert p == pytest.approx(1 - 0.99**99, abs=0.03)  # 1 − P(Binomial(100, 1/100) = 1)
 
 
@@ -106,7 +123,7 @@ def test_equal_systems_seldom_seem_to_differ():
     n_rejected = 0
     for seed in range(200):
         ours, theirs = (examples(right_answers(100, 0.6, [seed, s])) for s in (0, 1))
-        n_rejected += paired_p_value(ours, theirs, mean, seed=seed, n_resamples=199) <= 0.05
+        n_rejected += paired_p_value(ours, theirs, seed=seed, n_resamples=199) <= 0.05
     assert 0.01 <= n_rejected / 200 <= 0.09
 
 
@@ -114,7 +131,7 @@ def test_examples_must_be_there_and_paired():
     with pytest.raises(ValueError, match="one example or more"):
         bootstrap_interval(np.zeros((0, 2)), mean, seed=0)
     with pytest.raises(ValueError, match=r"\(3, 2\) and \(4, 2\)"):
-        paired_p_value(examples(np.ones(3)), examples(np.ones(4)), mean, seed=0)
+        paired_difference(examples(np.ones(3)), examples(np.ones(4)), mean, seed=0)
 
 
 def test_spearman_by_hand():

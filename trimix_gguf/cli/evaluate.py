@@ -52,21 +52,28 @@ def evaluate(context: click.Context, /, **options: Any) -> None:
 
 
 @evaluate.command()
-@click.argument("folder", metavar="DIR")
+@click.argument("folders", metavar="DIR...", nargs=-1, required=True)
 @click.option("--choice-scoring", is_flag=True, help="Pick choices by likelihood, not by text.")
 @click.option("--so-far", is_flag=True, help="Report a run that is not finished, or still runs.")
 @click.option("--plot", metavar="FILE", help="Draw bars, chosen weights, perplexity and metric.")
 @click.option("--json", "form", flag_value="json", help="Everything, as one JSON object.")
 @click.option("--csv", "form", flag_value="csv", help="The table alone.")
 def report(
-    folder: str, choice_scoring: bool, so_far: bool, plot: str | None, form: str | None
+    folders: tuple[str, ...],
+    choice_scoring: bool,
+    so_far: bool,
+    plot: str | None,
+    form: str | None,
 ) -> None:
-    """Print the table of a run as Markdown; scores are taken from its texts, without models."""
+    """Print the table of a run as Markdown; scores are taken from its texts, without models.
+
+    Several runs of the same models, each with other tasks, are reported in one table.
+    """
     import json
 
-    from trimix_gguf.evaluation.report import load_run, summarize, to_csv, to_markdown
+    from trimix_gguf.evaluation.report import join, load_run, summarize, to_csv, to_markdown
 
-    run = load_run(Path(folder), so_far=so_far)
+    run = join([load_run(Path(folder), so_far=so_far) for folder in folders])
     summary = summarize(run, choice_scoring=choice_scoring)
     if plot is not None:
         from trimix_gguf.evaluation.plots import draw

@@ -37,6 +37,7 @@ _SETTINGS: Fields = {
     "axis": list,
     "models": dict,
 }
+_ALIKE = ("lang", "seed", "n_exemplars", "chat", "axis", "models")  # in runs that are joined
 _LINE: Fields = {"id": str, "references": list, "outputs": dict}
 _OUTPUT: Fields = {"text": str, "alpha": int | float, "beta": int | float}
 
@@ -81,11 +82,15 @@ class TaskRun:
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its run.json, and each task's answers by its name."""
+    """A run: its run.json, and each task's answers by its name; `joined` are those it is made of.
+
+    What joined ones share is in the settings of the first.
+    """
 
     folder: Path
     settings: Mapping[str, Any]
     tasks: Mapping[str, TaskRun]
+    joined: "tuple[Run, ...]" = ()
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,21 @@ def _begun(folder: Path, settings: dict[str, Any]) -> Run:
     settings |= {"tasks": begun, "singles": {s: singles[s] for s in level}}
     tasks = {name: _task_run(folder, name, settings, ended=True) for name in begun}
     return Run(folder, settings, tasks)
+
+
+def join(runs: Sequence[Run]) -> Run:
+    """Runs of different tasks as one; raises DataError where they cannot stand in one table."""
+    first, *others = runs
+    tasks = dict(first.tasks)
+    for other in others:
+        pair = f"{first.folder} and {other.folder}"
+        for key in _ALIKE:
+            if other.settings.get(key) != first.settings.get(key):
+                raise DataError(f"{pair} differ in {key}; report each by itself")
+        if both := tasks.keys() & other.tasks.keys():
+            raise DataError(f"{pair} have both {min(both)}; report each by itself")
+        tasks |= other.tasks
+    return Run(first.folder, first.settings, tasks, tuple(runs))
 
 
 def predict(answers: TaskRun, *, choice_scoring: bool = False) -> Predictions:

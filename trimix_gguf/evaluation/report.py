@@ -5,7 +5,7 @@ Scores are taken anew from the texts of the run, so that no model is needed.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
@@ -13,19 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.answers import CALIBRATED, Run, TaskRun, load_run, predict
+from trimix_gguf.evaluation.answers import CALIBRATED, Run, TaskRun, join, load_run, predict
 from trimix_gguf.evaluation.findings import chosen, gap_closed, guidance, surface
 from trimix_gguf.evaluation.methods import ORACLE, SELECTING
 from trimix_gguf.evaluation.metrics import METRICS
 from trimix_gguf.evaluation.statistics import (
+    Difference,
     bootstrap_interval,
-    paired_p_value,
+    paired_difference,
     resampled_totals,
 )
 from trimix_gguf.evaluation.tables import to_csv, to_markdown
 from trimix_gguf.fusion import ROLES
 
-__all__ = ["Run", "load_run", "summarize", "to_csv", "to_markdown"]
+__all__ = ["Run", "join", "load_run", "summarize", "to_csv", "to_markdown"]
 
 Float64 = NDArray[np.float64]
 
@@ -57,6 +58,10 @@ class _Judged:
         """The main metric of a method."""
         return METRICS[self.main].value(self.stats[name][self.main].sum(axis=0))
 
+    def counted(self, name: str) -> str:
+        """What counts as `name` in a mean: without choices, calibrated answers are the answers."""
+        return name if self.by_choice else name.removesuffix(CALIBRATED)
+
 
 def summarize(run: Run, *, choice_scoring: bool = False, n_resamples: int = 1000) -> dict[str, Any]:
     """All that the report says, as JSON holds it; what cannot be said is null or absent.
@@ -77,7 +82,7 @@ def summarize(run: Run, *, choice_scoring: bool = False, n_resamples: int = 1000
     tasks = {name: _task_summary(task, n_resamples) for name, task in judged.items()}
     names = _order([name for task in judged.values() for name in task.stats])
     return {
-        "run": dict(run.settings),
+        "runs": [dict(one.settings) for one in run.joined or (run,)],
         "grid": [weight for weight in run.settings["axis"] if weight != 0],
         "choice_scoring": choice_scoring,
         "n_resamples": n_resamples,
@@ -140,17 +145,19 @@ def _task_summary(task: _Judged, n_resamples: int) -> dict[str, Any]:
     }
     values = {name: task.value(name) for name in task.stats}
 
-    def p_value(theirs: str) -> float:
-        ours, others = (task.stats[name][task.main] for name in (OURS, theirs))
-        value = METRICS[task.main].value
-        return paired_p_value(ours, others, value, seed=task.seed, n_resamples=n_resamples)
+    def against(*pair: str) -> Difference:
+        ours, theirs = (task.stats[name][task.main] for name in pair)
+        value, seed = METRICS[task.main].value, task.seed
+        return paired_difference(
+            ours, theirs, value, seed=seed, n_resamples=n_resamples, level=LEVEL
+        )
 
     return {
         "n": len(answers.ids),
         "metrics": list(metrics),
         "by_choice": task.by_choice,
         "methods": {name: methods[name] for name in _order(list(methods))},
-        "p_values": _p_values(values, p_value),
+        "gains": _gains(values, against),
         "findings": _findings(task) | {"gap_closed": _gap_closed(values)},
     }
 
@@ -176,20 +183,24 @@ def _mixed(task: _Judged, name: str) -> dict[str, Any]:
     return mixed
 
 
-def _p_values(
-    values: Mapping[str, float], p_value: Callable[[str], float]
+def _gains(
+    values: Mapping[str, float], against: Callable[[str, str], Difference]
 ) -> dict[str, dict[str, Any]]:
-    """OURS against the single model that is the best on these very examples, and proxy tuning."""
-    singles = [role for role in ROLES if role in values]
-    rivals = {"proxy-tuning": "proxy-tuning"} if "proxy-tuning" in values else {}
-    if singles:
-        rivals = {"best_single": max(singles, key=lambda role: values[role]), **rivals}
-    if OURS not in values:
-        return {}
-    return {
-        why: {"against": rival, "difference": values[OURS] - values[rival], "p": p_value(rival)}
-        for why, rival in rivals.items()
-    }
+    """OURS against the single model that is the best on these very examples, and proxy tuning.
+
+    Its calibrated choices are compared with what is best of theirs, calibrated or not.
+    """
+    gains: dict[str, dict[str, Any]] = {}
+    for ours, forms in ((OURS, ("",)), (OURS + CALIBRATED, ("", CALIBRATED))):
+        if ours not in values:
+            continue
+        gains[ours] = {}
+        for why, names in (("best_single", ROLES), ("proxy-tuning", ("proxy-tuning",))):
+            there = [name + form for form in forms for name in names if name + form in values]
+            if there:
+                rival = max(there, key=lambda name: values[name])
+                gains[ours][why] = {"against": rival, **asdict(against(ours, rival))}
+    return gains
 
 
 def _gap_closed(values: Mapping[str, float]) -> dict[str, float]:
@@ -221,8 +232,11 @@ def _mean_summary(tasks: Sequence[_Judged], n_resamples: int) -> dict[str, Any]:
 
     A resample draws each task's examples, independently of the other tasks'.
     """
-    names = _order([name for name in tasks[0].stats if all(name in t.stats for t in tasks)])
-    values = {name: float(np.mean([task.value(name) for task in tasks])) for name in names}
+    named = dict.fromkeys(name for task in tasks for name in task.stats)
+    names = _order([name for name in named if all(t.counted(name) in t.stats for t in tasks)])
+    values = {
+        name: float(np.mean([task.value(task.counted(name)) for task in tasks])) for name in names
+    }
     drawn = {name: _resampled_mean(tasks, name, n_resamples) for name in names}
     quantiles = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
     methods = {}
@@ -230,15 +244,13 @@ def _mean_summary(tasks: Sequence[_Judged], n_resamples: int) -> dict[str, Any]:
         low, high = np.quantile(drawn[name], quantiles).tolist()
         methods[name] = {"value": values[name], "low": low, "high": high}
 
-    def p_value(theirs: str) -> float:  # as paired_p_value, of means
-        observed = values[OURS] - values[theirs]
-        centred = drawn[OURS] - drawn[theirs] - observed
-        n_as_far = np.count_nonzero(np.abs(centred) >= abs(observed) - 1e-9)
-        return float((1 + n_as_far) / (1 + n_resamples))
+    def against(ours: str, theirs: str) -> Difference:  # drawn with the same seeds: paired
+        gain = values[ours] - values[theirs]
+        return Difference.of(gain, drawn[ours] - drawn[theirs], level=LEVEL)
 
     return {
         "methods": methods,
-        "p_values": _p_values(values, p_value),
+        "gains": _gains(values, against),
         "findings": {"gap_closed": _gap_closed(values)},
     }
 
@@ -247,7 +259,7 @@ def _resampled_mean(tasks: Sequence[_Judged], name: str, n_resamples: int) -> Fl
     """[n_resamples]: the mean over tasks of a method's main metric, on the tasks' own draws."""
     means = np.zeros(n_resamples)
     for task in tasks:
-        stats, value = task.stats[name][task.main], METRICS[task.main].value
+        stats, value = task.stats[task.counted(name)][task.main], METRICS[task.main].value
         totals = resampled_totals(stats, seed=task.seed, n_resamples=n_resamples)
         means += [value(total) for total in totals]
     return means / len(tasks)

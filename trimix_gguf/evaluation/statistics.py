@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,24 +35,46 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def paired_p_value(
+@dataclass(frozen=True)
+class Difference:
+    """What one system has over another, the interval of it, and how often chance gives as much.
+
+    The paired bootstrap (Koehn 2004): both systems are judged on the same resamples. `p` is
+    two-sided and centred: d* − d, a resample's difference less the observed one, stands for the
+    differences of two equal systems:
+
+        p = (1 + #{ |d* − d| ≥ |d| }) / (1 + n_resamples)
+
+    Equal systems get 1, the least is 1 / (1 + n_resamples). sacrebleu's `paired-bs` counts
+    |d*| − mean |d*| > |d|, which calls two identical systems different, and is not this one.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+    @staticmethod
+    def of(observed: float, drawn: Float64, *, level: float = 0.95) -> "Difference":
+        """From a difference, and what it is on each resample: `drawn` [n_resamples]."""
+        low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+        # Differences of a few right answers are often equal: rounding must not part them.
+        n_as_far = np.count_nonzero(np.abs(drawn - observed) >= abs(observed) - 1e-9)
+        p = float((1 + n_as_far) / (1 + len(drawn)))
+        return Difference(observed, float(low), float(high), p)
+
+
+def paired_difference(
     ours: Float64,
     theirs: Float64,
     value: Callable[[Float64], float],
     *,
     seed: int,
     n_resamples: int = 1000,
-) -> float:
-    """How often chance alone would part two systems at least as far as they are, either way.
+    level: float = 0.95,
+) -> Difference:
+    """Of two systems on the same examples [n_examples, n_stats].
 
-    The paired bootstrap (Koehn 2004), two-sided and centred: both systems are judged on the same
-    resamples of the same examples [n_examples, n_stats], and d* − d, a resample's difference less
-    the observed one, stands for the differences of two equal systems:
-
-        p = (1 + #{ |d* − d| ≥ |d| }) / (1 + n_resamples)
-
-    Equal systems get 1, the least is 1 / (1 + n_resamples). sacrebleu's `paired-bs` counts
-    |d*| − mean |d*| > |d|, which calls two identical systems different, and is not this one.
     Raises ValueError where the shapes differ or there are no examples.
     """
     if ours.shape != theirs.shape:
@@ -62,12 +85,9 @@ def paired_p_value(
         return value(total[:n_stats]) - value(total[n_stats:])
 
     both = np.concatenate([ours, theirs], axis=1)
-    observed = difference(both.sum(axis=0))
     totals = resampled_totals(both, seed=seed, n_resamples=n_resamples)
-    centred = np.array([difference(total) for total in totals]) - observed
-    # Differences of a few right answers are often equal: rounding must not part them.
-    n_as_far = np.count_nonzero(np.abs(centred) >= abs(observed) - 1e-9)
-    return float((1 + n_as_far) / (1 + n_resamples))
+    drawn = np.array([difference(total) for total in totals])
+    return Difference.of(difference(both.sum(axis=0)), drawn, level=level)
 
 
 def spearman(x: ArrayLike, y: ArrayLike) -> float:

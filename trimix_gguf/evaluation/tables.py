@@ -44,9 +44,9 @@ def to_markdown(summary: Summary) -> str:
         "The best is bold, oracles left out."
     )
     sections = {
-        f"Methods compared, {summary['run']['lang']}": f"{_scores(summary, main)}\n\n{caption}",
+        f"Methods compared, {summary['runs'][0]['lang']}": f"{_scores(summary, main)}\n\n{caption}",
         "Other metrics": _scores(summary, others) if others else "",
-        "Is the gain chance?": _p_values(summary),
+        "Is the gain chance?": _gains(summary),
         "Weights and the prompts' perplexity": _weights(summary),
         "Does perplexity guide?": _guidance(summary),
         "Chosen weights": _chosen(summary),
@@ -81,6 +81,8 @@ def _scores(summary: Summary, columns: Mapping[str, Scores]) -> str:
     }
     rows = []
     for method in summary["methods"]:
+        if not any(method in scores for scores in columns.values()):
+            continue
         row = [_label(summary, method)]
         for title, scores in columns.items():
             score = scores.get(method)
@@ -105,18 +107,20 @@ def _parts(summary: Summary) -> dict[str, Any]:
     return {**summary["tasks"], "mean": summary["mean"]}
 
 
-def _p_values(summary: Summary) -> str:
+def _gains(summary: Summary) -> str:
     rows = [
         [
             part,
+            ours,
             f"{found['against']}, {_RIVALS[why]}" if _RIVALS[why] else found["against"],
-            f"{found['difference']:+.1f}",
+            "{difference:+.1f} [{low:.1f}, {high:.1f}]".format(**found),
             f"{found['p']:.3f}",
         ]
         for part, task in _parts(summary).items()
-        for why, found in task["p_values"].items()
+        for ours, rivals in task["gains"].items()
+        for why, found in rivals.items()
     ]
-    return _table(["task", "ppl against", "difference", "p"], rows) if rows else ""
+    return _table(["task", "method", "against", "difference", "p"], rows) if rows else ""
 
 
 def _weights(summary: Summary) -> str:
@@ -190,19 +194,24 @@ def _gap(part: Mapping[str, Any]) -> Mapping[str, float]:
     return gap
 
 
-def _size(run: Mapping[str, Any], name: str, n: int) -> str:
-    wanted = run.get("n_questions", {}).get(name, n)
-    return f"{name} {n}" if n == wanted else f"{name} {n} of {wanted} (unfinished)"
+def _examples(run: Mapping[str, Any], summary: Summary) -> str:
+    sizes = []
+    for name in run["tasks"]:
+        n = summary["tasks"][name]["n"]
+        wanted = run.get("n_questions", {}).get(name, n)
+        sizes.append(f"{name} {n}" + (f" of {wanted} (unfinished)" if n != wanted else ""))
+    limit, shown = run.get("limit"), run.get("n_exemplars")
+    return (
+        f"Examples: {', '.join(sizes)}" + ("" if limit is None else f" (--limit {limit})") + "; "
+        f"exemplars: {'as many as each task has' if shown is None else shown}; "
+        f"n_ctx {run.get('n_ctx')}, seed {run['seed']}."
+    )
 
 
 def _conventions(summary: Summary) -> str:
-    run = summary["run"]
-    sizes = ", ".join(_size(run, name, task["n"]) for name, task in summary["tasks"].items())
-    limit, shown = run.get("limit"), run.get("n_exemplars")
+    runs = summary["runs"]
     lines = [
-        f"Examples: {sizes}" + ("" if limit is None else f" (--limit {limit})") + "; exemplars: "
-        f"{'as many as each task has' if shown is None else shown}; n_ctx {run.get('n_ctx')}, "
-        f"seed {run['seed']}.",
+        *(_examples(run, summary) for run in runs),
         f"Intervals: percentile bootstrap over examples, {summary['level']:.0%}, "
         f"{summary['n_resamples']} resamples; the mean draws each task's by themselves.",
         "p: paired bootstrap of the main metric, two-sided; not corrected for how many are shown.",
@@ -221,14 +230,18 @@ def _conventions(summary: Summary) -> str:
         lines.append(
             "Choices: the one of the fewest nats after the prompt, not divided by its length; "
             f"{CALIBRATED}: less its mean over the task's examples. Methods off the grid have none."
+            " In the mean a task without choices counts by its texts."
         )
-    lines += [f"{name}: {_file(file)}" for name, file in run["models"].items()]
-    lines += [f"{name}: {_file(file)}" for name, file in (run.get("singles") or {}).items()]
-    versions = [f"{name} {version}" for name, version in (run.get("versions") or {}).items()]
-    lines.append(", ".join([*versions, *([run["cpu"]] if run.get("cpu") else [])]))
-    text = "\n".join(f"- {line}" for line in lines if line)
-    command = shlex.join(str(part) for part in run.get("command") or ())
-    return f"{text}\n\n```\n{command}\n```" if command else text
+    for run in runs:
+        files = {**run["models"], **(run.get("singles") or {})}
+        lines += [f"{name}: {_file(file)}" for name, file in files.items()]
+    for run in runs:
+        versions = [f"{name} {version}" for name, version in (run.get("versions") or {}).items()]
+        lines.append(", ".join([*versions, *([run["cpu"]] if run.get("cpu") else [])]))
+    text = "\n".join(f"- {line}" for line in dict.fromkeys(lines) if line)
+    commands = [shlex.join(str(part) for part in run.get("command") or ()) for run in runs]
+    listed = "\n".join(command for command in commands if command)
+    return f"{text}\n\n```\n{listed}\n```" if listed else text
 
 
 def _file(file: Mapping[str, Any]) -> str:

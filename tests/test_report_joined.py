@@ -1,0 +1,53 @@
+"""Runs of different tasks in one report."""
+
+import json
+
+import pytest
+from made_runs import made_lines, write_run
+from test_cli import one_line_error
+
+from trimix_gguf.evaluation.report import join, load_run, summarize
+
+
+def test_two_runs_joined_are_one_run_of_both_tasks(rng, tmp_path):
+    pytest.importorskip("scipy")
+    tasks = {"tumlu": made_lines(rng, "tumlu"), "kazqad": made_lines(rng, "kazqad")}
+    apart = [write_run(tmp_path / name, {name: lines}) for name, lines in tasks.items()]
+    whole = summarize(load_run(write_run(tmp_path / "whole", tasks)), n_resamples=60)
+    joined = summarize(join([load_run(folder) for folder in apart]), n_resamples=60)
+    assert [run["tasks"] for run in joined["runs"]] == [["tumlu"], ["kazqad"]]
+    assert joined == whole | {"runs": joined["runs"]}
+
+
+def test_joined_from_the_command_line(trimix, rng, tmp_path):
+    pytest.importorskip("scipy")
+    lines = {name: made_lines(rng, name) for name in ("tumlu", "copa", "kazqad")}
+    one = write_run(tmp_path / "one", {"tumlu": lines["tumlu"]}, command=["first"])
+    two = write_run(
+        tmp_path / "two", {"copa": lines["copa"], "kazqad": lines["kazqad"]},
+        command=["second"], n_ctx=4096, n_questions={"copa": 24, "kazqad": 30},
+    )  # fmt: skip
+    result = trimix("eval", "report", one, two, "--so-far")
+    assert result.returncode == 0, result.stderr.decode()
+    text = result.stdout.decode()
+    assert "| method | tumlu (accuracy) | copa (accuracy) | kazqad (exact match) | mean |" in text
+    assert "Examples: tumlu 24; exemplars: as many as each task has; n_ctx 2048" in text
+    assert "Examples: copa 24, kazqad 24 of 30 (unfinished); exemplars" in text and "4096" in text
+    assert "first\nsecond" in text and text.count("sha256") == 1
+    assert json.loads(trimix("eval", "report", one, two, "--so-far", "--json").stdout)["mean"]
+    assert "unfinished: kazqad" in one_line_error(trimix("eval", "report", one, two))
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"seed": 6}, "differ in seed"),
+        ({"lang": "kk", "models": {"large_ins": {"file": "b.gguf"}}}, "differ in models"),
+        ({}, "both kazqad"),
+    ],
+)
+def test_runs_that_cannot_stand_in_one_table(trimix, rng, tmp_path, other, said):
+    lines = {"kazqad": made_lines(rng, "kazqad")}
+    one, two = (write_run(tmp_path / n, lines, **more) for n, more in (("a", {}), ("b", other)))
+    error = one_line_error(trimix("eval", "report", one, two))
+    assert said in error and str(one) in error and str(two) in error

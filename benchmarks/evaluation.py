@@ -12,8 +12,9 @@ from typing import Any
 
 from common import load, machine, parser, report
 
+from trimix_gguf.evaluation.prompts import open_reader
 from trimix_gguf.evaluation.reading import Reader
-from trimix_gguf.evaluation.runner import Settings, answer, open_reader
+from trimix_gguf.evaluation.runner import Settings, answer_all
 from trimix_gguf.evaluation.tasks import find_task
 
 N_SET = 204
@@ -30,14 +31,14 @@ def main() -> None:
     step = len(dataset.examples) // (options.items + 1)
     first, *items = list(dataset.examples)[::step][: options.items + 1]
     with load(options) as trio:
-        reader = open_reader(trio, task, dataset, settings, dataset.examples)
+        reader = open_reader(trio, task, dataset, dataset.examples)
 
         def timed(example: Any, afresh: bool) -> tuple[float, Any]:
             if afresh:
                 trio.forget()
                 one = Reader(trio, reader.prefix, [False] * len(reader.prefix.units), reader.turn)
             started = time.perf_counter()
-            line = answer(one if afresh else reader, task, example, settings, None)
+            (line,) = answer_all(one if afresh else reader, task, [example], settings, None)
             return time.perf_counter() - started, line["outputs"]["ppl"]
 
         anew, kept, same = [], [], []

@@ -1,6 +1,7 @@
 """The shape of the package: imports point up the list of layers, and the README agrees with it."""
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -45,6 +46,16 @@ def test_imports_point_up_the_layers(layer):
         for imported in imported_layers(path):
             allowed = LAYERS.index(layer) + (layer in FOLDERS)
             assert LAYERS.index(imported) < allowed, f"{path.name} imports {imported}"
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem)
+def test_what_a_benchmark_takes_from_the_package_is_there(script):
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trimix_gguf"):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                assert hasattr(module, alias.name) or importlib.util.find_spec(submodule)
 
 
 def test_every_module_has_its_layer():

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from trimix_gguf.branches import Branches
-from trimix_gguf.chat import around_message
-from trimix_gguf.errors import DataError, PromptError
+from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.continuing import (
     Mix,
     Start,
@@ -33,16 +32,15 @@ from trimix_gguf.evaluation.methods import (
     lowest_on_grid,
     mixes,
 )
+from trimix_gguf.evaluation.prompts import open_reader, question_after
 from trimix_gguf.evaluation.reading import Reader, Reading, choice_nll, token_nlls
 from trimix_gguf.evaluation.task import Dataset, Example, Task
 from trimix_gguf.fusion import ROLES, Rows, Weights
-from trimix_gguf.prompt import Prompt, Segment
 from trimix_gguf.scoring import GRID, Float64
 from trimix_gguf.trio import Trio
 
 N_TASK_SAMPLE = 50  # prompts that the published code averages over
 _MOST_TOGETHER = 8  # questions: more gain little, and a run that is killed loses them
-_OPEN, _CLOSE = "\x02", "\x03"  # around an exemplar's answer; no text holds them
 # What is under way -> how many of how many are done.
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
@@ -108,7 +106,15 @@ def run_task(
     if not left:
         return
     label = task.name if name_as is None else f"{task.name}, {name_as}"
-    reader = open_reader(trio, task, dataset, settings, questions, fourth)
+    reader = open_reader(
+        trio,
+        task,
+        dataset,
+        questions,
+        n_exemplars=settings.n_exemplars,
+        chat=settings.chat,
+        fourth=fourth,
+    )
     weights = None
     if "ppl-task" in settings.methods:
         weights = _task_weights(reader, questions, settings.seed, out, progress, label)
@@ -138,7 +144,7 @@ def _n_together(
     trio, n_mixes = reader.trio, len(settings.methods)
     if ORACLE in settings.methods:
         n_mixes += len(GRID) ** 2
-    prompts = [_question(reader, q) for q in questions]
+    prompts = [question_after(reader, q) for q in questions]
     longest = max(p.n_tokens(role) for p in prompts for role in ROLES)
     room = trio.n_ctx - max(reader.prefix.n_tokens(role) for role in ROLES)
     by_room = room // (longest + 1 + n_mixes * task.max_tokens)
@@ -160,57 +166,6 @@ def finished_ids(out: Path) -> set[str]:
         return {json.loads(line)["id"] for line in whole.split(b"\n")[:-1]}
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{out} holds lines that are not a run's; give another folder") from None
-
-
-def open_reader(
-    trio: Trio,
-    task: Task,
-    dataset: Dataset,
-    settings: Settings,
-    questions: Sequence[Example],
-    fourth: FourthModel | None = None,
-) -> Reader:
-    """A Reader of the instruction and the exemplars."""
-    n = task.n_exemplars if settings.n_exemplars is None else settings.n_exemplars
-    if n > len(dataset.exemplars):
-        raise PromptError(f"{task.name} has {len(dataset.exemplars)} exemplars; {n} are wanted")
-    prefixes = [_prefix(trio, task, dataset.exemplars[:k]) for k in range(n + 1)]
-    around = around_message(trio.models[ROLES[0]]) if settings.chat else ([], [])
-    longest = max(trio.prompt(q.question).n_tokens() for q in questions)
-    spare = trio.n_ctx - longest - task.max_tokens - sum(len(ids) for ids in around)
-    if prefixes[n].n_tokens() > spare:
-        fit = sum(p.n_tokens() <= spare for p in prefixes[1:])
-        raise PromptError(
-            f"{task.name}: {n} exemplars and the longest question do not fit in a context of "
-            f"{trio.n_ctx}; {fit} would, or raise --n-ctx"
-        )
-    return _reader(trio, prefixes[n], around, fourth)
-
-
-def _prefix(trio: Trio, task: Task, exemplars: Sequence[Example]) -> Prompt:
-    """Instruction and exemplars; only the exemplars' answers are scored."""
-    text = f"{task.instruction}\n\n"
-    for example in exemplars:
-        text += f"{example.question} {_OPEN}{example.answer}{_CLOSE}\n\n"
-    return trio.prompt(text, spans=(_OPEN, _CLOSE)) if exemplars else trio.prompt(text)
-
-
-def _reader(
-    trio: Trio,
-    marked: Prompt,
-    around: tuple[list[int], list[int]],
-    fourth: FourthModel | None,
-) -> Reader:
-    """All tokens of the prefix are scored but BOS; those scored in `marked` are answers."""
-    ids = [i for segment in marked.segments for i in segment.ids[ROLES[0]]]
-    bos = trio.models[ROLES[0]].bos
-    begin = [Segment.of(bos, scored=False)] if bos else []
-    if around[0]:
-        begin.append(Segment.per_role({ROLES[0]: around[0]}))
-    prefix = Prompt((*begin, Segment.of(ids[len(bos) :])))
-    answers = [scored for _, scored in marked.units]
-    answers = [False] * (len(prefix.units) - len(answers)) + answers
-    return Reader(trio, prefix, answers, around[1], fourth)
 
 
 def answer_all(
@@ -254,7 +209,7 @@ def _begin(
     settings: Settings,
     task_weights: Weights | None,
 ) -> _Begun:
-    trio, question = reader.trio, _question(reader, example)
+    trio, question = reader.trio, question_after(reader, example)
     line: dict[str, Any] = {"id": example.id, "references": list(example.references)}
     if example.choices:
         line["choices"] = list(example.choices)
@@ -292,21 +247,6 @@ def _nats(trio: Trio, rows: Rows, token: int) -> Float64:
     one = {role: row[None] for role, row in rows.items()}
     nats: Float64 = token_nlls(trio, one, np.array([token]))[0]
     return nats
-
-
-def _question(reader: Reader, example: Example) -> Prompt:
-    """The question without BOS, which the exemplars' prefix has.
-
-    In a chat, large_ins' turn begins before the last line ("Topic:"), which all models share:
-    so their answers begin alike, with a space.
-    """
-    trio, text = reader.trio, example.question
-    body, newline, cue = text.rpartition("\n") if reader.turn else (text, "", "")
-    parts = [s for s in trio.prompt(body + newline).segments if s.scored] if body else []
-    if reader.turn:
-        parts.append(Segment.per_role({ROLES[0]: reader.turn}))
-        parts += [s for s in trio.prompt(cue).segments if s.scored]
-    return Prompt(tuple(parts))
 
 
 def _said(mix: Mix) -> dict[str, Any]:
@@ -351,7 +291,7 @@ def _task_weights(
         with progress(f"{label}, a sample for ppl-task") as shown, kept.open("a") as lines:
             for n_left, question in zip(range(len(left), 0, -1), left, strict=True):
                 shown(len(sample) - n_left, len(sample))
-                nats = reader.read(_question(reader, question)).nlls.mean(axis=0)
+                nats = reader.read(question_after(reader, question)).nlls.mean(axis=0)
                 lines.write(json.dumps({"id": question.id, "nll": _rounded(nats)}) + "\n")
                 lines.flush()
     texts = kept.read_text(encoding="utf-8").split("\n")[:-1]

@@ -1,0 +1,86 @@
+"""A task's examples as prompts: the instruction and the exemplars, then each question."""
+
+from collections.abc import Sequence
+
+from trimix_gguf.chat import around_message
+from trimix_gguf.errors import PromptError
+from trimix_gguf.evaluation.decoupled import FourthModel
+from trimix_gguf.evaluation.reading import Reader
+from trimix_gguf.evaluation.task import Dataset, Example, Task
+from trimix_gguf.fusion import ROLES
+from trimix_gguf.prompt import Prompt, Segment
+from trimix_gguf.trio import Trio
+
+_OPEN, _CLOSE = "\x02", "\x03"  # around an exemplar's answer; no text holds them
+
+
+def open_reader(
+    trio: Trio,
+    task: Task,
+    dataset: Dataset,
+    questions: Sequence[Example],
+    *,
+    n_exemplars: int | None = None,
+    chat: bool = False,
+    fourth: FourthModel | None = None,
+) -> Reader:
+    """A Reader of the instruction and `n_exemplars`, or the task's own number of them.
+
+    In a `chat` large_ins reads its template around each prompt. Raises PromptError where the
+    exemplars and the longest of `questions` do not fit, saying how many would.
+    """
+    n = task.n_exemplars if n_exemplars is None else n_exemplars
+    if n > len(dataset.exemplars):
+        raise PromptError(f"{task.name} has {len(dataset.exemplars)} exemplars; {n} are wanted")
+    prefixes = [_prefix(trio, task, dataset.exemplars[:k]) for k in range(n + 1)]
+    around = around_message(trio.models[ROLES[0]]) if chat else ([], [])
+    longest = max(trio.prompt(q.question).n_tokens() for q in questions)
+    spare = trio.n_ctx - longest - task.max_tokens - sum(len(ids) for ids in around)
+    if prefixes[n].n_tokens() > spare:
+        fit = sum(p.n_tokens() <= spare for p in prefixes[1:])
+        raise PromptError(
+            f"{task.name}: {n} exemplars and the longest question do not fit in a context of "
+            f"{trio.n_ctx}; {fit} would, or raise --n-ctx"
+        )
+    return _reader(trio, prefixes[n], around, fourth)
+
+
+def _prefix(trio: Trio, task: Task, exemplars: Sequence[Example]) -> Prompt:
+    """Instruction and exemplars; only the exemplars' answers are scored."""
+    text = f"{task.instruction}\n\n"
+    for example in exemplars:
+        text += f"{example.question} {_OPEN}{example.answer}{_CLOSE}\n\n"
+    return trio.prompt(text, spans=(_OPEN, _CLOSE)) if exemplars else trio.prompt(text)
+
+
+def _reader(
+    trio: Trio,
+    marked: Prompt,
+    around: tuple[list[int], list[int]],
+    fourth: FourthModel | None,
+) -> Reader:
+    """All tokens of the prefix are scored but BOS; those scored in `marked` are answers."""
+    ids = [i for segment in marked.segments for i in segment.ids[ROLES[0]]]
+    bos = trio.models[ROLES[0]].bos
+    begin = [Segment.of(bos, scored=False)] if bos else []
+    if around[0]:
+        begin.append(Segment.per_role({ROLES[0]: around[0]}))
+    prefix = Prompt((*begin, Segment.of(ids[len(bos) :])))
+    answers = [scored for _, scored in marked.units]
+    answers = [False] * (len(prefix.units) - len(answers)) + answers
+    return Reader(trio, prefix, answers, around[1], fourth)
+
+
+def question_after(reader: Reader, example: Example) -> Prompt:
+    """The question without BOS, which the exemplars' prefix has.
+
+    In a chat, large_ins' turn begins before the last line ("Topic:"), which all models share:
+    so their answers begin alike, with a space.
+    """
+    trio, text = reader.trio, example.question
+    body, newline, cue = text.rpartition("\n") if reader.turn else (text, "", "")
+    parts = [s for s in trio.prompt(body + newline).segments if s.scored] if body else []
+    if reader.turn:
+        parts.append(Segment.per_role({ROLES[0]: reader.turn}))
+        parts += [s for s in trio.prompt(cue).segments if s.scored]
+    return Prompt(tuple(parts))

@@ -111,7 +111,9 @@ def test_sizes_that_this_run_did_not_decode_stay_in_the_file(run, file):
 
 
 @pytest.mark.parametrize(
-    "options", [{"n_threads": 2}, {"type_k": "f32"}, {"small_cpt": "another"}], ids=str
+    "options",
+    [{"n_threads": 2}, {"type_k": "f32"}, {"flash_attn": True}, {"small_cpt": "another"}],
+    ids=str,
 )
 def test_another_model_or_setting_has_costs_of_its_own(run, options, nano_files, tmp_path):
     save_costs(run(SECONDS))

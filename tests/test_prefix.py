@@ -160,7 +160,8 @@ def test_a_saved_prompt_of_other_models_or_damaged_is_refused(trimix, nano_files
     assert first.returncode == second.returncode == 0
     assert first.stdout == second.stdout and first.stdout.strip()
     assert {p.name for p in tmp_path.iterdir()} == {"saved"}
-    assert "another large_ins" in one_line_error(trimix(*command, "--kv-type", "q8_0"))
+    for other in (("--kv-type", "q8_0"), ("--flash-attn",)):
+        assert "another large_ins" in one_line_error(trimix(*command, *other))
     state = saved / "small_cpt.state"
     state.write_bytes(state.read_bytes()[:-50])
     assert "is damaged" in one_line_error(trimix(*command))

@@ -115,4 +115,5 @@ def _machine() -> list[str]:
 def _key(model: Model, machine: list[str]) -> str:
     """All that a cost hangs on. Of the file its size will do: other weights decode as fast."""
     file = [model.path.name, model.file.file_size, model.lora.name if model.lora else None]
-    return json.dumps([*file, *model.kv_types, model.device, model.n_threads, *machine])
+    attention = [*model.kv_types, model.flash_attn]
+    return json.dumps([*file, *attention, model.device, model.n_threads, *machine])

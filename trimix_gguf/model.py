@@ -65,6 +65,9 @@ class Model:
         self.lora = Path(lora) if lora is not None else None
         self.kv_types = (type_k, type_v)
         self.n_gpu_layers, self.device = n_gpu_layers, device_of(n_gpu_layers, device)
+        if flash_attn is None and self.device == "CPU":
+            flash_attn = flash_attention({"type_v": type_v}, offloaded=False)
+        self.flash_attn = flash_attn  # None: as llama.cpp decides for a device
         self.n_threads = n_threads or available_cores()
         self.chat_template: str | None = self.file.metadata.get("tokenizer.chat_template")
         self.decode_seconds: dict[int, deque[float]] = {}  # ids decoded at once -> the last times
@@ -75,7 +78,7 @@ class Model:
         )
         self.vocab = lib.llama_model_get_vocab(self._weights.handle)
         self.n_vocab = int(lib.llama_vocab_n_tokens(self.vocab))
-        self._ctx = self._open_context(n_ctx, type_k, type_v, flash_attn)
+        self._ctx = self._open_context(n_ctx, type_k, type_v)
         self._memory = lib.llama_get_memory(self._ctx)
         self._batch = lib.llama_batch_init(self.n_batch, 0, 1)
         self._close = weakref.finalize(self, _free, self._ctx, self._batch, self._weights)
@@ -84,7 +87,7 @@ class Model:
         if self.lora is not None:
             self._apply_lora(self.lora, lora_scale)
 
-    def _open_context(self, n_ctx: int, type_k: str, type_v: str, flash_attn: bool | None) -> Any:
+    def _open_context(self, n_ctx: int, type_k: str, type_v: str) -> Any:
         for kind in (type_k, type_v):
             if kind not in native.KV_TYPES:
                 raise ModelError(
@@ -98,9 +101,7 @@ class Model:
         params.kv_unified = True  # sequences share cells, and each may fill the context
         params.n_threads = params.n_threads_batch = self.n_threads
         params.type_k, params.type_v = native.ggml_type(type_k), native.ggml_type(type_v)
-        if flash_attn is None and self.device == "CPU":
-            flash_attn = flash_attention({"type_v": type_v}, offloaded=False)
-        params.flash_attn_type = -1 if flash_attn is None else int(flash_attn)  # -1: llama.cpp's
+        params.flash_attn_type = -1 if self.flash_attn is None else int(self.flash_attn)
         params.swa_full = True  # a sliding-window cache could not be rewound
         params.no_perf = True
         context = lib.llama_init_from_model(self._weights.handle, params)

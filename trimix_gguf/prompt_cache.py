@@ -93,9 +93,9 @@ def _fingerprints(trio: Trio) -> dict[str, list[Any]]:
 
 
 def _fingerprint(model: Model) -> list[Any]:
-    """What a state depends on: weights, adapter, cache types, llama.cpp's version."""
+    """What a state depends on: weights, adapter, cache types and layout, llama.cpp's version."""
     files = [_digest(path) for path in (model.path, model.lora) if path is not None]
-    return [*files, *model.kv_types, native.build_info()["llama-cpp-python"]]
+    return [*files, *model.kv_types, model.flash_attn, native.build_info()["llama-cpp-python"]]
 
 
 def _digest(path: Path) -> str:

@@ -332,6 +332,20 @@ def test_flash_attention_is_advised_unless_it_was_decided():
         assert advised(flash, n_ctx=n_ctx, type_v="q8_0")[0] is None
 
 
+def test_narrow_caches_have_flash_attention_and_are_advised_without_it():
+    files = {
+        role: a_file(role, n_layer=36, n_embd=4096, bits=16, quantized=False) for role in ROLES
+    }
+    options = dict.fromkeys(ROLES, {"n_ctx": 32768})
+    need = plan(files, devices=[], free_ram=64 * GIB, options=options).ram_needed
+    together = []
+    for share in (0.6, 0.65, 0.7, 0.75):
+        found = plan(files, devices=[], free_ram=int(share * need), options=options)
+        together += [c.option.split() for c in found.advice if "together" in c.what]
+    assert together and all("--kv-type" in words for words in together)
+    assert not any("--flash-attn" in words for words in together)
+
+
 def test_a_smaller_quantization_is_the_best_that_suffices():
     files = {
         role: a_file(role, n_layer=36, n_embd=4096, bits=16, quantized=False) for role in ROLES

@@ -97,7 +97,8 @@ def _advise(case: Case, now: Plan) -> Iterator[Change]:
     if any(one.suffices for one in changes):
         return
     options, commands, at = [], [], case
-    for make in (_open_layers, _flash_attention, _narrow_kv, _smaller_model, _smaller_context):
+    # Narrow caches have flash attention already.
+    for make in (_open_layers, _narrow_kv, _flash_attention, _smaller_model, _smaller_context):
         if (made := make(at)) is not None:
             at = made.case
             options.append(made.option)

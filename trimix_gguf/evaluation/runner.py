@@ -286,13 +286,15 @@ def _task_weights(
     """
     sample = random.Random(seed).sample(list(questions), min(N_TASK_SAMPLE, len(questions)))
     kept = out.with_suffix(".sample.jsonl")
-    left = sample[len(finished_ids(kept)) :]
-    if left:
-        with progress(f"{label}, a sample for ppl-task") as shown, kept.open("a") as lines:
-            for n_left, question in zip(range(len(left), 0, -1), left, strict=True):
-                shown(len(sample) - n_left, len(sample))
+    done = len(finished_ids(kept))
+    if done < len(sample):
+        doing = progress(f"{label}, a sample for ppl-task")
+        with doing as shown, kept.open("a", encoding="utf-8") as lines:
+            shown(done, len(sample))
+            for at, question in enumerate(sample[done:], done + 1):
                 nats = reader.read(question_after(reader, question)).nlls.mean(axis=0)
-                lines.write(json.dumps({"id": question.id, "nll": _rounded(nats)}) + "\n")
+                lines.write(json.dumps({"id": question.id, "nll": nats.tolist()}) + "\n")
                 lines.flush()
+                shown(at, len(sample))
     texts = kept.read_text(encoding="utf-8").split("\n")[:-1]
     return lowest_on_grid(np.mean([json.loads(text)["nll"] for text in texts], axis=0))

@@ -176,6 +176,30 @@ def test_more_mixes_than_fit_at_once(trio):
     assert [m.text for m in together] == [m.text for m in apart]
 
 
+def test_as_answers_end_others_begin(monkeypatch):
+    """A few long answers cost no more steps than Graham's bound for scheduling from a list."""
+    texts = ("Доп ойнады.", "Заң шықты.", "Балуан жеңді.", "Сайлау.", "Ауа райы жылы.", "Кино.")
+    widths, read = [], Branches.rows
+    monkeypatch.setattr(
+        Branches,
+        "rows",
+        lambda self, b, roles: widths.append((roles, len(b))) or read(self, b, roles),
+    )
+    with Trio.nano(n_ctx=4096) as trio, Branches(trio) as branches:
+        starts = []
+        for text in texts:
+            trio.prefill(trio.prompt(EXEMPLARS + text))
+            mixes = [Mix(Weights(a, b)) for a in GRID for b in GRID]
+            starts.append(Start.here(branches, mixes))
+        most = branches.n_free
+        continue_all(branches, starts, max_tokens=48)
+    lengths = [len(mix.ids) for start in starts for mix in start.mixes]
+    steps = [n for roles, n in widths if roles == ("large_ins",)]
+    assert len(lengths) > 3 * most and max(steps) <= most
+    assert 0 < sum(n == max(lengths) for n in lengths) < most / 2  # the long ones would fit at once
+    assert len(steps) <= sum(lengths) / most + max(lengths)
+
+
 def test_models_that_no_mix_reads_are_not_run(trio, monkeypatch):
     trio.forget()
     for role in ("small_cpt", "small_base"):

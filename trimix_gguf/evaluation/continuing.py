@@ -1,7 +1,8 @@
 """Greedy answers of many mixes to a few prompts, together.
 
 Mixes that have written the same text so far are one branch, decoded once; all branches take
-their next token in one batch a model. 36 grid points that agree cost as much as one.
+their next token in one batch a model. 36 grid points that agree cost as much as one. A token
+decoded alone takes up to four times as long as one of thirty, so several prompts share the batches.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -69,24 +70,33 @@ class Start:
 def continue_all(branches: Branches, starts: Sequence[Start], *, max_tokens: int) -> None:
     """Let each mix continue its prompt up to the end of its first line; sets its text and ids.
 
-    Raises ContextFullError where not even one answer fits.
+    As many are under way as surely fit; as answers end, others begin, so that the batches stay
+    wide though a few answers run on to `max_tokens`. Raises ContextFullError where not even one
+    answer fits.
     """
     trio = branches.trio
     room = min(trio.models[r].n_ctx - branches.n_cells(r) for r in branches.roles)
-    size = min(room // max_tokens, branches.n_free)
-    if size < 1:
+    most = min(room // max_tokens, branches.n_free)
+    if most < 1:
         raise ContextFullError(
             f"an answer of {max_tokens} tokens does not fit behind {trio.n_past} in a context of "
             f"{trio.n_ctx}; raise --n-ctx or lower the number of exemplars"
         )
-    pairs = [(start, mix) for start in starts for mix in start.mixes]
-    for first in range(0, len(pairs), size):
-        nodes, rows = [], []
-        for start in starts:
-            if group := [mix for its, mix in pairs[first : first + size] if its is start]:
-                nodes.append(_Node(group, branches.fork(start.branch)))
-                rows.append(start.rows)
-        _continue(branches, nodes, rows, max_tokens)
+    waiting = [
+        _Node(start, mixes[at : at + most])
+        for start in starts
+        for mixes in _followed(trio, start.mixes, start.rows, max_tokens).values()
+        for at in range(0, len(mixes), most)
+    ]
+    going: list[_Node] = []
+    while waiting or going:
+        going += _admit(branches, waiting, most - sum(len(node.mixes) for node in going))
+        rows = list(_next_rows(branches, going))
+        going = [
+            child
+            for node, row in zip(going, rows, strict=True)
+            for child in _grow(branches, node, _followed(trio, node.mixes, row, max_tokens))
+        ]
 
 
 def continue_decoupled(
@@ -108,25 +118,39 @@ def continue_decoupled(
 
 @dataclass
 class _Node:
-    """Mixes that wrote the same text, and the branch that holds it."""
+    """Mixes that wrote the same text after a prompt, and the branch that holds it, if one does."""
 
+    start: Start
     mixes: list[Mix]
-    branch: int
+    branch: int = 0
 
 
-def _continue(branches: Branches, nodes: list[_Node], rows: list[Rows], max_tokens: int) -> None:
-    trio = branches.trio
-    while nodes:
-        grown: list[_Node] = []
-        for node, node_rows in zip(nodes, rows, strict=True):
-            groups: dict[int, list[Mix]] = {}
-            for mix in node.mixes:
-                token = mix.pick(node_rows, trio.unused)
-                if not _finish(trio, mix, token, max_tokens):
-                    groups.setdefault(token, []).append(mix)
-            grown += _grow(branches, node, groups)
-        nodes = grown
-        rows = list(_next_rows(branches, nodes))
+def _followed(
+    trio: Trio, mixes: Sequence[Mix], rows: Rows, max_tokens: int
+) -> dict[int, list[Mix]]:
+    """Let each take its next token after rows [n_vocab]; those not whole then, by their token."""
+    groups: dict[int, list[Mix]] = {}
+    for mix in mixes:
+        token = mix.pick(rows, trio.unused)
+        if not _finish(trio, mix, token, max_tokens):
+            groups.setdefault(token, []).append(mix)
+    return groups
+
+
+def _admit(branches: Branches, waiting: list[_Node], n: int) -> list[_Node]:
+    """Give branches to those of `waiting` that fit among `n` mixes, and take them out of it.
+
+    Each mix counts: those that part take a branch and cells of their own.
+    """
+    admitted = []
+    for node in waiting:
+        if len(node.mixes) <= n:
+            n -= len(node.mixes)
+            node.branch = branches.fork(node.start.branch)
+            branches.append(node.branch, node.mixes[0].ids)
+            admitted.append(node)
+    waiting[:] = [node for node in waiting if not node.branch]
+    return admitted
 
 
 def _finish(trio: Trio, mix: Mix, token: int, max_tokens: int) -> bool:
@@ -144,15 +168,15 @@ def _finish(trio: Trio, mix: Mix, token: int, max_tokens: int) -> bool:
 def _grow(branches: Branches, node: _Node, groups: dict[int, list[Mix]]) -> list[_Node]:
     """A branch for each token that followed; the last one goes on in the node's own."""
     grown = []
-    for i, (token, mixes) in enumerate(groups.items()):
+    for i, mixes in enumerate(groups.values()):
         last = i == len(groups) - 1
         branch = node.branch if last else branches.fork(node.branch)
-        grown.append((token, _Node(mixes, branch)))
+        grown.append(_Node(node.start, mixes, branch))
     if not groups:
         branches.drop(node.branch)
-    for token, child in grown:  # after the forks: they share what the parent had
+    for token, child in zip(groups, grown, strict=True):  # after the forks: they share the parent's
         branches.append(child.branch, [token])
-    return [child for _, child in grown]
+    return grown
 
 
 def _next_rows(branches: Branches, nodes: Sequence[_Node]) -> Iterator[Rows]:

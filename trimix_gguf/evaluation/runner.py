@@ -40,7 +40,8 @@ from trimix_gguf.scoring import GRID, Float64
 from trimix_gguf.trio import Trio
 
 N_TASK_SAMPLE = 50  # prompts that the published code averages over
-_MOST_TOGETHER = 8  # questions: more gain little, and a run that is killed loses them
+# Questions, and mixes of them, together: more gain little, and a run that is killed loses them.
+_MOST_TOGETHER, _MOST_MIXES = 8, 192
 # What is under way -> how many of how many are done.
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
@@ -147,10 +148,11 @@ def _n_together(
     prompts = [question_after(reader, q) for q in questions]
     longest = max(p.n_tokens(role) for p in prompts for role in ROLES)
     room = trio.n_ctx - max(reader.prefix.n_tokens(role) for role in ROLES)
-    by_room = room // (longest + 1 + n_mixes * task.max_tokens)
+    by_room = (room - n_mixes * task.max_tokens) // (longest + 1)
     n_choices = max(len(q.choices) for q in questions)
-    by_branches = min((trio.n_window - 1) // (n_mixes + 1), trio.n_window - 1 - n_choices)
-    return max(1, min(_MOST_TOGETHER, by_room, by_branches))
+    by_branches = trio.n_window - 1 - max(n_mixes, n_choices)
+    by_mixes = _MOST_MIXES // n_mixes
+    return max(1, min(_MOST_TOGETHER, by_room, by_branches, by_mixes))
 
 
 def finished_ids(out: Path) -> set[str]:

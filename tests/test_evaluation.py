@@ -1,6 +1,7 @@
 """Reading and continuing a task's prompts, on the nano trio."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -170,10 +171,12 @@ def test_more_mixes_than_fit_at_once(trio):
     trio.prefill(trio.prompt(KAZAKH))
     weights = [Weights(a, b) for a in np.linspace(0, 1, 6) for b in np.linspace(0, 1, 6)]
     together, apart = [Mix(w) for w in weights], [Mix(w) for w in weights]
-    go_on(trio, together, max_tokens=6)
+    go_on(trio, together, max_tokens=60)
     for mix in apart:
-        go_on(trio, [mix], max_tokens=6)
+        go_on(trio, [mix], max_tokens=60)
     assert [m.text for m in together] == [m.text for m in apart]
+    begun = Counter(m.ids[0] for m in together if m.ids)
+    assert max(begun.values()) > trio.n_ctx // 60  # more begin alike than fit
 
 
 def test_as_answers_end_others_begin(monkeypatch):
@@ -185,18 +188,17 @@ def test_as_answers_end_others_begin(monkeypatch):
         "rows",
         lambda self, b, roles: widths.append((roles, len(b))) or read(self, b, roles),
     )
-    with Trio.nano(n_ctx=4096) as trio, Branches(trio) as branches:
+    with Trio.nano(n_ctx=768) as trio, Branches(trio) as branches:
         starts = []
         for text in texts:
             trio.prefill(trio.prompt(EXEMPLARS + text))
             mixes = [Mix(Weights(a, b)) for a in GRID for b in GRID]
             starts.append(Start.here(branches, mixes))
-        most = branches.n_free
+        most = (trio.n_ctx - branches.n_cells("large_ins")) // 48
         continue_all(branches, starts, max_tokens=48)
     lengths = [len(mix.ids) for start in starts for mix in start.mixes]
     steps = [n for roles, n in widths if roles == ("large_ins",)]
-    assert len(lengths) > 3 * most and max(steps) <= most
-    assert 0 < sum(n == max(lengths) for n in lengths) < most / 2  # the long ones would fit at once
+    assert max(steps) <= most < sum(n > 0 for n in lengths) / 3
     assert len(steps) <= sum(lengths) / most + max(lengths)
 
 

@@ -12,6 +12,7 @@ from filelock import FileLock
 from test_cli import one_line_error
 from topics import arguments
 
+from trimix_gguf.cli.evaluate import _progress
 from trimix_gguf.evaluation.runner import finished_ids
 from trimix_gguf.trios.triofile import ModelEntry, TrioFile
 
@@ -169,3 +170,13 @@ def test_options_of_the_harness_are_not_passed_over(trimix, task_file, tmp_path)
 def test_bad_input_is_one_line_that_names_what_there_is(trimix, task_file, tmp_path, changed, said):
     message = one_line_error(trimix(*arguments(task_file, tmp_path / "run"), *changed))
     assert said in message
+
+
+@pytest.mark.parametrize("together", [1, 3, 4, 8])
+def test_a_log_is_told_of_each_tenth(together, capsys):
+    """However many questions end at once."""
+    with _progress("topics") as shown:
+        for done in (*range(0, 100, together), 100):
+            shown(done, 100)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 11 and lines[-1] == "topics: 100/100"

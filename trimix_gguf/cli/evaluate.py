@@ -174,9 +174,12 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
     )
 
     if not sys.stderr.isatty():
+        told = -1  # tenths
 
         def log(done: int, total: int) -> None:
-            if done in (0, total) or done % max(1, total // 10) == 0:
+            nonlocal told
+            if (tenths := 10 * done // max(1, total)) != told:
+                told = tenths
                 print(f"{what}: {done}/{total}", file=sys.stderr)
 
         yield log

@@ -111,10 +111,18 @@ def test_an_unfinished_run_is_not_reported(trimix, task_file, tmp_path):
 
 
 def test_one_more_model_by_itself(trimix, task_file, tmp_path, nano_files):
-    out = tmp_path / "run"
-    single = f"twin={nano_files['large_ins']}"
-    result = trimix(*arguments(task_file, out, "large_ins"), "--single", single)
+    """It may be added to a run that is finished, whose other answers stay as they are."""
+    out, given = tmp_path / "run", arguments(task_file, tmp_path / "run", "large_ins")
+    assert trimix(*given).returncode == 0
+    before = (out / "topics.jsonl").read_bytes()
+    result = trimix(*given, "--single", f"twin={nano_files['large_ins']}")
     assert result.returncode == 0, result.stderr.decode()
+    assert (out / "topics.jsonl").read_bytes() == before
+    report = trimix("eval", "report", out).stdout.decode()
+    assert "| twin |" in report and "--single" in report
+    other = f"twin={nano_files['small_base']}"
+    for changed in ((), ("--single", other)):  # none, and another by that name
+        assert "other singles" in one_line_error(trimix(*given, *changed))
     ours, twins = (
         [json.loads(line) for line in (out / f"topics{end}.jsonl").read_text("utf-8").splitlines()]
         for end in ("", ".twin")

@@ -122,25 +122,31 @@ def open_run(folder: Path, plan: Plan, trio: Trio) -> Iterator[OpenRun]:
 
 
 def _keep_settings(folder: Path, settings: dict[str, Any]) -> None:
-    file = folder / "run.json"
+    """Write run.json; of a run that is there, only single models may be more: they have own files.
+
+    Raises DataError.
+    """
+    file, asked = folder / "run.json", json.loads(json.dumps(settings))
+    kept = asked
     if file.exists():
         try:
-            known = json.loads(file.read_text(encoding="utf-8"))
+            kept = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise DataError(f"{file} is damaged; give another folder") from None
-        changed = [
-            key
-            for key in settings
-            if key not in _MAY_DIFFER and known.get(key) != json.loads(json.dumps(settings[key]))
-        ]
+        known = kept.get("singles") or {}
+        there = all(asked["singles"].get(name) == model for name, model in known.items())
+        if more := there and known != asked["singles"]:
+            kept |= {"singles": asked["singles"], "command": asked["command"]}
+        changed = [k for k in asked if k not in _MAY_DIFFER and kept.get(k) != asked[k]]
         if changed:
             raise DataError(
                 f"{folder} holds a run with other {', '.join(changed)}; give another folder"
             )
-    else:
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
-        part.replace(file)
+        if not more:
+            return
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(kept, indent=1, ensure_ascii=False), encoding="utf-8")
+    part.replace(file)
 
 
 def _settings(plan: Plan, trio: Trio) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from conftest import REAL
 from filelock import FileLock
 from test_cli import one_line_error
 from topics import arguments
@@ -131,6 +132,31 @@ def test_one_more_model_by_itself(trimix, task_file, tmp_path, nano_files):
         assert twin["outputs"]["twin"] == line["outputs"]["large_ins"]
 
 
+def test_answers_that_only_repeat_themselves_need_not_be_decoded(trimix, tmp_path):
+    """A small real model, made to go on and on: the texts stay, the run's settings tell."""
+    model = REAL / "smollm2-135m-instruct-q4_1.gguf"
+    if not model.is_file():
+        pytest.skip(f"a real model is not cached here: {model.name}")
+    rows = [{"instruction": "Sing.", "max_tokens": 200}]
+    for song in ("do re mi fa so, ", "no, no, never, "):
+        rows.append({"question": song, "answer": song * 12, "exemplar": True})
+        rows.append({"question": f"oh {song}", "answer": "x"})
+    task = tmp_path / "songs.jsonl"
+    task.write_text("\n".join(json.dumps(row) for row in rows), "utf-8")
+    models = [x for r in ("large-ins", "small-base", "small-cpt") for x in (f"--{r}", model)]
+    outputs = {}
+    for name, more in {"decoded": (), "filled": ("--fill-loops",)}.items():
+        given = [*arguments(task, tmp_path / name, "large_ins"), *models, "--n-ctx", 512]
+        result = trimix(*given, *more)
+        assert result.returncode == 0, result.stderr.decode()
+        lines = (tmp_path / name / "songs.jsonl").read_text("utf-8").splitlines()
+        outputs[name] = [json.loads(line)["outputs"]["large_ins"] for line in lines]
+    n_filled = [output.pop("n_filled", 0) for output in outputs["filled"]]
+    assert outputs["filled"] == outputs["decoded"]
+    assert sum(n_filled) > sum(output["n_tokens"] for output in outputs["filled"]) / 3
+    assert "filled up" in trimix("eval", "report", tmp_path / "filled").stdout.decode()
+
+
 def test_a_chat_follows_the_template_of_the_trio_file(trimix, task_file, tmp_path, nano_files):
     """One that adds nothing to a message changes nothing; the model's own does."""
     models = {role: ModelEntry(str(path)) for role, path in nano_files.items()}
@@ -157,6 +183,7 @@ def test_other_settings_are_not_mixed_into_a_run(trimix, task_file, tmp_path):
     assert trimix(*given).returncode == 0
     message = one_line_error(trimix(*given, "--seed", "1"))
     assert "other seed" in message
+    assert "other fill_loops" in one_line_error(trimix(*given, "--fill-loops"))
     assert trimix(*given, "--n-ctx", "400").returncode == 0  # what fits is the same there
 
 

@@ -25,6 +25,9 @@ _DEFAULT = "large_ins,small_cpt,small_base,proxy-tuning,ppl,ppl-answers,ent"
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--exemplars", type=click.IntRange(min=0), help="Default: the task's own number.")
 @click.option("--chat", is_flag=True, help="Prompts in the chat template of large_ins.")
+@click.option(
+    "--fill-loops", is_flag=True, help="Do not decode answers that only repeat themselves."
+)
 @click.option("--harness", metavar="LIST", help="Tasks of lm-evaluation-harness instead.")
 @click.option("--harness-path", metavar="DIR", help="Your own harness tasks, alone.")
 @click.option("--weights", metavar="ALPHA,BETA", help="Fixed weights, for the harness.")
@@ -100,6 +103,7 @@ def _run(options: dict[str, Any]) -> None:
         limit=options.pop("limit"),
         n_exemplars=options.pop("exemplars"),
         chat=options.pop("chat"),
+        fill_loops=options.pop("fill_loops"),
         singles=_singles(options.pop("single")),
         large_base=_large_base(options),
         command=sys.argv,

@@ -5,6 +5,7 @@ their next token in one batch a model. 36 grid points that agree cost as much as
 decoded alone takes up to four times as long as one of thirty, so several prompts share the batches.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -14,21 +15,29 @@ from numpy.typing import NDArray
 from trimix_gguf.branches import Branches
 from trimix_gguf.errors import ContextFullError
 from trimix_gguf.evaluation.decoupled import FourthModel, three_of_four
+from trimix_gguf.evaluation.loops import Loop
 from trimix_gguf.fusion import ROLES, Rows, Weights, fuse, mask_implausible
 from trimix_gguf.trio import Trio
 
+WIDEST = 20  # texts under way: of more each costs as much, as all read past each other's cells
 Adapt = Callable[[Rows, int], Weights]  # rows [n_vocab] and the token picked -> the next weights
 
 
 @dataclass
 class Mix:
-    """One way to mix, and what it wrote; `adapt`, if any, gives new weights after each token."""
+    """One way to mix, and what it wrote.
+
+    `adapt`, if any, gives new weights after each token; with a `loop` an answer that only repeats
+    itself is filled up to its limit, by `n_filled` ids that were not decoded.
+    """
 
     weights: Weights
     plausibility_threshold: float = 0.0
     adapt: Adapt | None = None
+    loop: Loop | None = None
     text: str = ""
     ids: list[int] = field(default_factory=list)
+    n_filled: int = 0
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -44,6 +53,8 @@ class Mix:
         if self.plausibility_threshold > 0:
             mask_implausible(fused, rows["large_ins"], self.plausibility_threshold)
         token = int(fused.argmax())
+        if self.loop is not None:
+            self.loop.append(token, lambda: 1 / float(np.exp(fused - fused[token]).sum()))
         if self.adapt is not None:
             self.weights = self.adapt(rows, token)
         return token
@@ -70,33 +81,42 @@ class Start:
 def continue_all(branches: Branches, starts: Sequence[Start], *, max_tokens: int) -> None:
     """Let each mix continue its prompt up to the end of its first line; sets its text and ids.
 
-    As many are under way as surely fit; as answers end, others begin, so that the batches stay
+    As many texts are under way as surely fit; as they end, others begin, so that the batches stay
     wide though a few answers run on to `max_tokens`. Raises ContextFullError where not even one
     answer fits.
     """
     trio = branches.trio
     room = min(trio.models[r].n_ctx - branches.n_cells(r) for r in branches.roles)
-    most = min(room // max_tokens, branches.n_free)
+    most = min(room // max_tokens, branches.n_free, WIDEST)
     if most < 1:
         raise ContextFullError(
             f"an answer of {max_tokens} tokens does not fit behind {trio.n_past} in a context of "
             f"{trio.n_ctx}; raise --n-ctx or lower the number of exemplars"
         )
-    waiting = [
-        _Node(start, mixes[at : at + most])
+    waiting = deque(
+        _Node(start, mixes)
         for start in starts
-        for mixes in _followed(trio, start.mixes, start.rows, max_tokens).values()
-        for at in range(0, len(mixes), most)
-    ]
+        for mixes in _followed(trio, start.mixes, start.rows, max_tokens)
+    )
     going: list[_Node] = []
     while waiting or going:
-        going += _admit(branches, waiting, most - sum(len(node.mixes) for node in going))
+        while waiting and len(going) < most:
+            going.append(_begin(branches, waiting.popleft()))
         rows = list(_next_rows(branches, going))
-        going = [
-            child
+        parted = [
+            (node, _followed(trio, node.mixes, row, max_tokens))
             for node, row in zip(going, rows, strict=True)
-            for child in _grow(branches, node, _followed(trio, node.mixes, row, max_tokens))
         ]
+        n_free = most - sum(bool(groups) for _, groups in parted)
+        going = []
+        for node, groups in parted:
+            if not groups:
+                branches.drop(node.branch)
+                continue
+            grown, left = _grow(branches, node, groups, n_free)
+            n_free -= len(grown) - 1
+            going += grown
+            waiting.extendleft(left)
 
 
 def continue_decoupled(
@@ -125,32 +145,21 @@ class _Node:
     branch: int = 0
 
 
-def _followed(
-    trio: Trio, mixes: Sequence[Mix], rows: Rows, max_tokens: int
-) -> dict[int, list[Mix]]:
+def _followed(trio: Trio, mixes: Sequence[Mix], rows: Rows, max_tokens: int) -> list[list[Mix]]:
     """Let each take its next token after rows [n_vocab]; those not whole then, by their token."""
     groups: dict[int, list[Mix]] = {}
     for mix in mixes:
         token = mix.pick(rows, trio.unused)
         if not _finish(trio, mix, token, max_tokens):
             groups.setdefault(token, []).append(mix)
-    return groups
+    return list(groups.values())
 
 
-def _admit(branches: Branches, waiting: list[_Node], n: int) -> list[_Node]:
-    """Give branches to those of `waiting` that fit among `n` mixes, and take them out of it.
-
-    Each mix counts: those that part take a branch and cells of their own.
-    """
-    admitted = []
-    for node in waiting:
-        if len(node.mixes) <= n:
-            n -= len(node.mixes)
-            node.branch = branches.fork(node.start.branch)
-            branches.append(node.branch, node.mixes[0].ids)
-            admitted.append(node)
-    waiting[:] = [node for node in waiting if not node.branch]
-    return admitted
+def _begin(branches: Branches, node: _Node) -> _Node:
+    """Give a branch to what the node's mixes wrote so far."""
+    node.branch = branches.fork(node.start.branch)
+    branches.append(node.branch, node.mixes[0].ids)
+    return node
 
 
 def _finish(trio: Trio, mix: Mix, token: int, max_tokens: int) -> bool:
@@ -158,6 +167,10 @@ def _finish(trio: Trio, mix: Mix, token: int, max_tokens: int) -> bool:
     if token in trio.end_of_generation:
         return True
     mix.ids.append(token)
+    if mix.loop is not None:
+        filled = mix.loop.rest(max_tokens - len(mix.ids))
+        mix.ids += filled
+        mix.n_filled = len(filled)
     piece = trio.models["large_ins"].piece
     text = b"".join(piece(i) for i in mix.ids).decode("utf-8", errors="replace")
     line, newline, _ = text.lstrip().partition("\n")
@@ -165,18 +178,19 @@ def _finish(trio: Trio, mix: Mix, token: int, max_tokens: int) -> bool:
     return bool(newline) or len(mix.ids) >= max_tokens
 
 
-def _grow(branches: Branches, node: _Node, groups: dict[int, list[Mix]]) -> list[_Node]:
-    """A branch for each token that followed; the last one goes on in the node's own."""
-    grown = []
-    for i, mixes in enumerate(groups.values()):
-        last = i == len(groups) - 1
-        branch = node.branch if last else branches.fork(node.branch)
-        grown.append(_Node(node.start, mixes, branch))
-    if not groups:
-        branches.drop(node.branch)
-    for token, child in zip(groups, grown, strict=True):  # after the forks: they share the parent's
-        branches.append(child.branch, [token])
-    return grown
+def _grow(
+    branches: Branches, node: _Node, groups: Sequence[list[Mix]], n_free: int
+) -> tuple[list[_Node], list[_Node]]:
+    """A node for each text that mixes went on with, and those that must wait for a branch.
+
+    The first goes on in the node's own, `n_free` others in new ones.
+    """
+    # The forks first: they share what the node's branch holds.
+    numbers = [node.branch, *[branches.fork(node.branch) for _ in groups[1 : 1 + n_free]]]
+    grown = [_Node(node.start, *pair) for pair in zip(groups, numbers, strict=False)]
+    for child in grown:
+        branches.append(child.branch, child.mixes[0].ids[-1:])
+    return grown, [_Node(node.start, mixes) for mixes in groups[len(grown) :]]
 
 
 def _next_rows(branches: Branches, nodes: Sequence[_Node]) -> Iterator[Rows]:

@@ -42,13 +42,21 @@ class Plan:
     limit: int | None = None
     n_exemplars: int | None = None
     chat: bool = False
+    fill_loops: bool = False
     singles: Mapping[str, Path] | None = None
     large_base: Path | None = None
     command: Sequence[str] = ()
 
     @property
     def settings(self) -> Settings:
-        return Settings(self.methods, self.seed, self.n_exemplars, self.limit, self.chat)
+        return Settings(
+            methods=self.methods,
+            seed=self.seed,
+            n_exemplars=self.n_exemplars,
+            limit=self.limit,
+            chat=self.chat,
+            fill_loops=self.fill_loops,
+        )
 
     @cached_property
     def datasets(self) -> dict[str, tuple[Task, Dataset]]:
@@ -168,6 +176,7 @@ def _settings(plan: Plan, trio: Trio) -> dict[str, Any]:
         "n_exemplars": plan.n_exemplars,
         "chat": plan.chat,
         "chat_template": trio.models[ROLES[0]].chat_template if plan.chat else None,
+        "fill_loops": plan.fill_loops or None,  # None: a run from before it could be asked
         "n_ctx": trio.n_ctx,
         "axis": AXIS,
         "models": {role: _fingerprint(path) for role, path in files.items()},

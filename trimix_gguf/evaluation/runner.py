@@ -15,6 +15,7 @@ import numpy as np
 from trimix_gguf.branches import Branches
 from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.continuing import (
+    WIDEST,
     Mix,
     Start,
     continue_all,
@@ -22,6 +23,7 @@ from trimix_gguf.evaluation.continuing import (
     roles_of,
 )
 from trimix_gguf.evaluation.decoupled import FourthModel
+from trimix_gguf.evaluation.loops import Loop
 from trimix_gguf.evaluation.methods import (
     DECOUPLED,
     ORACLE,
@@ -61,6 +63,7 @@ class Settings:
     n_exemplars: int | None = None
     limit: int | None = None
     chat: bool = False  # large_ins reads its chat template around each prompt
+    fill_loops: bool = False  # answers that only repeat themselves are filled up, not decoded
 
     @property
     def reads(self) -> bool:
@@ -148,9 +151,10 @@ def _n_together(
     prompts = [question_after(reader, q) for q in questions]
     longest = max(p.n_tokens(role) for p in prompts for role in ROLES)
     room = trio.n_ctx - max(reader.prefix.n_tokens(role) for role in ROLES)
-    by_room = (room - n_mixes * task.max_tokens) // (longest + 1)
+    n_texts = min(n_mixes, WIDEST)
+    by_room = (room - n_texts * task.max_tokens) // (longest + 1)
     n_choices = max(len(q.choices) for q in questions)
-    by_branches = trio.n_window - 1 - max(n_mixes, n_choices)
+    by_branches = trio.n_window - 1 - max(n_texts, n_choices)
     by_mixes = _MOST_MIXES // n_mixes
     return max(1, min(_MOST_TOGETHER, by_room, by_branches, by_mixes))
 
@@ -225,6 +229,9 @@ def _begin(
     line["outputs"] = {name: _weights(mix.weights) for name, mix in named.items()}
     grid = grid_mixes() if ORACLE in settings.methods else []
     start = Start.here(branches, [*named.values(), *grid])
+    if settings.fill_loops:
+        for mix in start.mixes:
+            mix.loop = Loop()
     if reading is not None and example.choices:
         ids = [trio.models[ROLES[0]].tokenize(f" {choice}") for choice in example.choices]
         line["choice_nll"] = _rounded(choice_nll(branches, start, ids))
@@ -252,7 +259,8 @@ def _nats(trio: Trio, rows: Rows, token: int) -> Float64:
 
 
 def _said(mix: Mix) -> dict[str, Any]:
-    return {"text": mix.text, "n_tokens": len(mix.ids)}
+    said = {"text": mix.text, "n_tokens": len(mix.ids)}
+    return said | {"n_filled": mix.n_filled} if mix.n_filled else said
 
 
 def _weights(chosen: Weights) -> dict[str, float]:

@@ -232,6 +232,11 @@ def _conventions(summary: Summary) -> str:
             f"{CALIBRATED}: less its mean over the task's examples. Methods off the grid have none."
             " In the mean a task without choices counts by its texts."
         )
+    if any(run.get("fill_loops") for run in runs):
+        lines.append(
+            "--fill-loops: an answer that only repeated itself was filled up to its limit, not"
+            " decoded."
+        )
     for run in runs:
         files = {**run["models"], **(run.get("singles") or {})}
         lines += [f"{name}: {_file(file)}" for name, file in files.items()]

@@ -14,6 +14,7 @@ from trimix_gguf.chat import around_message
 from trimix_gguf.errors import ContextFullError
 from trimix_gguf.evaluation import methods, runner
 from trimix_gguf.evaluation.continuing import Mix, Start, continue_all, roles_of
+from trimix_gguf.evaluation.loops import Loop
 from trimix_gguf.evaluation.reading import AXIS, Reader, Reading, choice_nll
 from trimix_gguf.evaluation.runner import Settings, run_task
 from trimix_gguf.evaluation.task import Dataset, Example, Task
@@ -202,6 +203,35 @@ def test_as_answers_end_others_begin(monkeypatch):
     steps = [n for roles, n in widths if roles == ("large_ins",)]
     assert max(steps) <= most < len({(i, *ids) for i, ids in answers}) / 3
     assert len(steps) <= len(texts) / most + longest  # mixes that agree take one place, not many
+
+
+def test_a_filled_answer_is_what_was_decoded_and_then_its_loop(trio, monkeypatch):
+    monkeypatch.setattr("trimix_gguf.evaluation.loops._LIKELY", 0.0)  # the nano trio is never sure
+    weights = [Weights(a, b) for a in (0.0, 0.5, 1.0) for b in (0.0, 0.5, 1.0)]
+    decoded = [Mix(one) for one in weights]
+    filled = [Mix(one, loop=Loop()) for one in weights]
+    for mixes in (decoded, filled):
+        trio.prefill(trio.prompt("ана мен бала, " * 8))
+        go_on(trio, mixes, max_tokens=96)
+    assert not any(mix.n_filled for mix in decoded) and any(mix.n_filled for mix in filled)
+    for whole, mix in zip(decoded, filled, strict=True):
+        n = len(mix.ids) - mix.n_filled
+        assert mix.ids[:n] == whole.ids[:n] and len(mix.ids) == len(whole.ids)
+        assert not mix.n_filled or any(mix.ids[n:] == mix.ids[n - p : -p] for p in range(2, 65))
+
+
+def test_loops_are_filled_where_a_run_asks_for_it(trio, tmp_path, monkeypatch):
+    monkeypatch.setattr("trimix_gguf.evaluation.loops._LIKELY", 0.0)
+    words = ("ана мен бала", "Астана қаласы және", "Доп.")
+    asked = [Example(f"{i}", f"{w} " * 8, "x", ("x",)) for i, w in enumerate(words)]
+    task = Task("loops", ("kk",), "Go on.", ("f1",), 96, lambda *_: None, n_exemplars=0)
+    n_filled = []
+    for fill in (False, True):
+        out, methods = tmp_path / f"{fill}", ("small_cpt", "large_ins", "ppl")
+        run_task(trio, task, Dataset(asked, []), Settings(methods, fill_loops=fill), out)
+        lines = [json.loads(line)["outputs"] for line in out.read_text("utf-8").splitlines()]
+        n_filled.append(sum(o.get("n_filled", 0) for line in lines for o in line.values()))
+    assert n_filled[0] == 0 < n_filled[1]
 
 
 def test_models_that_no_mix_reads_are_not_run(trio, monkeypatch):

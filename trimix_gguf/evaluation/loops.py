@@ -22,7 +22,7 @@ class Loop:
         self._ids: list[int] = []
         self._periods = np.arange(1, _LONGEST + 1)
         self._again = np.zeros(_LONGEST, int)  # newest tokens that stood one period before
-        self._n_likely = 0  # newest tokens that were likely, in a second round or later
+        self._n_likely = 0  # newest tokens that were likely, in a third round or later
 
     def append(self, token: int, probability: Callable[[], float]) -> None:
         """Take in a token; its probability is asked where it belongs to a third round."""

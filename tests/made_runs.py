@@ -15,7 +15,7 @@ FIXED = {
     "proxy-tuning": (1.0, 1.0),
     "contrastive": (1.5, 0.0),
 }
-SELECTING = ("ppl", "ppl-answers", "ppl-task", "ent", "continuous", "token")
+SELECTING = ("ppl", "ppl-answers", "ppl-task", "ent", "continuous", "token", "mi-answers")
 LETTERS = ("A", "B", "C", "D")
 SAID = {"tumlu": LETTERS, "copa": LETTERS[:2], "kazqad": ("Алматы", "Алматы қаласы", "Астана")}
 FORMS = {"A": "A", "B": "(b) иә", "C": "С.", "D": "D\nA"}  # as models say it; a Cyrillic С

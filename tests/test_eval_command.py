@@ -40,10 +40,11 @@ def test_a_comparison_from_the_command_line(trimix, task_file, tmp_path):
 
 def test_a_run_killed_twenty_times_ends_with_the_same_file(trimix, task_file, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    methods = "ppl,ppl-answers,ppl-task,token,proxy-tuning"
+    methods = "ppl,ppl-answers,ppl-task,mi-answers,token,proxy-tuning"
     unbroken = trimix(*arguments(task_file, whole, methods))
     assert unbroken.returncode == 0
     assert "a sample for ppl-task: 5/6" in unbroken.stderr.decode()
+    assert "exemplars for mi-answers: 2/2" in unbroken.stderr.decode()
     rng, kills = random.Random(7), 0
     command = [sys.executable, "-m", "trimix_gguf.cli", *arguments(task_file, broken, methods)]
     while kills < 20:

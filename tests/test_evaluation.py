@@ -267,7 +267,9 @@ def test_each_method_takes_the_lowest_of_its_own_evidence():
     nlls = np.concatenate((bowl(0.1, 0.9), bowl(0.7, 0.3, n=4)))
     reading = reading_of(nlls, [False] * 12 + [True] * 4)
     names = ("ppl", "ppl-answers", "ent", "ppl-task", "large_ins", "continuous")
-    made = methods.mixes(names, reading, Weights(0.3, 0.3), lambda rows, token: np.zeros(()))
+    made = methods.mixes(
+        names, reading, {"ppl-task": Weights(0.3, 0.3)}, lambda rows, token: np.zeros(())
+    )
     chosen = {name: (mix.weights.alpha, mix.weights.beta) for name, mix in made.items()}
     continuous = chosen.pop("continuous")
     assert chosen == {
@@ -283,7 +285,7 @@ def test_each_method_takes_the_lowest_of_its_own_evidence():
 def test_token_level_weights_follow_the_newest_evidence():
     reading = reading_of(bowl(0.1, 0.9, n=40), [False] * 40)
     there = bowl(1.0, 0.1, n=1)[0]
-    mix = methods.mixes(("token",), reading, None, lambda rows, token: there)["token"]
+    mix = methods.mixes(("token",), reading, {}, lambda rows, token: there)["token"]
     assert mix.weights == Weights(0.1, 0.9)
     weights = [mix.adapt({}, 0) for _ in range(200)]
     assert weights[-1] == Weights(1.0, 0.1)

@@ -95,11 +95,11 @@ def test_mi_takes_the_point_where_answers_tell_most_of_their_questions(rng, tmp_
     assert "mi" not in summary_of(lines[:9], tmp_path)["methods"]  # too few to tell by
 
 
-def test_mi_of_a_task_without_choices_is_ppl_answers(rng, tmp_path):
+def test_mi_of_a_task_without_choices_is_mi_answers(rng, tmp_path):
     pytest.importorskip("scipy")
     run = write_run(tmp_path / "run", {"kazqad": made_lines(rng, "kazqad")})
     methods = report(run)["tasks"]["kazqad"]["methods"]
-    assert methods["mi"] == methods["ppl-answers"] != methods["ppl"]
+    assert methods["mi"] == methods["mi-answers"] != methods["ppl-answers"]
 
 
 def test_the_way_to_the_upper_bound_has_no_other_oracle_on_it(rng, tmp_path):

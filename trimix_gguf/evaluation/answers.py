@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.methods import ANSWERS, DECOUPLED, INFORMATIVE, ORACLE, most_informative
+from trimix_gguf.evaluation.information import most_informative
+from trimix_gguf.evaluation.methods import DECOUPLED, INFORMATIVE, MI_ANSWERS, ORACLE
 from trimix_gguf.evaluation.run import FORMAT
 from trimix_gguf.evaluation.sources import Fields, Row, check_type, read_jsonl, read_lines
 from trimix_gguf.evaluation.task import Task
@@ -241,8 +242,8 @@ def _task_run(
         weights[INFORMATIVE] = np.tile((pair.alpha, pair.beta), (len(rows), 1))
         if grid is not None:
             texts[INFORMATIVE] = grid[GRID.index(pair.alpha)][GRID.index(pair.beta)]
-    elif choice_nll is None and ANSWERS in asked:
-        texts[INFORMATIVE], weights[INFORMATIVE] = texts[ANSWERS], weights[ANSWERS]
+    elif choice_nll is None and MI_ANSWERS in asked:
+        texts[INFORMATIVE], weights[INFORMATIVE] = texts[MI_ANSWERS], weights[MI_ANSWERS]
     return TaskRun(
         task=task,
         axis=tuple(float(weight) for weight in settings["axis"]),

@@ -16,10 +16,12 @@ _FINE = np.linspace(0, 1, 101)  # where the continuous optimum is looked for
 _KEEP = 0.97  # what a token's evidence is worth one token later, for token-level weights
 
 ANSWERS = "ppl-answers"
+MI_ANSWERS = "mi-answers"
 DECOUPLED = "decoupled"
 Score = Callable[[Rows, int], Float64]  # rows [n_vocab], the id that followed -> nats over AXIS²
 
-SELECTING = {
+# Those that choose weights, what by: of these each prompt is read to the end.
+READING = {
     "ppl": "lowest perplexity of the prompt (TriMix-PPL)",
     ANSWERS: "lowest perplexity of the exemplars' answers",
     "ppl-task": "one pair a task, lowest macro perplexity of 50 prompts",
@@ -28,9 +30,12 @@ SELECTING = {
     DECOUPLED: "lowest perplexity of the prompt over (alpha, beta, gamma), by four models",
     "token": "chosen anew at each token, by the perplexity of what lies just before it",
 }
+SELECTING = READING | {
+    MI_ANSWERS: "one pair a task, most mutual information of the exemplars' answers and questions",
+}
 ORACLE = "upper-bound"  # the best fixed grid point on the labelled set: needs all 36 answers
 # One pair a task, chosen by the report: the most mutual information between questions and choices;
-# ANSWERS where a task has no choices.
+# MI_ANSWERS where a task has no choices.
 INFORMATIVE = "mi"
 METHODS = (*FIXED, *SELECTING, ORACLE)
 
@@ -43,16 +48,22 @@ def check_methods(names: tuple[str, ...]) -> None:
 
 
 def mixes(
-    names: tuple[str, ...], reading: Reading | None, task_weights: Weights | None, score: Score
+    names: tuple[str, ...],
+    reading: Reading | None,
+    task_weights: Mapping[str, Weights],
+    score: Score,
 ) -> Mapping[str, Mix]:
-    """A Mix of the trio for each method; those that select need a reading. ORACLE has none."""
+    """A Mix of the trio for each method; those that select need a reading. ORACLE has none.
+
+    `task_weights` are those of the methods that choose one pair a task.
+    """
     made: dict[str, Mix] = {}
     for name in names:
         if name in FIXED:
             made[name] = fixed_mix(name)
-        elif name == "ppl-task" and task_weights is not None:
-            made[name] = Mix(task_weights)
-        elif name in SELECTING and name != DECOUPLED and reading is not None:
+        elif name in task_weights:
+            made[name] = Mix(task_weights[name])
+        elif name in READING and name != DECOUPLED and reading is not None:
             made[name] = _selecting(name, reading, score)
     return made
 
@@ -89,27 +100,6 @@ def lowest_on_grid(nll: Float64) -> Weights:
 def _inner(nll: Float64) -> Float64:
     at = [AXIS.index(w) for w in GRID]
     return nll[np.ix_(at, at)]
-
-
-def most_informative(choice_nll: Float64) -> Weights:
-    """The point of GRID² where the choice hangs most on the question, whatever is right.
-
-    `choice_nll` [n, n_choices, n, n] are the nats of each example's choices over AXIS², nan where
-    it has fewer. Mutual information is the entropy of the choices' mean probabilities less the
-    mean of their entropies: low where one answer is given to everything, and where none is
-    preferred. It looks at no label. Source: Sorensen et al. 2022, "An Information-theoretic
-    Approach to Prompt Engineering Without Ground Truth Labels" (arXiv 2203.11364), for templates.
-    """
-    nats = np.where(np.isnan(choice_nll), np.inf, choice_nll)
-    p = np.exp(np.nanmin(choice_nll, axis=1, keepdims=True) - nats)
-    p /= p.sum(axis=1, keepdims=True)
-    information = _entropy(p.mean(axis=0), axis=0) - _entropy(p, axis=1).mean(axis=0)
-    return lowest_on_grid(-information)
-
-
-def _entropy(p: Float64, axis: int) -> Float64:
-    entropy: Float64 = -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=axis)
-    return entropy
 
 
 def _selecting(name: str, reading: Reading, score: Score) -> Mix:

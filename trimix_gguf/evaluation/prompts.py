@@ -29,11 +29,10 @@ def open_reader(
     In a `chat` large_ins reads its template around each prompt. Raises PromptError where the
     exemplars and the longest of `questions` do not fit, saying how many would.
     """
-    n = task.n_exemplars if n_exemplars is None else n_exemplars
-    if n > len(dataset.exemplars):
-        raise PromptError(f"{task.name} has {len(dataset.exemplars)} exemplars; {n} are wanted")
-    prefixes = [_prefix(trio, task, dataset.exemplars[:k]) for k in range(n + 1)]
-    around = around_message(trio.models[ROLES[0]]) if chat else ([], [])
+    exemplars = exemplars_of(task, dataset, n_exemplars)
+    n = len(exemplars)
+    prefixes = [_prefix(trio, task, exemplars[:k]) for k in range(n + 1)]
+    around = _around(trio, chat)
     longest = max(trio.prompt(q.question).n_tokens() for q in questions)
     spare = trio.n_ctx - longest - task.max_tokens - sum(len(ids) for ids in around)
     if prefixes[n].n_tokens() > spare:
@@ -42,7 +41,15 @@ def open_reader(
             f"{task.name}: {n} exemplars and the longest question do not fit in a context of "
             f"{trio.n_ctx}; {fit} would, or raise --n-ctx"
         )
-    return _reader(trio, prefixes[n], around, fourth)
+    return exemplars_reader(trio, task, exemplars, chat=chat, fourth=fourth)
+
+
+def exemplars_of(task: Task, dataset: Dataset, n: int | None = None) -> Sequence[Example]:
+    """The first `n` exemplars, or the task's own number; PromptError if there are fewer."""
+    n = task.n_exemplars if n is None else n
+    if n > len(dataset.exemplars):
+        raise PromptError(f"{task.name} has {len(dataset.exemplars)} exemplars; {n} are wanted")
+    return dataset.exemplars[:n]
 
 
 def _prefix(trio: Trio, task: Task, exemplars: Sequence[Example]) -> Prompt:
@@ -53,22 +60,31 @@ def _prefix(trio: Trio, task: Task, exemplars: Sequence[Example]) -> Prompt:
     return trio.prompt(text, spans=(_OPEN, _CLOSE)) if exemplars else trio.prompt(text)
 
 
-def _reader(
+def exemplars_reader(
     trio: Trio,
-    marked: Prompt,
-    around: tuple[list[int], list[int]],
-    fourth: FourthModel | None,
+    task: Task,
+    exemplars: Sequence[Example],
+    *,
+    chat: bool = False,
+    fourth: FourthModel | None = None,
 ) -> Reader:
-    """All tokens of the prefix are scored but BOS; those scored in `marked` are answers."""
+    """A Reader of the instruction and `exemplars`, all of whose tokens are scored but BOS."""
+    marked = _prefix(trio, task, exemplars)  # what is scored in it are the answers
+    opening, turn = _around(trio, chat)
     ids = [i for segment in marked.segments for i in segment.ids[ROLES[0]]]
     bos = trio.models[ROLES[0]].bos
     begin = [Segment.of(bos, scored=False)] if bos else []
-    if around[0]:
-        begin.append(Segment.per_role({ROLES[0]: around[0]}))
+    if opening:
+        begin.append(Segment.per_role({ROLES[0]: opening}))
     prefix = Prompt((*begin, Segment.of(ids[len(bos) :])))
     answers = [scored for _, scored in marked.units]
     answers = [False] * (len(prefix.units) - len(answers)) + answers
-    return Reader(trio, prefix, answers, around[1], fourth)
+    return Reader(trio, prefix, answers, turn, fourth)
+
+
+def _around(trio: Trio, chat: bool) -> tuple[list[int], list[int]]:
+    """What large_ins' chat template puts before a message and after it."""
+    return around_message(trio.models[ROLES[0]]) if chat else ([], [])
 
 
 def question_after(reader: Reader, example: Example) -> Prompt:

@@ -1,7 +1,7 @@
 """Reading a task's prompts: the exemplars once, then each question, scored over the grid."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from trimix_gguf.evaluation.continuing import Start
 from trimix_gguf.evaluation.decoupled import FourthModel, three_of_four
 from trimix_gguf.fusion import ROLES, Rows
 from trimix_gguf.model import available_cores
-from trimix_gguf.prompt import Prompt
+from trimix_gguf.prompt import Prompt, Segment
 from trimix_gguf.scoring import GRID, Float64, grid_entropy, grid_token_nlls
 from trimix_gguf.trio import Trio
 
@@ -90,6 +90,12 @@ class Reader:
         entropy = grid_entropy(**rows, alphas=GRID, betas=GRID, unused=trio.unused)
         decoupled = None if self.fourth is None else scores.decoupled
         return Reading(prompt.n_tokens(), nlls, answers, entropy, decoupled)
+
+    def answer_nll(self, question: Prompt, answer: Sequence[int]) -> Float64:
+        """Nats of `answer` (ids) after the exemplars and `question`: float64 [n, n] over AXIS."""
+        before = [replace(s, scored=False) for s in (*self.prefix.segments, *question.segments)]
+        nats: Float64 = self._score(Prompt((*before, Segment.of(tuple(answer)))), None).nlls.sum(0)
+        return nats
 
     def _holds(self, prompt: Prompt) -> bool:
         """Whether the caches hold the exemplars as `prompt` has them."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.answers import CALIBRATED, Run, TaskRun, join, load_run, predict
 from trimix_gguf.evaluation.findings import chosen, gap_closed, guidance, surface
-from trimix_gguf.evaluation.methods import ORACLE, SELECTING
+from trimix_gguf.evaluation.methods import ORACLE, READING, SELECTING
 from trimix_gguf.evaluation.metrics import METRICS
 from trimix_gguf.evaluation.statistics import (
     Difference,
@@ -72,7 +72,7 @@ def summarize(run: Run, *, choice_scoring: bool = False, n_resamples: int = 1000
     if choice_scoring and all(answers.choice_nll is None for answers in run.tasks.values()):
         raise DataError(
             f"{run.folder} has no scores of choices: they need a task with choices, and a method"
-            f" that selects by a prompt's reading ({', '.join(SELECTING)})"
+            f" that selects by a prompt's reading ({', '.join(READING)})"
         )
     seed = run.settings["seed"]
     judged = {

@@ -23,10 +23,13 @@ from trimix_gguf.evaluation.continuing import (
     roles_of,
 )
 from trimix_gguf.evaluation.decoupled import FourthModel
+from trimix_gguf.evaluation.information import exemplars_information
 from trimix_gguf.evaluation.loops import Loop
 from trimix_gguf.evaluation.methods import (
     DECOUPLED,
+    MI_ANSWERS,
     ORACLE,
+    READING,
     SELECTING,
     fixed_mix,
     grid_mixes,
@@ -34,7 +37,7 @@ from trimix_gguf.evaluation.methods import (
     lowest_on_grid,
     mixes,
 )
-from trimix_gguf.evaluation.prompts import open_reader, question_after
+from trimix_gguf.evaluation.prompts import exemplars_of, open_reader, question_after
 from trimix_gguf.evaluation.reading import Reader, Reading, choice_nll, token_nlls
 from trimix_gguf.evaluation.task import Dataset, Example, Task
 from trimix_gguf.fusion import ROLES, Rows, Weights
@@ -68,12 +71,12 @@ class Settings:
     @property
     def reads(self) -> bool:
         """Whether a method chooses by what the prompts' reading shows."""
-        return any(name in SELECTING for name in self.methods)
+        return any(name in READING for name in self.methods)
 
     @property
     def roles(self) -> tuple[str, ...]:
         """Models that the methods run."""
-        if self.reads or ORACLE in self.methods:
+        if any(name in SELECTING or name == ORACLE for name in self.methods):
             return ROLES
         return roles_of([fixed_mix(name) for name in self.methods])
 
@@ -119,9 +122,17 @@ def run_task(
         chat=settings.chat,
         fourth=fourth,
     )
-    weights = None
+    weights = {}
     if "ppl-task" in settings.methods:
-        weights = _task_weights(reader, questions, settings.seed, out, progress, label)
+        doing = f"{label}, a sample for ppl-task"
+        weights["ppl-task"] = _task_weights(reader, questions, settings.seed, out, progress(doing))
+    if MI_ANSWERS in settings.methods:
+        exemplars = exemplars_of(task, dataset, settings.n_exemplars)
+        with progress(f"{label}, exemplars for {MI_ANSWERS}") as shown:
+            information = exemplars_information(
+                trio, task, exemplars, chat=settings.chat, shown=shown
+            )
+        weights[MI_ANSWERS] = lowest_on_grid(-information)
     n, n_done = _n_together(reader, task, questions, settings), len(questions) - len(left)
     with progress(label) as shown, out.open("a", encoding="utf-8") as lines:
         shown(n_done, len(questions))
@@ -179,7 +190,7 @@ def answer_all(
     task: Task,
     examples: Sequence[Example],
     settings: Settings,
-    task_weights: Weights | None,
+    task_weights: Mapping[str, Weights],
 ) -> list[dict[str, Any]]:
     """A line for each example: the sums of its reading, and the text of each method."""
     reader.hold_exemplars(scored=settings.reads)
@@ -213,7 +224,7 @@ def _begin(
     task: Task,
     example: Example,
     settings: Settings,
-    task_weights: Weights | None,
+    task_weights: Mapping[str, Weights],
 ) -> _Begun:
     trio, question = reader.trio, question_after(reader, example)
     line: dict[str, Any] = {"id": example.id, "references": list(example.references)}
@@ -287,8 +298,7 @@ def _task_weights(
     questions: Sequence[Example],
     seed: int,
     out: Path,
-    progress: Progress,
-    label: str,
+    doing: AbstractContextManager[Callable[[int, int], None]],
 ) -> Weights:
     """The pair with the lowest macro perplexity of a sample of prompts.
 
@@ -298,7 +308,6 @@ def _task_weights(
     kept = out.with_suffix(".sample.jsonl")
     done = len(finished_ids(kept))
     if done < len(sample):
-        doing = progress(f"{label}, a sample for ppl-task")
         with doing as shown, kept.open("a", encoding="utf-8") as lines:
             shown(done, len(sample))
             for at, question in enumerate(sample[done:], done + 1):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from trimix_gguf.evaluation.answers import CALIBRATED
-from trimix_gguf.evaluation.methods import ANSWERS, INFORMATIVE, ORACLE
+from trimix_gguf.evaluation.methods import INFORMATIVE, MI_ANSWERS, ORACLE
 from trimix_gguf.evaluation.metrics import METRICS
 
 Summary = Mapping[str, Any]
@@ -224,7 +224,7 @@ def _conventions(summary: Summary) -> str:
         lines.append(
             f"{INFORMATIVE}: one pair a task, of the most mutual information between its questions "
             "and the probabilities of their choices, no label being looked at; where a task has no "
-            f"choices, it is {ANSWERS}."
+            f"choices, it is {MI_ANSWERS}."
         )
     if summary["choice_scoring"]:
         lines.append(

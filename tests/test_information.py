@@ -1,0 +1,62 @@
+"""Mutual information of exemplars' answers and questions, on the nano trio."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_cli import one_line_error
+from topics import QUESTION, TOPICS, arguments
+
+from trimix_gguf import Trio, score
+from trimix_gguf.evaluation.information import exemplars_information
+from trimix_gguf.evaluation.reading import AXIS
+from trimix_gguf.evaluation.task import Example, Task
+
+TASK = Task("topics", ("kk",), "Classify.", ("accuracy",), 4, lambda *_: None)
+SHOWN = [
+    Example(str(at), f"Text: {text}\nTopic:", label, (label,))
+    for at, (label, text) in enumerate({**TOPICS, "ауа райы": "Қала үстінде жел соғады."}.items())
+]
+
+
+@pytest.fixture(scope="module")
+def trio():
+    with Trio.nano(n_threads=1) as loaded:
+        yield loaded
+
+
+def test_it_is_what_an_answer_costs_more_after_other_questions(trio):
+    def nats(before, question, answer):
+        text = f"{TASK.instruction}\n\n"
+        text += "".join(f"{e.question} {e.answer}\n\n" for e in before)
+        prompt = trio.prompt(f"{text}{question}\x02 {answer}\x03", spans=("\x02", "\x03"))
+        found = score(trio, prompt, grid=(AXIS, AXIS))
+        rows, columns = [found.alphas.index(a) for a in AXIS], [found.betas.index(b) for b in AXIS]
+        return found.nll[0][np.ix_(rows, columns)]
+
+    by_hand = []
+    for one in SHOWN:
+        before = [e for e in SHOWN if e is not one]
+        others = [nats(before, other.question, one.answer) for other in before]
+        by_hand.append(np.mean(others, axis=0) - nats(before, one.question, one.answer))
+    found = exemplars_information(trio, TASK, SHOWN)
+    assert found.shape == (len(AXIS), len(AXIS))
+    assert found == pytest.approx(np.mean(by_hand, axis=0), abs=4e-3)
+    assert np.ptp(found) > 0.1  # or else any numbers would pass
+
+
+def test_the_same_question_to_every_answer_tells_nothing(trio):
+    alike = [replace(example, question=QUESTION) for example in SHOWN]
+    assert exemplars_information(trio, TASK, alike) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_it_does_not_hang_on_what_was_read_before(trio, chat):
+    first = exemplars_information(trio, TASK, SHOWN, chat=chat)
+    trio.prefill(trio.prompt(QUESTION))
+    assert np.array_equal(exemplars_information(trio, TASK, SHOWN, chat=chat), first)
+
+
+def test_one_exemplar_has_no_other_question(trimix, task_file, tmp_path):
+    refused = trimix(*arguments(task_file, tmp_path / "run", "mi-answers"), "--exemplars", "1")
+    assert "--exemplars 2" in one_line_error(refused)

@@ -44,7 +44,7 @@ def test_a_run_killed_twenty_times_ends_with_the_same_file(trimix, task_file, tm
     unbroken = trimix(*arguments(task_file, whole, methods))
     assert unbroken.returncode == 0
     assert "a sample for ppl-task: 5/6" in unbroken.stderr.decode()
-    assert "exemplars for mi-answers: 2/2" in unbroken.stderr.decode()
+    assert "exemplars for mi-answers: 3/3" in unbroken.stderr.decode()
     rng, kills = random.Random(7), 0
     command = [sys.executable, "-m", "trimix_gguf.cli", *arguments(task_file, broken, methods)]
     while kills < 20:

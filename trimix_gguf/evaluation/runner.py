@@ -122,17 +122,11 @@ def run_task(
         chat=settings.chat,
         fourth=fourth,
     )
-    weights = {}
-    if "ppl-task" in settings.methods:
-        doing = f"{label}, a sample for ppl-task"
-        weights["ppl-task"] = _task_weights(reader, questions, settings.seed, out, progress(doing))
-    if MI_ANSWERS in settings.methods:
-        exemplars = exemplars_of(task, dataset, settings.n_exemplars)
-        with progress(f"{label}, exemplars for {MI_ANSWERS}") as shown:
-            information = exemplars_information(
-                trio, task, exemplars, chat=settings.chat, shown=shown
-            )
-        weights[MI_ANSWERS] = lowest_on_grid(-information)
+    weights = {
+        name: choose(reader, task, dataset, settings, out, partial(progress, f"{label}, {what}"))
+        for name, (what, choose) in _PER_TASK.items()
+        if name in settings.methods
+    }
     n, n_done = _n_together(reader, task, questions, settings), len(questions) - len(left)
     with progress(label) as shown, out.open("a", encoding="utf-8") as lines:
         shown(n_done, len(questions))
@@ -293,22 +287,22 @@ def _rounded(values: Float64) -> Any:
     return np.round(values, 4).tolist()
 
 
-def _task_weights(
-    reader: Reader,
-    questions: Sequence[Example],
-    seed: int,
-    out: Path,
-    doing: AbstractContextManager[Callable[[int, int], None]],
+Doing = Callable[[], AbstractContextManager[Callable[[int, int], None]]]  # Progress of one thing
+
+
+def _by_sample(
+    reader: Reader, task: Task, dataset: Dataset, settings: Settings, out: Path, doing: Doing
 ) -> Weights:
     """The pair with the lowest macro perplexity of a sample of prompts.
 
     What each prompt of it has is kept beside `out`, for a run that goes on.
     """
-    sample = random.Random(seed).sample(list(questions), min(N_TASK_SAMPLE, len(questions)))
+    questions = settings.questions(dataset)
+    sample = random.Random(settings.seed).sample(questions, min(N_TASK_SAMPLE, len(questions)))
     kept = out.with_suffix(".sample.jsonl")
     done = len(finished_ids(kept))
     if done < len(sample):
-        with doing as shown, kept.open("a", encoding="utf-8") as lines:
+        with doing() as shown, kept.open("a", encoding="utf-8") as lines:
             shown(done, len(sample))
             for at, question in enumerate(sample[done:], done + 1):
                 nats = reader.read(question_after(reader, question)).nlls.mean(axis=0)
@@ -317,3 +311,22 @@ def _task_weights(
                 shown(at, len(sample))
     texts = kept.read_text(encoding="utf-8").split("\n")[:-1]
     return lowest_on_grid(np.mean([json.loads(text)["nll"] for text in texts], axis=0))
+
+
+def _by_exemplars(
+    reader: Reader, task: Task, dataset: Dataset, settings: Settings, out: Path, doing: Doing
+) -> Weights:
+    """The pair by which the exemplars' answers hang most on their questions."""
+    exemplars = exemplars_of(task, dataset, settings.n_exemplars)
+    with doing() as shown:
+        information = exemplars_information(
+            reader.trio, task, exemplars, chat=settings.chat, shown=shown
+        )
+    return lowest_on_grid(-information)
+
+
+# Methods that choose one pair a task, before its first answer: what they do meanwhile, and how.
+_PER_TASK = {
+    "ppl-task": ("a sample for ppl-task", _by_sample),
+    MI_ANSWERS: (f"exemplars for {MI_ANSWERS}", _by_exemplars),
+}

@@ -53,7 +53,7 @@ def test_the_same_question_to_every_answer_tells_nothing(trio):
 @pytest.mark.parametrize("chat", [False, True])
 def test_it_does_not_hang_on_what_was_read_before(trio, chat):
     first = exemplars_information(trio, TASK, SHOWN, chat=chat)
-    trio.prefill(trio.prompt(QUESTION))
+    trio.prefill(trio.prompt(f"{TASK.instruction}\n\n{SHOWN[1].question} {SHOWN[1].answer}"))
     assert np.array_equal(exemplars_information(trio, TASK, SHOWN, chat=chat), first)
 
 

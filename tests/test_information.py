@@ -1,5 +1,6 @@
 """Mutual information of exemplars' answers and questions, on the nano trio."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,9 +9,13 @@ from test_cli import one_line_error
 from topics import QUESTION, TOPICS, arguments
 
 from trimix_gguf import Trio, score
+from trimix_gguf.evaluation import runner
 from trimix_gguf.evaluation.information import exemplars_information
+from trimix_gguf.evaluation.methods import MI_ANSWERS
 from trimix_gguf.evaluation.reading import AXIS
-from trimix_gguf.evaluation.task import Example, Task
+from trimix_gguf.evaluation.runner import Settings, run_task
+from trimix_gguf.evaluation.task import Dataset, Example, Task
+from trimix_gguf.scoring import GRID
 
 TASK = Task("topics", ("kk",), "Classify.", ("accuracy",), 4, lambda *_: None)
 SHOWN = [
@@ -55,6 +60,26 @@ def test_it_does_not_hang_on_what_was_read_before(trio, chat):
     first = exemplars_information(trio, TASK, SHOWN, chat=chat)
     trio.prefill(trio.prompt(f"{TASK.instruction}\n\n{SHOWN[1].question} {SHOWN[1].answer}"))
     assert np.array_equal(exemplars_information(trio, TASK, SHOWN, chat=chat), first)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_run_takes_the_point_where_its_exemplars_tell_most(trio, tmp_path, monkeypatch, chat):
+    found = []
+
+    def spied(*args, **options):
+        found.append(exemplars_information(*args, **options))
+        return found[0]
+
+    monkeypatch.setattr(runner, "exemplars_information", spied)
+    asked = Dataset([Example("1", QUESTION, "саясат", ("саясат",))], SHOWN)
+    settings = Settings((MI_ANSWERS,), n_exemplars=2, chat=chat)
+    run_task(trio, TASK, asked, settings, tmp_path / "topics.jsonl")
+    output = json.loads((tmp_path / "topics.jsonl").read_text("utf-8"))["outputs"][MI_ANSWERS]
+    expected = exemplars_information(trio, TASK, SHOWN[:2], chat=chat)
+    assert np.array_equal(found, [expected])
+    inner = expected[1:, 1:]  # the grid lies there
+    a, b = np.unravel_index(inner.argmax(), inner.shape)
+    assert (output["alpha"], output["beta"]) == (GRID[a], GRID[b])
 
 
 def test_one_exemplar_has_no_other_question(trimix, task_file, tmp_path):

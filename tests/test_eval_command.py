@@ -14,7 +14,7 @@ from test_cli import one_line_error
 from topics import arguments
 
 from trimix_gguf.cli.evaluate import _progress
-from trimix_gguf.evaluation.runner import finished_ids
+from trimix_gguf.evaluation.run_files import finished_ids
 from trimix_gguf.trios.triofile import ModelEntry, TrioFile
 
 
@@ -54,7 +54,7 @@ def test_a_run_killed_twenty_times_ends_with_the_same_file(trimix, task_file, tm
         started.wait()
         kills += 1
     assert trimix(*arguments(task_file, broken, methods)).returncode == 0
-    for name in ("topics.jsonl", "topics.sample.jsonl"):
+    for name in ("topics.jsonl", "topics.sample.jsonl", "topics.exemplars.json"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes()
 
 

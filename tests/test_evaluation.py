@@ -16,7 +16,8 @@ from trimix_gguf.evaluation import methods, runner
 from trimix_gguf.evaluation.continuing import Mix, Start, continue_all, roles_of
 from trimix_gguf.evaluation.loops import Loop
 from trimix_gguf.evaluation.reading import AXIS, Reader, Reading, choice_nll
-from trimix_gguf.evaluation.runner import Settings, run_task
+from trimix_gguf.evaluation.runner import run_task
+from trimix_gguf.evaluation.settings import Settings
 from trimix_gguf.evaluation.task import Dataset, Example, Task
 from trimix_gguf.prompt import Prompt, Segment
 from trimix_gguf.scoring import GRID

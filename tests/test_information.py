@@ -9,11 +9,11 @@ from test_cli import one_line_error
 from topics import QUESTION, TOPICS, arguments
 
 from trimix_gguf import Trio, score
-from trimix_gguf.evaluation import runner
 from trimix_gguf.evaluation.information import exemplars_information
 from trimix_gguf.evaluation.methods import MI_ANSWERS
 from trimix_gguf.evaluation.reading import AXIS
-from trimix_gguf.evaluation.runner import Settings, run_task
+from trimix_gguf.evaluation.runner import run_task
+from trimix_gguf.evaluation.settings import Settings
 from trimix_gguf.evaluation.task import Dataset, Example, Task
 from trimix_gguf.scoring import GRID
 
@@ -63,20 +63,14 @@ def test_it_does_not_hang_on_what_was_read_before(trio, chat):
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_a_run_takes_the_point_where_its_exemplars_tell_most(trio, tmp_path, monkeypatch, chat):
-    found = []
-
-    def spied(*args, **options):
-        found.append(exemplars_information(*args, **options))
-        return found[0]
-
-    monkeypatch.setattr(runner, "exemplars_information", spied)
+def test_a_run_takes_the_point_where_its_exemplars_tell_most(trio, tmp_path, chat):
     asked = Dataset([Example("1", QUESTION, "саясат", ("саясат",))], SHOWN)
     settings = Settings((MI_ANSWERS,), n_exemplars=2, chat=chat)
     run_task(trio, TASK, asked, settings, tmp_path / "topics.jsonl")
     output = json.loads((tmp_path / "topics.jsonl").read_text("utf-8"))["outputs"][MI_ANSWERS]
     expected = exemplars_information(trio, TASK, SHOWN[:2], chat=chat)
-    assert np.array_equal(found, [expected])
+    kept = json.loads((tmp_path / "topics.exemplars.json").read_text("utf-8"))
+    assert np.array_equal(kept, expected)
     inner = expected[1:, 1:]  # the grid lies there
     a, b = np.unravel_index(inner.argmax(), inner.shape)
     assert (output["alpha"], output["beta"]) == (GRID[a], GRID[b])
@@ -85,3 +79,19 @@ def test_a_run_takes_the_point_where_its_exemplars_tell_most(trio, tmp_path, mon
 def test_one_exemplar_has_no_other_question(trimix, task_file, tmp_path):
     refused = trimix(*arguments(task_file, tmp_path / "run", "mi-answers"), "--exemplars", "1")
     assert "--exemplars 2" in one_line_error(refused)
+
+
+def test_a_run_that_goes_on_reads_its_exemplars_no_more(trimix, task_file, tmp_path):
+    given = arguments(task_file, tmp_path / "run", "mi-answers")
+    whole = trimix(*given)
+    assert "exemplars for mi-answers: 3/3" in whole.stderr.decode()
+    file = tmp_path / "run" / "topics.jsonl"
+    lines = file.read_bytes()
+    file.unlink()
+    resumed = trimix(*given)
+    assert resumed.returncode == 0 and file.read_bytes() == lines
+    assert "exemplars for" not in resumed.stderr.decode()
+    file.unlink()
+    file.with_suffix(".exemplars.json").write_text("[[0.1,")
+    assert "damaged" in one_line_error(trimix(*given))
+    assert not file.exists()

@@ -15,7 +15,9 @@ from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.decoupled import LARGE_BASE, FourthModel, check_fourth, open_fourth
 from trimix_gguf.evaluation.methods import DECOUPLED
 from trimix_gguf.evaluation.reading import AXIS
-from trimix_gguf.evaluation.runner import Progress, Settings, run_task
+from trimix_gguf.evaluation.run_files import read_json, write_json
+from trimix_gguf.evaluation.runner import run_task
+from trimix_gguf.evaluation.settings import Progress, Settings
 from trimix_gguf.evaluation.task import Dataset, Task
 from trimix_gguf.evaluation.tasks import custom_task, find_task
 from trimix_gguf.fusion import ROLES
@@ -137,10 +139,7 @@ def _keep_settings(folder: Path, settings: dict[str, Any]) -> None:
     file, asked = folder / "run.json", json.loads(json.dumps(settings))
     kept = asked
     if file.exists():
-        try:
-            kept = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise DataError(f"{file} is damaged; give another folder") from None
+        kept = read_json(file)
         known = kept.get("singles") or {}
         there = all(asked["singles"].get(name) == model for name, model in known.items())
         if more := there and known != asked["singles"]:
@@ -152,9 +151,7 @@ def _keep_settings(folder: Path, settings: dict[str, Any]) -> None:
             )
         if not more:
             return
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(kept, indent=1, ensure_ascii=False), encoding="utf-8")
-    part.replace(file)
+    write_json(file, kept)
 
 
 def _settings(plan: Plan, trio: Trio) -> dict[str, Any]:

@@ -1,10 +1,6 @@
 """Runs a task: one line of JSON an example, so that a run that was killed goes on where it was."""
 
-import json
-import os
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,80 +9,22 @@ from typing import Any
 import numpy as np
 
 from trimix_gguf.branches import Branches
-from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.continuing import (
-    WIDEST,
-    Mix,
-    Start,
-    continue_all,
-    continue_decoupled,
-    roles_of,
-)
+from trimix_gguf.evaluation.continuing import WIDEST, Mix, Start, continue_all, continue_decoupled
 from trimix_gguf.evaluation.decoupled import FourthModel
-from trimix_gguf.evaluation.information import exemplars_information
 from trimix_gguf.evaluation.loops import Loop
-from trimix_gguf.evaluation.methods import (
-    DECOUPLED,
-    MI_ANSWERS,
-    ORACLE,
-    READING,
-    SELECTING,
-    fixed_mix,
-    grid_mixes,
-    lowest_decoupled,
-    lowest_on_grid,
-    mixes,
-)
-from trimix_gguf.evaluation.prompts import exemplars_of, open_reader, question_after
+from trimix_gguf.evaluation.methods import DECOUPLED, ORACLE, grid_mixes, lowest_decoupled, mixes
+from trimix_gguf.evaluation.prompts import open_reader, question_after
 from trimix_gguf.evaluation.reading import Reader, Reading, choice_nll, token_nlls
+from trimix_gguf.evaluation.run_files import append_line, finished_ids
+from trimix_gguf.evaluation.settings import Progress, Settings, silent
 from trimix_gguf.evaluation.task import Dataset, Example, Task
+from trimix_gguf.evaluation.task_weights import choose_task_weights
 from trimix_gguf.fusion import ROLES, Rows, Weights
 from trimix_gguf.scoring import GRID, Float64
 from trimix_gguf.trio import Trio
 
-N_TASK_SAMPLE = 50  # prompts that the published code averages over
 # Questions, and mixes of them, together: more gain little, and a run that is killed loses them.
 _MOST_TOGETHER, _MOST_MIXES = 8, 192
-# What is under way -> how many of how many are done.
-Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
-
-
-@contextmanager
-def silent(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress that nobody is shown."""
-    yield lambda done, total: None
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What an example's line depends on, beside the models and the data."""
-
-    methods: tuple[str, ...]
-    seed: int = 0
-    n_exemplars: int | None = None
-    limit: int | None = None
-    chat: bool = False  # large_ins reads its chat template around each prompt
-    fill_loops: bool = False  # answers that only repeat themselves are filled up, not decoded
-
-    @property
-    def reads(self) -> bool:
-        """Whether a method chooses by what the prompts' reading shows."""
-        return any(name in READING for name in self.methods)
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """Models that the methods run."""
-        if any(name in SELECTING or name == ORACLE for name in self.methods):
-            return ROLES
-        return roles_of([fixed_mix(name) for name in self.methods])
-
-    def questions(self, dataset: Dataset) -> list[Example]:
-        """The examples to answer: all, or `limit` of them drawn with the seed, in their order."""
-        examples = list(dataset.examples)
-        if self.limit is None or self.limit >= len(examples):
-            return examples
-        drawn = set(random.Random(self.seed).sample(range(len(examples)), self.limit))
-        return [example for at, example in enumerate(examples) if at in drawn]
 
 
 def run_task(
@@ -122,11 +60,9 @@ def run_task(
         chat=settings.chat,
         fourth=fourth,
     )
-    weights = {
-        name: choose(reader, task, dataset, settings, out, partial(progress, f"{label}, {what}"))
-        for name, (what, choose) in _PER_TASK.items()
-        if name in settings.methods
-    }
+    weights = choose_task_weights(
+        reader, task, dataset, settings, out, lambda what: progress(f"{label}, {what}")
+    )
     n, n_done = _n_together(reader, task, questions, settings), len(questions) - len(left)
     with progress(label) as shown, out.open("a", encoding="utf-8") as lines:
         shown(n_done, len(questions))
@@ -140,7 +76,7 @@ def run_task(
                     continue
                 if name_as is not None:
                     line["outputs"] = {name_as: line["outputs"]["large_ins"]}
-                lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+                append_line(lines, line)
                 n_done += 1
             lines.flush()
             shown(n_done, len(questions))
@@ -162,21 +98,6 @@ def _n_together(
     by_branches = trio.n_window - 1 - max(n_texts, n_choices)
     by_mixes = _MOST_MIXES // n_mixes
     return max(1, min(_MOST_TOGETHER, by_room, by_branches, by_mixes))
-
-
-def finished_ids(out: Path) -> set[str]:
-    """Ids of the whole lines of `out`; cuts off what a kill left of the last one."""
-    if not out.exists():
-        return set()
-    raw = out.read_bytes()
-    whole = raw[: raw.rfind(b"\n") + 1]
-    if len(whole) < len(raw):
-        os.truncate(out, len(whole))
-    try:
-        # Not splitlines(): an answer may hold other line ends, such as U+2028.
-        return {json.loads(line)["id"] for line in whole.split(b"\n")[:-1]}
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{out} holds lines that are not a run's; give another folder") from None
 
 
 def answer_all(
@@ -285,48 +206,3 @@ def _reading_line(reading: Reading) -> dict[str, Any]:
 
 def _rounded(values: Float64) -> Any:
     return np.round(values, 4).tolist()
-
-
-Doing = Callable[[], AbstractContextManager[Callable[[int, int], None]]]  # Progress of one thing
-
-
-def _by_sample(
-    reader: Reader, task: Task, dataset: Dataset, settings: Settings, out: Path, doing: Doing
-) -> Weights:
-    """The pair with the lowest macro perplexity of a sample of prompts.
-
-    What each prompt of it has is kept beside `out`, for a run that goes on.
-    """
-    questions = settings.questions(dataset)
-    sample = random.Random(settings.seed).sample(questions, min(N_TASK_SAMPLE, len(questions)))
-    kept = out.with_suffix(".sample.jsonl")
-    done = len(finished_ids(kept))
-    if done < len(sample):
-        with doing() as shown, kept.open("a", encoding="utf-8") as lines:
-            shown(done, len(sample))
-            for at, question in enumerate(sample[done:], done + 1):
-                nats = reader.read(question_after(reader, question)).nlls.mean(axis=0)
-                lines.write(json.dumps({"id": question.id, "nll": nats.tolist()}) + "\n")
-                lines.flush()
-                shown(at, len(sample))
-    texts = kept.read_text(encoding="utf-8").split("\n")[:-1]
-    return lowest_on_grid(np.mean([json.loads(text)["nll"] for text in texts], axis=0))
-
-
-def _by_exemplars(
-    reader: Reader, task: Task, dataset: Dataset, settings: Settings, out: Path, doing: Doing
-) -> Weights:
-    """The pair by which the exemplars' answers hang most on their questions."""
-    exemplars = exemplars_of(task, dataset, settings.n_exemplars)
-    with doing() as shown:
-        information = exemplars_information(
-            reader.trio, task, exemplars, chat=settings.chat, shown=shown
-        )
-    return lowest_on_grid(-information)
-
-
-# Methods that choose one pair a task, before its first answer: what they do meanwhile, and how.
-_PER_TASK = {
-    "ppl-task": ("a sample for ppl-task", _by_sample),
-    MI_ANSWERS: (f"exemplars for {MI_ANSWERS}", _by_exemplars),
-}

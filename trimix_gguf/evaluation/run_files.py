@@ -1,0 +1,46 @@
+"""The files of a run: what a kill cuts off of them is written anew, what is whole is kept."""
+
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from trimix_gguf.errors import DataError
+
+
+def append_line(lines: IO[str], line: dict[str, Any]) -> None:
+    """One example's line of JSON."""
+    lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def finished_ids(file: Path) -> set[str]:
+    """Ids of the whole lines of `file`; cuts off what a kill left of the last one.
+
+    Raises DataError for lines that are no run's.
+    """
+    if not file.exists():
+        return set()
+    raw = file.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1]
+    if len(whole) < len(raw):
+        os.truncate(file, len(whole))
+    try:
+        # Not splitlines(): an answer may hold other line ends, such as U+2028.
+        return {json.loads(line)["id"] for line in whole.split(b"\n")[:-1]}
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{file} holds lines that are not a run's; give another folder") from None
+
+
+def write_json(file: Path, value: Any) -> None:
+    """The whole of `file`, or nothing."""
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+    part.replace(file)
+
+
+def read_json(file: Path) -> Any:
+    """What write_json wrote. Raises DataError."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise DataError(f"{file} is damaged; give another folder") from None

@@ -1,0 +1,52 @@
+"""What a run of a task is told beside the models and the data."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+from trimix_gguf.evaluation.continuing import roles_of
+from trimix_gguf.evaluation.methods import ORACLE, READING, SELECTING, fixed_mix
+from trimix_gguf.evaluation.task import Dataset, Example
+from trimix_gguf.fusion import ROLES
+
+# What is under way -> how many of how many are done.
+Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+
+
+@contextmanager
+def silent(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress that nobody is shown."""
+    yield lambda done, total: None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an example's line depends on."""
+
+    methods: tuple[str, ...]
+    seed: int = 0
+    n_exemplars: int | None = None
+    limit: int | None = None
+    chat: bool = False  # large_ins reads its chat template around each prompt
+    fill_loops: bool = False  # answers that only repeat themselves are filled up, not decoded
+
+    @property
+    def reads(self) -> bool:
+        """Whether a method chooses by what the prompts' reading shows."""
+        return any(name in READING for name in self.methods)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Models that the methods run."""
+        if any(name in SELECTING or name == ORACLE for name in self.methods):
+            return ROLES
+        return roles_of([fixed_mix(name) for name in self.methods])
+
+    def questions(self, dataset: Dataset) -> list[Example]:
+        """The examples to answer: all, or `limit` of them drawn with the seed, in their order."""
+        examples = list(dataset.examples)
+        if self.limit is None or self.limit >= len(examples):
+            return examples
+        drawn = set(random.Random(self.seed).sample(range(len(examples)), self.limit))
+        return [example for at, example in enumerate(examples) if at in drawn]

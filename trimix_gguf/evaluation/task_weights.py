@@ -1,0 +1,72 @@
+"""Methods that choose one pair a task, before its first answer."""
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from trimix_gguf.evaluation.information import exemplars_information
+from trimix_gguf.evaluation.methods import MI_ANSWERS, lowest_on_grid
+from trimix_gguf.evaluation.prompts import exemplars_of, question_after
+from trimix_gguf.evaluation.reading import Reader
+from trimix_gguf.evaluation.run_files import append_line, finished_ids, read_json, write_json
+from trimix_gguf.evaluation.settings import Progress, Settings
+from trimix_gguf.evaluation.task import Dataset, Task
+from trimix_gguf.fusion import Weights
+from trimix_gguf.scoring import Float64
+
+N_SAMPLE = 50  # prompts that the published code averages over
+
+
+def choose_task_weights(
+    reader: Reader, task: Task, dataset: Dataset, settings: Settings, out: Path, progress: Progress
+) -> Mapping[str, Weights]:
+    """The pair of each such method that was asked for.
+
+    What they look at takes minutes; it is kept beside `out`, for a run that goes on.
+    """
+    chosen = {}
+    if "ppl-task" in settings.methods:
+        nats = _sample_nats(reader, dataset, settings, out.with_suffix(".sample.jsonl"), progress)
+        chosen["ppl-task"] = lowest_on_grid(nats)
+    if MI_ANSWERS in settings.methods:
+        kept = out.with_suffix(".exemplars.json")
+        information = _exemplars_information(reader, task, dataset, settings, kept, progress)
+        chosen[MI_ANSWERS] = lowest_on_grid(-information)
+    return chosen
+
+
+def _sample_nats(
+    reader: Reader, dataset: Dataset, settings: Settings, kept: Path, progress: Progress
+) -> Float64:
+    """Macro perplexity, as nats, of a sample of prompts over AXIS² [n, n]."""
+    questions = settings.questions(dataset)
+    sample = random.Random(settings.seed).sample(questions, min(N_SAMPLE, len(questions)))
+    done = len(finished_ids(kept))
+    if done < len(sample):
+        with progress("a sample for ppl-task") as shown, kept.open("a", encoding="utf-8") as lines:
+            shown(done, len(sample))
+            for at, question in enumerate(sample[done:], done + 1):
+                nats = reader.read(question_after(reader, question)).nlls.mean(axis=0)
+                append_line(lines, {"id": question.id, "nll": nats.tolist()})
+                lines.flush()
+                shown(at, len(sample))
+    texts = kept.read_text(encoding="utf-8").split("\n")[:-1]
+    mean: Float64 = np.mean([json.loads(text)["nll"] for text in texts], axis=0)
+    return mean
+
+
+def _exemplars_information(
+    reader: Reader, task: Task, dataset: Dataset, settings: Settings, kept: Path, progress: Progress
+) -> Float64:
+    """How much the exemplars' answers hang on their questions over AXIS² [n, n]."""
+    if not kept.exists():
+        exemplars = exemplars_of(task, dataset, settings.n_exemplars)
+        with progress(f"exemplars for {MI_ANSWERS}") as shown:
+            information = exemplars_information(
+                reader.trio, task, exemplars, chat=settings.chat, shown=shown
+            )
+        write_json(kept, information.tolist())
+    return np.array(read_json(kept))

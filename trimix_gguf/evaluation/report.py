@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.answers import CALIBRATED, Run, TaskRun, join, load_run, predict
 from trimix_gguf.evaluation.findings import chosen, gap_closed, guidance, surface
-from trimix_gguf.evaluation.methods import ORACLE, READING, SELECTING
+from trimix_gguf.evaluation.methods import INFORMATIVE, ORACLE, READING, SELECTING
 from trimix_gguf.evaluation.metrics import METRICS
 from trimix_gguf.evaluation.statistics import (
     Difference,
@@ -186,12 +186,13 @@ def _mixed(task: _Judged, name: str) -> dict[str, Any]:
 def _gains(
     values: Mapping[str, float], against: Callable[[str, str], Difference]
 ) -> dict[str, dict[str, Any]]:
-    """OURS against the single model that is the best on these very examples, and proxy tuning.
+    """OURS, and INFORMATIVE, against the best single model on these examples, and proxy tuning.
 
-    Its calibrated choices are compared with what is best of theirs, calibrated or not.
+    Calibrated choices are compared with what is best of theirs, calibrated or not.
     """
     gains: dict[str, dict[str, Any]] = {}
-    for ours, forms in ((OURS, ("",)), (OURS + CALIBRATED, ("", CALIBRATED))):
+    for ours in (OURS, INFORMATIVE, OURS + CALIBRATED, INFORMATIVE + CALIBRATED):
+        forms = ("", CALIBRATED) if ours.endswith(CALIBRATED) else ("",)
         if ours not in values:
             continue
         gains[ours] = {}

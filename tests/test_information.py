@@ -1,6 +1,7 @@
 """Mutual information of exemplars' answers and questions, on the nano trio."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -82,7 +83,7 @@ def test_one_exemplar_has_no_other_question(trimix, task_file, tmp_path):
 
 
 def test_a_run_that_goes_on_reads_its_exemplars_no_more(trimix, task_file, tmp_path):
-    given = arguments(task_file, tmp_path / "run", "mi-answers")
+    given = arguments(task_file, tmp_path / "run", "mi-answers,ppl-task")
     whole = trimix(*given)
     assert "exemplars for mi-answers: 3/3" in whole.stderr.decode()
     file = tmp_path / "run" / "topics.jsonl"
@@ -92,6 +93,16 @@ def test_a_run_that_goes_on_reads_its_exemplars_no_more(trimix, task_file, tmp_p
     assert resumed.returncode == 0 and file.read_bytes() == lines
     assert "exemplars for" not in resumed.stderr.decode()
     file.unlink()
-    file.with_suffix(".exemplars.json").write_text("[[0.1,")
-    assert "damaged" in one_line_error(trimix(*given))
-    assert not file.exists()
+    kept = file.with_suffix(".exemplars.json").read_text("utf-8")
+    sample = file.with_suffix(".sample.jsonl").read_text("utf-8")
+    other = re.sub(r'"nll": .*', '"nll": [[1.0]]}', sample)
+    assert other != sample
+    for name, texts in (
+        (".exemplars.json", ("[[0.1,", "{}", "[[1]]")),
+        (".sample.jsonl", (other,)),
+    ):
+        for text in texts:
+            file.with_suffix(name).write_text(text, "utf-8")
+            assert "damaged" in one_line_error(trimix(*given))
+            assert not file.exists()
+        file.with_suffix(".exemplars.json").write_text(kept, "utf-8")

@@ -1,4 +1,4 @@
-"""Runs of different tasks in one report."""
+"""Runs of different tasks, or different methods, in one report."""
 
 import json
 
@@ -17,6 +17,37 @@ def test_two_runs_joined_are_one_run_of_both_tasks(rng, tmp_path):
     joined = summarize(join([load_run(folder) for folder in apart]), n_resamples=60)
     assert [run["tasks"] for run in joined["runs"]] == [["tumlu"], ["kazqad"]]
     assert joined == whole | {"runs": joined["runs"]}
+
+
+@pytest.mark.parametrize("task", ["tumlu", "kazqad"])
+def test_methods_that_came_later_stand_beside_the_others(trimix, rng, tmp_path, task):
+    pytest.importorskip("scipy")
+    whole = made_lines(rng, task)
+    late = ("ppl-answers", "mi-answers", "contrastive")
+
+    def part(has, *without):
+        lines = [{k: v for k, v in line.items() if k not in without} for line in whole]
+        for line in lines:
+            line["outputs"] = {name: o for name, o in line["outputs"].items() if has(name)}
+        return lines
+
+    early = part(lambda name: name not in late, "grid")
+    later = part(lambda name: name in (*late, "large_ins"), "nll", "n_scored", "choice_nll")
+    for line in later:  # what both have is the first's
+        line["outputs"]["large_ins"] = {**line["outputs"]["large_ins"], "text": "?"}
+    folders = [
+        write_run(tmp_path / name, {task: lines}, command=[name])
+        for name, lines in (("whole", whole), ("early", early), ("later", later))
+    ]
+    summaries = [
+        json.loads(trimix("eval", "report", *some, "--json").stdout)
+        for some in (folders[:1], folders[1:])
+    ]
+    for summary in summaries:
+        assert "upper-bound" in summary["methods"] and "mi" in summary["methods"]
+        del summary["runs"]
+    assert summaries[0]["tasks"][task]["methods"] == summaries[1]["tasks"][task]["methods"]
+    assert summaries[0]["tasks"][task]["findings"] == summaries[1]["tasks"][task]["findings"]
 
 
 def test_joined_from_the_command_line(trimix, rng, tmp_path):
@@ -43,11 +74,13 @@ def test_joined_from_the_command_line(trimix, rng, tmp_path):
     [
         ({"seed": 6}, "differ in seed"),
         ({"lang": "kk", "models": {"large_ins": {"file": "b.gguf"}}}, "differ in models"),
-        ({}, "both kazqad"),
+        ({"seed": 5}, "other questions of kazqad"),
     ],
 )
 def test_runs_that_cannot_stand_in_one_table(trimix, rng, tmp_path, other, said):
-    lines = {"kazqad": made_lines(rng, "kazqad")}
-    one, two = (write_run(tmp_path / n, lines, **more) for n, more in (("a", {}), ("b", other)))
+    one, two = (
+        write_run(tmp_path / name, {"kazqad": made_lines(rng, "kazqad")}, **more)
+        for name, more in (("a", {}), ("b", other))
+    )
     error = one_line_error(trimix("eval", "report", one, two))
     assert said in error and str(one) in error and str(two) in error

@@ -70,7 +70,8 @@ def report(
 ) -> None:
     """Print the table of a run as Markdown; scores are taken from its texts, without models.
 
-    Several runs of the same models, each with other tasks, are reported in one table.
+    Several runs of the same models, with other tasks or other methods on the same questions, are
+    reported in one table; what two of them have is taken from the first.
     """
     import json
 

@@ -5,7 +5,7 @@ Models are not needed: a finished run can be judged anew as often as one likes.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,11 @@ def _begun(folder: Path, settings: dict[str, Any]) -> Run:
 
 
 def join(runs: Sequence[Run]) -> Run:
-    """Runs of different tasks as one; raises DataError where they cannot stand in one table."""
+    """Runs of other tasks, or of other methods on the same questions, as one.
+
+    Of what two of them have the first one's stands. Raises DataError where they cannot stand in
+    one table.
+    """
     first, *others = runs
     tasks = dict(first.tasks)
     for other in others:
@@ -146,10 +150,39 @@ def join(runs: Sequence[Run]) -> Run:
         for key in _ALIKE:
             if other.settings.get(key) != first.settings.get(key):
                 raise DataError(f"{pair} differ in {key}; report each by itself")
-        if both := tasks.keys() & other.tasks.keys():
-            raise DataError(f"{pair} have both {min(both)}; report each by itself")
-        tasks |= other.tasks
+        for name, answers in other.tasks.items():
+            known = tasks.setdefault(name, answers)
+            if (known.ids, known.references) != (answers.ids, answers.references):
+                raise DataError(f"{pair} answer other questions of {name}; report each by itself")
+            tasks[name] = _merged(known, answers)
     return Run(first.folder, first.settings, tasks, tuple(runs))
+
+
+def _merged(first: TaskRun, other: TaskRun) -> TaskRun:
+    """What `first` has, and what only `other`, of the same examples, has."""
+    lacking = {
+        name: getattr(other, name)
+        for name in ("grid_texts", "n_scored", "nll", "choice_nll")
+        if getattr(first, name) is None
+    }
+    texts, weights = {**other.texts, **first.texts}, {**other.weights, **first.weights}
+    return _informed(replace(first, texts=texts, weights=weights, **lacking))
+
+
+def _informed(answers: TaskRun) -> TaskRun:
+    """With INFORMATIVE, as far as these answers tell it."""
+    texts, weights = dict(answers.texts), dict(answers.weights)
+    for of in (texts, weights):
+        of.pop(INFORMATIVE, None)
+    nll, grid = answers.choice_nll, answers.grid_texts
+    if nll is not None and len(nll) >= _FEWEST:
+        pair = most_informative(nll)
+        weights[INFORMATIVE] = np.tile((pair.alpha, pair.beta), (len(nll), 1))
+        if grid is not None:
+            texts[INFORMATIVE] = grid[GRID.index(pair.alpha)][GRID.index(pair.beta)]
+    elif nll is None and MI_ANSWERS in texts:
+        texts[INFORMATIVE], weights[INFORMATIVE] = texts[MI_ANSWERS], weights[MI_ANSWERS]
+    return replace(answers, texts=texts, weights=weights)
 
 
 def predict(answers: TaskRun, *, choice_scoring: bool = False) -> Predictions:
@@ -235,16 +268,7 @@ def _task_run(
         texts[single] = [o["text"] for o in _outputs([answers[i] for i in ids], single)]
     n = len(settings["axis"])
     choices = [line.get("choices", []) for _, line in rows]
-    grid = _grid_texts(rows, n - 1) if ORACLE in settings["methods"] else None
-    choice_nll = _numbers(rows, "choice_nll", [(len(c), n, n) for c in choices])
-    if choice_nll is not None and len(rows) >= _FEWEST:
-        pair = most_informative(choice_nll)
-        weights[INFORMATIVE] = np.tile((pair.alpha, pair.beta), (len(rows), 1))
-        if grid is not None:
-            texts[INFORMATIVE] = grid[GRID.index(pair.alpha)][GRID.index(pair.beta)]
-    elif choice_nll is None and MI_ANSWERS in asked:
-        texts[INFORMATIVE], weights[INFORMATIVE] = texts[MI_ANSWERS], weights[MI_ANSWERS]
-    return TaskRun(
+    answers = TaskRun(
         task=task,
         axis=tuple(float(weight) for weight in settings["axis"]),
         ids=ids,
@@ -252,11 +276,12 @@ def _task_run(
         choices=choices,
         texts=texts,
         weights=weights,
-        grid_texts=grid,
+        grid_texts=_grid_texts(rows, n - 1) if ORACLE in settings["methods"] else None,
         n_scored=_numbers(rows, "n_scored", [()] * len(rows)),
         nll=_numbers(rows, "nll", [(n, n)] * len(rows)),
-        choice_nll=choice_nll,
+        choice_nll=_numbers(rows, "choice_nll", [(len(c), n, n) for c in choices]),
     )
+    return _informed(answers)
 
 
 def _lines(file: Path, *, ended: bool = False) -> list[Row]:

@@ -4,13 +4,15 @@ import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.information import exemplars_information
 from trimix_gguf.evaluation.methods import MI_ANSWERS, lowest_on_grid
 from trimix_gguf.evaluation.prompts import exemplars_of, question_after
-from trimix_gguf.evaluation.reading import Reader
+from trimix_gguf.evaluation.reading import AXIS, Reader
 from trimix_gguf.evaluation.run_files import append_line, finished_ids, read_json, write_json
 from trimix_gguf.evaluation.settings import Progress, Settings
 from trimix_gguf.evaluation.task import Dataset, Task
@@ -54,7 +56,8 @@ def _sample_nats(
                 lines.flush()
                 shown(at, len(sample))
     texts = kept.read_text(encoding="utf-8").split("\n")[:-1]
-    mean: Float64 = np.mean([json.loads(text)["nll"] for text in texts], axis=0)
+    nats = [_on_axes(json.loads(text).get("nll"), kept) for text in texts]
+    mean: Float64 = np.mean(nats, axis=0)
     return mean
 
 
@@ -69,4 +72,15 @@ def _exemplars_information(
                 reader.trio, task, exemplars, chat=settings.chat, shown=shown
             )
         write_json(kept, information.tolist())
-    return np.array(read_json(kept))
+    return _on_axes(read_json(kept), kept)
+
+
+def _on_axes(value: Any, file: Path) -> Float64:
+    """Numbers over AXIS² that `file` held; raises DataError where it holds others."""
+    try:
+        numbers = np.array(value, np.float64)
+    except (TypeError, ValueError):
+        numbers = np.array(np.nan)
+    if numbers.shape != (len(AXIS), len(AXIS)) or not np.isfinite(numbers).all():
+        raise DataError(f"{file} is damaged; give another folder")
+    return numbers

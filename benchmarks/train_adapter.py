@@ -1,21 +1,20 @@
 """Teach a small model a language by LoRA on raw and parallel text: a stronger small_cpt.
 
     python benchmarks/train_adapter.py --base BASE.gguf --start PEFT_DIR --data DATA -o OUT \\
-        [--tokens 250000]
+        [--tokens 250000] [--exercises 0.45]
 
 Continues the PEFT adapter START of the dequantized BASE (`pip install -e '.[oracle]'`) on Kazakh
 paragraphs, sentence pairs and some English, so that the language is learned and English is not
-forgotten; no task's questions and no labels. A run that was stopped goes on where it was. OUT gets
-`base`, a checkpoint folder, and `adapter`: `trimix convert lora OUT/adapter --base OUT/base -o
-kk.gguf`. The batches are large: with glibc, MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0
-MALLOC_TRIM_THRESHOLD_=17179869184 keep their memory, which some machines take long to give anew.
+forgotten, and on exercises made of them (teaching_text.py), so that it goes on to answer as
+exemplars do. A run that was stopped goes on where it was. OUT gets `base`, a checkpoint folder, and
+`adapter`: `trimix convert lora OUT/adapter --base OUT/base -o kk.gguf`. The batches are large:
+with glibc, MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 keep their
+memory, which some machines take long to give anew.
 """
 
 import argparse
-import csv
 import math
 import random
-import re
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -23,11 +22,11 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from teaching_text import Pieces, documents
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-BLOCK, ROWS = 256, 2  # tokens in a row of a batch, rows
+BLOCK = 512  # tokens in a step's row, which holds most exercises whole
 LEARNING_RATE = 3e-4
-MIX = {"pairs": 0.55, "kazakh": 0.35, "english": 0.1}  # of the documents' characters
 SAVE_EVERY_S = 300
 
 
@@ -38,6 +37,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="holds corpus/ and parallel/")
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=250_000)
+    parser.add_argument("--exercises", type=float, default=0.0, metavar="SHARE", help="of the text")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
@@ -49,24 +49,46 @@ def main() -> None:
     base.save_pretrained(options.out / "base")
     tokenizer.save_pretrained(options.out / "base")
     model = PeftModel.from_pretrained(base, options.start, is_trainable=True)
-    n_steps = options.tokens // (BLOCK * ROWS)
-    text = blocks(tokenizer, options.data, options.seed)
-    train(model, torch.tensor([*islice(text, n_steps * ROWS)]).view(n_steps, ROWS, BLOCK), options)
+    texts = documents(options.data, random.Random(options.seed), options.exercises)
+    rows = list(islice(blocks(tokenizer, texts), options.tokens // BLOCK))
+    ids, counts = (torch.tensor(part) for part in zip(*rows, strict=True))
+    train(model, ids, counts, options)
 
 
-def train(model: PeftModel, batches: torch.Tensor, options: argparse.Namespace) -> None:
-    """On `batches`, ids of shape (steps, rows, tokens), against the ids that are in them.
+def blocks(
+    tokenizer: AutoTokenizer, texts: Iterator[Pieces]
+) -> Iterator[tuple[list[int], list[float]]]:
+    """Rows of BLOCK ids and what each counts, documents end to end."""
+    ids: list[int] = []
+    counts: list[float] = []
+    for pieces in texts:
+        for text, count in pieces:
+            found = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids += found
+            counts += [count] * len(found)
+        ids.append(tokenizer.eos_token_id)
+        counts.append(1.0)
+        while len(ids) >= BLOCK:
+            yield ids[:BLOCK], counts[:BLOCK]
+            ids, counts = ids[BLOCK:], counts[BLOCK:]
+
+
+def train(
+    model: PeftModel, rows: torch.Tensor, counts: torch.Tensor, options: argparse.Namespace
+) -> None:
+    """On `rows` of ids, of shape (steps, tokens), against the ids that are in them.
 
     All 151,936 would take a third to a half of the time, most of it for scripts never seen here.
+    `counts`, of the same shape: what a token counts in its row's mean loss.
     """
-    ids, targets = torch.unique(batches, return_inverse=True)
+    ids, targets = torch.unique(rows, return_inverse=True)
     inner = model.get_base_model()
     unembedding = inner.lm_head.weight.detach()[ids].T.contiguous()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         trained.values(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0
     )
-    n_steps, state_file = len(batches), options.out / "state.pt"
+    n_steps, state_file = len(rows), options.out / "state.pt"
     first = 0
     if state_file.exists():
         state = torch.load(state_file)
@@ -84,10 +106,10 @@ def train(model: PeftModel, batches: torch.Tensor, options: argparse.Namespace) 
     running = None
     for step in range(first, n_steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, n_steps)
-        hidden = inner.model(input_ids=batches[step]).last_hidden_state
-        logits = hidden[:, :-1] @ unembedding
-        wanted = targets[step, :, 1:]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+        hidden = inner.model(input_ids=rows[step : step + 1]).last_hidden_state[0]
+        logits = hidden[:-1] @ unembedding
+        nll = torch.nn.functional.cross_entropy(logits, targets[step, 1:], reduction="none")
+        loss = nll @ counts[step, 1:] / counts[step, 1:].sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -100,7 +122,7 @@ def train(model: PeftModel, batches: torch.Tensor, options: argparse.Namespace) 
             left = (n_steps - step - 1) / rate / 60
             print(
                 f"step {step}/{n_steps} loss {running:.3f} "
-                f"{rate * BLOCK * ROWS:.0f} tokens/s, {left:.0f} min left",
+                f"{rate * BLOCK:.0f} tokens/s, {left:.0f} min left",
                 flush=True,
             )
         if now - saved > SAVE_EVERY_S:
@@ -114,78 +136,6 @@ def learning_rate(step: int, n_steps: int) -> float:
     """Linear warm-up over 20 steps, then a cosine down to 5 %."""
     slope = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / n_steps))
     return LEARNING_RATE * min(1, (step + 1) / 20) * slope
-
-
-# -- text -----------------------------------------------------------------------------------
-
-
-def blocks(tokenizer: AutoTokenizer, data: Path, seed: int) -> Iterator[list[int]]:
-    """Rows of BLOCK ids, documents end to end."""
-    end, ids = tokenizer.eos_token_id, []
-    for text in documents(data, random.Random(seed)):
-        ids += [*tokenizer(text, add_special_tokens=False)["input_ids"], end]
-        while len(ids) >= BLOCK:
-            yield ids[:BLOCK]
-            ids = ids[BLOCK:]
-
-
-def documents(data: Path, rng: random.Random) -> Iterator[str]:
-    """One after another, whichever kind is furthest behind its share; for ever."""
-    kinds = {
-        "pairs": around(pair_documents(data, rng), rng),
-        "kazakh": around(paragraphs([data / "corpus/kk/train.txt"], 6), rng),
-        "english": around(paragraphs(sorted((data / "corpus/en").glob("*-*.txt")), 6), rng),
-    }
-    read = dict.fromkeys(kinds, 0)
-    while True:
-        kind = min(kinds, key=lambda k: read[k] / MIX[k])
-        text = next(kinds[kind])
-        read[kind] += len(text)
-        yield text
-
-
-def around(texts: list[str], rng: random.Random) -> Iterator[str]:
-    while True:
-        yield from rng.sample(texts, len(texts))
-
-
-def paragraphs(files: list[Path], n_lines: int) -> list[str]:
-    lines = [
-        line.strip()
-        for file in files
-        for line in file.read_text(encoding="utf-8").splitlines()
-        if len(line.split()) > 3
-    ]
-    return [" ".join(lines[i : i + n_lines])[:1500] for i in range(0, len(lines), n_lines)]
-
-
-def pair_documents(data: Path, rng: random.Random) -> list[str]:
-    """Four aligned pairs each, one direction a document, every pair in both."""
-    with (data / "parallel/kk-en.tsv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    good = [
-        {"Kazakh": sentence(row["kk"]), "English": sentence(row["en"])}
-        for row in rows
-        if float(row["score"]) >= 0.5 and all(4 <= len(row[x].split()) <= 40 for x in ("kk", "en"))
-    ]
-    texts = []
-    for source, target in (("Kazakh", "English"), ("English", "Kazakh")):
-        shuffled = rng.sample(good, len(good))
-        for i in range(0, len(shuffled), 4):
-            texts.append(
-                "\n\n".join(
-                    f"{source}: {pair[source]}\n{target}: {pair[target]}"
-                    for pair in shuffled[i : i + 4]
-                )
-            )
-    return texts
-
-
-def sentence(tokens: str) -> str:
-    """Lower-cased words and marks apart -> a sentence as it is written."""
-    text = re.sub(r" ([.,;:!?%)»])", r"\1", tokens.strip())
-    text = re.sub(r"([(«]) ", r"\1", text)
-    return text[:1].upper() + text[1:]
 
 
 if __name__ == "__main__":

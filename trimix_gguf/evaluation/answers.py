@@ -268,20 +268,21 @@ def _task_run(
         texts[single] = [o["text"] for o in _outputs([answers[i] for i in ids], single)]
     n = len(settings["axis"])
     choices = [line.get("choices", []) for _, line in rows]
-    answers = TaskRun(
-        task=task,
-        axis=tuple(float(weight) for weight in settings["axis"]),
-        ids=ids,
-        references=[line["references"] for _, line in rows],
-        choices=choices,
-        texts=texts,
-        weights=weights,
-        grid_texts=_grid_texts(rows, n - 1) if ORACLE in settings["methods"] else None,
-        n_scored=_numbers(rows, "n_scored", [()] * len(rows)),
-        nll=_numbers(rows, "nll", [(n, n)] * len(rows)),
-        choice_nll=_numbers(rows, "choice_nll", [(len(c), n, n) for c in choices]),
+    return _informed(
+        TaskRun(
+            task=task,
+            axis=tuple(float(weight) for weight in settings["axis"]),
+            ids=ids,
+            references=[line["references"] for _, line in rows],
+            choices=choices,
+            texts=texts,
+            weights=weights,
+            grid_texts=_grid_texts(rows, n - 1) if ORACLE in settings["methods"] else None,
+            n_scored=_numbers(rows, "n_scored", [()] * len(rows)),
+            nll=_numbers(rows, "nll", [(n, n)] * len(rows)),
+            choice_nll=_numbers(rows, "choice_nll", [(len(c), n, n) for c in choices]),
+        )
     )
-    return _informed(answers)
 
 
 def _lines(file: Path, *, ended: bool = False) -> list[Row]:

@@ -165,7 +165,8 @@ def _merged(first: TaskRun, other: TaskRun) -> TaskRun:
         for name in ("grid_texts", "n_scored", "nll", "choice_nll")
         if getattr(first, name) is None
     }
-    texts, weights = {**other.texts, **first.texts}, {**other.weights, **first.weights}
+    texts = {**first.texts, **other.texts, **first.texts}  # in the first's order
+    weights = {**first.weights, **other.weights, **first.weights}
     return _informed(replace(first, texts=texts, weights=weights, **lacking))
 
 

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.answers import CALIBRATED, Run, TaskRun, join, load_run, predict
+from trimix_gguf.evaluation.answers import CALIBRATED, Run, TaskRun, join, predict
 from trimix_gguf.evaluation.findings import chosen, gap_closed, guidance, surface
+from trimix_gguf.evaluation.loading import load_run
 from trimix_gguf.evaluation.methods import INFORMATIVE, ORACLE, READING, SELECTING
 from trimix_gguf.evaluation.metrics import METRICS
 from trimix_gguf.evaluation.statistics import (

@@ -64,8 +64,8 @@ def test_markdown_says_what_it_rests_on(two_tasks):
     summary = report(two_tasks)
     text = to_markdown(summary)
     rows = markdown_table(text, "Is the gain chance?")
-    ours = ["ppl"] * 2 + ["mi"] * 2
-    assert [row["task"] for row in rows] == ["tumlu"] * 4 + ["kazqad"] * 4 + ["mean"] * 4
+    ours = ["ppl"] * 2 + ["ppl-answers"] * 2 + ["mi"] * 2
+    assert [row["task"] for row in rows] == ["tumlu"] * 6 + ["kazqad"] * 6 + ["mean"] * 6
     assert [row["method"] for row in rows] == ours * 3
     assert "the best single model on these examples" in rows[0]["against"]
     gain = summary["tasks"]["tumlu"]["gains"]["ppl"]["proxy-tuning"]

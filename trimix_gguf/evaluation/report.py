@@ -16,7 +16,7 @@ from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.answers import CALIBRATED, Run, TaskRun, join, predict
 from trimix_gguf.evaluation.findings import chosen, gap_closed, guidance, surface
 from trimix_gguf.evaluation.loading import load_run
-from trimix_gguf.evaluation.methods import INFORMATIVE, ORACLE, READING, SELECTING
+from trimix_gguf.evaluation.methods import ANSWERS, INFORMATIVE, ORACLE, READING, SELECTING
 from trimix_gguf.evaluation.metrics import METRICS
 from trimix_gguf.evaluation.statistics import (
     Difference,
@@ -32,7 +32,8 @@ __all__ = ["Run", "join", "load_run", "summarize", "to_csv", "to_markdown"]
 Float64 = NDArray[np.float64]
 
 LEVEL = 0.95  # of the intervals
-OURS = "ppl"  # whose gain over others is asked
+OURS = "ppl"
+_CRITERIA = (OURS, ANSWERS, INFORMATIVE)  # whose gains over others are asked
 
 
 @dataclass(frozen=True)
@@ -187,12 +188,12 @@ def _mixed(task: _Judged, name: str) -> dict[str, Any]:
 def _gains(
     values: Mapping[str, float], against: Callable[[str, str], Difference]
 ) -> dict[str, dict[str, Any]]:
-    """OURS, and INFORMATIVE, against the best single model on these examples, and proxy tuning.
+    """Criteria against the best single model on these examples, and proxy tuning.
 
     Calibrated choices are compared with what is best of theirs, calibrated or not.
     """
     gains: dict[str, dict[str, Any]] = {}
-    for ours in (OURS, INFORMATIVE, OURS + CALIBRATED, INFORMATIVE + CALIBRATED):
+    for ours in (name + form for form in ("", CALIBRATED) for name in _CRITERIA):
         forms = ("", CALIBRATED) if ours.endswith(CALIBRATED) else ("",)
         if ours not in values:
             continue

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from browser import browser
 from served import ENDLESS, serving
-from visitor import ENTER, KAZAKH, ask, ended, last_exchange, show, shown, traced
+from visitor import ENTER, GREEDY, KAZAKH, ask, ended, last_exchange, show, shown, traced
 
 from trimix_gguf.trio import NANO
 
@@ -221,8 +221,7 @@ def test_a_key_is_asked_for_a_busy_server_waited_for_and_a_trios_weights_kept(wi
         window.wait("return $('key').open && $('key-title').textContent === say('wrongKey')")
         window.type("#key input", "sesame" + ENTER)
         window.wait("return $('model').textContent === 'nano'")
-        # Drawn answers may be empty, or so long that no second question fits behind them.
-        window.run("Object.assign(settings, { temperature: 0, maxTokens: 24 })")
+        window.run("Object.assign(settings, arguments[0])", GREEDY)
         assert "sesame" not in window.run("return JSON.stringify(localStorage)")
         address, key = f"{served.url}/v1/completions", {"Authorization": "Bearer sesame"}
         body = {"prompt": KAZAKH, "max_tokens": 480, "n": 4, "stream": True, **ENDLESS}

@@ -15,14 +15,15 @@ UYGHUR = "ئۇيغۇر تىلى — تۈركىي تىللار ئائىلىسىگ
 TIBETAN = "བོད་ཀྱི་སྐད་ཡིག་བརྒྱད་སྒྲུབ་པ།"
 MONGOLIAN = "ᠮᠣᠩᠭᠣᠯ ᠬᠡᠯᠡ ᠪᠣᠯ ᠮᠣᠩᠭᠣᠯ ᠦᠨᠳᠦᠰᠦᠲᠡᠨ ᠦ ᠬᠡᠯᠡ ᠶᠤᠮ᠃"
 ENTER, TAB, ESCAPE, LEFT, RIGHT, END = "\ue007", "\ue004", "\ue00c", "\ue012", "\ue014", "\ue010"
-_GREEDY = {"temperature": 0, "maxTokens": 24}
+# Drawn answers may be empty, or so long that no second question fits behind them.
+GREEDY = {"temperature": 0, "maxTokens": 24}
 
 
 def show(window, url, *, turns=(), language="en", **settings):
     """Open the page with what an earlier visit of this tab would have left."""
     window.resize(1280, 800)
     window.open(url)
-    kept = {"turns": turns, "settings": {**_GREEDY, **settings}}
+    kept = {"turns": turns, "settings": {**GREEDY, **settings}}
     window.run(
         """localStorage.clear(); sessionStorage.clear();
         localStorage.setItem("trimix.language", JSON.stringify(arguments[1]));

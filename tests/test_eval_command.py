@@ -14,7 +14,7 @@ from test_cli import one_line_error
 from topics import arguments
 
 from trimix_gguf.cli.evaluate import _progress
-from trimix_gguf.evaluation.run_files import finished_ids
+from trimix_gguf.evaluation.run_files import finished
 from trimix_gguf.trios.triofile import ModelEntry, TrioFile
 
 
@@ -87,13 +87,13 @@ def test_two_runs_do_not_write_one_folder(trimix, task_file, tmp_path):
 
 
 def test_an_answer_with_a_line_end_of_its_own_breaks_no_resumed_run(tmp_path):
-    """finished_ids cut lines at U+2028, and took the file for another program's."""
+    """finished cut lines at U+2028, and took the file for another program's."""
     out = tmp_path / "topics.jsonl"
     line = json.dumps(
         {"id": "7", "outputs": {"ppl": {"text": "a\u2028b\u0085c"}}}, ensure_ascii=False
     )
     out.write_text(line + "\n", encoding="utf-8")
-    assert finished_ids(out) == {"7"}
+    assert set(finished(out)) == {"7"}
 
 
 def test_an_unfinished_run_is_not_reported(trimix, task_file, tmp_path):

@@ -28,6 +28,7 @@ _DEFAULT = "large_ins,small_cpt,small_base,proxy-tuning,ppl,ppl-answers,ent"
 @click.option(
     "--fill-loops", is_flag=True, help="Do not decode answers that only repeat themselves."
 )
+@click.option("--race", is_flag=True, help="Leave out grid points of the oracle that fall behind.")
 @click.option("--harness", metavar="LIST", help="Tasks of lm-evaluation-harness instead.")
 @click.option("--harness-path", metavar="DIR", help="Your own harness tasks, alone.")
 @click.option("--weights", metavar="ALPHA,BETA", help="Fixed weights, for the harness.")
@@ -51,6 +52,8 @@ def evaluate(context: click.Context, /, **options: Any) -> None:
     for name in ("lang", "tasks", "out"):
         if not options[name]:
             raise click.UsageError(f"give --{name}")
+    if options["race"] and "upper-bound" not in _split(options["methods"]):
+        raise click.UsageError("--race is among the grid points of upper-bound: name it a method")
     _run(options)
 
 
@@ -105,6 +108,7 @@ def _run(options: dict[str, Any]) -> None:
         n_exemplars=options.pop("exemplars"),
         chat=options.pop("chat"),
         fill_loops=options.pop("fill_loops"),
+        race=options.pop("race"),
         singles=_singles(options.pop("single")),
         large_base=_large_base(options),
         command=sys.argv,

@@ -18,7 +18,8 @@ from trimix_gguf.evaluation.task import Task
 from trimix_gguf.scoring import GRID
 
 Float64 = NDArray[np.float64]
-GridTexts = list[list[list[str]]]  # [n_grid][n_grid][n]: alpha, beta, example
+# [n_grid][n_grid][n]: alpha, beta, example; None for a point that was left in a race.
+GridTexts = Sequence[Sequence[Sequence[str] | None]]
 
 _FEWEST = 10  # examples that mutual information is told from
 CALIBRATED = "+cal"  # after the name of a method whose choices are less what they get anyway
@@ -126,8 +127,8 @@ def informed(answers: TaskRun) -> TaskRun:
     if nll is not None and len(nll) >= _FEWEST:
         pair = most_informative(nll)
         weights[INFORMATIVE] = np.tile((pair.alpha, pair.beta), (len(nll), 1))
-        if grid is not None:
-            texts[INFORMATIVE] = grid[GRID.index(pair.alpha)][GRID.index(pair.beta)]
+        if grid and (said := grid[GRID.index(pair.alpha)][GRID.index(pair.beta)]):
+            texts[INFORMATIVE] = said
     elif nll is None and MI_ANSWERS in texts:
         texts[INFORMATIVE], weights[INFORMATIVE] = texts[MI_ANSWERS], weights[MI_ANSWERS]
     return replace(answers, texts=texts, weights=weights)
@@ -148,7 +149,8 @@ def predict(answers: TaskRun, *, choice_scoring: bool = False) -> Predictions:
     methods = {name: read(texts) for name, texts in answers.texts.items()}
     if answers.grid_texts is None:
         return Predictions(methods, {})
-    return Predictions(methods, {ORACLE: [[read(t) for t in row] for row in answers.grid_texts]})
+    grid = [[texts and read(texts) for texts in row] for row in answers.grid_texts]
+    return Predictions(methods, {ORACLE: grid})
 
 
 def _by_choice(answers: TaskRun, nll: Float64) -> Predictions:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -119,7 +119,11 @@ def _task_run(
             choices=choices,
             texts=texts,
             weights=weights,
-            grid_texts=_grid_texts(rows, n - 1) if ORACLE in settings["methods"] else None,
+            grid_texts=(
+                _grid_texts(rows, n - 1, race=bool(settings.get("race")))
+                if ORACLE in settings["methods"]
+                else None
+            ),
             n_scored=_numbers(rows, "n_scored", [()] * len(rows)),
             nll=_numbers(rows, "nll", [(n, n)] * len(rows)),
             choice_nll=_numbers(rows, "choice_nll", [(len(c), n, n) for c in choices]),
@@ -175,16 +179,20 @@ def _outputs(rows: Sequence[Row], name: str) -> list[dict[str, Any]]:
     return found
 
 
-def _grid_texts(rows: Sequence[Row], n: int) -> GridTexts:
+def _grid_texts(rows: Sequence[Row], n: int, *, race: bool) -> GridTexts:
     for where, line in rows:
         grid = line.get("grid")
-        texts = np.array(grid, dtype=object) if _is_square(grid, n) else np.array([None])
-        if any(type(text) is not str for text in texts.ravel()):
+        kinds = {type(t) for row in grid for t in row} if _is_square(grid, n) else {dict}
+        if kinds - ({str, type(None)} if race and not line.get("choices") else {str}):
             raise DataError(f"{where}: 'grid' should be {n} × {n} texts; {_DAMAGED}")
-    return [[[line["grid"][a][b] for _, line in rows] for b in range(n)] for a in range(n)]
+    points = [[[line["grid"][a][b] for _, line in rows] for b in range(n)] for a in range(n)]
+    texts = [[None if None in point else point for point in row] for row in points]
+    if not any(any(row) for row in texts):
+        raise DataError(f"{where}: no point of 'grid' has all answers; {_DAMAGED}")
+    return texts
 
 
-def _is_square(grid: Any, n: int) -> bool:
+def _is_square(grid: Any, n: int) -> TypeGuard[list[list[Any]]]:
     return type(grid) is list and [type(r) is list and len(r) for r in grid] == [n] * n
 
 

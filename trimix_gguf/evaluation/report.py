@@ -40,7 +40,8 @@ _CRITERIA = (OURS, ANSWERS, INFORMATIVE)  # whose gains over others are asked
 class _Judged:
     """A task's answers as statistics: of each method by metric [n, n_stats].
 
-    `surfaces` are the main metric at each grid point, for each oracle; `points` [n, 2] where each
+    `surfaces` are the main metric at each grid point, for each oracle, nan where one was left in a
+    race; `points` [n, 2] where each
     method's weights lie on the axes, `weights` [n, 2] what they are.
     """
 
@@ -115,6 +116,11 @@ def _judge(answers: TaskRun, seed: int, choice_scoring: bool) -> _Judged:
     def judge(metric: str, predictions: Sequence[str]) -> Float64:
         return np.stack([one(metric, text, at) for at, text in enumerate(predictions)])
 
+    def value(predictions: Sequence[str] | None) -> float:
+        if predictions is None:
+            return math.nan
+        return METRICS[metrics[0]].value(judge(metrics[0], predictions).sum(axis=0))
+
     metrics, said = answers.task.metrics, predict(answers, choice_scoring=choice_scoring)
     predictions = dict(said.methods)
     names = {name: name.removesuffix(CALIBRATED) for name in predictions}
@@ -122,10 +128,9 @@ def _judge(answers: TaskRun, seed: int, choice_scoring: bool) -> _Judged:
     points = {n: p for n, b in names.items() if (p := answers.points(b)) is not None}
     surfaces = {}
     for oracle, grid in said.grids.items():
-        total = [[judge(metrics[0], texts).sum(axis=0) for texts in row] for row in grid]
-        values = np.array([[METRICS[metrics[0]].value(point) for point in row] for row in total])
-        a, b = np.unravel_index(int(values.argmax()), values.shape)
-        surfaces[oracle], predictions[oracle] = values, grid[a][b]
+        values = np.array([[value(texts) for texts in row] for row in grid])
+        a, b = divmod(int(np.nanargmax(values)), values.shape[1])
+        surfaces[oracle], predictions[oracle] = values, grid[a][b] or ()
         point = np.array([answers.on_grid[a], answers.on_grid[b]])
         points[oracle] = np.tile(point, (len(answers.ids), 1))
         weights[oracle] = np.array(answers.axis)[points[oracle]]
@@ -221,7 +226,7 @@ def _findings(task: _Judged) -> dict[str, Any]:
         "guidance": None,
     }
     if nll is not None and n_scored is not None:
-        if ORACLE in task.surfaces:
+        if ORACLE in task.surfaces and not np.isnan(task.surfaces[ORACLE]).any():
             on_grid = nll[np.ix_(range(len(nll)), inner, inner)]
             found["surface"] = surface(on_grid, n_scored, task.surfaces[ORACLE])
         if OURS in answers.weights:

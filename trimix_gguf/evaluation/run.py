@@ -45,6 +45,7 @@ class Plan:
     n_exemplars: int | None = None
     chat: bool = False
     fill_loops: bool = False
+    race: bool = False
     singles: Mapping[str, Path] | None = None
     large_base: Path | None = None
     command: Sequence[str] = ()
@@ -58,6 +59,7 @@ class Plan:
             limit=self.limit,
             chat=self.chat,
             fill_loops=self.fill_loops,
+            race=self.race,
         )
 
     @cached_property
@@ -174,6 +176,7 @@ def _settings(plan: Plan, trio: Trio) -> dict[str, Any]:
         "chat": plan.chat,
         "chat_template": trio.models[ROLES[0]].chat_template if plan.chat else None,
         "fill_loops": plan.fill_loops or None,  # None: a run from before it could be asked
+        "race": plan.race or None,
         "n_ctx": trio.n_ctx,
         "axis": AXIS,
         "models": {role: _fingerprint(path) for role, path in files.items()},

@@ -13,20 +13,21 @@ def append_line(lines: IO[str], line: dict[str, Any]) -> None:
     lines.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def finished_ids(file: Path) -> set[str]:
-    """Ids of the whole lines of `file`; cuts off what a kill left of the last one.
+def finished(file: Path) -> dict[str, dict[str, Any]]:
+    """The whole lines of `file` by their ids; cuts off what a kill left of the last one.
 
     Raises DataError for lines that are no run's.
     """
     if not file.exists():
-        return set()
+        return {}
     raw = file.read_bytes()
     whole = raw[: raw.rfind(b"\n") + 1]
     if len(whole) < len(raw):
         os.truncate(file, len(whole))
     try:
         # Not splitlines(): an answer may hold other line ends, such as U+2028.
-        return {json.loads(line)["id"] for line in whole.split(b"\n")[:-1]}
+        lines = [json.loads(line) for line in whole.split(b"\n")[:-1]]
+        return {line["id"]: line for line in lines}
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{file} holds lines that are not a run's; give another folder") from None
 

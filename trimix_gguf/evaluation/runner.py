@@ -14,8 +14,9 @@ from trimix_gguf.evaluation.decoupled import FourthModel
 from trimix_gguf.evaluation.loops import Loop
 from trimix_gguf.evaluation.methods import DECOUPLED, ORACLE, grid_mixes, lowest_decoupled, mixes
 from trimix_gguf.evaluation.prompts import open_reader, question_after
+from trimix_gguf.evaluation.racing import Points, still_racing
 from trimix_gguf.evaluation.reading import Reader, Reading, choice_nll, token_nlls
-from trimix_gguf.evaluation.run_files import append_line, finished_ids
+from trimix_gguf.evaluation.run_files import append_line, finished
 from trimix_gguf.evaluation.settings import Progress, Settings, silent
 from trimix_gguf.evaluation.task import Dataset, Example, Task
 from trimix_gguf.evaluation.task_weights import choose_task_weights
@@ -46,7 +47,7 @@ def run_task(
     do.
     """
     questions = settings.questions(dataset)
-    done = finished_ids(out)
+    done = finished(out)
     left = [q for q in questions if q.id not in done]
     if not left:
         return
@@ -71,11 +72,13 @@ def run_task(
             group = questions[at : at + n]
             if all(q.id in done for q in group):
                 continue
-            for line in answer_all(reader, task, group, settings, weights):
+            points = _points(task, settings, [done[q.id] for q in questions[:at]])
+            for line in answer_all(reader, task, group, settings, weights, points):
                 if line["id"] in done:
                     continue
                 if name_as is not None:
                     line["outputs"] = {name_as: line["outputs"]["large_ins"]}
+                done[line["id"]] = line
                 append_line(lines, line)
                 n_done += 1
             lines.flush()
@@ -100,17 +103,28 @@ def _n_together(
     return max(1, min(_MOST_TOGETHER, by_room, by_branches, by_mixes))
 
 
+def _points(task: Task, settings: Settings, lines: Sequence[Mapping[str, Any]]) -> Points:
+    """Which points answer after these lines of the run: none, all, or those still in the race."""
+    asked = ORACLE in settings.methods
+    if asked and settings.race and not any("choices" in line for line in lines):
+        return still_racing(task, lines)
+    return np.full((len(GRID), len(GRID)), asked)
+
+
 def answer_all(
     reader: Reader,
     task: Task,
     examples: Sequence[Example],
     settings: Settings,
     task_weights: Mapping[str, Weights],
+    points: Points,
 ) -> list[dict[str, Any]]:
-    """A line for each example: the sums of its reading, and the text of each method."""
+    """A line for each example: the sums of its reading, the text of each method and grid point."""
     reader.hold_exemplars(scored=settings.reads)
     with Branches(reader.trio, settings.roles) as branches:
-        begun = [_begin(branches, reader, task, q, settings, task_weights) for q in examples]
+        begun = [
+            _begin(branches, reader, task, q, settings, task_weights, points) for q in examples
+        ]
         continue_all(branches, [one.start for one in begun], max_tokens=task.max_tokens)
     return [one.finished() for one in begun]
 
@@ -121,15 +135,17 @@ class _Begun:
 
     line: dict[str, Any]
     named: Mapping[str, Mix]
+    points: Points
     start: Start
 
     def finished(self) -> dict[str, Any]:
         for name, mix in self.named.items():
             self.line["outputs"][name] |= _said(mix)
-        texts = [mix.text for mix in self.start.mixes[len(self.named) :]]
-        if texts:
-            n = len(GRID)
-            self.line["grid"] = [texts[at : at + n] for at in range(0, len(texts), n)]
+        if self.points.any():
+            texts = iter(mix.text for mix in self.start.mixes[len(self.named) :])
+            self.line["grid"] = [
+                [next(texts) if here else None for here in row] for row in self.points.tolist()
+            ]
         return self.line
 
 
@@ -140,6 +156,7 @@ def _begin(
     example: Example,
     settings: Settings,
     task_weights: Mapping[str, Weights],
+    points: Points,
 ) -> _Begun:
     trio, question = reader.trio, question_after(reader, example)
     line: dict[str, Any] = {"id": example.id, "references": list(example.references)}
@@ -153,7 +170,7 @@ def _begin(
         reader.start(question)
     named = mixes(settings.methods, reading, task_weights, partial(_nats, trio))
     line["outputs"] = {name: _weights(mix.weights) for name, mix in named.items()}
-    grid = grid_mixes() if ORACLE in settings.methods else []
+    grid = [mix for mix, here in zip(grid_mixes(), points.ravel(), strict=True) if here]
     start = Start.here(branches, [*named.values(), *grid])
     if settings.fill_loops:
         for mix in start.mixes:
@@ -163,7 +180,7 @@ def _begin(
         line["choice_nll"] = _rounded(choice_nll(branches, start, ids))
     if reading is not None and reading.decoupled is not None:
         line["outputs"][DECOUPLED] = _decoupled(reader, task, reading.decoupled)
-    return _Begun(line, named, start)
+    return _Begun(line, named, points, start)
 
 
 def _decoupled(reader: Reader, task: Task, nats: Float64) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class Settings:
     n_exemplars: int | None = None
     limit: int | None = None
     chat: bool = False  # large_ins reads its chat template around each prompt
+    race: bool = False  # grid points that fell behind are left, where answers are free text
     fill_loops: bool = False  # answers that only repeat themselves are filled up, not decoded
 
     @property

@@ -6,6 +6,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -90,20 +91,31 @@ def paired_difference(
     return Difference.of(difference(both.sum(axis=0)), drawn, level=level)
 
 
+def t_quantile(share: float, n_free: int) -> float:
+    """Below which Student's t, of `n_free` degrees of freedom, lies in `share` of all cases.
+
+    Raises TrimixError where scipy is not installed.
+    """
+    return float(_scipy_stats().t.ppf(share, n_free))
+
+
 def spearman(x: ArrayLike, y: ArrayLike) -> float:
     """Spearman's rank correlation of x and y [n], −1 … 1, ties sharing their mean rank.
 
     nan where one of them is constant, so that it ranks nothing. Raises TrimixError where scipy
     is not installed.
     """
-    try:
-        from scipy.stats import spearmanr
-    except ImportError:
-        message = "rank correlation needs scipy: pip install 'trimix-gguf[eval]'"
-        raise TrimixError(message) from None
     if len(np.unique(x)) < 2 or len(np.unique(y)) < 2:
         return float("nan")
-    return float(spearmanr(x, y).statistic)
+    return float(_scipy_stats().spearmanr(x, y).statistic)
+
+
+def _scipy_stats() -> Any:
+    try:
+        import scipy.stats
+    except ImportError:
+        raise TrimixError("this needs scipy: pip install 'trimix-gguf[eval]'") from None
+    return scipy.stats
 
 
 def resampled_totals(stats: Float64, *, seed: int, n_resamples: int) -> Float64:

@@ -9,6 +9,7 @@ from typing import Any
 from trimix_gguf.evaluation.answers import CALIBRATED
 from trimix_gguf.evaluation.methods import INFORMATIVE, MI_ANSWERS, ORACLE
 from trimix_gguf.evaluation.metrics import METRICS
+from trimix_gguf.evaluation.racing import WORSE
 
 Summary = Mapping[str, Any]
 Scores = Mapping[str, Mapping[str, float]]  # method -> value, low, high
@@ -236,6 +237,12 @@ def _conventions(summary: Summary) -> str:
         lines.append(
             "--fill-loops: an answer that only repeated itself was filled up to its limit, not"
             " decoded."
+        )
+    if any(run.get("race") for run in runs):
+        lines.append(
+            f"--race: where answers are free text, {ORACLE} is the best of the grid points that"
+            " were not left on the way, as worse than the leader (paired t test, one-sided,"
+            f" p < {WORSE})."
         )
     for run in runs:
         files = {**run["models"], **(run.get("singles") or {})}

@@ -13,7 +13,7 @@ from trimix_gguf.evaluation.information import exemplars_information
 from trimix_gguf.evaluation.methods import MI_ANSWERS, lowest_on_grid
 from trimix_gguf.evaluation.prompts import exemplars_of, question_after
 from trimix_gguf.evaluation.reading import AXIS, Reader
-from trimix_gguf.evaluation.run_files import append_line, finished_ids, read_json, write_json
+from trimix_gguf.evaluation.run_files import append_line, finished, read_json, write_json
 from trimix_gguf.evaluation.settings import Progress, Settings
 from trimix_gguf.evaluation.task import Dataset, Task
 from trimix_gguf.fusion import Weights
@@ -46,7 +46,7 @@ def _sample_nats(
     """Macro perplexity, as nats, of a sample of prompts over AXIS² [n, n]."""
     questions = settings.questions(dataset)
     sample = random.Random(settings.seed).sample(questions, min(N_SAMPLE, len(questions)))
-    done = len(finished_ids(kept))
+    done = len(finished(kept))
     if done < len(sample):
         with progress("a sample for ppl-task") as shown, kept.open("a", encoding="utf-8") as lines:
             shown(done, len(sample))

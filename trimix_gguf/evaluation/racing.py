@@ -1,0 +1,50 @@
+"""A race of the oracle's grid points: those that fell behind answer no further question.
+
+Of 36 points one is wanted, the best on the labelled set, and the worst cost the most: they write on
+to the limit. So a point is left once a paired t test over the questions so far tells that it is
+worse than the one that leads (Maron & Moore 1993, "Hoeffding Races"; Birattari et al. 2002, "A
+Racing Algorithm for Configuring Metaheuristics").
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimix_gguf.evaluation.metrics import METRICS
+from trimix_gguf.evaluation.statistics import t_quantile
+from trimix_gguf.evaluation.task import Task
+from trimix_gguf.scoring import GRID
+
+Points = NDArray[np.bool_]  # [n_grid, n_grid], alpha by beta
+
+FEWEST = 5  # questions before a point may be left
+WORSE = 0.005  # the one-sided p below which it is
+
+
+def still_racing(task: Task, lines: Sequence[Mapping[str, Any]]) -> Points:
+    """Points of GRID² [n_grid, n_grid] that are to answer on, after these lines of a run.
+
+    Each question is judged by itself by the task's main metric, so of a corpus metric this is an
+    approximation. Raises TrimixError where a library of the `eval` extra is missing.
+    """
+    quantile = t_quantile(1 - WORSE, max(len(lines), FEWEST) - 1)
+    if len(lines) < FEWEST:
+        return np.ones((len(GRID), len(GRID)), np.bool_)
+    metric = METRICS[task.metrics[0]]
+
+    def score(text: str | None, references: Sequence[str]) -> float:
+        if text is None:  # left before this question
+            return np.nan
+        return metric.value(metric.statistics(task.prediction(text), references))
+
+    scores = np.array(
+        [[[score(t, line["references"]) for t in row] for row in line["grid"]] for line in lines]
+    )
+    means = scores.mean(axis=0)
+    a, b = divmod(int(np.nanargmax(means)), means.shape[1])
+    behind = scores[:, a, b, None, None] - scores
+    error = behind.std(axis=0, ddof=1) / np.sqrt(len(lines))
+    racing: Points = behind.mean(axis=0) <= quantile * error  # nan: False
+    return racing

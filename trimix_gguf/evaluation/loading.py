@@ -12,6 +12,7 @@ from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.answers import Float64, GridTexts, Run, TaskRun, informed
 from trimix_gguf.evaluation.methods import ORACLE
 from trimix_gguf.evaluation.run import FORMAT
+from trimix_gguf.evaluation.run_files import finite
 from trimix_gguf.evaluation.sources import Fields, Row, check_type, read_jsonl, read_lines
 from trimix_gguf.evaluation.tasks import custom_task, find_task
 
@@ -203,11 +204,8 @@ def _numbers(rows: Sequence[Row], name: str, shapes: Sequence[tuple[int, ...]]) 
     widest = tuple(max(lengths) for lengths in zip(*shapes, strict=True))
     values = np.full((len(rows), *widest), np.nan)
     for at, ((where, line), shape) in enumerate(zip(rows, shapes, strict=True)):
-        try:
-            one = np.array(line[name], np.float64)
-        except (KeyError, TypeError, ValueError):
-            one = np.array(np.nan)
-        if one.shape != shape or not np.isfinite(one).all():
+        one = finite(line.get(name), shape)
+        if one is None:
             size = " × ".join(map(str, shape)) or "a number"
             raise DataError(f"{where}: {name!r} should be {size}, finite; {_DAMAGED}")
         values[at, ...][tuple(slice(length) for length in shape)] = one

@@ -5,6 +5,9 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from trimix_gguf.errors import DataError
 
 
@@ -37,6 +40,15 @@ def write_json(file: Path, value: Any) -> None:
     part = file.with_suffix(".part")
     part.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
     part.replace(file)
+
+
+def finite(value: Any, shape: tuple[int, ...]) -> NDArray[np.float64] | None:
+    """Numbers of that shape which JSON held; None where it held others, or one is not finite."""
+    try:
+        numbers = np.array(value, np.float64)
+    except (TypeError, ValueError):
+        return None
+    return numbers if numbers.shape == shape and np.isfinite(numbers).all() else None
 
 
 def read_json(file: Path) -> Any:

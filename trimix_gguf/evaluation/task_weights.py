@@ -1,6 +1,5 @@
 """Methods that choose one pair a task, before its first answer."""
 
-import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from trimix_gguf.evaluation.information import exemplars_information
 from trimix_gguf.evaluation.methods import MI_ANSWERS, lowest_on_grid
 from trimix_gguf.evaluation.prompts import exemplars_of, question_after
 from trimix_gguf.evaluation.reading import AXIS, Reader
-from trimix_gguf.evaluation.run_files import append_line, finished, read_json, write_json
+from trimix_gguf.evaluation.run_files import append_line, finished, finite, read_json, write_json
 from trimix_gguf.evaluation.settings import Progress, Settings
 from trimix_gguf.evaluation.task import Dataset, Task
 from trimix_gguf.fusion import Weights
@@ -55,8 +54,7 @@ def _sample_nats(
                 append_line(lines, {"id": question.id, "nll": nats.tolist()})
                 lines.flush()
                 shown(at, len(sample))
-    texts = kept.read_text(encoding="utf-8").split("\n")[:-1]
-    nats = [_on_axes(json.loads(text).get("nll"), kept) for text in texts]
+    nats = [_on_axes(line.get("nll"), kept) for line in finished(kept).values()]
     mean: Float64 = np.mean(nats, axis=0)
     return mean
 
@@ -77,10 +75,7 @@ def _exemplars_information(
 
 def _on_axes(value: Any, file: Path) -> Float64:
     """Numbers over AXIS² that `file` held; raises DataError where it holds others."""
-    try:
-        numbers = np.array(value, np.float64)
-    except (TypeError, ValueError):
-        numbers = np.array(np.nan)
-    if numbers.shape != (len(AXIS), len(AXIS)) or not np.isfinite(numbers).all():
+    numbers = finite(value, (len(AXIS), len(AXIS)))
+    if numbers is None:
         raise DataError(f"{file} is damaged; give another folder")
     return numbers

@@ -14,12 +14,12 @@ from hub_server import serving
 from huggingface_hub import constants
 
 from trimix_gguf.errors import TrimixError
+from trimix_gguf.fusion import ROLES
 from trimix_gguf.trios.pull_plan import plan_pull
 from trimix_gguf.trios.pulling import pull
 from trimix_gguf.trios.store import sha256_of
 from trimix_gguf.trios.triofile import TrioFile
 
-ROLES = ("large_ins", "small_cpt", "small_base")
 REPO = "kk/nano-GGUF"
 NOWHERE = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # the port of nobody
 

@@ -10,11 +10,12 @@ import pytest
 from conftest import KAZAKH
 from hub_server import Fault
 from killed_pulls import Pulls
-from person import NOWHERE, REPO, ROLES
+from person import NOWHERE, REPO
 from test_cli import one_line_error
 
 from trimix_gguf.convert.hf import convert_hf
 from trimix_gguf.convert.lora import convert_lora
+from trimix_gguf.fusion import ROLES
 from trimix_gguf.trios.pull_plan import plan_pull
 from trimix_gguf.trios.store import sha256_of
 from trimix_gguf.trios.triofile import TrioFile

@@ -101,6 +101,14 @@ def test_a_race_from_the_command_line(trimix, tmp_path):
         run("raced", "--race")
         assert file.read_bytes() == before
     given = arguments(task, tmp_path / "raced", "large_ins,upper-bound")
+    first, *others = before.splitlines(keepends=True)[:9]
+    damaged = json.dumps(json.loads(first) | {"grid": [["x"] * 6] * 5}).encode() + b"\n"
+    file.write_bytes(damaged + b"".join(others))
+    refused = trimix(*given, "--race")
+    *_, last = refused.stderr.decode().splitlines()  # above it, how far the run was
+    assert refused.returncode == 1 and last.startswith("trimix: '")
+    assert "has no answers of the grid" in last
+    file.write_bytes(before)
     assert "other race" in one_line_error(trimix(*given))
     refused = trimix(*arguments(task, tmp_path / "none", "ppl"), "--race")
     assert refused.returncode == 2 and b"upper-bound" in refused.stderr

@@ -52,8 +52,6 @@ def evaluate(context: click.Context, /, **options: Any) -> None:
     for name in ("lang", "tasks", "out"):
         if not options[name]:
             raise click.UsageError(f"give --{name}")
-    if options["race"] and "upper-bound" not in _split(options["methods"]):
-        raise click.UsageError("--race is among the grid points of upper-bound: name it a method")
     _run(options)
 
 
@@ -93,12 +91,14 @@ def report(
 
 
 def _run(options: dict[str, Any]) -> None:
-    from trimix_gguf.evaluation.methods import check_methods
+    from trimix_gguf.evaluation.methods import ORACLE, check_methods
     from trimix_gguf.evaluation.run import Plan, open_run
 
     lang, out = options.pop("lang"), Path(options.pop("out"))
     names = {name: _split(options.pop(name)) for name in ("tasks", "methods")}
     check_methods(names["methods"])
+    if options["race"] and ORACLE not in names["methods"]:
+        raise click.UsageError(f"--race is among the grid points of {ORACLE}: name it a method")
     plan = Plan(
         lang=lang,
         **names,

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.answers import Float64, GridTexts, Run, TaskRun, informed
 from trimix_gguf.evaluation.methods import ORACLE
 from trimix_gguf.evaluation.run import FORMAT
-from trimix_gguf.evaluation.run_files import finite
+from trimix_gguf.evaluation.run_files import finite, has_grid
 from trimix_gguf.evaluation.sources import Fields, Row, check_type, read_jsonl, read_lines
 from trimix_gguf.evaluation.tasks import custom_task, find_task
 
@@ -182,19 +182,13 @@ def _outputs(rows: Sequence[Row], name: str) -> list[dict[str, Any]]:
 
 def _grid_texts(rows: Sequence[Row], n: int, *, race: bool) -> GridTexts:
     for where, line in rows:
-        grid = line.get("grid")
-        kinds = {type(t) for row in grid for t in row} if _is_square(grid, n) else {dict}
-        if kinds - ({str, type(None)} if race and not line.get("choices") else {str}):
+        if not has_grid(line, n, race=race):
             raise DataError(f"{where}: 'grid' should be {n} × {n} texts; {_DAMAGED}")
     points = [[[line["grid"][a][b] for _, line in rows] for b in range(n)] for a in range(n)]
     texts = [[None if None in point else point for point in row] for row in points]
     if not any(any(row) for row in texts):
         raise DataError(f"{where}: no point of 'grid' has all answers; {_DAMAGED}")
     return texts
-
-
-def _is_square(grid: Any, n: int) -> TypeGuard[list[list[Any]]]:
-    return type(grid) is list and [type(r) is list and len(r) for r in grid] == [n] * n
 
 
 def _numbers(rows: Sequence[Row], name: str, shapes: Sequence[tuple[int, ...]]) -> Float64 | None:

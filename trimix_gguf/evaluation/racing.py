@@ -6,13 +6,15 @@ worse than the one that leads (Maron & Moore 1993, "Hoeffding Races"; Birattari 
 Racing Algorithm for Configuring Metaheuristics").
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.metrics import METRICS
+from trimix_gguf.evaluation.run_files import has_grid
 from trimix_gguf.evaluation.statistics import t_quantile
 from trimix_gguf.evaluation.task import Task
 from trimix_gguf.scoring import GRID
@@ -23,15 +25,19 @@ FEWEST = 5  # questions before a point may be left
 WORSE = 0.005  # the one-sided p below which it is
 
 
-def still_racing(task: Task, lines: Sequence[Mapping[str, Any]]) -> Points:
+def still_racing(task: Task, lines: Sequence[dict[str, Any]]) -> Points:
     """Points of GRID² [n_grid, n_grid] that are to answer on, after these lines of a run.
 
     Each question is judged by itself by the task's main metric, so of a corpus metric this is an
-    approximation. Raises TrimixError where a library of the `eval` extra is missing.
+    approximation. Raises DataError for lines that are not a race's, TrimixError where a library of
+    the `eval` extra is missing.
     """
     quantile = t_quantile(1 - WORSE, max(len(lines), FEWEST) - 1)
     if len(lines) < FEWEST:
         return np.ones((len(GRID), len(GRID)), np.bool_)
+    for line in lines:
+        if not (line.get("references") and has_grid(line, len(GRID), race=True)):
+            raise DataError(f"{line['id']!r} has no answers of the grid; give another folder")
     metric = METRICS[task.metrics[0]]
 
     def score(text: str | None, references: Sequence[str]) -> float:

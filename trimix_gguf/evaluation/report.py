@@ -41,8 +41,8 @@ class _Judged:
     """A task's answers as statistics: of each method by metric [n, n_stats].
 
     `surfaces` are the main metric at each grid point, for each oracle, nan where one was left in a
-    race; `points` [n, 2] where each
-    method's weights lie on the axes, `weights` [n, 2] what they are.
+    race; `points` [n, 2] where each method's weights lie on the axes, `weights` [n, 2] what they
+    are.
     """
 
     answers: TaskRun

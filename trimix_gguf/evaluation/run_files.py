@@ -51,6 +51,18 @@ def finite(value: Any, shape: tuple[int, ...]) -> NDArray[np.float64] | None:
     return numbers if numbers.shape == shape and np.isfinite(numbers).all() else None
 
 
+def has_grid(line: dict[str, Any], n: int, *, race: bool) -> bool:
+    """Whether a line has a text for each of n × n points; after a race, None for those left.
+
+    Points are left where answers are free, not where there are choices.
+    """
+    grid = line.get("grid")
+    if type(grid) is not list or [type(row) is list and len(row) for row in grid] != [n] * n:
+        return False
+    allowed = {str, type(None)} if race and not line.get("choices") else {str}
+    return {type(text) for row in grid for text in row} <= allowed
+
+
 def read_json(file: Path) -> Any:
     """What write_json wrote. Raises DataError."""
     try:

@@ -72,7 +72,7 @@ def run_task(
             group = questions[at : at + n]
             if all(q.id in done for q in group):
                 continue
-            points = _points(task, settings, [done[q.id] for q in questions[:at]])
+            points = _points(task, settings, questions, [done[q.id] for q in questions[:at]])
             for line in answer_all(reader, task, group, settings, weights, points):
                 if line["id"] in done:
                     continue
@@ -103,10 +103,12 @@ def _n_together(
     return max(1, min(_MOST_TOGETHER, by_room, by_branches, by_mixes))
 
 
-def _points(task: Task, settings: Settings, lines: Sequence[Mapping[str, Any]]) -> Points:
+def _points(
+    task: Task, settings: Settings, questions: Sequence[Example], lines: Sequence[dict[str, Any]]
+) -> Points:
     """Which points answer after these lines of the run: none, all, or those still in the race."""
     asked = ORACLE in settings.methods
-    if asked and settings.race and not any("choices" in line for line in lines):
+    if asked and settings.race and not any(q.choices for q in questions):
         return still_racing(task, lines)
     return np.full((len(GRID), len(GRID)), asked)
 

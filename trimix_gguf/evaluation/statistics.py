@@ -114,7 +114,7 @@ def _scipy_stats() -> Any:
     try:
         import scipy.stats
     except ImportError:
-        raise TrimixError("this needs scipy: pip install 'trimix-gguf[eval]'") from None
+        raise TrimixError("statistics need scipy: pip install 'trimix-gguf[eval]'") from None
     return scipy.stats
 
 

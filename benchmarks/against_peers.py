@@ -27,8 +27,9 @@ from typing import Any
 import peers
 from common import cpu_name, files, machine, parser, report, spread
 
-from trimix_gguf.model import Model, available_cores
-from trimix_gguf.scoring import GRID
+from trimix_gguf.machine.threads import available_cores
+from trimix_gguf.mixing.scoring import GRID
+from trimix_gguf.trio.model import Model
 
 OURS, LOCKSTEP, ALONE = "trimix_speculative", "trimix_lockstep", "large_ins"
 OBJECTS, REFERENCE = "llama_objects", "transformers_bf16"

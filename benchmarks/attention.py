@@ -12,9 +12,9 @@ from typing import Any
 
 from common import files, load, machine, parser, report, spread, text_ids
 
-from trimix_gguf.fusion import ROLES
-from trimix_gguf.memory import N_WINDOW
-from trimix_gguf.model import Model
+from trimix_gguf.machine.memory import N_WINDOW
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.model import Model
 
 LENGTHS = (128, 512, 1536)
 

@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from trimix_gguf.trio import Trio
+from trimix_gguf.trio.trio import Trio
 
 VERSIONS = ("trimix-gguf", "llama-cpp-python", "numpy")
 
@@ -50,7 +50,7 @@ def cpu_name() -> str:
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:
     """Device, versions and inputs; files by their names alone."""
-    from trimix_gguf.model import available_cores
+    from trimix_gguf.machine.threads import available_cores
 
     return {
         "cpu": cpu_name(),

@@ -23,15 +23,16 @@ from typing import Any
 
 from common import load, machine, parser, report, spread, text_ids
 
-from trimix_gguf import speculative
+from trimix_gguf.answering import speculative
+from trimix_gguf.answering.speculative import DRAFTER, MOST_DRAFTED, Drafting, decode_steps
 from trimix_gguf.bench import Run, decode, read_bytes
-from trimix_gguf.fusion import ROLES, Weights
-from trimix_gguf.gguf_file import read_gguf
-from trimix_gguf.model import Model
-from trimix_gguf.prompt import Prompt, Segment
-from trimix_gguf.sampling import Sampler
-from trimix_gguf.speculative import DRAFTER, MOST_DRAFTED, Drafting, decode_steps
-from trimix_gguf.trio import Trio
+from trimix_gguf.machine.gguf_file import read_gguf
+from trimix_gguf.mixing.fusion import Weights
+from trimix_gguf.mixing.sampling import Sampler
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.model import Model
+from trimix_gguf.trio.prompt import Prompt, Segment
+from trimix_gguf.trio.trio import Trio
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 32)  # tokens in one batch
 LENGTHS = range(9)  # of drafts, 0 being lockstep

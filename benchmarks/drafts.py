@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from common import load, machine, parser, report, spread
 
+from trimix_gguf.answering.speculative import Drafting
 from trimix_gguf.bench import Run, decode
-from trimix_gguf.fusion import Weights, fuse
-from trimix_gguf.prompt import Prompt
-from trimix_gguf.selection import select_weights
-from trimix_gguf.speculative import Drafting
-from trimix_gguf.trio import Trio
+from trimix_gguf.choosing.selection import select_weights
+from trimix_gguf.mixing.fusion import Weights, fuse
+from trimix_gguf.trio.prompt import Prompt
+from trimix_gguf.trio.trio import Trio
 
 CONTINUE = "{}"
 INSTRUCTIONS = (

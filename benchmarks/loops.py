@@ -8,13 +8,13 @@ from typing import Any
 
 from common import load, machine, parser, report
 
-from trimix_gguf.branches import Branches
 from trimix_gguf.evaluation.continuing import Mix, Start, continue_all
 from trimix_gguf.evaluation.loops import Loop
 from trimix_gguf.evaluation.methods import grid_mixes
 from trimix_gguf.evaluation.prompts import open_reader, question_after
 from trimix_gguf.evaluation.runner import Settings
 from trimix_gguf.evaluation.tasks import find_task
+from trimix_gguf.trio.branches import Branches
 
 
 class Watch(Loop):

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from trimix_gguf import Trio, score
-from trimix_gguf.selection import PROXY_TUNING, SINGLE
+from trimix_gguf.choosing.selection import PROXY_TUNING, SINGLE
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "convert" / "nano"))
 import corpus  # noqa: E402

@@ -218,9 +218,9 @@ def hf_models(folders: dict[str, str | None], dtype: Any) -> dict[str, Any]:
 
 def trimix(job: Job, meter: Meter, *, speculative: str) -> None:
     """What `trimix generate --temperature 0` does."""
-    from trimix_gguf.generation import stream_generate
-    from trimix_gguf.prompt import Prompt, Segment
-    from trimix_gguf.trio import Trio
+    from trimix_gguf.answering.generation import stream_generate
+    from trimix_gguf.trio.prompt import Prompt, Segment
+    from trimix_gguf.trio.trio import Trio
 
     with Trio.load(**job["files"], n_ctx=job["n_ctx"]) as trio:
         meter.start()
@@ -240,7 +240,7 @@ def trimix(job: Job, meter: Meter, *, speculative: str) -> None:
 
 def large_ins(job: Job, meter: Meter) -> None:
     """large_ins alone: nothing to choose, nothing to mix."""
-    from trimix_gguf.model import Model
+    from trimix_gguf.trio.model import Model
 
     # llama.cpp's own batch.
     model = Model(job["files"]["large_ins"], n_ctx=job["n_ctx"], n_batch=512)

@@ -9,8 +9,8 @@ import time
 
 from common import load, machine, parser, report, text_ids
 
-from trimix_gguf.prompt import Prompt, Segment
-from trimix_gguf.selection import select_weights
+from trimix_gguf.choosing.selection import select_weights
+from trimix_gguf.trio.prompt import Prompt, Segment
 
 
 def main() -> None:

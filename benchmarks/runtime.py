@@ -19,12 +19,13 @@ from typing import Any
 
 from common import load, machine, parser, report, spread, text_ids
 
-from trimix_gguf import selection
-from trimix_gguf.fusion import ROLES, Weights, fuse
-from trimix_gguf.memory import N_WINDOW
-from trimix_gguf.model import available_cores
-from trimix_gguf.prompt import Prompt, Segment
-from trimix_gguf.trio import Trio
+from trimix_gguf.choosing import selection
+from trimix_gguf.machine.memory import N_WINDOW
+from trimix_gguf.machine.threads import available_cores
+from trimix_gguf.mixing.fusion import Weights, fuse
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.prompt import Prompt, Segment
+from trimix_gguf.trio.trio import Trio
 
 N_CTX = 2048
 WINDOWS = (N_WINDOW // 2, N_WINDOW, N_WINDOW * 2)

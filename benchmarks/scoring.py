@@ -16,10 +16,11 @@ import numpy as np
 from common import load, machine, parser, report, spread, text_ids
 
 from trimix_gguf.bench import naive_nll
-from trimix_gguf.fusion import ROLES, Rows
-from trimix_gguf.prompt import Prompt, Segment
-from trimix_gguf.scoring import GRID, grid_nll
-from trimix_gguf.trio import Trio
+from trimix_gguf.mixing.fusion import Rows
+from trimix_gguf.mixing.scoring import GRID, grid_nll
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.prompt import Prompt, Segment
+from trimix_gguf.trio.trio import Trio
 
 GRIDS = {"36 points": GRID, "121 points": tuple(np.linspace(0.0, 1.0, 11).tolist())}
 _EVERY = 4  # rows kept of a text: neighbours tell little more

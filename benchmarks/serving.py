@@ -25,11 +25,11 @@ from typing import Any
 
 from common import files, load, machine, report, spread
 
-from trimix_gguf.batching import Batcher, Request
+from trimix_gguf.answering.batching import Batcher, Request
+from trimix_gguf.answering.generation import stream_generate
 from trimix_gguf.bench import TEXT
-from trimix_gguf.generation import stream_generate
-from trimix_gguf.prompt import Prompt, Segment
-from trimix_gguf.trio import NANO, Trio
+from trimix_gguf.trio.prompt import Prompt, Segment
+from trimix_gguf.trio.trio import NANO, Trio
 
 _WARM_UP = [5, 6, 7, 8]
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from gguf import LlamaFileType
 
-from trimix_gguf import memory, native
 from trimix_gguf.errors import ModelFileError, VocabularyMismatch
-from trimix_gguf.gguf_file import GGUFFile, read_gguf
-from trimix_gguf.vocabulary import check_contract
+from trimix_gguf.machine import memory, native
+from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
+from trimix_gguf.machine.vocabulary import check_contract
 
 # Sentences in the scripts that the method is for, and in English.
 PROBES = {

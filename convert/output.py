@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trimix_gguf.errors import ConversionError
+from trimix_gguf.machine.files import temporary_file
 
 
 @contextmanager
@@ -35,16 +36,6 @@ def refuse_existing(out: Path, force: bool) -> None:
         raise ConversionError(f"{out} is a folder; name a file")
     if out.exists() and not force:
         raise ConversionError(f"{out} exists; choose another name, or --force to replace it")
-
-
-@contextmanager
-def temporary_file(out: Path, suffix: str) -> Iterator[Path]:
-    """Yield a path for `out`'s sake in the same folder, so that renaming is atomic; then gone."""
-    path = out.with_name(f".{out.name}.{suffix}")
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def check_free_space(folder: Path, n_bytes: int) -> None:

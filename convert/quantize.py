@@ -16,7 +16,7 @@ from pathlib import Path
 from gguf import LlamaFileType
 
 from trimix_gguf.errors import ConversionError
-from trimix_gguf.gguf_file import GGUFFile, read_gguf
+from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
 
 from .output import whole_file
 
@@ -104,7 +104,7 @@ def _run_child(
 
 def main(source: str, out: str, file_type: str, requantize: str) -> int:
     """The child: llama.cpp's own log goes to stderr, line by line."""
-    from trimix_gguf import native
+    from trimix_gguf.machine import native
 
     native.set_verbose(True)
     return native.quantize(source, out, int(file_type), requantize=requantize == "1")

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import constants
 
 from trimix_gguf import Trio
-from trimix_gguf.trio import NANO
+from trimix_gguf.trio.trio import NANO
 
 pytest_plugins = ["person"]
 ROOT = Path(__file__).parent.parent

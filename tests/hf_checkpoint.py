@@ -16,7 +16,7 @@ from rebuild import Source, byte_level_folder, write_json
 
 from trimix_gguf.convert.architectures import ARCHITECTURES, OUTER
 from trimix_gguf.convert.checkpoint import StoredTensor, write_safetensors
-from trimix_gguf.gguf_file import GGUFFile, read_gguf
+from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
 
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 HEAD, EMBEDDING = "output.weight", "token_embd.weight"

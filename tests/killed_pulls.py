@@ -19,7 +19,7 @@ from hf_checkpoint import checkpoint_folder
 from hub_server import Asked, Hub
 
 from trimix_gguf.convert.hf import convert_hf
-from trimix_gguf.trio import NANO
+from trimix_gguf.trio.trio import NANO
 from trimix_gguf.trios.store import sha256_of
 from trimix_gguf.trios.triofile import FILENAME, TrioFile
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 # Imported whole, llama_cpp takes llama.cpp's log over, and cannot decode all of it.
-from trimix_gguf.native import lib as llama_cpp
+from trimix_gguf.machine.native import lib as llama_cpp
 
 
 def load(path, **options):

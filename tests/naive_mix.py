@@ -5,8 +5,8 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from trimix_gguf import Weights
-from trimix_gguf.fusion import fuse
-from trimix_gguf.prompt import Prompt, Segment
+from trimix_gguf.mixing.fusion import fuse
+from trimix_gguf.trio.prompt import Prompt, Segment
 
 LARGE, MIX = Weights(1, 0), Weights(0.3, 0.9)
 CHOICES = [

@@ -14,7 +14,7 @@ from hub_server import serving
 from huggingface_hub import constants
 
 from trimix_gguf.errors import TrimixError
-from trimix_gguf.fusion import ROLES
+from trimix_gguf.roles import ROLES
 from trimix_gguf.trios.pull_plan import plan_pull
 from trimix_gguf.trios.pulling import pull
 from trimix_gguf.trios.store import sha256_of

@@ -12,7 +12,7 @@ from gguf import GGUFWriter, TokenType
 
 from trimix_gguf.convert.tokenizer import read_tokenizer
 from trimix_gguf.convert.tokenizer_bpe import LLAMA3_SPLIT, QWEN2_SPLIT, QWEN35_SPLIT
-from trimix_gguf.native import lib as llama_cpp
+from trimix_gguf.machine.native import lib as llama_cpp
 
 SPACE = "▁"
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from trimix_gguf import Trio, Weights, generate, select_weights, stream_generate
-from trimix_gguf.batching import Batcher, Request
+from trimix_gguf.answering.batching import Batcher, Request
 from trimix_gguf.errors import ModelError, PromptError, QueueFull, SamplerError
-from trimix_gguf.fusion import METHODS, ROLES
-from trimix_gguf.prompt import Prompt, Segment
+from trimix_gguf.mixing.fusion import METHODS
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.prompt import Prompt, Segment
 
 TEXTS = [
     "Қазақстан Республикасының Үкіметі",

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from trimix_gguf import Trio, bench
-from trimix_gguf.fusion import ROLES, Weights
-from trimix_gguf.gguf_file import GGUFFile, TensorInfo
-from trimix_gguf.scoring import grid_nll
-from trimix_gguf.speculative import Drafting
+from trimix_gguf.answering.speculative import Drafting
+from trimix_gguf.machine.gguf_file import GGUFFile, TensorInfo
+from trimix_gguf.mixing.fusion import Weights
+from trimix_gguf.mixing.scoring import grid_nll
+from trimix_gguf.roles import ROLES
 
 SMALL = ("--threads", "1", "--n-prompt", "24", "--n-tokens", "12", "--repeats", "2")
 

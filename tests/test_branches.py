@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from trimix_gguf.branches import Branches
 from trimix_gguf.errors import ContextFullError, ModelError
-from trimix_gguf.fusion import ROLES
-from trimix_gguf.prompt import Prompt, Segment
-from trimix_gguf.trio import Trio
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.branches import Branches
+from trimix_gguf.trio.prompt import Prompt, Segment
+from trimix_gguf.trio.trio import Trio
 
 KAZAKH = "Қазақстан Республикасының Үкіметі"
 TAILS = [[5, 6, 7], [5, 9], [100, 200, 300, 400], [5, 6, 8]]

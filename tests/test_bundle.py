@@ -17,7 +17,7 @@ import pytest
 from conftest import KAZAKH
 
 from trimix_gguf.errors import TrioFileError
-from trimix_gguf.fusion import ROLES
+from trimix_gguf.roles import ROLES
 from trimix_gguf.trios import bundle_files, store
 from trimix_gguf.trios.bundle import export_trio, import_trio
 from trimix_gguf.trios.triofile import ModelEntry, TrioFile, to_toml

@@ -5,10 +5,10 @@ import pytest
 from conftest import KAZAKH
 
 from trimix_gguf import Trio
-from trimix_gguf.chat import PLAIN_TEMPLATE, chat_prompt, render_chat
+from trimix_gguf.answering.chat import PLAIN_TEMPLATE, chat_prompt, render_chat
 from trimix_gguf.errors import PromptError
-from trimix_gguf.fusion import ROLES
-from trimix_gguf.trio import NANO
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.trio import NANO
 
 # In the manner of families whose vocabulary nano does not have: their marks are text to it.
 LLAMA3 = (

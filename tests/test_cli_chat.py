@@ -15,8 +15,8 @@ from conftest import KAZAKH
 from test_cli import one_line_error
 
 from trimix_gguf import Trio, Weights
+from trimix_gguf.answering.conversation import Conversation
 from trimix_gguf.cli.chat import _Session
-from trimix_gguf.conversation import Conversation
 from trimix_gguf.trios.triofile import ModelEntry, TrioFile
 
 ANSWERS = ("-n", "8", "--seed", "5", "--threads", "1")

@@ -9,7 +9,7 @@ from conftest import KAZAKH
 from hf_checkpoint import checkpoint_folder
 from test_cli import one_line_error
 
-from trimix_gguf.gguf_file import read_gguf
+from trimix_gguf.machine.gguf_file import read_gguf
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import pytest
 from conftest import KAZAKH
 
 from trimix_gguf import Trio, Weights, generate, select_weights
-from trimix_gguf.conversation import Conversation, pulls
+from trimix_gguf.answering.conversation import Conversation, pulls
 from trimix_gguf.errors import PromptError, WeightsError
-from trimix_gguf.fusion import ROLES
-from trimix_gguf.trio import NANO
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.trio import NANO
 
 EXACT = {"flash_attn": False, "type_k": "f32", "type_v": "f32", "n_threads": 1, "n_ctx": 512}
 MIX = Weights(0.1, 0.9)

@@ -12,7 +12,7 @@ from gguf import TokenType
 from rebuild import SPACE, convert, edit_json, read_json, tokenizer_of, write_json
 
 from trimix_gguf.convert.tokenizer import read_tokenizer
-from trimix_gguf.gguf_file import read_gguf
+from trimix_gguf.machine.gguf_file import read_gguf
 
 tokenizers = pytest.importorskip("tokenizers", reason="the id oracles need tokenizers")
 sentencepiece = pytest.importorskip("sentencepiece", reason="the id oracles need sentencepiece")

@@ -6,7 +6,7 @@ from llama_oracle import llama_logits, load
 
 from trimix_gguf.convert.hf import convert_hf
 from trimix_gguf.convert.tokenizer_bpe import GPT2_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT
-from trimix_gguf.native import lib as llama_cpp
+from trimix_gguf.machine.native import lib as llama_cpp
 
 torch = pytest.importorskip("torch", reason="the logits oracle needs torch")
 transformers = pytest.importorskip("transformers", reason="the logits oracle needs transformers")

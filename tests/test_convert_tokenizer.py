@@ -8,7 +8,7 @@ from rebuild import SPACE, convert, edit_json, field, write_json
 from trimix_gguf.convert.tokenizer import read_tokenizer
 from trimix_gguf.convert.tokenizer_bpe import KNOWN_PRE
 from trimix_gguf.errors import ConversionError
-from trimix_gguf.gguf_file import read_gguf
+from trimix_gguf.machine.gguf_file import read_gguf
 
 
 def pieces(*texts):

@@ -7,7 +7,8 @@ import pytest
 
 from trimix_gguf import Trio
 from trimix_gguf.bench import Run
-from trimix_gguf.fusion import ROLES, Weights
+from trimix_gguf.mixing.fusion import Weights
+from trimix_gguf.roles import ROLES
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import cost_model  # noqa: E402

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import KAZAKH
 
-from trimix_gguf import Trio, Weights, costs, generate
-from trimix_gguf.costs import cache_folder, kept_costs, load_costs, save_costs
-from trimix_gguf.speculative import Drafting, Plan
+from trimix_gguf import Trio, Weights, generate
+from trimix_gguf.answering import costs
+from trimix_gguf.answering.costs import cache_folder, kept_costs, load_costs, save_costs
+from trimix_gguf.answering.speculative import Drafting, Plan
 
 # A large model that verifies a batch for little more than one token: drafting pays.
 SECONDS = {

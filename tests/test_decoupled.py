@@ -8,14 +8,15 @@ import pytest
 from test_cli import one_line_error
 from topics import EXEMPLARS, QUESTION, arguments, scored
 
-from trimix_gguf import Trio, Weights, memory
+from trimix_gguf import Trio, Weights
 from trimix_gguf.errors import MemoryNeededError
 from trimix_gguf.evaluation.continuing import continue_decoupled
 from trimix_gguf.evaluation.decoupled import FourthModel, check_fourth
 from trimix_gguf.evaluation.reading import AXIS, Reader
-from trimix_gguf.model import Model
-from trimix_gguf.prompt import Prompt, Segment
-from trimix_gguf.scoring import GRID
+from trimix_gguf.machine import memory
+from trimix_gguf.mixing.scoring import GRID
+from trimix_gguf.trio.model import Model
+from trimix_gguf.trio.prompt import Prompt, Segment
 
 
 @pytest.fixture(scope="module")

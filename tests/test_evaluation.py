@@ -9,8 +9,7 @@ from conftest import KAZAKH
 from topics import EXEMPLARS, QUESTION, TOPICS, scored
 
 from trimix_gguf import Trio, Weights, generate, score
-from trimix_gguf.branches import Branches
-from trimix_gguf.chat import around_message
+from trimix_gguf.answering.chat import around_message
 from trimix_gguf.errors import ContextFullError
 from trimix_gguf.evaluation import methods, runner
 from trimix_gguf.evaluation.continuing import Mix, Start, continue_all, roles_of
@@ -19,8 +18,9 @@ from trimix_gguf.evaluation.reading import AXIS, Reader, Reading, choice_nll
 from trimix_gguf.evaluation.runner import run_task
 from trimix_gguf.evaluation.settings import Settings
 from trimix_gguf.evaluation.task import Dataset, Example, Task
-from trimix_gguf.prompt import Prompt, Segment
-from trimix_gguf.scoring import GRID
+from trimix_gguf.mixing.scoring import GRID
+from trimix_gguf.trio.branches import Branches
+from trimix_gguf.trio.prompt import Prompt, Segment
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from trimix_gguf.errors import WeightsError
-from trimix_gguf.fusion import METHODS, ROLES, Rows, Weights, fuse, mask_implausible
+from trimix_gguf.mixing.fusion import METHODS, Rows, Weights, fuse, mask_implausible
+from trimix_gguf.roles import ROLES
 
 INF = math.inf
 

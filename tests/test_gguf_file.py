@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import quantize
 
 from trimix_gguf.errors import ModelFileError
-from trimix_gguf.gguf_file import MAX_LISTED, GGUFArray, GGUFFile, read_gguf
+from trimix_gguf.machine.gguf_file import MAX_LISTED, GGUFArray, GGUFFile, read_gguf
 
 MODELS = Path(os.environ.get("TRIMIX_MODELS", "~/.cache/trimix-models")).expanduser()
 SMOLLM = MODELS / "smollm2-135m-instruct-q4_1.gguf"

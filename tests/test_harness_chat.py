@@ -8,7 +8,7 @@ from conftest import KAZAKH
 pytest.importorskip("lm_eval")
 
 from trimix_gguf import Trio  # noqa: E402
-from trimix_gguf.chat import render_chat  # noqa: E402
+from trimix_gguf.answering.chat import render_chat  # noqa: E402
 from trimix_gguf.errors import PromptError  # noqa: E402
 from trimix_gguf.evaluation.harness import TrimixLM  # noqa: E402
 

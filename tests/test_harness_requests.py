@@ -24,9 +24,9 @@ from trimix_gguf import Trio, Weights, generate, select_weights  # noqa: E402
 from trimix_gguf.errors import PromptError, SamplerError  # noqa: E402
 from trimix_gguf.evaluation import harness  # noqa: E402
 from trimix_gguf.evaluation.harness import TrimixLM  # noqa: E402
-from trimix_gguf.fusion import fuse  # noqa: E402
-from trimix_gguf.model import Model  # noqa: E402
-from trimix_gguf.prompt import Prompt, Segment  # noqa: E402
+from trimix_gguf.mixing.fusion import fuse  # noqa: E402
+from trimix_gguf.trio.model import Model  # noqa: E402
+from trimix_gguf.trio.prompt import Prompt, Segment  # noqa: E402
 
 
 @pytest.fixture(scope="module")

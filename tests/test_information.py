@@ -16,7 +16,7 @@ from trimix_gguf.evaluation.reading import AXIS
 from trimix_gguf.evaluation.runner import run_task
 from trimix_gguf.evaluation.settings import Settings
 from trimix_gguf.evaluation.task import Dataset, Example, Task
-from trimix_gguf.scoring import GRID
+from trimix_gguf.mixing.scoring import GRID
 
 TASK = Task("topics", ("kk",), "Classify.", ("accuracy",), 4, lambda *_: None)
 SHOWN = [

@@ -11,7 +11,7 @@ from browser import browser
 from served import ENDLESS, serving
 from visitor import ENTER, GREEDY, KAZAKH, ask, ended, last_exchange, show, shown, traced
 
-from trimix_gguf.trio import NANO
+from trimix_gguf.trio.trio import NANO
 
 WEIGHTS = {"alpha": 0.3, "beta": 0.5}
 

@@ -9,12 +9,13 @@ import pytest
 from conftest import KAZAKH
 from test_cli import one_line_error
 
-from trimix_gguf import Trio, memory, native
+from trimix_gguf import Trio
 from trimix_gguf.errors import MemoryNeededError, ModelError
-from trimix_gguf.fusion import ROLES
-from trimix_gguf.gguf_file import read_gguf
-from trimix_gguf.placement import AUTO
-from trimix_gguf.planner import place
+from trimix_gguf.machine import memory, native
+from trimix_gguf.machine.gguf_file import read_gguf
+from trimix_gguf.machine.placement import AUTO
+from trimix_gguf.machine.planner import place
+from trimix_gguf.roles import ROLES
 
 # -- real memory ------------------------------------------------------------------------------
 

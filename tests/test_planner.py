@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from trimix_gguf import memory
 from trimix_gguf.errors import ModelError
-from trimix_gguf.fusion import ROLES
-from trimix_gguf.gguf_file import GGUFFile, TensorInfo, read_gguf
-from trimix_gguf.native import Device
-from trimix_gguf.placement import AUTO, MARGIN, RAM
-from trimix_gguf.planner import plan
+from trimix_gguf.machine import memory
+from trimix_gguf.machine.gguf_file import GGUFFile, TensorInfo, read_gguf
+from trimix_gguf.machine.native import Device
+from trimix_gguf.machine.placement import AUTO, MARGIN, RAM
+from trimix_gguf.machine.planner import plan
+from trimix_gguf.roles import ROLES
 
 GIB = 1 << 30
 

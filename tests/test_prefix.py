@@ -9,7 +9,7 @@ from test_cli import one_line_error
 
 from trimix_gguf import Trio, Weights, generate, select_weights
 from trimix_gguf import score as score_prompts
-from trimix_gguf.prompt import Prompt, Segment
+from trimix_gguf.trio.prompt import Prompt, Segment
 
 EXACT = {"flash_attn": False, "type_k": "f32", "type_v": "f32", "n_threads": 1}
 TOLERANCE = 2e-4  # nats in all: batches of other sizes round differently

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from trimix_gguf.errors import PromptError
-from trimix_gguf.fusion import ROLES
-from trimix_gguf.prompt import Prompt, Segment, text_prompt
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.prompt import Prompt, Segment, text_prompt
 
 BOS = [1]
 MARKS = ("[[", "]]")

@@ -8,7 +8,7 @@ from hub_server import Fault
 from person import NOWHERE, REPO
 from test_cli import one_line_error
 
-from trimix_gguf.gguf_file import read_gguf
+from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.trios.hub import N_TRIES
 
 

@@ -5,7 +5,7 @@ import pytest
 from made_runs import AXIS, GRID, LETTERS, accuracy, made_lines, report, summary_of, write_run
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.fusion import ROLES
+from trimix_gguf.roles import ROLES
 
 
 def test_choice_scoring_takes_the_choice_of_the_fewest_nats(rng, tmp_path):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from trimix_gguf.errors import ModelError, WeightsError
-from trimix_gguf.fusion import Weights
-from trimix_gguf.scoring import (
+from trimix_gguf.mixing.fusion import Weights
+from trimix_gguf.mixing.scoring import (
     CONTINUOUS_RANGE,
     GRID,
     _pivot,

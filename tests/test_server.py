@@ -13,7 +13,7 @@ from conftest import KAZAKH
 from served import ENDLESS, TEXTS, error_of, events_of, serving
 
 from trimix_gguf import Weights, score
-from trimix_gguf.fusion import METHODS
+from trimix_gguf.mixing.fusion import METHODS
 from trimix_gguf.trios.triofile import ModelEntry, TrioFile
 
 CHAT = [{"role": "system", "content": "Қысқа жауап бер."}, {"role": "user", "content": KAZAKH}]

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from conftest import KAZAKH
 
-from trimix_gguf import Trio, Weights, generate, speculative, stream_generate
-from trimix_gguf.lookup import LONGEST, Lookup, Match
-from trimix_gguf.sampling import Sampler
-from trimix_gguf.speculative import Drafting, Plan, decode_steps
-from trimix_gguf.trio import concurrency
+from trimix_gguf import Trio, Weights, generate, stream_generate
+from trimix_gguf.answering import speculative
+from trimix_gguf.answering.lookup import LONGEST, Lookup, Match
+from trimix_gguf.answering.speculative import Drafting, Plan, decode_steps
+from trimix_gguf.mixing.sampling import Sampler
+from trimix_gguf.trio.trio import concurrency
 
 ROUNDING = 0.3  # of a logit, between a batch and single decodes; a cache gone wrong shows in units
 MIXES = [Weights(0.1, 0.9), Weights(0.3, 0.9), Weights(1.0, 1.0), Weights(1.0, 0.0)]

@@ -12,8 +12,8 @@ import pytest
 from conftest import KAZAKH
 
 from trimix_gguf.errors import ModelFileError, TrioFileError
-from trimix_gguf.fusion import ROLES
-from trimix_gguf.trio import NANO
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.trio import NANO
 from trimix_gguf.trios import store
 from trimix_gguf.trios.triofile import ModelEntry, TrioFile, parse_trio, to_toml
 

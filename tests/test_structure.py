@@ -5,6 +5,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,38 +15,43 @@ from trimix_gguf.cli import COMMANDS
 from trimix_gguf.cli.reference import PATH, reference
 
 ROOT = Path(__file__).parent.parent
-LAYERS = [
-    "errors", "fusion", "gguf_file", "vocabulary", "memory", "native", "locking", "threads",
-    "scoring", "sampling", "prompt", "model", "placement", "planner", "trio", "branches",
-    "selection", "prompt_cache", "lookup", "speculative", "costs", "generation", "chat",
-    "conversation", "request", "batching", "trios", "bench", "evaluation", "server", "cli",
+ROOMS = [
+    "errors", "roles", "machine", "mixing", "trio", "choosing", "answering", "trios", "bench",
+    "evaluation", "server", "cli",
 ]  # fmt: skip
 
 
-def imported_layers(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        names = []
+def imported_modules(path):
+    """Every dotted name that a file may import, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "trimix_gguf" and len(parts) > 1 and parts[1] in LAYERS:
-                yield parts[1]
+            yield from (alias.name for alias in node.names)
 
 
-FOLDERS = {"trios", "evaluation", "server", "cli"}
+def files_of(room):
+    folder = ROOT / "trimix_gguf" / room
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
 
 
-@pytest.mark.parametrize("layer", [name for name in LAYERS if name != "cli"])
-def test_imports_point_up_the_layers(layer):
-    folder = ROOT / "trimix_gguf" / layer
-    for path in folder.rglob("*.py") if layer in FOLDERS else [folder.with_suffix(".py")]:
-        for imported in imported_layers(path):
-            allowed = LAYERS.index(layer) + (layer in FOLDERS)
-            assert LAYERS.index(imported) < allowed, f"{path.name} imports {imported}"
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_point_up_the_rooms(room):
+    for path in files_of(room):
+        for name in imported_modules(path):
+            package, _, rest = name.partition(".")
+            other = rest.partition(".")[0]
+            if package == "trimix_gguf" and other in ROOMS:
+                assert ROOMS.index(other) <= ROOMS.index(room), f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("room", [r for r in ROOMS if (ROOT / "trimix_gguf" / r).is_dir()])
+def test_modules_of_a_room_import_each_other_one_way(room):
+    files = {f"trimix_gguf.{room}.{path.stem}": path for path in files_of(room)}
+    graph = {name: {i for i in imported_modules(path) if i in files and i != name}
+             for name, path in files.items()}  # fmt: skip
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem)
@@ -58,9 +64,10 @@ def test_what_a_benchmark_takes_from_the_package_is_there(script):
                 assert hasattr(module, alias.name) or importlib.util.find_spec(submodule)
 
 
-def test_every_module_has_its_layer():
-    modules = {p.stem for p in (ROOT / "trimix_gguf").glob("*.py")} - {"__init__"}
-    assert modules == set(LAYERS) - FOLDERS
+def test_every_module_has_its_room():
+    package = ROOT / "trimix_gguf"
+    rooms = {p.parent.name for p in package.glob("*/__init__.py")}
+    assert rooms | {p.stem for p in package.glob("*.py")} - {"__init__"} == set(ROOMS)
 
 
 def test_llama_cpp_is_imported_in_one_place():
@@ -75,10 +82,10 @@ def test_llama_cpp_is_imported_in_one_place():
 def test_llama_cpp_can_be_imported_whole_beside_it_and_errors_still_say_why(tmp_path):
     """Bug: whoever imported llama_cpp later took over llama.cpp's log, and our errors' reasons."""
     program = """
-import trimix_gguf.native as native, llama_cpp, llama_cpp.llama_cpp as own
+import trimix_gguf.machine.native as native, llama_cpp, llama_cpp.llama_cpp as own
 assert llama_cpp.Llama and own is native.lib
 from trimix_gguf import Trio, TrimixError
-from trimix_gguf.trio import NANO, trio_paths
+from trimix_gguf.trio.trio import NANO, trio_paths
 try:
     files = {**trio_paths(NANO), "small_cpt": None, "small_cpt_lora": NANO / "small_cpt.gguf"}
     Trio.load(**files)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from trimix_gguf.threads import run_all
+from trimix_gguf.machine.threads import run_all
 
 
 @pytest.fixture

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from conftest import KAZAKH
 
-from trimix_gguf import Trio, Weights, generate, native, score, select_weights, stream_generate
+from trimix_gguf import Trio, Weights, generate, score, select_weights, stream_generate
+from trimix_gguf.answering.generation import _TextStream
 from trimix_gguf.errors import ContextFullError, ModelError, PromptError
-from trimix_gguf.fusion import ROLES, fuse
-from trimix_gguf.generation import _TextStream
-from trimix_gguf.model import Model
-from trimix_gguf.prompt import Prompt, Segment
+from trimix_gguf.machine import native
+from trimix_gguf.mixing.fusion import fuse
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.model import Model
+from trimix_gguf.trio.prompt import Prompt, Segment
 
 
 def last_rows(trio, ids):

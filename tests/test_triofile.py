@@ -8,7 +8,8 @@ import pytest
 
 from trimix_gguf import Weights
 from trimix_gguf.errors import TrioFileError
-from trimix_gguf.fusion import METHODS, ROLES
+from trimix_gguf.mixing.fusion import METHODS
+from trimix_gguf.roles import ROLES
 from trimix_gguf.trios.triofile import CHOOSING, ModelEntry, TrioFile, check_name, parse_trio
 
 TOP = 'version = 1\nname = "a"\n'

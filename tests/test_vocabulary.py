@@ -9,8 +9,8 @@ import pytest
 from gguf import GGUFWriter, TokenType
 
 from trimix_gguf.errors import VocabularyMismatch
-from trimix_gguf.gguf_file import MAX_LISTED, GGUFArray, GGUFFile, read_gguf
-from trimix_gguf.vocabulary import check_contract
+from trimix_gguf.machine.gguf_file import MAX_LISTED, GGUFArray, GGUFFile, read_gguf
+from trimix_gguf.machine.vocabulary import check_contract
 
 MODELS = Path(os.environ.get("TRIMIX_MODELS", "~/.cache/trimix-models")).expanduser()
 SMOLLM = MODELS / "smollm2-135m-instruct-q4_1.gguf"

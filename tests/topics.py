@@ -1,6 +1,6 @@
 """A user's own small task: topics of Kazakh sentences."""
 
-from trimix_gguf.prompt import Prompt
+from trimix_gguf.trio.prompt import Prompt
 
 TOPICS = {"спорт": "Команда ойында жеңді.", "саясат": "Үкімет жаңа заң қабылдады."}
 EXEMPLARS = "".join(f"Text: {text}\nTopic: {label}\n\n" for label, text in TOPICS.items())

@@ -4,22 +4,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trimix_gguf.answering.generation import generate, stream_generate
+    from trimix_gguf.choosing.selection import score, select_weights
     from trimix_gguf.errors import TrimixError
-    from trimix_gguf.fusion import Weights
-    from trimix_gguf.generation import generate, stream_generate
-    from trimix_gguf.sampling import Sampler
-    from trimix_gguf.selection import score, select_weights
-    from trimix_gguf.trio import Trio
+    from trimix_gguf.mixing.fusion import Weights
+    from trimix_gguf.mixing.sampling import Sampler
+    from trimix_gguf.trio.trio import Trio
 
 _HOME = {
-    "Sampler": "sampling",
+    "Sampler": "mixing.sampling",
     "TrimixError": "errors",
-    "Trio": "trio",
-    "Weights": "fusion",
-    "generate": "generation",
-    "score": "selection",
-    "select_weights": "selection",
-    "stream_generate": "generation",
+    "Trio": "trio.trio",
+    "Weights": "mixing.fusion",
+    "generate": "answering.generation",
+    "score": "choosing.selection",
+    "select_weights": "choosing.selection",
+    "stream_generate": "answering.generation",
 }
 __all__ = [
     "Sampler",

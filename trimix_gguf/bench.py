@@ -22,17 +22,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trimix_gguf.answering.generation import generate
+from trimix_gguf.answering.speculative import Drafting, decode_steps
+from trimix_gguf.choosing.selection import SINGLE
 from trimix_gguf.errors import PromptError
-from trimix_gguf.fusion import ROLES, Rows, Weights, fuse
-from trimix_gguf.generation import generate
-from trimix_gguf.gguf_file import GGUFFile, read_gguf
-from trimix_gguf.model import available_cores
-from trimix_gguf.prompt import Prompt, Segment
-from trimix_gguf.sampling import Sampler
-from trimix_gguf.scoring import GRID, Float64, grid_nll
-from trimix_gguf.selection import SINGLE
-from trimix_gguf.speculative import Drafting, decode_steps
-from trimix_gguf.trio import Trio
+from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
+from trimix_gguf.machine.threads import available_cores
+from trimix_gguf.mixing.fusion import Rows, Weights, fuse
+from trimix_gguf.mixing.sampling import Sampler
+from trimix_gguf.mixing.scoring import GRID, Float64, grid_nll
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.prompt import Prompt, Segment
+from trimix_gguf.trio.trio import Trio
 
 TEXT = """Read the text and write one more paragraph of it, in Kazakh and in the same style.
 

@@ -75,8 +75,8 @@ def _machine(options: dict[str, Any]) -> dict[str, Any]:
     import importlib.metadata
     import platform
 
-    from trimix_gguf import native
-    from trimix_gguf.model import available_cores
+    from trimix_gguf.machine import native
+    from trimix_gguf.machine.threads import available_cores
 
     own = trio_arguments(dict(options))["per_role"]
     return {

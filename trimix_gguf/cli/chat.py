@@ -44,7 +44,7 @@ def chat(system: str | None, load: str | None, **options: Any) -> None:
     command, and /help names them. Without a trio, the small Kazakh one that ships with the
     package answers. Through a pipe, answers go to standard output.
     """
-    from trimix_gguf.conversation import Conversation
+    from trimix_gguf.answering.conversation import Conversation
 
     told: dict[str, Any] = {} if system is None else {"system": _text_or_file(system)}
     settings = generation_settings(options)

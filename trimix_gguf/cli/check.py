@@ -23,7 +23,7 @@ def check(
     """
     from trimix_gguf.convert.check import check_trio
     from trimix_gguf.errors import MemoryNeededError
-    from trimix_gguf.memory import in_gib
+    from trimix_gguf.machine.memory import in_gib
 
     report = check_trio(
         large_ins=Path(large_ins),
@@ -41,7 +41,7 @@ def check(
 
 
 def _table(report: dict[str, Any]) -> str:
-    from trimix_gguf.memory import in_gib
+    from trimix_gguf.machine.memory import in_gib
 
     lines = [f"{'':<11}{'type':<9}{'family':<10}{'weights':>9}{'context':>9}{'n_vocab':>9}  file"]
     for role, m in report["models"].items():

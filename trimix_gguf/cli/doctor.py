@@ -31,11 +31,11 @@ def doctor(as_json: bool, **options: Any) -> None:
 def _report(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     import os
 
-    from trimix_gguf import memory, native
-    from trimix_gguf.model import available_cores
-    from trimix_gguf.planner import plan
-    from trimix_gguf.trio import concurrency
-    from trimix_gguf.vocabulary import check_contract
+    from trimix_gguf.machine import memory, native
+    from trimix_gguf.machine.planner import plan
+    from trimix_gguf.machine.threads import available_cores
+    from trimix_gguf.machine.vocabulary import check_contract
+    from trimix_gguf.trio.trio import concurrency
 
     options.pop("verbose", None)
     files, own, lora = trio_files(trio_arguments(options))

@@ -70,8 +70,8 @@ def _own_settings(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _task_weights(trio: Any, task: str, average: Any, settings: dict[str, Any]) -> Any:
+    from trimix_gguf.choosing.selection import select_weights
     from trimix_gguf.cli.score import split_texts
-    from trimix_gguf.selection import select_weights
 
     prompts = [trio.prompt(t) for t in split_texts(read_text(task))]
     total = sum(p.n_tokens() for p in prompts)
@@ -83,7 +83,7 @@ def _task_weights(trio: Any, task: str, average: Any, settings: dict[str, Any]) 
 
 
 def _run(trio: Any, prompt: Any, settings: dict[str, Any], as_json: bool) -> None:
-    from trimix_gguf.generation import stream_generate
+    from trimix_gguf.answering.generation import stream_generate
 
     parts: list[str] = []
     last = None

@@ -84,7 +84,7 @@ def decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def generation_settings(options: dict[str, Any]) -> dict[str, Any]:
     """Take stream_generate's arguments out of the options above; unset flags stay out."""
-    from trimix_gguf.fusion import METHODS
+    from trimix_gguf.mixing.fusion import METHODS
 
     settings: dict[str, Any] = {"stop": options.pop("stop")}
     method, weights = options.pop("method"), options.pop("weights")

@@ -60,8 +60,8 @@ def trio_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def open_trio(options: dict[str, Any]) -> Any:
     """Take the trio's options out of `options` and open it."""
-    from trimix_gguf import native
-    from trimix_gguf.trio import Trio, concurrency
+    from trimix_gguf.machine import native
+    from trimix_gguf.trio.trio import Trio, concurrency
 
     arguments = trio_arguments(options)
     verbose = bool(options.pop("verbose", False))
@@ -123,7 +123,7 @@ def trio_arguments(options: dict[str, Any]) -> dict[str, Any]:
 def _set_per_role(
     per_role: dict[str, dict[str, Any]], name: str, kind: Callable[[str], Any], text: str
 ) -> None:
-    from trimix_gguf.fusion import ROLES
+    from trimix_gguf.roles import ROLES
 
     role, _, value = text.rpartition("=")
     role = role.replace("-", "_")
@@ -146,7 +146,7 @@ def _set_per_role(
 def parse_weights(text: str) -> Any:
     """'0.1,0.9' -> Weights."""
     from trimix_gguf.errors import WeightsError
-    from trimix_gguf.fusion import Weights
+    from trimix_gguf.mixing.fusion import Weights
 
     try:
         return Weights(*(float(w) for w in text.split(",")))
@@ -181,7 +181,7 @@ def read_text(path: str) -> str:
 
 def parse_grid_options(texts: tuple[str, ...]) -> Any:
     """--grid once (both weights) or twice (alpha, then beta)."""
-    from trimix_gguf.scoring import GRID, parse_grid
+    from trimix_gguf.mixing.scoring import GRID, parse_grid
 
     if not texts:
         return (GRID, GRID)

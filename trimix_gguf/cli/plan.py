@@ -25,8 +25,8 @@ def plan(
     memory may be assumed, to plan for a machine that is not here; --assume-gpu is given once for
     each card. Where the trio fits nowhere: what to change, and exit 1.
     """
-    from trimix_gguf import memory, native, planner
     from trimix_gguf.errors import MemoryNeededError
+    from trimix_gguf.machine import memory, native, planner
 
     options.pop("verbose", None)
     files, own, lora = trio_files(trio_arguments(options))
@@ -49,9 +49,9 @@ def plan(
 
 def trio_files(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Any]:
     """Arguments of Trio.load -> the checked files by role, options by role, and the adapter."""
-    from trimix_gguf.fusion import ROLES
-    from trimix_gguf.gguf_file import read_gguf
-    from trimix_gguf.vocabulary import check_contract
+    from trimix_gguf.machine.gguf_file import read_gguf
+    from trimix_gguf.machine.vocabulary import check_contract
+    from trimix_gguf.roles import ROLES
 
     files = {role: read_gguf(arguments.get(role) or arguments["small_base"]) for role in ROLES}
     check_contract(files)
@@ -62,7 +62,7 @@ def trio_files(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 
 
 def _assumed(name: str, gb: float) -> Any:
-    from trimix_gguf.native import Device
+    from trimix_gguf.machine.native import Device
 
     return Device(name, f"assumed, {name}", "GPU", _in_bytes(gb), _in_bytes(gb), 0)
 

@@ -31,7 +31,7 @@ def score(files: tuple[str, ...], **options: Any) -> None:
 
     Reads files or standard input; a blank line or a file boundary ends a text.
     """
-    from trimix_gguf.selection import score as score_prompts
+    from trimix_gguf.choosing.selection import score as score_prompts
 
     plot, as_json = options.pop("plot"), options.pop("as_json")
     figure = None if plot is None else new_figure(figsize=(6.4, 5.2))
@@ -65,7 +65,7 @@ def split_texts(text: str) -> list[str]:
 
 
 def _report(result: Any, average: str, own: Any) -> dict[str, Any]:
-    from trimix_gguf.selection import PROXY_TUNING, SINGLE
+    from trimix_gguf.choosing.selection import PROXY_TUNING, SINGLE
 
     best = result.best(average)
     named = {**SINGLE, "proxy_tuning": PROXY_TUNING, "fused": best}

@@ -110,7 +110,7 @@ def _access(host: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(listening: dict[str, Any], access: dict[str, Any], options: dict[str, Any]) -> None:
-    from trimix_gguf.batching import Batcher
+    from trimix_gguf.answering.batching import Batcher
     from trimix_gguf.server.app import Api
     from trimix_gguf.server.openai import mix_settings
     from trimix_gguf.server.running import bind, run

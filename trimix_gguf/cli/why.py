@@ -15,9 +15,9 @@ def print_why(conversation: Any) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from trimix_gguf.conversation import pulls
+    from trimix_gguf.answering.conversation import pulls
     from trimix_gguf.errors import PromptError
-    from trimix_gguf.fusion import ROLES
+    from trimix_gguf.roles import ROLES
 
     rows, n_vocab = conversation.trace, conversation.trio.n_vocab
     if not rows:

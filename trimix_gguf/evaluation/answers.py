@@ -15,7 +15,7 @@ from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.information import most_informative
 from trimix_gguf.evaluation.methods import DECOUPLED, INFORMATIVE, MI_ANSWERS, ORACLE
 from trimix_gguf.evaluation.task import Task
-from trimix_gguf.scoring import GRID
+from trimix_gguf.mixing.scoring import GRID
 
 Float64 = NDArray[np.float64]
 # [n_grid][n_grid][n]: alpha, beta, example; None for a point that was left in a race.

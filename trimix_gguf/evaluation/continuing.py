@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from trimix_gguf.branches import Branches
 from trimix_gguf.errors import ContextFullError
 from trimix_gguf.evaluation.decoupled import FourthModel, three_of_four
 from trimix_gguf.evaluation.loops import Loop
-from trimix_gguf.fusion import ROLES, Rows, Weights, fuse, mask_implausible
-from trimix_gguf.trio import Trio
+from trimix_gguf.mixing.fusion import Rows, Weights, fuse, mask_implausible
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.branches import Branches
+from trimix_gguf.trio.trio import Trio
 
 WIDEST = 20  # texts under way: of more each costs as much, as all read past each other's cells
 Adapt = Callable[[Rows, int], Weights]  # rows [n_vocab] and the token picked -> the next weights

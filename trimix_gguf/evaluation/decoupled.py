@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trimix_gguf.fusion import ROLES, Rows
-from trimix_gguf.gguf_file import read_gguf
-from trimix_gguf.memory import check_fits_beside
-from trimix_gguf.model import Model
-from trimix_gguf.trio import Trio
-from trimix_gguf.vocabulary import check_contract
+from trimix_gguf.machine.gguf_file import read_gguf
+from trimix_gguf.machine.memory import check_fits_beside
+from trimix_gguf.machine.vocabulary import check_contract
+from trimix_gguf.mixing.fusion import Rows
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.model import Model
+from trimix_gguf.trio.trio import Trio
 
 LARGE_BASE = "large_base"
 

@@ -17,14 +17,14 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from trimix_gguf.chat import apply_template, template_of
+from trimix_gguf.answering.chat import apply_template, template_of
+from trimix_gguf.answering.generation import generate
+from trimix_gguf.choosing.selection import Grid, select_weights
 from trimix_gguf.errors import PromptError, SamplerError, TrimixError
-from trimix_gguf.fusion import Weights, fuse
-from trimix_gguf.generation import generate
-from trimix_gguf.prompt import Prompt, Segment
-from trimix_gguf.scoring import GRID, Float64
-from trimix_gguf.selection import Grid, select_weights
-from trimix_gguf.trio import Trio
+from trimix_gguf.mixing.fusion import Weights, fuse
+from trimix_gguf.mixing.scoring import GRID, Float64
+from trimix_gguf.trio.prompt import Prompt, Segment
+from trimix_gguf.trio.trio import Trio
 
 try:
     import lm_eval

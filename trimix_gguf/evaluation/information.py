@@ -12,9 +12,9 @@ from trimix_gguf.errors import WeightsError
 from trimix_gguf.evaluation.methods import MI_ANSWERS, lowest_on_grid
 from trimix_gguf.evaluation.prompts import exemplars_reader, question_after
 from trimix_gguf.evaluation.task import Example, Task
-from trimix_gguf.fusion import Weights
-from trimix_gguf.scoring import Float64
-from trimix_gguf.trio import Trio
+from trimix_gguf.mixing.fusion import Weights
+from trimix_gguf.mixing.scoring import Float64
+from trimix_gguf.trio.trio import Trio
 
 _N_OTHERS = 2  # questions that each exemplar's answer is put to beside its own
 

@@ -8,9 +8,9 @@ import numpy as np
 from trimix_gguf.errors import WeightsError
 from trimix_gguf.evaluation.continuing import Mix
 from trimix_gguf.evaluation.reading import AXIS, Reading
-from trimix_gguf.fusion import METHODS as FIXED
-from trimix_gguf.fusion import Rows, Weights
-from trimix_gguf.scoring import GRID, Float64, lowest
+from trimix_gguf.mixing.fusion import METHODS as FIXED
+from trimix_gguf.mixing.fusion import Rows, Weights
+from trimix_gguf.mixing.scoring import GRID, Float64, lowest
 
 _FINE = np.linspace(0, 1, 101)  # where the continuous optimum is looked for
 _KEEP = 0.97  # what a token's evidence is worth one token later, for token-level weights

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from trimix_gguf.chat import around_message
+from trimix_gguf.answering.chat import around_message
 from trimix_gguf.errors import PromptError
 from trimix_gguf.evaluation.decoupled import FourthModel
 from trimix_gguf.evaluation.reading import Reader
 from trimix_gguf.evaluation.task import Dataset, Example, Task
-from trimix_gguf.fusion import ROLES
-from trimix_gguf.prompt import Prompt, Segment
-from trimix_gguf.trio import Trio
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.prompt import Prompt, Segment
+from trimix_gguf.trio.trio import Trio
 
 _OPEN, _CLOSE = "\x02", "\x03"  # around an exemplar's answer; no text holds them
 

@@ -17,7 +17,7 @@ from trimix_gguf.evaluation.metrics import METRICS
 from trimix_gguf.evaluation.run_files import has_grid
 from trimix_gguf.evaluation.statistics import t_quantile
 from trimix_gguf.evaluation.task import Task
-from trimix_gguf.scoring import GRID
+from trimix_gguf.mixing.scoring import GRID
 
 Points = NDArray[np.bool_]  # [n_grid, n_grid], alpha by beta
 

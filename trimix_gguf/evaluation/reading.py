@@ -6,15 +6,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from trimix_gguf.branches import Branches
 from trimix_gguf.errors import PromptError
 from trimix_gguf.evaluation.continuing import Start
 from trimix_gguf.evaluation.decoupled import FourthModel, three_of_four
-from trimix_gguf.fusion import ROLES, Rows
-from trimix_gguf.model import available_cores
-from trimix_gguf.prompt import Prompt, Segment
-from trimix_gguf.scoring import GRID, Float64, grid_entropy, grid_token_nlls
-from trimix_gguf.trio import Trio
+from trimix_gguf.machine.threads import available_cores
+from trimix_gguf.mixing.fusion import Rows
+from trimix_gguf.mixing.scoring import GRID, Float64, grid_entropy, grid_token_nlls
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.branches import Branches
+from trimix_gguf.trio.prompt import Prompt, Segment
+from trimix_gguf.trio.trio import Trio
 
 # The single models and Proxy Tuning are the corners of the published grid made larger by 0.
 AXIS = (0.0, *GRID)

@@ -25,7 +25,7 @@ from trimix_gguf.evaluation.statistics import (
     resampled_totals,
 )
 from trimix_gguf.evaluation.tables import to_csv, to_markdown
-from trimix_gguf.fusion import ROLES
+from trimix_gguf.roles import ROLES
 
 __all__ = ["Run", "join", "load_run", "summarize", "to_csv", "to_markdown"]
 

@@ -10,7 +10,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from trimix_gguf import native
 from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.decoupled import LARGE_BASE, FourthModel, check_fourth, open_fourth
 from trimix_gguf.evaluation.methods import DECOUPLED
@@ -20,9 +19,10 @@ from trimix_gguf.evaluation.runner import run_task
 from trimix_gguf.evaluation.settings import Progress, Settings
 from trimix_gguf.evaluation.task import Dataset, Task
 from trimix_gguf.evaluation.tasks import custom_task, find_task
-from trimix_gguf.fusion import ROLES
-from trimix_gguf.locking import alone
-from trimix_gguf.trio import Trio
+from trimix_gguf.machine import native
+from trimix_gguf.machine.locking import alone
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.trio import Trio
 
 FORMAT = 1  # of run.json and of the lines
 # Between the parts of one run: what changes numbers by rounding alone.

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from trimix_gguf.branches import Branches
 from trimix_gguf.evaluation.continuing import WIDEST, Mix, Start, continue_all, continue_decoupled
 from trimix_gguf.evaluation.decoupled import FourthModel
 from trimix_gguf.evaluation.loops import Loop
@@ -20,9 +19,11 @@ from trimix_gguf.evaluation.run_files import append_line, finished
 from trimix_gguf.evaluation.settings import Progress, Settings, silent
 from trimix_gguf.evaluation.task import Dataset, Example, Task
 from trimix_gguf.evaluation.task_weights import choose_task_weights
-from trimix_gguf.fusion import ROLES, Rows, Weights
-from trimix_gguf.scoring import GRID, Float64
-from trimix_gguf.trio import Trio
+from trimix_gguf.mixing.fusion import Rows, Weights
+from trimix_gguf.mixing.scoring import GRID, Float64
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.branches import Branches
+from trimix_gguf.trio.trio import Trio
 
 # Questions, and mixes of them, together: more gain little, and a run that is killed loses them.
 _MOST_TOGETHER, _MOST_MIXES = 8, 192

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from trimix_gguf.evaluation.continuing import roles_of
 from trimix_gguf.evaluation.methods import ORACLE, READING, SELECTING, fixed_mix
 from trimix_gguf.evaluation.task import Dataset, Example
-from trimix_gguf.fusion import ROLES
+from trimix_gguf.roles import ROLES
 
 # What is under way -> how many of how many are done.
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]

@@ -15,8 +15,8 @@ from trimix_gguf.evaluation.reading import AXIS, Reader
 from trimix_gguf.evaluation.run_files import append_line, finished, finite, read_json, write_json
 from trimix_gguf.evaluation.settings import Progress, Settings
 from trimix_gguf.evaluation.task import Dataset, Task
-from trimix_gguf.fusion import Weights
-from trimix_gguf.scoring import Float64
+from trimix_gguf.mixing.fusion import Weights
+from trimix_gguf.mixing.scoring import Float64
 
 N_SAMPLE = 50  # prompts that the published code averages over
 

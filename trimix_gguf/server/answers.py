@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from trimix_gguf.batching import Event, Token
-from trimix_gguf.selection import Selection
+from trimix_gguf.answering.batching import Event, Token
+from trimix_gguf.choosing.selection import Selection
 from trimix_gguf.server.openai import Call
-from trimix_gguf.trio import Trio
+from trimix_gguf.trio.trio import Trio
 
 _LOWEST = -9999.0  # OpenAI's own stand-in for a log-probability of minus infinity
 _REASONS = {"stop": "stop", "length": "length", "context": "length"}

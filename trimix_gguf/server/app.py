@@ -17,10 +17,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from trimix_gguf import batching
-from trimix_gguf.batching import Batcher
+from trimix_gguf.answering import batching
+from trimix_gguf.answering.batching import Batcher
 from trimix_gguf.errors import TrimixError
-from trimix_gguf.fusion import ROLES
+from trimix_gguf.roles import ROLES
 from trimix_gguf.server.answers import Answer
 from trimix_gguf.server.errors import RequestError, as_request_error, error_json, error_response
 from trimix_gguf.server.fields import Fields, read_json
@@ -29,7 +29,7 @@ from trimix_gguf.server.jobs import Jobs, stopping
 from trimix_gguf.server.metrics import CONTENT_TYPE, Metrics
 from trimix_gguf.server.openai import Call, parse_chat, parse_completion
 from trimix_gguf.server.prompts import make_requests, prompt_texts
-from trimix_gguf.trio import Trio
+from trimix_gguf.trio.trio import Trio
 
 PAGE = Path(__file__).parent / "page.html"
 # The page is one file that asks this server alone, and no other page may hold it in a frame.

@@ -9,7 +9,7 @@ from functools import partial
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from trimix_gguf.batching import Batcher, Event, Job, Request
+from trimix_gguf.answering.batching import Batcher, Event, Job, Request
 from trimix_gguf.errors import TrimixError
 from trimix_gguf.server.errors import RequestError, as_request_error
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trimix_gguf.errors import WeightsError
-from trimix_gguf.fusion import METHODS, Weights
+from trimix_gguf.mixing.fusion import METHODS, Weights
 from trimix_gguf.server.errors import RequestError
 from trimix_gguf.server.fields import Fields, describe
 from trimix_gguf.server.schemas import check_schema

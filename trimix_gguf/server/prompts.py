@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from trimix_gguf.batching import Request
-from trimix_gguf.chat import PLAIN_STOPS, chat_prompt
+from trimix_gguf.answering.batching import Request
+from trimix_gguf.answering.chat import PLAIN_STOPS, chat_prompt
 from trimix_gguf.errors import PromptError
-from trimix_gguf.fusion import ROLES
-from trimix_gguf.prompt import Prompt, Segment
+from trimix_gguf.roles import ROLES
 from trimix_gguf.server.errors import RequestError
 from trimix_gguf.server.openai import Call, Source
-from trimix_gguf.trio import Trio
+from trimix_gguf.trio.prompt import Prompt, Segment
+from trimix_gguf.trio.trio import Trio
 
 _N_SEEDS = 2**32 - 1
 

@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from trimix_gguf.convert.output import temporary_file
 from trimix_gguf.errors import TrioFileError
+from trimix_gguf.machine.files import temporary_file
 from trimix_gguf.trios.bundle_files import (
     FLAWS,
     TAR,

@@ -13,8 +13,8 @@ from typing import IO, NoReturn
 
 import psutil
 
-from trimix_gguf.convert.output import temporary_file
 from trimix_gguf.errors import TrioFileError
+from trimix_gguf.machine.files import temporary_file
 from trimix_gguf.trios.store import CHUNK, Progress
 from trimix_gguf.trios.triofile import FILENAME
 

@@ -15,9 +15,9 @@ from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from trimix_gguf import memory
 from trimix_gguf.errors import HubError, MemoryNeededError, TrioFileError
-from trimix_gguf.fusion import ROLES
+from trimix_gguf.machine import memory
+from trimix_gguf.roles import ROLES
 from trimix_gguf.trios.hub import Notify, RemoteFile, Repository, check_access, read_repository
 from trimix_gguf.trios.store import SHIPPED, installed, installed_folder, presets
 from trimix_gguf.trios.triofile import FILENAME, ModelEntry, TrioFile, check_name

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from trimix_gguf.errors import HubError, TrioFileError
-from trimix_gguf.gguf_file import read_gguf
-from trimix_gguf.locking import alone
+from trimix_gguf.machine.gguf_file import read_gguf
+from trimix_gguf.machine.locking import alone
+from trimix_gguf.machine.vocabulary import check_contract
 from trimix_gguf.trios.hub import Notify, Progress, fetch, read_repository
 from trimix_gguf.trios.pull_plan import WORK, Part, Plan
 from trimix_gguf.trios.store import sha256_of
 from trimix_gguf.trios.triofile import TrioFile
-from trimix_gguf.vocabulary import check_contract
 
 
 def pull(

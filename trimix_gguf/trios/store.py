@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 
 from trimix_gguf.errors import TrioFileError
-from trimix_gguf.fusion import ROLES
-from trimix_gguf.trio import NANO, trio_paths
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.trio import NANO, trio_paths
 from trimix_gguf.trios.triofile import FILENAME, ModelEntry, TrioFile, check_name
 
 Progress = Callable[[str, int, int], None]  # what is read, bytes done, bytes in all

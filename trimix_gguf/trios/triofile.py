@@ -11,9 +11,10 @@ from difflib import get_close_matches
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from trimix_gguf.convert.output import temporary_file
 from trimix_gguf.errors import TrioFileError, WeightsError
-from trimix_gguf.fusion import METHODS, ROLES, Weights
+from trimix_gguf.machine.files import temporary_file
+from trimix_gguf.mixing.fusion import METHODS, Weights
+from trimix_gguf.roles import ROLES
 
 VERSION = 1
 FILENAME = "trio.toml"

@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import PromptError, WeightsError
-from trimix_gguf.fusion import METHODS, Rows, Weights
-from trimix_gguf.model import available_cores
-from trimix_gguf.prompt import Prompt, Unit
-from trimix_gguf.scoring import (
+from trimix_gguf.machine.threads import available_cores
+from trimix_gguf.mixing.fusion import METHODS, Rows, Weights
+from trimix_gguf.mixing.scoring import (
     GRID,
     Float64,
     chebyshev_nodes,
@@ -23,7 +22,8 @@ from trimix_gguf.scoring import (
     interpolate,
     lowest,
 )
-from trimix_gguf.trio import Mark, Progress, Trio
+from trimix_gguf.trio.prompt import Prompt, Unit
+from trimix_gguf.trio.trio import Mark, Progress, Trio
 
 Grid = tuple[Sequence[float], Sequence[float]] | Literal["continuous"]
 Average = Literal["micro", "macro"]

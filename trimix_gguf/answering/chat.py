@@ -18,10 +18,10 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from trimix_gguf.errors import PromptError
-from trimix_gguf.fusion import ROLES
-from trimix_gguf.model import Model
-from trimix_gguf.prompt import Prompt, Segment
-from trimix_gguf.trio import Trio
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.model import Model
+from trimix_gguf.trio.prompt import Prompt, Segment
+from trimix_gguf.trio.trio import Trio
 
 Message = dict[str, str]  # role, content
 _HERE = "<the message goes on here>"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from trimix_gguf.errors import PromptError
-from trimix_gguf.fusion import ROLES
+from trimix_gguf.roles import ROLES
 
 
 @dataclass(frozen=True)

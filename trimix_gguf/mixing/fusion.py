@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import WeightsError
-
-ROLES = ("large_ins", "small_cpt", "small_base")  # in formula order
+from trimix_gguf.roles import ROLES
 
 Rows = dict[str, NDArray[np.float32]]  # role -> logits [n_tokens, n_vocab] or [n_vocab]
 

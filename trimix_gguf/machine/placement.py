@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trimix_gguf import memory
 from trimix_gguf.errors import ModelError
-from trimix_gguf.fusion import ROLES
-from trimix_gguf.gguf_file import GGUFFile
-from trimix_gguf.memory import ModelMemory, Need
-from trimix_gguf.native import Device
+from trimix_gguf.machine import memory
+from trimix_gguf.machine.gguf_file import GGUFFile
+from trimix_gguf.machine.memory import ModelMemory, Need
+from trimix_gguf.machine.native import Device
+from trimix_gguf.roles import ROLES
 
 AUTO = "auto"  # as n_gpu_layers: left open
 CPU, RAM = "CPU", "RAM"

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import ModelError, WeightsError
-from trimix_gguf.fusion import Weights
-from trimix_gguf.threads import run_all
+from trimix_gguf.machine.threads import run_all
+from trimix_gguf.mixing.fusion import Weights
 
 GRID = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # published, for alpha and for beta
 CONTINUOUS_RANGE = (-0.5, 1.5)  # where the continuous optimum is looked for, in each weight

@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from trimix_gguf.fusion import Rows, Weights, fuse, mask_implausible
-from trimix_gguf.lookup import LONGEST, Lookup, Match
-from trimix_gguf.sampling import Sampler
-from trimix_gguf.trio import Trio
+from trimix_gguf.answering.lookup import LONGEST, Lookup, Match
+from trimix_gguf.mixing.fusion import Rows, Weights, fuse, mask_implausible
+from trimix_gguf.mixing.sampling import Sampler
+from trimix_gguf.trio.trio import Trio
 
 DRAFTER = "small_cpt"
 MOST_DRAFTED = 31

@@ -13,13 +13,14 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from trimix_gguf.branches import Branches
+from trimix_gguf.answering.request import Event, Known, Request, Token, Work
 from trimix_gguf.errors import ModelError, QueueFull, TrimixError
-from trimix_gguf.fusion import ROLES, Rows
-from trimix_gguf.memory import N_BATCH
-from trimix_gguf.prompt import n_common
-from trimix_gguf.request import Event, Known, Request, Token, Work
-from trimix_gguf.trio import Trio
+from trimix_gguf.machine.memory import N_BATCH
+from trimix_gguf.mixing.fusion import Rows
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.branches import Branches
+from trimix_gguf.trio.prompt import n_common
+from trimix_gguf.trio.trio import Trio
 
 __all__ = ["Batcher", "Event", "Job", "Request", "Statistics", "Token"]
 

@@ -11,21 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import ModelFileError, PromptError
-from trimix_gguf.fusion import ROLES, Rows
-from trimix_gguf.gguf_file import read_gguf
-from trimix_gguf.memory import check_fits
-from trimix_gguf.model import Model
-from trimix_gguf.planner import place
-from trimix_gguf.prompt import Prompt, Segment, Unit, n_common, text_prompt
-from trimix_gguf.threads import run_all
-from trimix_gguf.vocabulary import check_contract
+from trimix_gguf.machine.gguf_file import read_gguf
+from trimix_gguf.machine.memory import check_fits
+from trimix_gguf.machine.planner import place
+from trimix_gguf.machine.threads import run_all
+from trimix_gguf.machine.vocabulary import check_contract
+from trimix_gguf.mixing.fusion import Rows
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.model import Model
+from trimix_gguf.trio.prompt import Prompt, Segment, Unit, n_common, text_prompt
 
 Progress = Callable[[int], None]  # tokens just read
 Consume = Callable[[Rows, NDArray[np.int64]], None]  # rows [n, n_vocab], the ids they predict
 
 Mark = tuple[int, int]  # units read, and units consumed: the last row predicts one ahead
 
-NANO = Path(__file__).parent / "nano"  # the Kazakh trio that ships with the package
+NANO = Path(__file__).parent.parent / "nano"  # the Kazakh trio that ships with the package
 
 
 class Trio:

@@ -1,7 +1,6 @@
 """Model: one GGUF in one llama.cpp context, with its KV cache and its position."""
 
 import ctypes
-import os
 import statistics
 import time
 import unicodedata
@@ -14,11 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trimix_gguf import native
 from trimix_gguf.errors import ContextFullError, ModelError, ModelFileError
-from trimix_gguf.gguf_file import GGUFFile, read_gguf
-from trimix_gguf.memory import N_BATCH, N_CTX, N_WINDOW, flash_attention
-from trimix_gguf.native import lib
+from trimix_gguf.machine import native
+from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
+from trimix_gguf.machine.memory import N_BATCH, N_CTX, N_WINDOW, flash_attention
+from trimix_gguf.machine.native import lib
+from trimix_gguf.machine.threads import available_cores
 
 _ENDS = ("eos", "eot", "eom")  # token ids in a GGUF's metadata that end a text
 Logits = NDArray[np.float32]  # [n, n_vocab]
@@ -354,8 +354,3 @@ def _free(context: Any, batch: Any, _weights: _Weights) -> None:
 def device_of(n_gpu_layers: int = 0, device: str | None = None) -> str:
     """Where a model's layers are, by the options of Model: 'CPU', or the other device's name."""
     return (device or "GPU") if n_gpu_layers and native.gpu_offload() else "CPU"
-
-
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,5 +1,6 @@
 """Work on several threads that the caller outlives, whatever happens."""
 
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from threading import Condition
@@ -36,3 +37,8 @@ def run_all(pool: ThreadPoolExecutor, work: Callable[[T], R], parts: Iterable[T]
         with gate:
             closed = True
             gate.wait_for(lambda: n_working == 0)
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,16 +8,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from trimix_gguf.costs import kept_costs
+from trimix_gguf.answering.costs import kept_costs
+from trimix_gguf.answering.prompt_cache import load_prompt, save_prompt
+from trimix_gguf.answering.speculative import Drafting, Step, decode_steps, probability
+from trimix_gguf.choosing.selection import Grid, Selection, select_weights
 from trimix_gguf.errors import PromptError
-from trimix_gguf.fusion import ROLES, Weights
-from trimix_gguf.prompt import Prompt
-from trimix_gguf.prompt_cache import load_prompt, save_prompt
-from trimix_gguf.sampling import Sampler
-from trimix_gguf.scoring import GRID
-from trimix_gguf.selection import Grid, Selection, select_weights
-from trimix_gguf.speculative import Drafting, Step, decode_steps, probability
-from trimix_gguf.trio import Progress, Trio
+from trimix_gguf.mixing.fusion import Weights
+from trimix_gguf.mixing.sampling import Sampler
+from trimix_gguf.mixing.scoring import GRID
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.prompt import Prompt
+from trimix_gguf.trio.trio import Progress, Trio
 
 Trace = Callable[[dict[str, Any]], None]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trimix_gguf.errors import MemoryNeededError, ModelError
-from trimix_gguf.fusion import ROLES
-from trimix_gguf.gguf_file import GGUFFile, TensorInfo
+from trimix_gguf.machine.gguf_file import GGUFFile, TensorInfo
+from trimix_gguf.roles import ROLES
 
 N_CTX = 2048  # positions of a context, where none are asked for
 N_WINDOW = 64  # most rows of logits held at once: half as many read a prompt a fifth slower

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from trimix_gguf.errors import ModelError
-from trimix_gguf.fusion import ROLES, Rows
-from trimix_gguf.model import Entry, Logits
-from trimix_gguf.trio import Trio
+from trimix_gguf.mixing.fusion import Rows
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.model import Entry, Logits
+from trimix_gguf.trio.trio import Trio
 
 
 @dataclass

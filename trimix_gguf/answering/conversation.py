@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimix_gguf.chat import PLAIN_STOPS, Message, chat_prompt, inner_ids
+from trimix_gguf.answering.chat import PLAIN_STOPS, Message, chat_prompt, inner_ids
+from trimix_gguf.answering.generation import Response, stream_generate
+from trimix_gguf.choosing.selection import Selection
 from trimix_gguf.errors import PromptError, WeightsError
-from trimix_gguf.fusion import ROLES, Weights
-from trimix_gguf.generation import Response, stream_generate
-from trimix_gguf.model import Model
-from trimix_gguf.prompt import Prompt
-from trimix_gguf.selection import Selection
-from trimix_gguf.trio import Trio
+from trimix_gguf.mixing.fusion import Weights
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.model import Model
+from trimix_gguf.trio.prompt import Prompt
+from trimix_gguf.trio.trio import Trio
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trimix_gguf import native
+from trimix_gguf.choosing.selection import sums_from_json, sums_to_json
 from trimix_gguf.errors import ModelError
-from trimix_gguf.fusion import ROLES
-from trimix_gguf.model import Model
-from trimix_gguf.selection import sums_from_json, sums_to_json
-from trimix_gguf.trio import Trio
+from trimix_gguf.machine import native
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.model import Model
+from trimix_gguf.trio.trio import Trio
 
 _ENDS = 1 << 20  # bytes hashed at either end of a model file, which holds gigabytes
 

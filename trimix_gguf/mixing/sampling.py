@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trimix_gguf import native
 from trimix_gguf.errors import SamplerError
-from trimix_gguf.native import lib
+from trimix_gguf.machine import native
+from trimix_gguf.machine.native import lib
 
 _CANDIDATE = np.dtype([("id", "<i4"), ("logit", "<f4"), ("p", "<f4")])  # llama_token_data
 _DRY_BREAKERS = ("\n", ":", '"', "*")  # llama.cpp's defaults

@@ -20,10 +20,10 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from trimix_gguf import native
-from trimix_gguf.model import Model
-from trimix_gguf.speculative import MOST_DRAFTED
-from trimix_gguf.trio import Trio
+from trimix_gguf.answering.speculative import MOST_DRAFTED
+from trimix_gguf.machine import native
+from trimix_gguf.trio.model import Model
+from trimix_gguf.trio.trio import Trio
 
 _MOST = MOST_DRAFTED + 1  # ids decoded at once that drafts may come to
 # No such file or no room; not JSON; no home directory, or JSON nested too deep.

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimix_gguf.errors import VocabularyMismatch
-from trimix_gguf.gguf_file import GGUFFile
+from trimix_gguf.machine.gguf_file import GGUFFile
 
 _PREFIX = "tokenizer.ggml."
 _ARRAYS = ("tokens", "token_type", "scores", "merges")

@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trimix_gguf import memory, native
 from trimix_gguf.errors import MemoryNeededError, ModelError
-from trimix_gguf.fusion import ROLES
-from trimix_gguf.gguf_file import GGUFFile
-from trimix_gguf.memory import CTX_STEP, N_CTX, QUANTIZED, WIDE_KV, adapter_of, as_quantized
-from trimix_gguf.native import Device
-from trimix_gguf.placement import AUTO, RAM, Case, Change, Files, Options, Plan, arrange
+from trimix_gguf.machine import memory, native
+from trimix_gguf.machine.gguf_file import GGUFFile
+from trimix_gguf.machine.memory import CTX_STEP, N_CTX, QUANTIZED, WIDE_KV, adapter_of, as_quantized
+from trimix_gguf.machine.native import Device
+from trimix_gguf.machine.placement import AUTO, RAM, Case, Change, Files, Options, Plan, arrange
+from trimix_gguf.roles import ROLES
 
 
 def plan(

@@ -11,16 +11,17 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from trimix_gguf.answering.generation import Answer
+from trimix_gguf.answering.speculative import probability
+from trimix_gguf.choosing.selection import Grid, Selection, empty_score, lowest_entropy, window_nll
 from trimix_gguf.errors import PromptError, TrimixError
-from trimix_gguf.fusion import ROLES, Rows, Weights, fuse, mask_implausible
-from trimix_gguf.generation import Answer
-from trimix_gguf.model import available_cores
-from trimix_gguf.prompt import Prompt, Unit, is_shared
-from trimix_gguf.sampling import Sampler
-from trimix_gguf.scoring import GRID, Float64
-from trimix_gguf.selection import Grid, Selection, empty_score, lowest_entropy, window_nll
-from trimix_gguf.speculative import probability
-from trimix_gguf.trio import Trio
+from trimix_gguf.machine.threads import available_cores
+from trimix_gguf.mixing.fusion import Rows, Weights, fuse, mask_implausible
+from trimix_gguf.mixing.sampling import Sampler
+from trimix_gguf.mixing.scoring import GRID, Float64
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.prompt import Prompt, Unit, is_shared
+from trimix_gguf.trio.trio import Trio
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What runs where: llama.cpp, files, memory, devices, threads and locks."""

@@ -1,0 +1,1 @@
+"""The mathematics over rows of logits: the mix, the grid, the sampler."""

@@ -1,0 +1,1 @@
+"""Three models in step on one prompt."""

@@ -3,18 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# llama.cpp is built with the library alone: no tools, examples, servers or image models.
-LLAMA_CMAKE := -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
-               -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF
-LLAMA := $(shell sed -n 's/^ *"\(llama-cpp-python[^"]*\)".*/\1/p' pyproject.toml)
-
-.PHONY: demo test oracle lint reference nano
+.PHONY: demo test portable oracle lint reference nano
 
 demo: $(VENV)/.runtime
 	$(BIN)/trimix generate "Қазақстан Республикасының Үкіметі" --max-tokens 60 --seed 7
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# A llama-cpp-python wheel in dist/ that runs on every processor of this kind.
+portable:
+	$(PYTHON) trimix_gguf/machine/build.py wheel dist --portable
 
 # The oracle tests need torch (about 1 GB of disk) and transformers.
 oracle: $(VENV)/.oracle
@@ -41,6 +40,9 @@ nano: $(WORK)/small_cpt/model.safetensors $(WORK)/large_ins/model.safetensors
 	for role in small_base small_cpt large_ins; do \
 	  $(BIN)/trimix convert hf $(WORK)/$$role -o $(OUT)/$$role.gguf --force || exit 1; \
 	done
+	# The self-test compares with logits of the nano trio that ships.
+	[ $(OUT) != trimix_gguf/nano ] || TRIMIX_SELF_TEST=0 $(BIN)/python -c \
+	  'from trimix_gguf.trio.trial import keep; keep()'
 
 TRAIN = $(BIN)/python convert/nano/train.py --data $(DATA) --work $(WORK) --scale $(SCALE)
 $(WORK)/tokenizer.json: | $(VENV)/.train
@@ -51,15 +53,13 @@ $(WORK)/large_ins/model.safetensors: $(WORK)/large_base/model.safetensors
 $(WORK)/%/model.safetensors:
 	$(TRAIN) $*
 
-# The build of llama.cpp takes minutes, once: show its steps, and keep the log where it fails.
+# build.py knows llama.cpp's flags; doctor sees that what was built runs here.
 $(VENV)/.runtime: pyproject.toml
+	@$(PYTHON) trimix_gguf/machine/build.py check
 	$(PYTHON) -m venv $(VENV)
-	@echo "Building llama.cpp (5-10 minutes the first time; pip keeps the result)"
-	@set -e; log=$(VENV)/llama-build.log; \
-	( CMAKE_ARGS="$(LLAMA_CMAKE)" $(BIN)/pip install -v '$(LLAMA)' 2>&1; echo "exit $$?" ) | tee $$log \
-	  | awk '/^ *\[[0-9]+\/[0-9]+\]/ { printf "\r%s %s   ", $$1, "llama.cpp"; fflush() }'; echo; \
-	tail -n 1 $$log | grep -qx 'exit 0' || { tail -n 30 $$log; exit 1; }
+	@$(BIN)/python trimix_gguf/machine/build.py install
 	$(BIN)/pip install -q -e .
+	@$(BIN)/trimix doctor --mend >/dev/null
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime

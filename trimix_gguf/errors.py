@@ -1,6 +1,7 @@
 """Everything this package raises for a caller to handle.
 
 TrimixError
+ ├── BuildError           llama.cpp cannot be built here, or does not run here
  ├── ModelFileError       a GGUF that is absent, damaged or not one
  ├── ModelError           llama.cpp refused to load, decode or rewind
  │    └── ContextFullError    no room left in a KV cache
@@ -21,6 +22,10 @@ Each message is one line: what was expected, what came, and the mend.
 
 class TrimixError(Exception):
     """Base of every error that a user's input or machine can cause."""
+
+
+class BuildError(TrimixError):
+    """llama.cpp cannot be built on this machine, or does not run on it."""
 
 
 class ModelFileError(TrimixError):

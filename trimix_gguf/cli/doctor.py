@@ -1,6 +1,7 @@
 """trimix doctor: what is here, and whether a trio fits."""
 
 import platform
+import sys
 from typing import Any
 
 import click
@@ -11,12 +12,14 @@ from trimix_gguf.cli.plan import trio_files
 
 @click.command()
 @trio_options
+@click.option("--mend", is_flag=True, help="Build llama.cpp again where it does not run here.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
-def doctor(as_json: bool, **options: Any) -> None:
+def doctor(as_json: bool, mend: bool, **options: Any) -> None:
     """What this machine and build can do, and whether a trio fits (exit 1 where not)."""
     import json
 
-    report = _report(options)
+    tested = _self_test(mend)
+    report = {"self-test": tested, **_report(options)}
     if as_json:
         print(json.dumps(report))
     else:
@@ -26,6 +29,30 @@ def doctor(as_json: bool, **options: Any) -> None:
                 print(f"  {name:<18}{value}")
     if report["trio"]["fits"] == "no":
         raise click.exceptions.Exit(1)
+
+
+def _self_test(mend: bool) -> dict[str, str]:
+    """Try llama.cpp afresh; where it fails and may be mended, build it: natively, then portably."""
+    import time
+
+    from trimix_gguf.errors import BuildError
+    from trimix_gguf.machine import build, self_test
+
+    for portable in (False, True) if mend else ():
+        try:
+            self_test.run()
+            break
+        except BuildError as error:
+            print(f"trimix: {error}", file=sys.stderr)
+            build.check()
+            build.install(portable=portable, fresh=True)
+    started = time.perf_counter()
+    self_test.run()
+    took = time.perf_counter() - started
+    return {
+        "result": f"passed, in {took:.1f} s",
+        "llama.cpp": str(self_test.library_folder()),
+    }
 
 
 def _report(options: dict[str, Any]) -> dict[str, dict[str, Any]]:

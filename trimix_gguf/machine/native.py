@@ -15,6 +15,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import ModelFileError
+from trimix_gguf.machine import self_test
 
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 QUANTIZE_BUFFER = 256 << 20  # bytes of a tensor's rows that the quantizer holds at once
@@ -38,6 +39,7 @@ def _bindings(*names: str) -> list[Any]:
             del sys.modules["llama_cpp"]  # whoever imports the package itself gets it whole
 
 
+self_test.require()
 lib, _ggml, _grammar = _bindings("llama_cpp", "_ggml", "llama_grammar")
 libggml, json_schema_to_gbnf = _ggml.libggml, _grammar.json_schema_to_gbnf
 
@@ -62,6 +64,8 @@ def listen() -> None:
 
 listen()
 lib.llama_backend_init()
+if libggml.ggml_backend_dev_count() == 0:  # a portable build: the fitting backend is chosen here
+    libggml.ggml_backend_load_all_from_path(str(_ggml.libggml_base_path).encode())
 
 
 def set_verbose(verbose: bool) -> None:

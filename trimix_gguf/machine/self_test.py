@@ -1,0 +1,126 @@
+"""Does llama.cpp run and compute right here? A child process tries it, once for a machine.
+
+A library that was built for another processor, or by a compiler with a fault, ends the process.
+So before this process loads llama.cpp, a child reads with the nano models and compares the logits
+with values that the package holds. A good verdict is kept in the cache folder, with the libraries
+and the processor that it is for. A bad one is not kept: the next start tries again.
+TRIMIX_SELF_TEST=0 skips all of it.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+from trimix_gguf.errors import BuildError
+from trimix_gguf.machine import processor
+from trimix_gguf.machine.folders import cache_folder
+
+TRIAL = "trimix_gguf.trio.trial"  # what the child runs: it loads llama.cpp, this module must not
+_WRONG = 3  # its exit code where the logits differ
+_SECONDS = 120  # an old laptop under load takes a few
+_WINDOWS = {  # exit codes there; a signal's name elsewhere
+    0xC000001D: "an illegal instruction",
+    0xC0000005: "an access violation",
+    0xC0000409: "an abort",
+}
+
+
+def require() -> None:
+    """Raise BuildError where llama.cpp does not run here; costs nothing once it was seen to."""
+    skipped = os.environ.get("TRIMIX_SELF_TEST") == "0" or not sys.executable
+    if not skipped and _kept_verdict() != _fingerprint():
+        run()
+
+
+def run() -> None:
+    """Try llama.cpp in a child, and keep a good verdict; raises BuildError with the mend."""
+    import subprocess  # 5 ms that a start with a kept verdict has no use for
+
+    program = f"import sys; sys.path[:] = {sys.path!r}; from {TRIAL} import main; main()"
+    environment = {**os.environ, "TRIMIX_SELF_TEST": "0", "PYTHONIOENCODING": "utf-8"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise _failure(f"did not end in {_SECONDS} seconds", "") from None
+    stage = (done.stdout.splitlines() or ["loading"])[-1]
+    if done.returncode == 0 and stage == "passed":
+        _keep_verdict(_fingerprint())
+        return
+    if done.returncode == _WRONG:  # it ran, and computed something else
+        raise _failure("computes wrongly", stage)
+    if done.returncode == 1:  # a Python error, such as a library that is missing
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise _failure(f"cannot be used: {reason}", "")
+    raise _failure(f"died of {_cause(done.returncode)}", stage)
+
+
+def _failure(what: str, stage: str) -> BuildError:
+    name = processor.describe()[0] or "this processor"
+    when = f" while {stage}" if stage else ""
+    return BuildError(
+        f"llama.cpp {what}{when} ({library_folder()}; {name}); build it for this machine: "
+        "trimix doctor --mend"
+    )
+
+
+def _cause(code: int) -> str:
+    if code < 0:
+        with suppress(ValueError):
+            return signal.Signals(-code).name
+    return _WINDOWS.get(code & 0xFFFFFFFF, f"exit code {code}")
+
+
+def library_folder() -> Path:
+    """Where llama-cpp-python takes its libraries from; raises BuildError where it is not."""
+    if own := os.environ.get("LLAMA_CPP_LIB_PATH"):
+        return Path(own)
+    spec = find_spec("llama_cpp")
+    if spec is None or not spec.submodule_search_locations:
+        raise BuildError("llama-cpp-python is not installed; see README for the ways to install it")
+    return Path(spec.submodule_search_locations[0]) / "lib"
+
+
+def _fingerprint() -> str:
+    """The libraries as the file system knows them, and the processor."""
+    parts = [*processor.describe(), os.environ.get("GGML_BACKEND_PATH", "")]
+    for path in sorted(library_folder().glob("*")):
+        seen = path.stat()
+        parts.append(f"{path} {seen.st_size} {seen.st_mtime_ns} {seen.st_ctime_ns} {seen.st_ino}")
+    return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _verdict_file() -> Path:
+    return cache_folder() / "self_test.json"
+
+
+def _kept_verdict() -> str:
+    """The fingerprint that passed last; empty where the file is none of ours."""
+    try:
+        verdict = json.loads(_verdict_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home; or nested too deep
+        return ""
+    passed = verdict.get("passed") if isinstance(verdict, dict) else None
+    return passed if isinstance(passed, str) else ""
+
+
+def _keep_verdict(fingerprint: str) -> None:
+    """Where there is no room for it, the next start tries again."""
+    with suppress(OSError, RuntimeError):
+        kept = _verdict_file()
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_name(f"{kept.name}.{os.getpid()}.part")
+        partial.write_text(json.dumps({"passed": fingerprint}), encoding="utf-8")
+        os.replace(partial, kept)

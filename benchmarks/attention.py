@@ -84,7 +84,7 @@ def one_each(model: Model, token: int, n: int) -> None:
     branches = range(1, n + 1)
     for branch in branches:
         model.fork(0, branch)
-    model.decode_branches([(token, model.n_past, branch, True) for branch in branches])
+    model.decode_entries([(token, model.n_past, branch, True) for branch in branches])
     for branch in branches:
         model.drop(branch)
 

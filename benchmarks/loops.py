@@ -14,7 +14,7 @@ from trimix_gguf.evaluation.methods import grid_mixes
 from trimix_gguf.evaluation.prompts import open_reader, question_after
 from trimix_gguf.evaluation.runner import Settings
 from trimix_gguf.evaluation.tasks import find_task
-from trimix_gguf.trio.branches import Branches
+from trimix_gguf.roles import ROLES
 
 
 class Watch(Loop):
@@ -47,11 +47,11 @@ def main() -> None:
             mixes = []
             for question in questions:
                 reader.read(question_after(reader, question))
-                with Branches(trio) as branches:
-                    start = Start.here(branches, grid_mixes())
+                with trio.forks():
+                    start = Start.here(trio, ROLES, grid_mixes())
                     for mix in start.mixes:
                         mix.loop = Watch()
-                    continue_all(branches, [start], max_tokens=task.max_tokens)
+                    continue_all(trio, [start], max_tokens=task.max_tokens)
                 mixes += start.mixes
             result[name] = counts(mixes, task.max_tokens)
             lines.append(

@@ -132,7 +132,7 @@ def selection_cost(trio: Trio, prompt: Prompt, repeats: int) -> dict[str, Any]:
         trio.rows()
 
     def every_row() -> None:
-        trio.prefill(prompt, consume=lambda rows, targets: None)
+        trio.prefill(prompt, consume=lambda window: None)
 
     forms = {
         "prefill": read,
@@ -186,7 +186,7 @@ def window_cost(options: argparse.Namespace, ids: list[int], repeats: int) -> di
             for n, trio in trios.items():
                 trio.forget()
                 start = time.perf_counter()
-                trio.prefill(prompt, consume=lambda rows, targets: None)
+                trio.prefill(prompt, consume=lambda window: None)
                 if repeat:  # the first warms up
                     times[n].append(time.perf_counter() - start)
     return {

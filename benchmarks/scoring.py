@@ -19,6 +19,7 @@ from trimix_gguf.bench import naive_nll
 from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.mixing.scoring import GRID, grid_nll
 from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.prefill import Window
 from trimix_gguf.trio.prompt import Prompt, Segment
 from trimix_gguf.trio.trio import Trio
 
@@ -52,10 +53,10 @@ def kept_rows(trio: Trio, ids: list[int]) -> tuple[Rows, np.ndarray]:
     kept: dict[str, list[np.ndarray]] = {role: [] for role in ROLES}
     targets: list[np.ndarray] = []
 
-    def consume(rows: Rows, predicted: np.ndarray) -> None:
+    def consume(window: Window) -> None:
         for role in ROLES:
-            kept[role].append(rows[role][::_EVERY].copy())
-        targets.append(predicted[::_EVERY])
+            kept[role].append(window.rows[role][::_EVERY].copy())
+        targets.append(window.targets[::_EVERY])
 
     trio.prefill(Prompt((Segment.of(ids),)), consume=consume)
     return {role: np.concatenate(kept[role]) for role in ROLES}, np.concatenate(targets)

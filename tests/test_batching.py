@@ -246,7 +246,7 @@ def test_requests_beyond_the_room_wait_and_all_are_answered(trio):
     assert all(events[-1].n_tokens == 60 for events in found)
 
 
-def test_where_every_branch_is_taken_the_kept_one_goes_on_itself():
+def test_where_every_sequence_is_taken_the_kept_one_goes_on_itself():
     """Bug: it was forgotten to make room for its own fork, and the engine stopped."""
     with Trio.nano(n_ctx=2048, n_window=8, n_threads=2) as small:
         batcher = Batcher(small, n_parallel=7)
@@ -267,7 +267,7 @@ def test_where_every_branch_is_taken_the_kept_one_goes_on_itself():
         for _ in range(12):
             started.get(timeout=60)
         (again,) = ask(batcher, [Request(prompt, Weights(0, 1), sampling=GREEDY, max_tokens=5)])
-        assert batcher.statistics().n_running == 6  # all branches were in use
+        assert batcher.statistics().n_running == 6  # all sequences were in use
         for job in jobs:
             job.cancel()
         batcher.close()
@@ -339,14 +339,14 @@ def test_more_than_may_wait_are_refused(trio):
 def test_after_a_failed_decode_all_are_told_and_the_next_is_answered(trio, batcher, monkeypatch):
     request = Request(trio.prompt(TEXTS[0]), sampling=GREEDY, max_tokens=6)
     (want,) = ask(batcher, [request])
-    read, failing = batcher._branches.read, [True]
+    read, failing = batcher._sequences._read, [True]
 
-    def fail_once(role, wanted):
+    def fail_once(role, wanted, progress):
         if role == ROLES[1] and failing.pop() if failing else False:
             raise ModelError("the device is gone")
-        return read(role, wanted)
+        return read(role, wanted, progress)
 
-    monkeypatch.setattr(batcher._branches, "read", fail_once)
+    monkeypatch.setattr(batcher._sequences, "_read", fail_once)
     found = ask(batcher, [request, request])
     assert all(str(events[-1].error) == "the device is gone" for events in found)
     (again,) = ask(batcher, [request])

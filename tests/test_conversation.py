@@ -68,11 +68,11 @@ def decoded(kept, monkeypatch):
     counts = {}
     for role, model in kept.models.items():
 
-        def counting(ids, role=role, decode=model.decode, **options):
-            counts[role] = counts.get(role, 0) + len(ids)
-            return decode(ids, **options)
+        def counting(entries, role=role, decode=model.decode_entries):
+            counts[role] = counts.get(role, 0) + len(entries)
+            return decode(entries)
 
-        monkeypatch.setattr(model, "decode", counting)
+        monkeypatch.setattr(model, "decode_entries", counting)
     return counts
 
 

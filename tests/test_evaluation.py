@@ -19,8 +19,9 @@ from trimix_gguf.evaluation.runner import run_task
 from trimix_gguf.evaluation.settings import Settings
 from trimix_gguf.evaluation.task import Dataset, Example, Task
 from trimix_gguf.mixing.scoring import GRID
-from trimix_gguf.trio.branches import Branches
+from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.prompt import Prompt, Segment
+from trimix_gguf.trio.sequences import Sequences
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +73,9 @@ def test_exemplars_are_decoded_once(trio, reader, monkeypatch):
     reader.read(scored(trio, QUESTION))
     seen = []
     model = trio.models["large_ins"]
-    decode = model.decode
+    decode = model.decode_entries
     monkeypatch.setattr(
-        model, "decode", lambda ids, **o: (seen.append(len(ids)), decode(ids, **o))[1]
+        model, "decode_entries", lambda entries: (seen.append(len(entries)), decode(entries))[1]
     )
     reader.read(scored(trio, QUESTION))
     # The question, its first token's row and, for the entropy, at most one more.
@@ -86,8 +87,8 @@ def test_choices_cost_what_their_tokens_cost(trio):
     choices = [trio.models["large_ins"].tokenize(f" {label}") for label in labels]
     assert len({len(ids) for ids in choices}) > 1
     trio.prefill(trio.prompt(QUESTION))
-    with Branches(trio) as branches:
-        found = choice_nll(branches, Start.here(branches, []), choices)
+    with trio.forks():
+        found = choice_nll(trio, Start.here(trio, ROLES, []), choices)
     for ids, nats in zip(choices, found, strict=True):
         prompt = trio.prompt(QUESTION)
         tail = Prompt(
@@ -100,8 +101,9 @@ def test_choices_cost_what_their_tokens_cost(trio):
 
 def go_on(trio, mixes, *, max_tokens):
     """Let mixes continue what the trio holds."""
-    with Branches(trio, roles_of(mixes)) as branches:
-        continue_all(branches, [Start.here(branches, mixes)], max_tokens=max_tokens)
+    roles = roles_of(mixes)
+    with trio.forks(roles):
+        continue_all(trio, [Start.here(trio, roles, mixes)], max_tokens=max_tokens)
 
 
 def test_prompts_together_are_continued_as_each_alone(trio, reader):
@@ -114,14 +116,16 @@ def test_prompts_together_are_continued_as_each_alone(trio, reader):
         alone.append([Mix(one) for one in weights])
         go_on(trio, alone[-1], max_tokens=12)
     reader.hold_exemplars()
-    with Branches(trio) as branches:
+    with trio.forks() as sequences:
         starts = []
         for question in questions:
             reader.read(question)
-            starts.append(Start.here(branches, [Mix(one) for one in weights]))
+            starts.append(Start.here(trio, ROLES, [Mix(one) for one in weights]))
         n_ids = [sum(len(s.ids[r]) for s in q.segments) for q in questions for r in ("small_cpt",)]
-        assert branches.n_cells("small_cpt") == reader.prefix.n_tokens() + sum(n_ids)
-        continue_all(branches, starts, max_tokens=12)
+        # What they share is kept once, but for its last token: each read that for its row.
+        n_again = len(questions) - 1
+        assert sequences.n_cells("small_cpt") == reader.prefix.n_tokens() + sum(n_ids) + n_again
+        continue_all(trio, starts, max_tokens=12)
         together = [start.mixes for start in starts]
     assert [[m.text for m in ms] for ms in together] == [[m.text for m in ms] for ms in alone]
     assert len({m.text for ms in alone for m in ms}) > 3
@@ -184,20 +188,20 @@ def test_more_mixes_than_fit_at_once(trio):
 def test_as_answers_end_others_begin(monkeypatch):
     """A few long answers cost no more steps than Graham's bound for scheduling from a list."""
     texts = ("Доп ойнады.", "Заң шықты.", "Балуан жеңді.", "Сайлау.", "Ауа райы жылы.", "Кино.")
-    widths, read = [], Branches.rows
+    widths, read = [], Sequences.rows
     monkeypatch.setattr(
-        Branches,
+        Sequences,
         "rows",
         lambda self, b, roles: widths.append((roles, len(b))) or read(self, b, roles),
     )
-    with Trio.nano(n_ctx=768) as trio, Branches(trio) as branches:
+    with Trio.nano(n_ctx=640) as trio, trio.forks() as sequences:
         starts = []
         for text in texts:
             trio.prefill(trio.prompt(EXEMPLARS + text))
             mixes = [Mix(Weights(a, b)) for a in GRID for b in GRID]
-            starts.append(Start.here(branches, mixes))
-        most = (trio.n_ctx - branches.n_cells("large_ins")) // 48
-        continue_all(branches, starts, max_tokens=48)
+            starts.append(Start.here(trio, ROLES, mixes))
+        most = (trio.n_ctx - sequences.n_cells("large_ins")) // 48
+        continue_all(trio, starts, max_tokens=48)
     answers = [(i, mix.ids) for i, start in enumerate(starts) for mix in start.mixes]
     longest = max(len(ids) for _, ids in answers)
     texts = {(i, *ids[:n]) for i, ids in answers for n in range(1, len(ids) + 1)}

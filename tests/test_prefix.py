@@ -37,18 +37,18 @@ def fresh():
 def tokens_read(trio, call):
     """Tokens that large_ins decodes during `call`."""
     model, n = trio.models["large_ins"], 0
-    decode = model.decode
+    decode = model.decode_entries
 
-    def counted(ids, **options):
+    def counted(entries):
         nonlocal n
-        n += len(ids)
-        return decode(ids, **options)
+        n += len(entries)
+        return decode(entries)
 
-    model.decode = counted
+    model.decode_entries = counted
     try:
         call()
     finally:
-        del model.decode
+        del model.decode_entries
     return n
 
 

@@ -52,7 +52,7 @@ def test_rewind_then_decode_equals_fresh(trio, ids):
 
 
 def test_a_failed_prefill_leaves_the_caches_alike(trio, ids):
-    def fail(rows, targets):
+    def fail(window):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -63,7 +63,7 @@ def test_a_failed_prefill_leaves_the_caches_alike(trio, ids):
 
 def test_a_model_without_weight_is_not_decoded(trio):
     calls = dict.fromkeys(ROLES, 0)
-    originals = {role: model.decode for role, model in trio.models.items()}
+    originals = {role: model.decode_entries for role, model in trio.models.items()}
 
     def counted(role):
         def decode(*a, **k):
@@ -73,12 +73,12 @@ def test_a_model_without_weight_is_not_decoded(trio):
         return decode
 
     for role, model in trio.models.items():
-        model.decode = counted(role)
+        model.decode_entries = counted(role)
     try:
         generate(trio, KAZAKH, weights=Weights(0.1, 0.9), max_tokens=6, seed=1)
     finally:
         for role, model in trio.models.items():
-            model.decode = originals[role]
+            model.decode_entries = originals[role]
     assert calls["small_base"] == 0 and calls["large_ins"] > 0 and calls["small_cpt"] > 0
 
 
@@ -200,8 +200,8 @@ def test_rows_outlive_the_memory_they_were_scored_in(trio):
     prompt = trio.prompt(KAZAKH * 3)
     seen = {}
 
-    def consume(rows, targets):
-        seen.update({role: row[-1].copy() for role, row in rows.items()})
+    def consume(window):
+        seen.update({role: rows[-1].copy() for role, rows in window.rows.items()})
 
     trio.prefill(prompt, consume=consume)
     after = {role: row.copy() for role, row in trio.rows().items()}

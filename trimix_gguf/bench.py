@@ -32,6 +32,7 @@ from trimix_gguf.mixing.fusion import Rows, Weights, fuse
 from trimix_gguf.mixing.sampling import Sampler
 from trimix_gguf.mixing.scoring import GRID, Float64, grid_nll
 from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.prefill import Window
 from trimix_gguf.trio.prompt import Prompt, Segment
 from trimix_gguf.trio.trio import Trio
 
@@ -231,12 +232,13 @@ def grid_scoring(trio: Trio, prompt: Prompt, prefill_s: float) -> dict[str, floa
     every = math.ceil(prompt.n_scored / _GRID_ROWS)
     settings = {"unused": trio.unused, "n_threads": available_cores()}
 
-    def consume(window: Rows, targets: NDArray[np.int64]) -> None:
+    def consume(window: Window) -> None:
         nonlocal spent, seen
-        spent += nll_seconds(grid_nll, window, targets, **settings)
+        spent += nll_seconds(grid_nll, window.rows, window.targets, **settings)
         picked = slice(-seen % every, None, every)
-        kept.append((*(window[role][picked].copy() for role in ROLES), targets[picked]))
-        seen += len(targets)
+        rows = (window.rows[role][picked].copy() for role in ROLES)
+        kept.append((*rows, window.targets[picked]))
+        seen += len(window.targets)
 
     trio.forget()
     trio.prefill(prompt, consume=consume)

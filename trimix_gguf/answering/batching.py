@@ -1,8 +1,8 @@
 """Many requests in one trio: read and answered together, a batch a model and step.
 
-Each request is a branch of an empty trunk. A step decodes the newest token of every answer, and
+Each request is a sequence of its own. A step decodes the newest token of every answer, and
 with them a window of the prompt that is being read: one prompt at a time, so that the next one
-finds what they share. Branches of finished requests are kept, for prompts that go on from them,
+finds what they share. Sequences of finished requests are kept, for prompts that go on from them,
 for as long as nobody needs their room; whoever is let in has its room reserved to the end.
 """
 
@@ -13,13 +13,13 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from trimix_gguf.answering.request import Event, Known, Request, Token, Work
+from trimix_gguf.answering.request import Event, Request, Token, Work
 from trimix_gguf.errors import ModelError, QueueFull, TrimixError
 from trimix_gguf.machine.memory import N_BATCH
 from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.roles import ROLES
-from trimix_gguf.trio.branches import Branches
 from trimix_gguf.trio.prompt import n_common
+from trimix_gguf.trio.sums import PrefixSums
 from trimix_gguf.trio.trio import Trio
 
 __all__ = ["Batcher", "Event", "Job", "Request", "Statistics", "Token"]
@@ -38,7 +38,7 @@ class Statistics:
     step_seconds: float = 0.0
 
 
-Wanted = dict[str, dict[int, list[int]]]  # role -> branch -> its ids whose rows are wanted
+Wanted = dict[str, dict[int, list[int]]]  # role -> sequence -> its ids whose rows are wanted
 
 
 class Job:
@@ -46,7 +46,7 @@ class Job:
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self.branch: int | None = None
+        self.sequence: int | None = None
         self.cancelled = False
 
     def cancel(self) -> None:
@@ -63,11 +63,11 @@ class Batcher:
     def __init__(self, trio: Trio, *, n_parallel: int = 8, n_queue: int = 32) -> None:
         self.trio = trio
         trio.forget()
-        self._branches = Branches(trio)
-        self._n_parallel, self._n_queue = min(n_parallel, self._branches.most), n_queue
+        self._sequences = trio.sequences
+        self._n_parallel, self._n_queue = min(n_parallel, self._sequences.most), n_queue
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
-        self._kept: dict[int, Known] = {}  # branches of the finished, longest unused first
+        self._kept: dict[int, PrefixSums] = {}  # of the finished, longest unused first
         self._statistics = Statistics()
         self._changed = threading.Condition()
         self._closing: float | None = None  # when what still runs is cancelled
@@ -152,16 +152,16 @@ class Batcher:
         for role, model in self.trio.models.items():
             to_come = 0
             for job in self._running:
-                held = 0 if job.branch is None else len(self._branches.ids(job.branch)[role])
+                held = 0 if job.sequence is None else len(self._sequences.ids(job.sequence)[role])
                 to_come += job.work.n_cells[role] - held
-            if self._branches.n_cells(role) + to_come + need[role] > model.n_ctx:
+            if self._sequences.n_cells(role) + to_come + need[role] > model.n_ctx:
                 return False
         return True
 
     def _forget_one(self) -> None:
-        branch = next(iter(self._kept))
-        del self._kept[branch]
-        self._branches.drop(branch)
+        sequence = next(iter(self._kept))
+        del self._kept[sequence]
+        self._sequences.drop(sequence)
 
     # -- a step -----------------------------------------------------------------------------
 
@@ -171,53 +171,50 @@ class Batcher:
         reading = next((job for job in self._running if job.work.stage != "answer"), None)
         wanted: Wanted = {role: {} for role in ROLES}
         for job in answering:
-            assert job.branch is not None  # it was placed to be read
-            self._branches.append(job.branch, [job.work.newest])
+            assert job.sequence is not None  # it was placed to be read
+            self._sequences.append(job.sequence, [job.work.newest])
             for role in job.work.roles:
-                wanted[role][job.branch] = [len(self._branches.ids(job.branch)[role]) - 1]
+                wanted[role][job.sequence] = [len(self._sequences.ids(job.sequence)[role]) - 1]
         end = 0 if reading is None else self._append_portion(reading, len(answering), wanted)
         roles = [role for role in ROLES if wanted[role]]
-        rows = self.trio.on_devices(roles, lambda role: self._branches.read(role, wanted[role]))
+        rows = self._sequences.read({role: wanted[role] for role in roles})
         for job in answering:
-            self._take(job, _rows_of(job.branch, rows, wanted), None)
+            self._take(job, _rows_of(job.sequence, rows, wanted), None)
         if reading is not None:
-            self._take(reading, _rows_of(reading.branch, rows, wanted), end)
+            self._take(reading, _rows_of(reading.sequence, rows, wanted), end)
 
     def _append_portion(self, job: Job, n_answering: int, wanted: Wanted) -> int:
-        """Append units of a prompt to its branch, and to `wanted` their rows; up to which unit."""
-        work = job.work
-        if job.branch is None:
-            job.branch = self._place(work)
+        """Append units of a prompt to its sequence, and rows to `wanted`; says where they end."""
+        work, reading = job.work, job.work.prefill
+        if job.sequence is None:
+            job.sequence = self._place(work)
         # A long pause between two tokens of the others would be felt; alone, bigger is faster.
         n_ids = self.trio.n_window if n_answering else N_BATCH
-        end = work.portion(n_ids - n_answering, self.trio.n_window - n_answering)
-        self._branches.rewind(job.branch, {role: work.ends[role][work.at] for role in ROLES})
-        units = work.units[work.at : end]
-        self._branches.append(
-            job.branch,
-            {role: [t for ids, _ in units for t in ids[i]] for i, role in enumerate(ROLES)},
-        )
+        end = reading.portion(n_ids - n_answering, self.trio.n_window - n_answering)
+        self._sequences.rewind(job.sequence, reading.lengths())
+        self._sequences.append(job.sequence, reading.ids(reading.at, end))
         for role in work.roles:
-            wanted[role][job.branch] = [work.ends[role][u + 1] - 1 for u in work.wanted(end)]
+            wanted[role][job.sequence] = reading.wanted(end, role)
         return end
 
     def _place(self, work: Work) -> int:
-        """A branch for a request: a fork of the one that begins most like its prompt."""
-        known = {**self._kept, **{j.branch: j.work.known for j in self._running if j.branch}}
-        common = {branch: n_common(work.units, self._branches.ids(branch)) for branch in known}
-        source = max(common, key=lambda branch: common[branch], default=None)
+        """A sequence for a request: a fork of the one that begins most like its prompt."""
+        running = {job.sequence: job.work.sums for job in self._running if job.sequence}
+        known = {**self._kept, **running}
+        common = {s: n_common(work.prefill.units, self._sequences.ids(s)) for s in known}
+        source = max(common, key=lambda sequence: common[sequence], default=None)
         if source is not None:
             work.start(common[source], known[source])
-        if source is None or work.at == 0:
+        if source is None or work.prefill.at == 0:
             source = None
         elif source in self._kept:  # now the last to be forgotten
             self._kept[source] = self._kept.pop(source)
-        if self._branches.n_free == 0:
+        if self._sequences.n_free == 0:
             if source is not None and list(self._kept) == [source]:
                 del self._kept[source]  # the last one to spare: it goes on itself
                 return source
             self._forget_one()
-        return self._branches.fork(source)
+        return self._sequences.fork(source or 0)
 
     def _take(self, job: Job, rows: Rows, end: int | None) -> None:
         """Hand a request its rows; let it go once it has ended."""
@@ -236,33 +233,33 @@ class Batcher:
         """Let go of a request that has ended, and keep what was read for it."""
         with self._changed:
             (self._running if job in self._running else self._waiting).remove(job)
-        if job.branch is not None:
-            self._kept[job.branch] = job.work.known
+        if job.sequence is not None:
+            self._kept[job.sequence] = job.work.sums
         work, finished = job.work, dict(self._statistics.finished)
         finished[reason] = finished.get(reason, 0) + 1
         self._statistics = replace(
             self._statistics,
             finished=finished,
-            n_prompt_tokens=self._statistics.n_prompt_tokens + work.ends["large_ins"][work.at],
+            n_prompt_tokens=self._statistics.n_prompt_tokens + work.prefill.lengths()["large_ins"],
             n_cached_tokens=self._statistics.n_cached_tokens + work.n_cached,
             n_tokens=self._statistics.n_tokens + work.n_tokens,
         )
 
     def _abandon(self, error: TrimixError) -> None:
-        """End everything: after a failed decode no branch can be trusted."""
+        """End everything: after a failed decode no sequence can be trusted."""
         for job in (*self._waiting, *self._running):
             job.work.fail(error)
-            job.branch = None
+            job.sequence = None
             self._release(job, "error")
         self._kept.clear()
-        self._branches.close()
+        self._sequences.drop_forks()
 
 
-def _rows_of(branch: int | None, rows: Rows, wanted: Wanted) -> Rows:
-    """The part [n, n_vocab] of each role's rows that belongs to a branch."""
+def _rows_of(sequence: int | None, rows: Rows, wanted: Wanted) -> Rows:
+    """The part [n, n_vocab] of each role's rows that belongs to a sequence."""
     found: Rows = {}
     for role, own in wanted.items():
-        if branch in own:
-            first = sum(len(own[b]) for b in itertools.takewhile(lambda b: b != branch, own))
-            found[role] = rows[role][first : first + len(own[branch])]
+        if sequence in own:
+            first = sum(len(own[s]) for s in itertools.takewhile(lambda s: s != sequence, own))
+            found[role] = rows[role][first : first + len(own[sequence])]
     return found

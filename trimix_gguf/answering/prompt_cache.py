@@ -11,11 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trimix_gguf.choosing.selection import sums_from_json, sums_to_json
 from trimix_gguf.errors import ModelError
 from trimix_gguf.machine import native
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.model import Model
+from trimix_gguf.trio.sums import PrefixSums
 from trimix_gguf.trio.trio import Trio
 
 _ENDS = 1 << 20  # bytes hashed at either end of a model file, which holds gigabytes
@@ -36,7 +36,7 @@ def save_prompt(trio: Trio, folder: Path) -> None:
             "models": _fingerprints(trio),
             "states": _state_digests(partial),
             "ids": trio.ids,
-            "sums": sums_to_json(trio),
+            "sums": trio.sums.to_json() if trio.sums else None,
         }
         (partial / "prompt.json").write_text(json.dumps(contents), encoding="utf-8")
         if (folder / "prompt.json").is_file():
@@ -76,7 +76,7 @@ def load_prompt(trio: Trio, folder: Path) -> bool:
         trio.forget()
         raise
     trio.ids = ids
-    sums_from_json(trio, sums)
+    trio.sums = PrefixSums.from_json(sums) if sums is not None else None
     return True
 
 

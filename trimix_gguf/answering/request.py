@@ -4,7 +4,7 @@ It is served in up to three stages: its prompt is scored, unless its weights are
 for its tokens' own probabilities, if it wants them; and answered, token after token.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -18,9 +18,11 @@ from trimix_gguf.errors import PromptError, TrimixError
 from trimix_gguf.machine.threads import available_cores
 from trimix_gguf.mixing.fusion import Rows, Weights, fuse, mask_implausible
 from trimix_gguf.mixing.sampling import Sampler
-from trimix_gguf.mixing.scoring import GRID, Float64
+from trimix_gguf.mixing.scoring import GRID
 from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.prefill import Prefill, is_scored
 from trimix_gguf.trio.prompt import Prompt, Unit, is_shared
+from trimix_gguf.trio.sums import PrefixSums
 from trimix_gguf.trio.trio import Trio
 
 
@@ -80,51 +82,25 @@ class Event:
     error: TrimixError | None = None
 
 
-@dataclass(frozen=True)
-class Mark:
-    """Running sums over a prompt: `read` of its units, `covered` ones of them taken in."""
-
-    read: int
-    covered: int
-    nll: Float64
-    n_tokens: int
-
-
-@dataclass(frozen=True)
-class Known:
-    """What was read, and the sums over it: another prompt may begin in the same way.
-
-    `axes` are the weights (alphas, betas) that the marks' sums are over.
-    """
-
-    units: Sequence[Unit] = ()
-    axes: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
-    marks: Sequence[Mark] = ()
-
-    def marks_for(self, units: Sequence[Unit], axes: object) -> list[Mark]:
-        """The marks that hold for a prompt of `units` scored over `axes`."""
-        if axes != self.axes:
-            return []
-        pairs = enumerate(zip(self.units, units, strict=False))
-        same = next((i for i, (a, b) in pairs if a != b), min(len(self.units), len(units)))
-        return [mark for mark in self.marks if mark.covered <= same]
-
-
 class Work:
     """The state of a request: where it stands in its prompt, or in its answer.
 
-    `at` units of the prompt are read; `newest` is the token picked last, which is to be read
-    next. Raises PromptError for a prompt that fits no context, SamplerError for a setting that
-    llama.cpp refuses.
+    `prefill` says where it stands in its prompt; `newest` is the token picked last, which is to
+    be read next. Raises PromptError for a prompt that fits no context, SamplerError for a setting
+    that llama.cpp refuses.
     """
 
     def __init__(self, trio: Trio, request: Request, on_event: Callable[[Event], None]) -> None:
         self.trio, self.request, self._on_event = trio, request, on_event
-        self.units = request.prompt.units
-        # ends[role][n]: how many ids of `role` the first n units hold.
-        self.ends = {role: _ends(self.units, i) for i, role in enumerate(ROLES)}
-        room = _room(trio, self.ends)
-        self.n_cells = {r: self.ends[r][-1] + min(room, request.max_tokens) for r in ROLES}
+        self.stage: Literal["score", "echo", "read", "answer"] = "read"
+        if request.weights is None and request.method == "ppl":
+            self.stage = "score"
+        elif request.echo and request.weights is not None:
+            self.stage = "echo"
+        self.prefill = Prefill(request.prompt, predicts=_PREDICTED[self.stage])
+        room = _room(trio, self.prefill)
+        n_prompt = {role: ends[-1] for role, ends in self.prefill.ends.items()}
+        self.n_cells = {r: n_prompt[r] + min(room, request.max_tokens) for r in ROLES}
         self._sampler = Sampler(
             trio.models["large_ins"].vocab,
             trio.n_vocab,
@@ -135,26 +111,17 @@ class Work:
         self._answer = Answer(
             trio, self._sampler, stop=request.stop, max_tokens=request.max_tokens, room=room
         )
-        self.at = self.n_cached = self.newest = 0
-        self.stage: Literal["score", "echo", "read", "answer"] = "read"
-        if request.weights is None and request.method == "ppl":
-            self.stage = "score"
-        elif request.echo and request.weights is not None:
-            self.stage = "echo"
+        self.n_cached = self.newest = 0
         self.selection = None if request.weights is None else Selection(request.weights, "fixed")
         self._score = empty_score(request.grid)
-        self._marks: list[Mark] = []
+        self._sums = PrefixSums((self._score.alphas, self._score.betas))
         self._prompt_tokens: list[Token] = []
         self._told = False
 
     @property
-    def known(self) -> Known:
-        """What it has read so far."""
-        return Known(self.units[: self.at], self._axes, self._marks)
-
-    @property
-    def _axes(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        return self._score.alphas, self._score.betas
+    def sums(self) -> PrefixSums:
+        """What it has read so far, and the sums over it."""
+        return replace(self._sums, units=self.prefill.units[: self.prefill.at])
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -177,65 +144,30 @@ class Work:
 
     # -- reading ----------------------------------------------------------------------------
 
-    def start(self, n_kept: int, known: Known) -> None:
-        """Begin where the first `n_kept` units are read already, as `known` tells."""
-        last = len(self.units) - 1  # its row is wanted, so it is read again
+    def start(self, n_kept: int, known: PrefixSums) -> None:
+        """Begin where the first `n_kept` units are read already; `known` are the sums over them."""
         if self.stage == "score":
-            marks = known.marks_for(self.units, self._axes)
-            self._marks = [mark for mark in marks if mark.read <= n_kept]
-            # Up to the unit that predicts the next scored one, the sums stay as they are.
-            covered = self._marks[-1].covered if self._marks else 1
-            rest = (i for i in range(covered, len(self.units)) if self.units[i][1])
-            self.at = min(n_kept, last, next(rest, len(self.units)) - 1)
-        else:
-            self.at = 0 if self.stage == "echo" else min(n_kept, last)
-        self.n_cached = self.ends["large_ins"][self.at]
-
-    def portion(self, n_ids: int, n_rows: int) -> int:
-        """Up to which unit to read next, if so many ids and rows are to spare; at least one."""
-        end, ids, rows = self.at, 0, 0
-        while end < len(self.units):
-            ids += max(len(own) for own in self.units[end][0])
-            rows += self._is_wanted(end)
-            if end > self.at and (ids > n_ids or rows > n_rows):
-                break
-            end += 1
-        return end
-
-    def wanted(self, end: int) -> list[int]:
-        """Units from `at` to `end` whose rows are wanted: they predict, or end the prompt."""
-        return [unit for unit in range(self.at, end) if self._is_wanted(unit)]
-
-    def _is_wanted(self, unit: int) -> bool:
-        if unit == len(self.units) - 1:
-            return True
-        if any(self.ends[role][unit + 1] == 0 for role in self.roles):
-            return False  # nothing there to predict from
-        ids, scored = self.units[unit + 1]
-        return scored if self.stage == "score" else self.stage == "echo" and is_shared(ids)
+            self._sums = known.for_prompt(self.prefill.units, self._sums.axes, n_kept)
+        # The last unit's row is wanted, so it is read again; an echo wants all rows.
+        most = 0 if self.stage == "echo" else min(n_kept, len(self.prefill.units) - 1)
+        self.prefill.start(most, self._sums.newest.mark[1])
+        self.n_cached = self.prefill.lengths()["large_ins"]
 
     def read(self, end: int, rows: Rows) -> None:
         """Take in the rows [n_wanted, n_vocab] of the units up to `end`; raises TrimixError."""
-        predicted = [u + 1 for u in self.wanted(end) if u + 1 < len(self.units)]
-        targets = np.array([self.units[u][0][0][0] for u in predicted], dtype=np.int64)
-        before = {role: matrix[: len(targets)] for role, matrix in rows.items()}
-        if self.stage == "score" and len(targets):
-            nll = window_nll(self.trio, before, targets, self._score, available_cores())
-            self._add(nll, len(targets), end)
+        window = self.prefill.take(end, rows)
+        if self.stage == "score" and len(window.targets):
+            nll = window_nll(self.trio, window.rows, window.targets, self._score, available_cores())
+            self._sums.add(window.mark, nll, len(window.targets))
         elif self.stage == "echo":
-            self._echo(before, targets)
-        self.at = end
-        if end == len(self.units):
+            self._echo(window.rows, window.targets)
+        if end == len(self.prefill.units):
             self._decide({role: matrix[-1] for role, matrix in rows.items()})
 
-    def _add(self, nll: Float64, n_tokens: int, end: int) -> None:
-        if self._marks:
-            nll, n_tokens = nll + self._marks[-1].nll, n_tokens + self._marks[-1].n_tokens
-        self._marks.append(Mark(end, min(end + 1, len(self.units)), nll, n_tokens))
-
     def _echo(self, before: Rows, targets: NDArray[np.int64]) -> None:
-        if not self._prompt_tokens and is_shared(self.units[0][0]):
-            self._prompt_tokens.append(self._token(self.units[0][0][0][0]))
+        first, _ = self.prefill.units[0]
+        if not self._prompt_tokens and is_shared(first):
+            self._prompt_tokens.append(self._token(first[0][0]))
         for i, target in enumerate(targets):
             rows = {role: matrix[i] for role, matrix in before.items()}
             self._prompt_tokens.append(self._token(int(target), self._fused(rows), rows))
@@ -245,7 +177,8 @@ class Work:
         if self.selection is None:
             self.selection = self._select(rows)
             if self.request.echo:
-                self.stage, self.at = "echo", 0
+                self.stage = "echo"
+                self.prefill = Prefill(self.request.prompt, predicts=_PREDICTED["echo"])
                 return
         self.stage = "answer"
         if self.finish_reason is not None:  # no token was asked for
@@ -257,10 +190,10 @@ class Work:
         grid = self.request.grid
         if self.request.method == "ent":
             return lowest_entropy([rows], grid, self.trio.unused)
-        if not self._marks:
+        if not self._sums.sums:
             raise PromptError("the prompt has no token to score: give more text, or fix weights")
-        self._score.nll.append(self._marks[-1].nll)
-        self._score.n_tokens.append(self._marks[-1].n_tokens)
+        self._score.nll.append(self._sums.newest.nll)
+        self._score.n_tokens.append(self._sums.newest.n_tokens)
         return Selection(self._score.best(), "ppl", self._score)
 
     # -- answering --------------------------------------------------------------------------
@@ -306,7 +239,7 @@ class Work:
     def _tell(self, event: Event) -> None:
         event = replace(
             event,
-            n_prompt=self.ends["large_ins"][-1],
+            n_prompt=self.prefill.ends["large_ins"][-1],
             n_cached=self.n_cached,
             n_tokens=self.n_tokens,
         )
@@ -317,22 +250,20 @@ class Work:
         self._on_event(event)
 
 
-def _ends(units: Sequence[Unit], role: int) -> list[int]:
-    ends = [0]
-    for ids, _ in units:
-        ends.append(ends[-1] + len(ids[role]))
-    return ends
+# What a stage wants predicted: the scored tokens, or all that the models share.
+_PREDICTED: dict[str, Callable[[Unit], bool]] = {
+    "score": is_scored,
+    "echo": lambda unit: is_shared(unit[0]),
+    "read": lambda unit: False,
+}
 
 
-def _room(trio: Trio, ends: Mapping[str, Sequence[int]]) -> int:
+def _room(trio: Trio, prefill: Prefill) -> int:
     """Tokens that every role can take after the prompt; raises PromptError."""
-    for role, model in trio.models.items():
-        if not 0 < ends[role][-1] < model.n_ctx:
-            raise PromptError(
-                f"the prompt is {ends[role][-1]} tokens, and {role}'s context holds {model.n_ctx}; "
-                "shorten it or raise --n-ctx"
-            )
-    return min(trio.models[role].n_ctx - ends[role][-1] for role in ROLES)
+    prefill.check_fits({role: model.n_ctx for role, model in trio.models.items()})
+    if not all(ends[-1] for ends in prefill.ends.values()):
+        raise PromptError("the prompt is empty for one of the models; give some text")
+    return min(model.n_ctx - prefill.ends[role][-1] for role, model in trio.models.items())
 
 
 def _logprobs(

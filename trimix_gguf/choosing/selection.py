@@ -3,8 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +21,10 @@ from trimix_gguf.mixing.scoring import (
     interpolate,
     lowest,
 )
-from trimix_gguf.trio.prompt import Prompt, Unit
-from trimix_gguf.trio.trio import Mark, Progress, Trio
+from trimix_gguf.trio.prefill import Window
+from trimix_gguf.trio.prompt import Prompt
+from trimix_gguf.trio.sums import PrefixSums
+from trimix_gguf.trio.trio import Progress, Trio
 
 Grid = tuple[Sequence[float], Sequence[float]] | Literal["continuous"]
 Average = Literal["micro", "macro"]
@@ -140,53 +141,6 @@ def window_nll(
     )
 
 
-@dataclass
-class _Sums:
-    """Running sums over the last prompt, so that one with the same beginning need not start anew.
-
-    `marks` holds, at each stop on the way, the trio's mark, summed nats and scored tokens.
-    """
-
-    key: tuple[tuple[float, ...], tuple[float, ...]]
-    units: list[Unit]
-    marks: list[tuple[Mark, Float64, int]]
-
-
-_sums: WeakKeyDictionary[Trio, _Sums] = WeakKeyDictionary()
-
-
-def _known(trio: Trio, sums: _Sums | None, key: tuple[Any, ...], units: list[Unit]) -> list[Any]:
-    """The marks of earlier sums that hold for a prompt of these units."""
-    if sums is None or sums.key != key:
-        return []
-    same = next(
-        (i for i, (a, b) in enumerate(zip(sums.units, units, strict=False)) if a != b), None
-    )
-    n_same = min(len(sums.units), len(units)) if same is None else same
-    kept = trio.n_kept(units)
-    return [m for m in sums.marks if m[0][1] <= n_same and m[0][0] <= kept]
-
-
-def sums_to_json(trio: Trio) -> dict[str, Any] | None:
-    """The running sums over what `trio` has read, for a saved prompt."""
-    sums = _sums.get(trio)
-    if sums is None:
-        return None
-    marks = [[mark, nll.tolist(), n_tokens] for mark, nll, n_tokens in sums.marks]
-    return {"key": sums.key, "units": sums.units, "marks": marks}
-
-
-def sums_from_json(trio: Trio, saved: dict[str, Any] | None) -> None:
-    """Put back what sums_to_json gave."""
-    _sums.pop(trio, None)
-    if saved is not None:
-        _sums[trio] = _Sums(
-            key=(tuple(saved["key"][0]), tuple(saved["key"][1])),
-            units=[(tuple(tuple(i) for i in ids), scored) for ids, scored in saved["units"]],
-            marks=[((m[0], m[1]), np.asarray(nll), n) for m, nll, n in saved["marks"]],
-        )
-
-
 def _prompt_nll(
     trio: Trio,
     prompt: Prompt,
@@ -195,23 +149,21 @@ def _prompt_nll(
     n_threads: int,
 ) -> tuple[Float64, int]:
     """One prompt's summed nats [n_alpha, n_beta] and its scored tokens, in one pass."""
-    key, units = (score.alphas, score.betas), prompt.units
-    marks = _known(trio, _sums.pop(trio, None), key, units)
-    after, nll, n_tokens = marks[-1] if marks else (None, np.zeros((len(key[0]), len(key[1]))), 0)
+    axes, units = (score.alphas, score.betas), prompt.units
+    sums = (trio.sums or PrefixSums()).for_prompt(units, axes, trio.n_kept(units))
+    trio.sums = None  # until the caches hold what they are over
 
-    def consume(rows: Rows, targets: NDArray[np.int64]) -> None:
-        nonlocal nll, n_tokens
-        nll = nll + window_nll(trio, rows, targets, score, n_threads)
-        n_tokens += len(targets)
-        marks.append((trio.mark, nll, n_tokens))
+    def consume(window: Window) -> None:
+        nll = window_nll(trio, window.rows, window.targets, score, n_threads)
+        sums.add(window.mark, nll, len(window.targets))
 
-    trio.prefill(prompt, consume=consume, progress=progress, after=after)
-    if n_tokens == 0:
+    trio.prefill(prompt, consume=consume, progress=progress, after=sums.newest.mark)
+    if sums.newest.n_tokens == 0:
         raise PromptError(
             "the prompt has no token to score: give more text, mark longer spans, or fix --weights"
         )
-    _sums[trio] = _Sums(key, units, marks)
-    return nll, n_tokens
+    trio.sums = sums
+    return sums.newest.nll, sums.newest.n_tokens
 
 
 def select_weights(

@@ -1,6 +1,6 @@
 """Greedy answers of many mixes to a few prompts, together.
 
-Mixes that have written the same text so far are one branch, decoded once; all branches take
+Mixes that have written the same text so far are one sequence, decoded once; all sequences take
 their next token in one batch a model. 36 grid points that agree cost as much as one. A token
 decoded alone takes up to four times as long as one of thirty, so several prompts share the batches.
 """
@@ -17,7 +17,7 @@ from trimix_gguf.evaluation.decoupled import FourthModel, three_of_four
 from trimix_gguf.evaluation.loops import Loop
 from trimix_gguf.mixing.fusion import Rows, Weights, fuse, mask_implausible
 from trimix_gguf.roles import ROLES
-from trimix_gguf.trio.branches import Branches
+from trimix_gguf.trio.sequences import Sequences
 from trimix_gguf.trio.trio import Trio
 
 WIDEST = 20  # texts under way: of more each costs as much, as all read past each other's cells
@@ -63,32 +63,31 @@ class Mix:
 
 @dataclass(frozen=True)
 class Start:
-    """A prompt that `branch` holds, the rows [n_vocab] after it, and what is to continue it."""
+    """A prompt that `sequence` holds, the rows [n_vocab] after it, and what is to continue it."""
 
-    branch: int
+    sequence: int
     rows: Rows
     mixes: Sequence[Mix]
 
     @staticmethod
-    def here(branches: Branches, mixes: Sequence[Mix]) -> "Start":
-        """From what the trio of `branches` holds now."""
-        trio = branches.trio
-        rows = {role: row.copy() for role, row in trio.rows(branches.roles).items()}
-        branch = branches.fork()
-        trio.forget_rows()  # branches write where they are
-        return Start(branch, rows, mixes)
+    def here(trio: Trio, roles: Sequence[str], mixes: Sequence[Mix]) -> "Start":
+        """From what `trio` holds now; `roles` are those that the mixes or others read."""
+        rows = {role: row.copy() for role, row in trio.rows(roles).items()}
+        sequence = trio.sequences.fork()
+        trio.forget_rows()  # forks write where they are
+        return Start(sequence, rows, mixes)
 
 
-def continue_all(branches: Branches, starts: Sequence[Start], *, max_tokens: int) -> None:
+def continue_all(trio: Trio, starts: Sequence[Start], *, max_tokens: int) -> None:
     """Let each mix continue its prompt up to the end of its first line; sets its text and ids.
 
     As many texts are under way as surely fit; as they end, others begin, so that the batches stay
     wide though a few answers run on to `max_tokens`. Raises ContextFullError where not even one
     answer fits.
     """
-    trio = branches.trio
-    room = min(trio.models[r].n_ctx - branches.n_cells(r) for r in branches.roles)
-    most = min(room // max_tokens, branches.n_free, WIDEST)
+    sequences, roles = trio.sequences, starts[0].rows
+    room = min(trio.models[r].n_ctx - sequences.n_cells(r) for r in roles)
+    most = min(room // max_tokens, sequences.n_free, WIDEST)
     if most < 1:
         raise ContextFullError(
             f"an answer of {max_tokens} tokens does not fit behind {trio.n_past} in a context of "
@@ -102,8 +101,8 @@ def continue_all(branches: Branches, starts: Sequence[Start], *, max_tokens: int
     going: list[_Node] = []
     while waiting or going:
         while waiting and len(going) < most:
-            going.append(_begin(branches, waiting.popleft()))
-        rows = list(_next_rows(branches, going))
+            going.append(_begin(sequences, waiting.popleft()))
+        rows = list(_next_rows(sequences, going))
         parted = [
             (node, _followed(trio, node.mixes, row, max_tokens))
             for node, row in zip(going, rows, strict=True)
@@ -112,9 +111,9 @@ def continue_all(branches: Branches, starts: Sequence[Start], *, max_tokens: int
         going = []
         for node, groups in parted:
             if not groups:
-                branches.drop(node.branch)
+                sequences.drop(node.sequence)
                 continue
-            grown, left = _grow(branches, node, groups, n_free)
+            grown, left = _grow(sequences, node, groups, n_free)
             n_free -= len(grown) - 1
             going += grown
             waiting.extendleft(left)
@@ -139,11 +138,11 @@ def continue_decoupled(
 
 @dataclass
 class _Node:
-    """Mixes that wrote the same text after a prompt, and the branch that holds it, if one does."""
+    """Mixes that wrote the same text after a prompt, and the sequence that holds it, or 0."""
 
     start: Start
     mixes: list[Mix]
-    branch: int = 0
+    sequence: int = 0
 
 
 def _followed(trio: Trio, mixes: Sequence[Mix], rows: Rows, max_tokens: int) -> list[list[Mix]]:
@@ -156,10 +155,10 @@ def _followed(trio: Trio, mixes: Sequence[Mix], rows: Rows, max_tokens: int) -> 
     return list(groups.values())
 
 
-def _begin(branches: Branches, node: _Node) -> _Node:
-    """Give a branch to what the node's mixes wrote so far."""
-    node.branch = branches.fork(node.start.branch)
-    branches.append(node.branch, node.mixes[0].ids)
+def _begin(sequences: Sequences, node: _Node) -> _Node:
+    """Give a sequence to what the node's mixes wrote so far."""
+    node.sequence = sequences.fork(node.start.sequence)
+    sequences.append(node.sequence, node.mixes[0].ids)
     return node
 
 
@@ -180,27 +179,27 @@ def _finish(trio: Trio, mix: Mix, token: int, max_tokens: int) -> bool:
 
 
 def _grow(
-    branches: Branches, node: _Node, groups: Sequence[list[Mix]], n_free: int
+    sequences: Sequences, node: _Node, groups: Sequence[list[Mix]], n_free: int
 ) -> tuple[list[_Node], list[_Node]]:
-    """A node for each text that mixes went on with, and those that must wait for a branch.
+    """A node for each text that mixes went on with, and those that must wait for a sequence.
 
     The first goes on in the node's own, `n_free` others in new ones.
     """
-    # The forks first: they share what the node's branch holds.
-    numbers = [node.branch, *[branches.fork(node.branch) for _ in groups[1 : 1 + n_free]]]
+    # The forks first: they share what the node's sequence holds.
+    numbers = [node.sequence, *[sequences.fork(node.sequence) for _ in groups[1 : 1 + n_free]]]
     grown = [_Node(node.start, *pair) for pair in zip(groups, numbers, strict=False)]
     for child in grown:
-        branches.append(child.branch, child.mixes[0].ids[-1:])
+        sequences.append(child.sequence, child.mixes[0].ids[-1:])
     return grown, [_Node(node.start, mixes) for mixes in groups[len(grown) :]]
 
 
-def _next_rows(branches: Branches, nodes: Sequence[_Node]) -> Iterator[Rows]:
+def _next_rows(sequences: Sequences, nodes: Sequence[_Node]) -> Iterator[Rows]:
     """Rows [n_vocab] of the models that each node's mixes read."""
     found: list[Rows] = [{} for _ in nodes]
     for role in ROLES:
         reading = [i for i, node in enumerate(nodes) if role in roles_of(node.mixes)]
         if reading:
-            rows = branches.rows([nodes[i].branch for i in reading], (role,))[role]
+            rows = sequences.rows([nodes[i].sequence for i in reading], (role,))[role]
             for i, row in zip(reading, rows, strict=True):
                 found[i][role] = row
     yield from found

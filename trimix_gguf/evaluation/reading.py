@@ -13,7 +13,7 @@ from trimix_gguf.machine.threads import available_cores
 from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.mixing.scoring import GRID, Float64, grid_entropy, grid_token_nlls
 from trimix_gguf.roles import ROLES
-from trimix_gguf.trio.branches import Branches
+from trimix_gguf.trio.prefill import Window
 from trimix_gguf.trio.prompt import Prompt, Segment
 from trimix_gguf.trio.trio import Trio
 
@@ -106,14 +106,14 @@ class Reader:
         parts = [np.empty((0, len(AXIS), len(AXIS)))]
         decoupled = np.zeros((len(GRID), len(AXIS), len(AXIS)))
 
-        def consume(rows: Rows, targets: NDArray[np.int64]) -> None:
-            parts.append(token_nlls(self.trio, rows, targets))
+        def consume(window: Window) -> None:
+            parts.append(token_nlls(self.trio, window.rows, window.targets))
             if self.fourth is not None:
-                # The mark's last unit is the newest target, which no row here has read.
-                four = self.fourth.beside(rows, self.trio.mark[1] - 1)
+                # The newest target is covered, but no row here has read it.
+                four = self.fourth.beside(window.rows, window.mark[1] - 1)
                 for at, gamma in enumerate(GRID):
                     three = three_of_four(four, gamma)
-                    decoupled[at] += token_nlls(self.trio, three, targets).sum(axis=0)
+                    decoupled[at] += token_nlls(self.trio, three, window.targets).sum(axis=0)
 
         self.trio.prefill(prompt, consume=consume, after=after)
         return _Scores(np.concatenate(parts), decoupled)
@@ -131,20 +131,20 @@ class _Scores:
         return _Scores(nlls, self.decoupled + later.decoupled)
 
 
-def choice_nll(branches: Branches, start: Start, choices: Sequence[Sequence[int]]) -> Float64:
+def choice_nll(trio: Trio, start: Start, choices: Sequence[Sequence[int]]) -> Float64:
     """Nats of each choice (ids) after a prompt: float64 [n_choices, n, n] over AXIS."""
-    trio = branches.trio
+    sequences = trio.sequences
     first = {role: row[None] for role, row in start.rows.items()}
     total = np.stack([token_nlls(trio, first, np.array(c[:1]))[0] for c in choices])
-    numbers = [branches.fork(start.branch) for _ in choices]
+    numbers = [sequences.fork(start.sequence) for _ in choices]
     for depth in range(1, max(len(c) for c in choices)):
         going = [i for i, c in enumerate(choices) if len(c) > depth]
         for i in going:
-            branches.append(numbers[i], [choices[i][depth - 1]])
-        rows = branches.rows([numbers[i] for i in going])
+            sequences.append(numbers[i], [choices[i][depth - 1]])
+        rows = sequences.rows([numbers[i] for i in going])
         total[going] += token_nlls(trio, rows, np.array([choices[i][depth] for i in going]))
     for number in numbers:
-        branches.drop(number)
+        sequences.drop(number)
     return total
 
 

@@ -22,7 +22,6 @@ from trimix_gguf.evaluation.task_weights import choose_task_weights
 from trimix_gguf.mixing.fusion import Rows, Weights
 from trimix_gguf.mixing.scoring import GRID, Float64
 from trimix_gguf.roles import ROLES
-from trimix_gguf.trio.branches import Branches
 from trimix_gguf.trio.trio import Trio
 
 # Questions, and mixes of them, together: more gain little, and a run that is killed loses them.
@@ -99,9 +98,9 @@ def _n_together(
     n_texts = min(n_mixes, WIDEST)
     by_room = (room - n_texts * task.max_tokens) // (longest + 1)
     n_choices = max(len(q.choices) for q in questions)
-    by_branches = trio.n_window - 1 - max(n_texts, n_choices)
+    by_sequences = trio.n_window - 1 - max(n_texts, n_choices)
     by_mixes = _MOST_MIXES // n_mixes
-    return max(1, min(_MOST_TOGETHER, by_room, by_branches, by_mixes))
+    return max(1, min(_MOST_TOGETHER, by_room, by_sequences, by_mixes))
 
 
 def _points(
@@ -124,11 +123,10 @@ def answer_all(
 ) -> list[dict[str, Any]]:
     """A line for each example: the sums of its reading, the text of each method and grid point."""
     reader.hold_exemplars(scored=settings.reads)
-    with Branches(reader.trio, settings.roles) as branches:
-        begun = [
-            _begin(branches, reader, task, q, settings, task_weights, points) for q in examples
-        ]
-        continue_all(branches, [one.start for one in begun], max_tokens=task.max_tokens)
+    with reader.trio.forks(settings.roles):
+        begun = [_begin(reader, task, q, settings, task_weights, points) for q in examples]
+        starts = [one.start for one in begun]
+        continue_all(reader.trio, starts, max_tokens=task.max_tokens)
     return [one.finished() for one in begun]
 
 
@@ -153,7 +151,6 @@ class _Begun:
 
 
 def _begin(
-    branches: Branches,
     reader: Reader,
     task: Task,
     example: Example,
@@ -174,13 +171,13 @@ def _begin(
     named = mixes(settings.methods, reading, task_weights, partial(_nats, trio))
     line["outputs"] = {name: _weights(mix.weights) for name, mix in named.items()}
     grid = [mix for mix, here in zip(grid_mixes(), points.ravel(), strict=True) if here]
-    start = Start.here(branches, [*named.values(), *grid])
+    start = Start.here(trio, settings.roles, [*named.values(), *grid])
     if settings.fill_loops:
         for mix in start.mixes:
             mix.loop = Loop()
     if reading is not None and example.choices:
         ids = [trio.models[ROLES[0]].tokenize(f" {choice}") for choice in example.choices]
-        line["choice_nll"] = _rounded(choice_nll(branches, start, ids))
+        line["choice_nll"] = _rounded(choice_nll(trio, start, ids))
     if reading is not None and reading.decoupled is not None:
         line["outputs"][DECOUPLED] = _decoupled(reader, task, reading.decoupled)
     return _Begun(line, named, points, start)

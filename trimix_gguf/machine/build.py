@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
-_HEADER = _HERE / "tile_config.h"
+_HEADER, _CMAKE = _HERE / "tile_config.h", _HERE / "library_only.cmake"
 if not __package__:
     sys.path[0] = str(_HERE.parent.parent)  # run as a script
 
@@ -50,6 +50,7 @@ _PORTABLE = (
     "-DCMAKE_INSTALL_LIBDIR=llama_cpp/lib",
     "-DCMAKE_INSTALL_INCLUDEDIR=llama_cpp/include",
     "-DCMAKE_PLATFORM_NO_VERSIONED_SONAME=ON",
+    f"-DCMAKE_INSTALL_RPATH={'@loader_path' if sys.platform == 'darwin' else '$ORIGIN'}",
 )
 # What the probe calls a check -> the compiler's flags that switch it off.
 _OFF = {
@@ -127,7 +128,8 @@ def _compiler() -> list[str]:
 
 def cmake_arguments(*, portable: bool) -> list[str]:
     """What CMake is told; says on stderr what had to be switched off. Raises BuildError."""
-    arguments = [*_LIBRARY, *(_PORTABLE if portable else ())]
+    arguments = [f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={_CMAKE}"]
+    arguments += [*_LIBRARY, *(_PORTABLE if portable else ())]
     flags = [] if os.name == "nt" else _compiler_flags(_compiler(), native=not portable)
     if flags:
         off = [flag for flag in flags if flag.startswith("-mno-")]
@@ -297,8 +299,10 @@ def _cache(arguments: list[str], portable: bool) -> Path | None:
     if done.returncode != 0 or not done.stdout.strip():
         return None
     compiler = [] if os.name == "nt" else _run([*_compiler(), "--version"]).stdout.splitlines()[:1]
-    header = hashlib.sha256(_HEADER.read_bytes()).hexdigest()
-    flags = [argument.replace(str(_HEADER), header) for argument in arguments]
+    flags = arguments
+    for path in (_HEADER, _CMAKE):  # wherever this checkout lies
+        contents = hashlib.sha256(path.read_bytes()).hexdigest()
+        flags = [flag.replace(str(path), contents) for flag in flags]
     facts = [requirement(), flags, compiler, platform.platform()]
     facts += [] if portable else [processor.describe()]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

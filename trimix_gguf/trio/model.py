@@ -28,7 +28,7 @@ Entry = tuple[int, int, int, bool]  # id, position, sequence, whether its row is
 class Model:
     """One GGUF (and LoRA adapter) with a context of `n_ctx` positions in all its sequences.
 
-    decode() appends to sequence 0; decode_branches() to others, which fork() starts as copies.
+    Sequence 0 is there from the start, with `n_past` ids; fork() starts others as copies.
     `share` is a Model of the same file whose weights this one reads too: a small_cpt that is
     small_base plus an adapter keeps one copy in memory. Without `tokenizer` it takes ids alone,
     in less memory. `n_threads` 0 means every core that this process may use; `mmap` maps the
@@ -121,42 +121,45 @@ class Model:
     # -- decoding ---------------------------------------------------------------------------
 
     def decode(self, ids: Sequence[int], *, every_row: bool = False) -> Logits:
-        """Append ids; logits [n ≤ n_window, n_vocab], or [1, n_vocab] of the last of n ≤ n_batch.
+        """Append ids to sequence 0; logits [n ≤ n_window, n_vocab], or [1, n_vocab] of the last id.
 
-        Zero-copy: the rows are llama.cpp's own buffer, valid until the next decode and for as
-        long as this Model lives. On failure
-        the cache and `n_past` are as before the call.
+        At most n_batch ids. Zero-copy and on failure as decode_entries.
         """
         n = len(ids)
         most = self.n_window if every_row else self.n_batch
         if not 0 < n <= most:
             raise ValueError(f"decode takes 1 … {most} ids, got {n}")
-        if self.n_past + n > self.n_ctx:
+        entries = [
+            (token, self.n_past + i, 0, every_row or i == n - 1) for i, token in enumerate(ids)
+        ]
+        return self.decode_entries(entries)
+
+    def decode_entries(self, entries: Sequence[Entry]) -> Logits:
+        """Append ids to any sequences; logits [n ≤ n_window, n_vocab] of the rows wanted.
+
+        At most n_batch entries, each sequence's in the order of their positions. Zero-copy: the
+        rows are llama.cpp's own buffer, valid until the next decode and for as long as this Model
+        lives. Raises ContextFullError where the cells of all sequences are used up, ModelError;
+        sequence 0 and `n_past` are then as before, others that the call names are to be dropped.
+        """
+        own = sum(sequence == 0 for _, _, sequence, _ in entries)
+        if own and self.n_past + own > self.n_ctx:
             raise ContextFullError(
-                f"{self.path.name}: {self.n_past + n} tokens do not fit in a context of "
+                f"{self.path.name}: {self.n_past + own} tokens do not fit in a context of "
                 f"{self.n_ctx}; raise --n-ctx or shorten the prompt"
             )
         started = time.perf_counter()
         try:
-            rows = self._decode(
-                (token, self.n_past + i, 0, every_row or i == n - 1) for i, token in enumerate(ids)
-            )
+            rows = self._decode(entries)
         except ModelError:
-            self.rewind(self.n_past)
+            if own:
+                self.rewind(self.n_past)
             raise
-        self.n_past += n
-        took = time.perf_counter() - started
-        self.decode_seconds.setdefault(n, deque(maxlen=5)).append(took)
+        self.n_past += own
+        if own == len(entries):  # what drafts are planned by
+            took = time.perf_counter() - started
+            self.decode_seconds.setdefault(own, deque(maxlen=5)).append(took)
         return rows
-
-    def decode_branches(self, entries: Sequence[Entry]) -> Logits:
-        """Append ids to sequences other than 0; logits [n ≤ n_window, n_vocab] of those wanted.
-
-        At most n_batch entries, each sequence's in the order of their positions. Zero-copy, as
-        decode's. Raises ContextFullError where the cells of all sequences together are used up;
-        the sequences of a call that failed are to be dropped.
-        """
-        return self._decode(entries)
 
     def _decode(self, entries: Iterable[Entry]) -> Logits:
         batch, n, n_rows = self._batch, 0, 0

@@ -1,7 +1,6 @@
 """Trio: three Models kept on the same segments, and the rows that predict their next token."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -14,23 +13,22 @@ from trimix_gguf.errors import ModelFileError, PromptError
 from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.machine.memory import check_fits
 from trimix_gguf.machine.planner import place
-from trimix_gguf.machine.threads import run_all
 from trimix_gguf.machine.vocabulary import check_contract
 from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.model import Model
-from trimix_gguf.trio.prompt import Prompt, Segment, Unit, n_common, text_prompt
+from trimix_gguf.trio.prefill import Mark, Prefill, Window
+from trimix_gguf.trio.prompt import Prompt, Unit, n_common, text_prompt
+from trimix_gguf.trio.sequences import Progress, Sequences
+from trimix_gguf.trio.sums import PrefixSums
 
-Progress = Callable[[int], None]  # tokens just read
-Consume = Callable[[Rows, NDArray[np.int64]], None]  # rows [n, n_vocab], the ids they predict
-
-Mark = tuple[int, int]  # units read, and units consumed: the last row predicts one ahead
+Consume = Callable[[Window], None]
 
 NANO = Path(__file__).parent.parent / "nano"  # the Kazakh trio that ships with the package
 
 
 class Trio:
-    """large_ins, small_cpt and small_base on one prompt.
+    """large_ins, small_cpt and small_base on one prompt, which is sequence 0 of `sequences`.
 
     Invariant: after every public call, failed ones included, the three follow one list of
     segments. A role that a mix leaves out is not decoded; it stays behind by shared tokens,
@@ -41,9 +39,8 @@ class Trio:
         self.models = dict(zip(ROLES, (large_ins, small_cpt, small_base), strict=True))
         self.n_vocab = check_contract({r: m.file for r, m in self.models.items()})
         self.n_window = min(m.n_window for m in self.models.values())
-        self._ids: dict[str, list[int]] = {role: [] for role in ROLES}
-        self.mark: Mark = (0, 0)
-        self._pool = ThreadPoolExecutor(len(ROLES), thread_name_prefix="device")
+        self.sequences = Sequences(self.models, self.n_vocab)
+        self.sums: PrefixSums | None = None  # over the prompt in the caches, for who scored it
         self._rows: Rows = {}  # next-token rows [n_vocab] of the roles that are up to date
 
     @classmethod
@@ -148,41 +145,43 @@ class Trio:
         progress: Progress | None = None,
         after: Mark | None = None,
     ) -> None:
-        """Replace what the caches hold by `prompt`; of what they hold, its beginning is kept.
+        """Replace what the caches hold by `prompt`; of what they hold, its prefix is kept.
 
-        `consume(rows, targets)` is called for every scored token that some row predicts, with
-        rows [n ≤ n_window, n_vocab] that are valid during the call alone: memory does not grow
-        with the prompt. During the call `mark` says how far it has come; a later prefill of a
-        prompt with the same beginning may go on `after` that mark, and over what is not scored
-        and still held. Without `consume` nothing is decoded until rows() asks for it, and then
-        by the roles asked for alone. Raises PromptError, ModelError.
+        `consume(window)` is called for every scored token that some row predicts, with n ≤ n_window
+        rows that are valid during the call only: memory does not grow with the prompt. A later
+        prefill of a prompt with the same prefix may go on `after` a window's mark. Without
+        `consume` nothing is decoded until rows() asks for it, and then by the roles asked for
+        only. Raises PromptError, ModelError.
         """
-        for role, model in self.models.items():
-            if prompt.n_tokens(role) >= model.n_ctx:
-                raise PromptError(
-                    f"the prompt is {prompt.n_tokens(role)} tokens, and {role}'s context holds "
-                    f"{model.n_ctx}; shorten it or raise --n-ctx"
-                )
-        units = prompt.units
-        read = covered = kept = self.n_kept(units)
-        if consume is not None:
-            read, covered = after or (0, 0)
-            # Up to the next segment to score, what the caches hold need not be read again.
-            read = max(read, min(kept, _next_scored(prompt, covered)))
+        reading = Prefill(prompt, to_end=False)
+        reading.check_fits({role: model.n_ctx for role, model in self.models.items()})
+        kept = self.n_kept(reading.units)
+        if consume is None:
+            reading.at = kept
+        else:
+            reading.start(max(kept, after[0] if after else 0), after[1] if after else 0)
         with self._atomic():
-            self._rewind(*(sum(len(ids[i]) for ids, _ in units[:read]) for i in range(len(ROLES))))
-            start = 0  # units before the segment
-            for segment in prompt.segments:
-                n_units, skip = len(segment.units), max(0, read - start)
-                if skip < n_units and consume is not None and segment.scored:
-                    self._score(segment, consume, progress, start, skip, covered)
-                elif skip < n_units:
-                    self._owe(segment, skip)
-                start += n_units
-            if consume is not None:  # a window's rows are the most memory beside the weights
-                self._rows = {role: row.copy() for role, row in self._rows.items()}
-                for model in self.models.values():
-                    model.drop_rows()
+            self._rewind(reading.lengths())
+            while consume is not None and reading.at < reading.stop:
+                window, rows = self._read_window(reading, progress)
+                if len(window.targets):
+                    consume(window)
+                if reading.at == reading.stop:
+                    # Copy: a window's rows are the most memory beside the weights.
+                    self._rows = {role: rows[role][-1].copy() for role in ROLES}
+                    for model in self.models.values():
+                        model.drop_rows()
+            if reading.at < len(reading.units):
+                self.sequences.append(0, reading.ids(reading.at, len(reading.units)))
+                self._rows = {}
+
+    def _read_window(self, reading: Prefill, progress: Progress | None) -> tuple[Window, Rows]:
+        n_batch = min(model.n_batch for model in self.models.values())
+        end = reading.portion(n_batch, self.n_window)
+        self.sequences.append(0, reading.ids(reading.at, end))
+        wanted = {role: {0: reading.wanted(end, role)} for role in ROLES}
+        rows = self.sequences.read(wanted, progress)
+        return reading.take(end, rows), rows
 
     def n_kept(self, units: Sequence[Unit]) -> int:
         """How many of a prompt's first units the caches hold, or are owed, already."""
@@ -190,8 +189,7 @@ class Trio:
 
     def advance(self, token: int) -> None:
         """Append one token to every role; it is decoded when a row is asked for."""
-        for role in ROLES:
-            self._ids[role].append(token)
+        self.sequences.append(0, [token])
         self._rows = {}
 
     def rows(self, roles: Sequence[str] = ROLES, progress: Progress | None = None) -> Rows:
@@ -200,8 +198,7 @@ class Trio:
         Zero-copy: valid until the next call that reads. A role that owes tokens reads them now.
         """
         owing = [role for role in roles if role not in self._rows]
-        with self._atomic():
-            self._rows |= self.on_devices(owing, lambda role: self._catch_up(role, progress))
+        self._rows |= {role: tail[-1] for role, tail in self._read_tail(owing, 1, progress).items()}
         return {role: self._rows[role] for role in roles}
 
     def tail_rows(self, roles: Sequence[str], n: int) -> Rows:
@@ -211,21 +208,20 @@ class Trio:
         """
         if n == 1:
             return {role: row[None, :] for role, row in self.rows(roles).items()}
-        with self._atomic():
-            tails = self.on_devices(roles, lambda role: self._read_tail(role, n))
+        tails = self._read_tail(roles, n)
         self._rows |= {role: tails[role][-1] for role in roles}
         return tails
 
     def rewind(self, n: int) -> None:
         """Forget the last `n` shared tokens."""
-        self._rewind(*(len(self._ids[r]) - n for r in ROLES))
+        self._rewind({role: len(self._ids[role]) - n for role in ROLES})
 
     def forget(self) -> None:
         """Empty the three caches."""
-        self._rewind(0)
+        self._rewind(dict.fromkeys(ROLES, 0))
 
     def forget_rows(self) -> None:
-        """The models' buffers are about to be, or were, written by others."""
+        """The models' buffers are about to be, or were, written for other sequences."""
         self._rows = {}
 
     @property
@@ -234,10 +230,29 @@ class Trio:
         return {role: list(ids) for role, ids in self._ids.items()}
 
     @ids.setter
-    def ids(self, ids: dict[str, list[int]]) -> None:
+    def ids(self, ids: Mapping[str, Sequence[int]]) -> None:
         """To be kept with caches that hold no more than this; for those who load them."""
-        self._ids = {role: list(ids[role]) for role in ROLES}
+        self.sequences.replace_ids(ids)
         self._rows = {}
+
+    @property
+    def _ids(self) -> Mapping[str, Sequence[int]]:
+        return self.sequences.ids(0)
+
+    @contextmanager
+    def forks(self, roles: Sequence[str] = ROLES) -> Iterator[Sequences]:
+        """Within it, texts may fork from what the trio holds; they are dropped at its end.
+
+        `roles` read what they owe first: forks share what was read. Meanwhile the trio may read
+        on and be rewound, and afterwards holds what it was left with.
+        """
+        self.rows([r for r in roles if self.sequences.n_read(0, r) < len(self._ids[r])])
+        self._rows = {}  # forks write where they are
+        try:
+            yield self.sequences
+        finally:
+            self.sequences.drop_forks()
+            self._rows = {}
 
     def close(self) -> None:
         for model in self.models.values():
@@ -257,107 +272,24 @@ class Trio:
         try:
             yield
         except BaseException:
-            self._rewind(0)
+            self.forget()
             for model in self.models.values():
                 model.rewind(0)  # whatever Ctrl-C kept it from counting
             raise
 
-    def _rewind(self, *lengths: int) -> None:
+    def _rewind(self, lengths: Mapping[str, int]) -> None:
         self._rows = {}
-        for role, n in zip(ROLES, lengths if len(lengths) == 3 else lengths * 3, strict=True):
-            del self._ids[role][max(n, 0) :]
-            model = self.models[role]
-            if model.n_past > n:
-                model.rewind(max(n, 0))
+        self.sequences.rewind(0, lengths)
 
-    def _catch_up(self, role: str, progress: Progress | None = None) -> NDArray[np.float32]:
-        """Decode what `role` owes; its last row [n_vocab]."""
-        model, ids = self.models[role], self._ids[role]
-        if not ids:
-            raise PromptError(f"{role} has nothing to continue; give a prompt")
-        if model.n_past >= len(ids):  # its row was overwritten: the last token is read again
-            model.rewind(len(ids) - 1)
-        for start in range(model.n_past, len(ids), model.n_batch):
-            window = ids[start : start + model.n_batch]
-            row = model.decode(window)
-            if progress is not None and role == ROLES[0]:
-                progress(len(window))
-        return row[-1, : self.n_vocab]
-
-    def _read_tail(self, role: str, n: int) -> NDArray[np.float32]:
-        model, ids = self.models[role], self._ids[role]
-        first = len(ids) - n
-        if model.n_past > first:
-            model.rewind(first)
-        for start in range(model.n_past, first, model.n_batch):
-            model.decode(ids[start : min(start + model.n_batch, first)])
-        return model.decode(ids[first:], every_row=True)[:, : self.n_vocab]
-
-    def on_devices(self, roles: Sequence[str], read: Callable[[str], NDArray[np.float32]]) -> Rows:
-        """`read(role)` for each role: at the same time on different devices, in turn on one."""
-        groups: dict[str, list[str]] = {}
+    def _read_tail(self, roles: Sequence[str], n: int, progress: Progress | None = None) -> Rows:
+        """Rows [n, n_vocab] after each of the last `n` ids, which are read now."""
         for role in roles:
-            groups.setdefault(self.models[role].device, []).append(role)
-
-        def run(group: list[str]) -> Rows:
-            return {role: read(role) for role in group}
-
-        if len(groups) < 2:
-            return run(list(roles))
-        parts = run_all(self._pool, run, groups.values())
-        return {role: row for part in parts for role, row in part.items()}
-
-    def _owe(self, segment: Segment, skip: int) -> None:
-        """Append a segment that is not scored; it is decoded when a row is asked for."""
-        for role in ROLES:
-            self._ids[role] += segment.ids[role][skip:] if segment.shared else segment.ids[role]
-        self._rows = {}
-
-    def _score(
-        self,
-        segment: Segment,
-        consume: Consume,
-        progress: Progress | None,
-        start: int,
-        skip: int,
-        covered: int,
-    ) -> None:
-        """Decode a shared segment window by window, handing each predicted token to `consume`.
-
-        `start` units lie before it, `skip` of its tokens are read, `covered` units consumed.
-        """
-        ids = np.asarray(segment.ids["large_ins"], dtype=np.int64)
-        if covered <= start + skip:  # the rows before it predict the first token to be read
-            before = {r: self._catch_up(r, progress)[None, :] for r in ROLES if self._ids[r]}
-            if len(before) == len(ROLES):
-                self.mark = (start + skip, start + skip + 1)
-                consume(before, ids[skip : skip + 1])
-        for at in range(skip, len(ids), self.n_window):
-            window = ids[at : at + self.n_window].tolist()
-            rows = {
-                role: self.models[role].decode(window, every_row=True)[:, : self.n_vocab]
-                for role in ROLES
-            }
-            for role in ROLES:
-                self._ids[role] += window
-            targets = ids[at + 1 : at + 1 + len(window)]
-            if len(targets):
-                self.mark = (start + at + len(window), start + at + 1 + len(targets))
-                consume({r: rows[r][: len(targets)] for r in ROLES}, targets)
-            self._rows = {role: rows[role][-1] for role in ROLES}
-            if progress is not None:
-                progress(len(window))
-
-
-def _next_scored(prompt: Prompt, covered: int) -> int:
-    """Units before the first segment that has something to score beyond the `covered` ones."""
-    start = 0
-    for segment in prompt.segments:
-        n_units = len(segment.units)
-        if segment.scored and start + n_units > covered:
-            break
-        start += n_units
-    return start
+            if not self._ids[role]:
+                raise PromptError(f"{role} has nothing to continue; give a prompt")
+        last = {role: len(self._ids[role]) for role in roles}
+        wanted = {role: {0: range(last[role] - n, last[role])} for role in roles}
+        with self._atomic():
+            return self.sequences.read(wanted, progress)
 
 
 def concurrency(devices: Mapping[str, str]) -> str:

@@ -1,0 +1,129 @@
+"""A prompt on its way into the models: what is read next, and which rows of it are wanted.
+
+It is read in portions of units; rows are wanted where they predict a unit that is to be scored,
+and after the last unit. A prompt with the same prefix as an earlier one starts behind it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimix_gguf.errors import PromptError
+from trimix_gguf.mixing.fusion import Rows
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.prompt import Prompt, Unit
+
+Mark = tuple[int, int]  # units read, and units covered: predicted, or with nothing to predict
+
+
+@dataclass(frozen=True)
+class Window:
+    """Rows [n, n_vocab] by role, the ids [n] that they predict, and how far the prompt has come.
+
+    The rows are valid until the next decode.
+    """
+
+    rows: Rows
+    targets: NDArray[np.int64]
+    mark: Mark
+
+
+def is_scored(unit: Unit) -> bool:
+    """Whether a unit is to be predicted when a prompt is scored."""
+    return unit[1]
+
+
+class Prefill:
+    """Where a prompt stands: `at` of its units are read; `stop` is where reading ends.
+
+    `predicts` tells which units are to be predicted. Without `to_end`, reading stops behind the
+    last of those: nothing after it needs a row yet.
+    """
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        *,
+        predicts: Callable[[Unit], bool] = is_scored,
+        to_end: bool = True,
+    ) -> None:
+        self.units = prompt.units
+        self._predicts = predicts
+        # ends[role][n]: how many ids of `role` the first n units hold.
+        self.ends = {role: _ends(self.units, i) for i, role in enumerate(ROLES)}
+        last = (i + 1 for i in range(len(self.units) - 1, -1, -1) if predicts(self.units[i]))
+        self.stop = len(self.units) if to_end else next(last, 0)
+        self.at = 0
+
+    def check_fits(self, n_ctx: Mapping[str, int]) -> None:
+        """Raise PromptError where a role's context is too small for the prompt and one token."""
+        for role, most in n_ctx.items():
+            n = self.ends[role][-1]
+            if n >= most:
+                raise PromptError(
+                    f"the prompt is {n} tokens, and {role}'s context holds {most}; shorten it or "
+                    "raise --n-ctx"
+                )
+
+    def start(self, n_kept: int, covered: int = 0) -> None:
+        """Begin where the first `n_kept` units are read already, and `covered` of them scored.
+
+        What predicts the next unit to score is read again, for its row.
+        """
+        rest = (i for i in range(max(covered, 1), len(self.units)) if self._predicts(self.units[i]))
+        self.at = min(n_kept, next(rest, len(self.units) + 1) - 1)
+
+    def portion(self, n_ids: int, n_rows: int) -> int:
+        """Up to which unit to read next, if so many ids and rows are to spare; at least one."""
+        end, ids, rows = self.at, 0, 0
+        while end < self.stop:
+            ids += max(len(own) for own in self.units[end][0])
+            rows += self._is_wanted(end)
+            if end > self.at and (ids > n_ids or rows > n_rows):
+                break
+            end += 1
+        return end
+
+    def ids(self, start: int, end: int) -> dict[str, list[int]]:
+        """The ids of the units from `start` to `end`, by role."""
+        units = self.units[start:end]
+        return {role: [t for ids, _ in units for t in ids[i]] for i, role in enumerate(ROLES)}
+
+    def lengths(self) -> dict[str, int]:
+        """How many ids each role has of the units that are read."""
+        return {role: self.ends[role][self.at] for role in ROLES}
+
+    def wanted(self, end: int, role: str) -> list[int]:
+        """Indexes of the ids, up to unit `end`, whose rows are wanted of a role."""
+        return [self.ends[role][unit + 1] - 1 for unit in self._wanted(end)]
+
+    def take(self, end: int, rows: Rows) -> Window:
+        """The units up to `end` are read, and these are the rows [n_wanted, n_vocab]."""
+        predicted = [unit + 1 for unit in self._wanted(end) if self._is_target(unit + 1)]
+        targets = np.array([self.units[unit][0][0][0] for unit in predicted], dtype=np.int64)
+        self.at = end
+        before = {role: matrix[: len(targets)] for role, matrix in rows.items()}
+        return Window(before, targets, (end, min(end + 1, len(self.units))))
+
+    def _wanted(self, end: int) -> list[int]:
+        return [unit for unit in range(self.at, end) if self._is_wanted(unit)]
+
+    def _is_wanted(self, unit: int) -> bool:
+        return unit == self.stop - 1 or self._is_target(unit + 1)
+
+    def _is_target(self, unit: int) -> bool:
+        """Whether a unit is to be predicted, and every role has something before it."""
+        return (
+            unit < len(self.units)
+            and self._predicts(self.units[unit])
+            and all(self.ends[role][unit] > 0 for role in ROLES)
+        )
+
+
+def _ends(units: Sequence[Unit], role: int) -> list[int]:
+    ends = [0]
+    for ids, _ in units:
+        ends.append(ends[-1] + len(ids[role]))
+    return ends

@@ -9,9 +9,7 @@ two new ones outvote.
 
 import json
 import math
-import os
 import statistics
-import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +20,7 @@ from typing import Any
 
 from trimix_gguf.answering.speculative import MOST_DRAFTED
 from trimix_gguf.machine import native
+from trimix_gguf.machine.folders import cache_folder
 from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.trio import Trio
 
@@ -74,17 +73,6 @@ def save_costs(trio: Trio) -> None:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-
-
-def cache_folder() -> Path:
-    """$TRIMIX_CACHE, or where this platform keeps a user's caches. RuntimeError without a home."""
-    if own := os.environ.get("TRIMIX_CACHE"):
-        return Path(own)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "trimix"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "trimix"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimix"
 
 
 def _path() -> Path:

@@ -20,6 +20,7 @@ from typing import Any
 
 from trimix_gguf.answering.speculative import MOST_DRAFTED
 from trimix_gguf.machine import native
+from trimix_gguf.machine.files import put_in_place
 from trimix_gguf.machine.folders import cache_folder
 from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.trio import Trio
@@ -70,7 +71,7 @@ def save_costs(trio: Trio) -> None:
             partial = Path(file.name)
         try:
             partial.write_text(json.dumps(stored, indent=1), encoding="utf-8")
-            partial.replace(path)
+            put_in_place(partial, path)
         finally:
             partial.unlink(missing_ok=True)
 

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from trimix_gguf.errors import TrioFileError
+from trimix_gguf.machine.files import put_in_place
 from trimix_gguf.machine.folders import home_folder
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.trio import NANO, trio_paths
@@ -99,7 +100,7 @@ def remove(name: str) -> None:
         folder.unlink()
         return
     hidden = temporary_folder("remove", name)
-    folder.rename(hidden)
+    put_in_place(folder, hidden)
     shutil.rmtree(hidden)
 
 

@@ -67,7 +67,7 @@ def save_costs(trio: Trio) -> None:
     with suppress(*_UNUSABLE):
         path = _path()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
+        with NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
             partial = Path(file.name)
         try:
             partial.write_text(json.dumps(stored, indent=1), encoding="utf-8")

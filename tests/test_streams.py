@@ -22,9 +22,12 @@ def run(*arguments, closed=(), **options):
         for number in closed:
             os.close(number)
 
-    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    piped = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-m", "trimix_gguf", *arguments]
-    return subprocess.run(command, preexec_fn=close, timeout=120, **(streams | options))
+    # As it is by default: what is printed goes out later, and fails later.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    settings = piped | {"env": environment} | options
+    return subprocess.run(command, preexec_fn=close, timeout=120, **settings)
 
 
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
@@ -104,10 +107,14 @@ def test_a_message_with_what_is_no_text_is_shown(tmp_path):
         os.mkdir(folder)
     except OSError:
         pytest.skip("this file system takes no such name")
-    error = one_line_error(run("generate", "-f", "missing.txt", cwd=folder))
-    assert "missing.txt" in error
-    done = run("list", env={**os.environ, "TRIMIX_HOME": os.fsdecode(folder)})
-    assert done.returncode == 0, done.stderr
+    bad = os.path.join(os.fsdecode(folder), "trios", "bad")
+    os.makedirs(bad)
+    with open(os.path.join(bad, "trio.toml"), "w", encoding="utf-8") as file:
+        file.write("version = 7")
+    environment = {**os.environ, "TRIMIX_HOME": os.fsdecode(folder)}
+    assert "is newer" in one_line_error(run("show", "bad", env=environment))
+    listed = run("list", env=environment)
+    assert listed.returncode == 0 and b"is newer" in listed.stdout, listed.stderr
 
 
 def test_half_a_surrogate_pair_in_json_is_one_line(tmp_path):

@@ -14,10 +14,7 @@ def open_all() -> None:
 
     A service or a desktop starts programs with closed streams; Python then has None there.
     """
-    # Else the next file opened would be number 0, 1 or 2, and get what is printed there.
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(number, True)
-    os.close(number)
+    # Each gets the number that was closed: else a later file would, and with it what is printed.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115

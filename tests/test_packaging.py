@@ -7,11 +7,11 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
-from test_structure import imported_modules
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -31,26 +31,22 @@ def names(requirements):
     return {re.match(r"[\w.-]+", text)[0].lower() for text in requirements}
 
 
+@cache
 def third_parties(folder):
     """(file, distribution) of each import that is neither the standard library's nor ours."""
     files = sorted((ROOT / folder).rglob("*.py"))
-    own = {path.stem for path in files} | {"trimix_gguf", "convert", "conversion", "corpus"}
-    own |= {path.stem for other in ("tests", "benchmarks") for path in (ROOT / other).glob("*.py")}
+    own = {path.stem for other in ("tests", "benchmarks") for path in (ROOT / other).glob("*.py")}
+    own |= sys.stdlib_module_names | {"trimix_gguf", "conversion", "corpus"}  # found by sys.path
+    found = set()
     for path in files:
-        for name in imported_modules(path):
-            top = name.partition(".")[0]
-            if top not in sys.stdlib_module_names and not (top in own or _is_relative(path, name)):
-                found = DISTRIBUTIONS.get(top, top.replace("_", "-"))
-                yield path.relative_to(ROOT).as_posix(), found
-
-
-def _is_relative(path, name):
-    """imported_modules gives `.checkpoint` as it stands: without the dot."""
-    return any(
-        isinstance(node, ast.ImportFrom) and node.level and node.module
-        and (name + ".").startswith(node.module + ".")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    )  # fmt: skip
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            for top in {name.partition(".")[0] for name in names} - own:
+                distribution = DISTRIBUTIONS.get(top, top.replace("_", "-"))
+                found.add((path.relative_to(ROOT).as_posix(), distribution))
+    return sorted(found)
 
 
 @pytest.mark.parametrize("folder", ["trimix_gguf", "convert", "tests", "benchmarks"])

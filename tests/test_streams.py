@@ -117,6 +117,21 @@ def test_a_message_with_what_is_no_text_is_shown(tmp_path):
     assert listed.returncode == 0 and b"is newer" in listed.stdout, listed.stderr
 
 
+def test_a_trio_is_loaded_from_a_folder_of_any_name(tmp_path):
+    """Bug: llama.cpp got the file's name in UTF-8, which this one is not."""
+    for folder in ("Қазақша үлгілер".encode(), BYTES):
+        home = os.path.join(os.fsencode(tmp_path), folder)
+        try:
+            os.mkdir(home)
+        except OSError:
+            pytest.skip("this file system takes no such name")
+        environment = {**os.environ, "TRIMIX_HOME": os.fsdecode(home)}
+        run("export", "nano", str(tmp_path / "nano.tar"), env=environment)
+        run("import", str(tmp_path / "nano.tar"), "--name", "mine", env=environment)
+        done = run(*SHORT, "--trio", "mine", env=environment)
+        assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
 def test_half_a_surrogate_pair_in_json_is_one_line(tmp_path):
     """JSON can spell what is no character; it reached the tokenizer."""
     questions = tmp_path / "s.jsonl"

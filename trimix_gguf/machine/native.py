@@ -171,7 +171,7 @@ def devices() -> list[Device]:
         found.append(
             Device(
                 name=libggml.ggml_backend_dev_name(handle).decode(),
-                description=libggml.ggml_backend_dev_description(handle).decode(),
+                description=libggml.ggml_backend_dev_description(handle).decode("utf-8", "replace"),
                 kind={0: "CPU", 1: "GPU", 2: "integrated GPU"}.get(kind, "accelerator"),
                 free=free.value,
                 total=total.value,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from trimix_gguf.errors import ConversionError
+from trimix_gguf.machine.files import put_in_place
 
 from .checkpoint import (
     INDEX,
@@ -338,13 +338,13 @@ def _whole_folder(out: Path, *, n_bytes: int, force: bool) -> Iterator[Path]:
         yield partial
         if out.exists():  # a folder cannot be renamed onto one that holds files
             shutil.rmtree(old, ignore_errors=True)
-            os.replace(out, old)
-        os.replace(partial, out)
+            put_in_place(out, old)
+        put_in_place(partial, out)
     except OSError as error:
         raise ConversionError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
         if old.exists() and not out.exists():
-            os.replace(old, out)
+            put_in_place(old, out)
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from trimix_gguf.errors import ConversionError
-from trimix_gguf.machine.files import temporary_file
+from trimix_gguf.machine.files import put_in_place, temporary_file
 
 
 @contextmanager
@@ -25,7 +24,7 @@ def whole_file(out: Path, *, n_bytes: int, force: bool) -> Iterator[Path]:
     with temporary_file(out, "part") as partial:
         try:
             yield partial
-            os.replace(partial, out)
+            put_in_place(partial, out)
         except OSError as error:
             raise ConversionError(f"cannot write {out}: {error.strerror or error}") from error
 

@@ -80,10 +80,16 @@ def _run_child(
 ) -> None:
     sizes = {tensor.name: tensor.n_bytes for tensor in file.tensors}
     arguments = [str(file.path), str(out), str(int(TYPES[type])), str(int(requantize))]
-    command = [sys.executable, "-m", "trimix_gguf.convert.quantize", *arguments]
+    # UTF-8 mode: elsewhere than on Linux its stderr would have another encoding.
+    command = [sys.executable, "-X", "utf8", "-m", "trimix_gguf.convert.quantize", *arguments]
     n_done, last = 0, "it gave no reason"
     child = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
     )
     try:
         assert child.stderr is not None

@@ -60,9 +60,9 @@ class Served:
 
 
 @contextmanager
-def serving(*arguments):
+def serving(*arguments, program=(sys.executable, "-m", "trimix_gguf.cli")):
     """A server, ready; afterwards it is ended as a service manager would, and left no trace."""
-    command = [sys.executable, "-m", "trimix_gguf.cli", "serve", "--port", "0"]
+    command = [*program, "serve", "--port", "0"]
     process = subprocess.Popen([*command, *map(str, arguments)], stderr=subprocess.PIPE)
     line = process.stderr.readline().decode()
     found = re.search(r"http://\S+:(\d+)", line)

@@ -306,6 +306,7 @@ def test_what_is_no_bundle_is_refused(home, small, tmp_path, nano_files):
     refused(tmp_path / "empty.tar", "no plain tar", home)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals, limits or pipes as POSIX has them")
 def test_links_and_pipes_in_a_folder_are_refused(home, small, tmp_path):
     folder = tmp_path / "x"
     export_trio(small, folder)

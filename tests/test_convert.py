@@ -1,7 +1,7 @@
 """Conversion of small checkpoints written by hand: metadata, types, refusals, clean-up."""
 
 import json
-import resource
+import os
 import struct
 import tracemalloc
 from collections import namedtuple
@@ -358,7 +358,10 @@ def test_interruption_leaves_nothing(folder, tmp_path):
     assert list(tmp_path.iterdir()) == [folder]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals, limits or pipes as POSIX has them")
 def test_damaged_values_and_a_full_disk_leave_nothing(folder, tmp_path, monkeypatch):
+    import resource
+
     tensors = {name: ("F32", array.copy()) for name, array in Checkpoint(folder)}
     matrix = tensors["model.embed_tokens.weight"][1]
     for value, type, message in (

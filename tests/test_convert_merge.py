@@ -1,6 +1,7 @@
 """Merging: the arithmetic against naive loops, and folders that are whole or not there."""
 
 import json
+import os
 from collections import namedtuple
 
 import numpy as np
@@ -274,14 +275,14 @@ def test_a_failed_replacement_keeps_the_old_folder(models, tmp_path, monkeypatch
     out = tmp_path / "out"
     merge_checkpoints(models, out, method="linear")
     before = (out / "model.safetensors").read_bytes()
-    replace = merge.os.replace
+    replace = os.replace
 
     def refuse_new(source, target):
         if source.name == ".out.part":
             raise PermissionError("no")
         replace(source, target)
 
-    monkeypatch.setattr(merge.os, "replace", refuse_new)
+    monkeypatch.setattr(os, "replace", refuse_new)
     with pytest.raises(ConversionError, match="cannot write"):
         merge_checkpoints(models[:2], out, method="linear", force=True)
     assert (out / "model.safetensors").read_bytes() == before

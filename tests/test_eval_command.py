@@ -1,6 +1,7 @@
 """trimix eval, driven as a user would, on the nano trio."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -38,6 +39,7 @@ def test_a_comparison_from_the_command_line(trimix, task_file, tmp_path):
     }
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals, limits or pipes as POSIX has them")
 def test_a_run_killed_twenty_times_ends_with_the_same_file(trimix, task_file, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     methods = "ppl,ppl-answers,ppl-task,mi-answers,token,proxy-tuning"

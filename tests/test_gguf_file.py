@@ -176,6 +176,7 @@ def test_what_is_not_gguf_is_refused(tmp_path: Path, content: bytes, expected: s
     assert expected in refusal(path)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals, limits or pipes as POSIX has them")
 def test_no_file_a_directory_and_a_pipe_are_refused(tmp_path: Path) -> None:
     assert "no such file" in refusal(tmp_path / "absent.gguf")
     (tmp_path / "link.gguf").symlink_to("absent.gguf")

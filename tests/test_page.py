@@ -187,6 +187,7 @@ def test_a_conversation_that_fits_no_context_is_said_to(window, server):
     assert ask(window, f"{KAZAKH} " * 36)["end"]["name"] == "context"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals, limits or pipes as POSIX has them")
 def test_a_dead_server_is_one_plain_line_and_retry_asks_again(window):
     with serving() as served:
         show(window, served.url, language="kk", maxTokens=150)

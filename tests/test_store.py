@@ -104,13 +104,6 @@ def test_only_whole_names_of_the_store_are_listed(home):
     assert store.installed() == ["a", "b"]
 
 
-def test_the_store_is_in_the_platforms_data_folder(monkeypatch, tmp_path):
-    monkeypatch.delenv("TRIMIX_HOME")
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    monkeypatch.setattr(sys, "platform", "linux")
-    assert store.trios_folder() == tmp_path / "trimix" / "trios"
-
-
 # -- removing ---------------------------------------------------------------------------------
 
 

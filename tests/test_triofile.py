@@ -55,7 +55,9 @@ def random_trio(draw, folder):
     method = some(*CHOOSING, *METHODS)
     return TrioFile(
         folder=folder,
-        name=draw.choice(["a", "qwen2.5-1.5b-3b-kk", "үштік", "བོད"]),
+        name=draw.choice(
+            ["a", "console", "com", "com10", "nul-1", "qwen2.5-1.5b-3b-kk", "үштік", "བོད"]
+        ),
         models={role: entry(role) for role in (*ROLES, *(["large_base"] * draw.randrange(2)))},
         languages=tuple(draw.sample(line, draw.randrange(4))),
         description=draw.choice(["", *line]),
@@ -210,7 +212,7 @@ def test_a_name_may_be_in_any_script(name):
 @pytest.mark.parametrize(
     "name",
     ["", "..", ".a", "-a", "a.", " a", "a ", "a/b", "a\\b", "c:", "a\0b", "a\nb", "a*", "a\u202eb",
-     "\ud800", "ү" * 51],
+     "\ud800", "ү" * 51, "CON", "nul", "com1", "LPT².x", "aux.tar.gz", "prn ", "conin$"],
 )  # fmt: skip
 def test_a_name_that_is_no_folder_everywhere_is_refused(name):
     with pytest.raises(TrioFileError) as caught:

@@ -377,7 +377,7 @@ def memory_of(trio: Trio) -> dict[str, int]:
 def peak_rss() -> int:
     """Bytes that this process had resident at most."""
     status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
     # Not ru_maxrss on Linux: a process inherits its parent's.
     for line in lines:
         if line.startswith("VmHWM:"):

@@ -9,9 +9,7 @@ two new ones outvote.
 
 import json
 import math
-import os
 import statistics
-import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +20,8 @@ from typing import Any
 
 from trimix_gguf.answering.speculative import MOST_DRAFTED
 from trimix_gguf.machine import native
+from trimix_gguf.machine.files import put_in_place
+from trimix_gguf.machine.folders import cache_folder
 from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.trio import Trio
 
@@ -67,24 +67,13 @@ def save_costs(trio: Trio) -> None:
     with suppress(*_UNUSABLE):
         path = _path()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
+        with NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
             partial = Path(file.name)
         try:
             partial.write_text(json.dumps(stored, indent=1), encoding="utf-8")
-            partial.replace(path)
+            put_in_place(partial, path)
         finally:
             partial.unlink(missing_ok=True)
-
-
-def cache_folder() -> Path:
-    """$TRIMIX_CACHE, or where this platform keeps a user's caches. RuntimeError without a home."""
-    if own := os.environ.get("TRIMIX_CACHE"):
-        return Path(own)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "trimix"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "trimix"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimix"
 
 
 def _path() -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 
 from trimix_gguf.errors import ModelError
 from trimix_gguf.machine import native
+from trimix_gguf.machine.files import put_in_place
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.sums import PrefixSums
@@ -41,7 +42,7 @@ def save_prompt(trio: Trio, folder: Path) -> None:
         (partial / "prompt.json").write_text(json.dumps(contents), encoding="utf-8")
         if (folder / "prompt.json").is_file():
             shutil.rmtree(folder)
-        partial.rename(folder)
+        put_in_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

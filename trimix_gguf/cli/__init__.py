@@ -3,6 +3,7 @@
 import importlib
 import signal
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 import click
@@ -55,24 +56,44 @@ def trimix() -> None:
 
 def main() -> NoReturn:
     """Entry point: one line on stderr and exit 1 for bad input, 130 for Ctrl-C."""
+    from trimix_gguf.cli import streams
+
+    streams.open_all()
+    for name in ("SIGTERM", "SIGBREAK"):  # Windows has the second one: Ctrl-Break
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
+    code = 1
+    with suppress(OSError):  # stderr may be a pipe that nobody reads any more
+        code = _run()
+    streams.let_go()
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command that the arguments name; returns the exit code, having told of errors."""
+    from trimix_gguf.cli import streams
     from trimix_gguf.errors import TrimixError
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     try:
-        code = trimix(standalone_mode=False) or 0  # an Exit comes back as its code
+        streams.check_arguments(sys.argv[1:])
+        # An Exit comes back as its code. The name: on Windows the program is trimix.exe.
+        code: int = trimix(prog_name="trimix", standalone_mode=False) or 0
+        sys.stdout.flush()
+        return code
     except click.UsageError as error:
         error.show()
-        code = 2
+        return 2
     except (click.Abort, KeyboardInterrupt):
         print(file=sys.stderr)
-        code = 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        code = 1
-    except (TrimixError, click.ClickException, OSError) as error:
-        text = error.message if isinstance(error, click.ClickException) else str(error)
-        print(f"trimix: {' '.join(text.split())}", file=sys.stderr)
-        code = 1
-    sys.exit(code)
+        return 130
+    except click.ClickException as error:
+        text = error.message
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start : error.end])
+        text = f"the input holds {half}, half of a surrogate pair and no character; take it out"
+    except (TrimixError, OSError) as error:
+        if isinstance(error, OSError) and streams.reader_is_gone(error):
+            return 1
+        text = str(error)
+    print(f"trimix: {' '.join(text.split())}", file=sys.stderr)
+    return 1

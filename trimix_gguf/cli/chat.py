@@ -25,6 +25,7 @@ from trimix_gguf.cli.options import (
     token_progress,
     trio_options,
 )
+from trimix_gguf.cli.streams import reader_is_gone
 from trimix_gguf.errors import PromptError, TrimixError
 
 _WAY_OUT = "Ctrl-D or /exit leaves; /help names the commands"
@@ -79,9 +80,9 @@ class _Session:
                         break
                 elif line.strip():
                     self.answer(self.conversation.say, line.removeprefix("/"))
-            except BrokenPipeError:
-                raise
             except (TrimixError, OSError) as error:
+                if isinstance(error, OSError) and reader_is_gone(error):
+                    raise
                 good = self.by_hand
                 print(f"trimix: {' '.join(str(error).split())}", file=sys.stderr)
         return good
@@ -196,7 +197,7 @@ class _Session:
         print_why(self.conversation)
 
     def save(self, argument: str) -> None:
-        path = Path(argument).expanduser()
+        path = _named_file(argument)
         if path.exists() and path.resolve() not in self.files:
             raise PromptError(f"{path} exists already; name another file, or remove it")
         self.conversation.save(path)
@@ -204,7 +205,7 @@ class _Session:
         _note(f"saved to {path}")
 
     def load(self, argument: str) -> None:
-        path = Path(argument).expanduser()
+        path = _named_file(argument)
         self.conversation.load(path)
         self.files.add(path.resolve())
         _note(f"loaded {len(self.conversation.exchanges)} questions and answers from {path}")
@@ -248,14 +249,16 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[_Session, str], None] | None]] = 
 
 def _typed_lines() -> Iterator[str]:
     """Lines typed at the terminal, with what editing it offers; Ctrl-C only empties the line."""
-    if sys.platform != "win32" and "UTF-8" not in locale.nl_langinfo(locale.CODESET).upper():
-        os.environ["LC_ALL"] = "C.UTF-8"  # readline looks there, and would erase half a letter
-    with suppress(ImportError):  # not on Windows, whose terminals edit lines themselves
+    # Windows has neither of these: its terminals edit lines themselves.
+    with suppress(ImportError, AttributeError):
+        if "UTF-8" not in locale.nl_langinfo(locale.CODESET).upper():
+            os.environ["LC_ALL"] = "C.UTF-8"  # readline looks there, and would erase half a letter
         import readline  # noqa: F401 - input() uses it
     prompt = "> "
     if not sys.stdout.isatty():  # input() would write it among the answers
         prompt = ""
-    sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8")
     while True:
         if not prompt:
             print("> ", end="", file=sys.stderr, flush=True)
@@ -278,6 +281,14 @@ def _piped_lines() -> Iterator[str]:
             yield raw.decode("utf-8-sig" if n == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError:
             raise PromptError(f"stdin is not UTF-8 (line {n}); save it as UTF-8") from None
+
+
+def _named_file(text: str) -> Path:
+    """The path that was typed; '~' is the home folder. Raises PromptError where there is none."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise PromptError(f"{text}: there is no such home folder; give the whole path") from None
 
 
 def _text_or_file(text: str) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import DataError
+from trimix_gguf.machine.files import put_in_place
 
 
 def append_line(lines: IO[str], line: dict[str, Any]) -> None:
@@ -39,7 +40,7 @@ def write_json(file: Path, value: Any) -> None:
     """The whole of `file`, or nothing."""
     part = file.with_suffix(".part")
     part.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
-    part.replace(file)
+    put_in_place(part, file)
 
 
 def finite(value: Any, shape: tuple[int, ...]) -> NDArray[np.float64] | None:

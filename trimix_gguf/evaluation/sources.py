@@ -155,10 +155,19 @@ def read_json(path: Path, fields: Fields) -> list[Row]:
 
 def _parsed(path: Path, text: str, first_line: int) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # JSON can spell half of a surrogate pair, which is no text
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise DataError(f"{path}:{line}: not JSON: {error.msg}, column {error.colno}") from None
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        flaw = f"{half} is half of a surrogate pair and no character; take it out"
+        raise DataError(f"{path}:{first_line}: {flaw}") from None
+    except RecursionError:
+        raise DataError(f"{path}:{first_line}: JSON that is nested too deep") from None
 
 
 def _checked(where: str, record: Any, fields: Fields) -> dict[str, Any]:

@@ -204,7 +204,7 @@ def _model_memory(file: GGUFFile, own: Mapping[str, Any]) -> ModelMemory:
     tensors = {tensor.name: tensor for tensor in file.tensors}
     table = tensors.get("token_embd.weight")
     tied = table.n_bytes if table is not None and "output.weight" not in tensors else 0
-    repacked = _REPACKED_ON_ARM if platform.machine() in ("arm64", "aarch64") else _REPACKED
+    repacked = _REPACKED_ON_ARM if platform.machine().lower() in ("arm64", "aarch64") else _REPACKED
     rows = 4 * file.n_items("tokenizer.ggml.tokens") * n_window
 
     def compute(offloaded: bool) -> int:

@@ -51,7 +51,7 @@ _verbose = False
 @lib.llama_log_callback
 def _log(level: int, text: bytes, _: Any) -> None:
     line = text.decode("utf-8", errors="replace")
-    if _verbose:
+    if _verbose and sys.stderr is not None:
         sys.stderr.write(line)
     elif level == _ERROR and line.strip():
         _errors.append(line.strip())
@@ -84,8 +84,14 @@ def last_error() -> str:
 @contextmanager
 def stderr_closed() -> Iterator[None]:
     """Silence what llama.cpp prints past its log, such as a grammar's parse errors."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    if sys.stderr is not None:
+        sys.stderr.flush()
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed already, as in a service
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
         yield
@@ -98,7 +104,7 @@ def stderr_closed() -> Iterator[None]:
 def return_freed() -> None:
     """Give the system what the heap holds of freed blocks, where the C library can (glibc)."""
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+        _c_library().malloc_trim(0)
 
 
 def drop_pages(array: NDArray[Any]) -> None:
@@ -107,7 +113,15 @@ def drop_pages(array: NDArray[Any]) -> None:
     start = -(-array.ctypes.data // page) * page
     size = (array.ctypes.data + array.nbytes) // page * page - start
     if sys.platform == "linux" and size > 0:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+        _c_library().madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
+def _c_library() -> Any:
+    """What the process has loaded already, C library included; OSError where that has no name."""
+    try:
+        return ctypes.CDLL(None)
+    except TypeError as error:
+        raise OSError("Windows names no library of the whole process") from error
 
 
 def without_tokenizer(params: Any, architecture: str, n_vocab: int) -> Any:
@@ -161,7 +175,7 @@ def devices() -> list[Device]:
         found.append(
             Device(
                 name=libggml.ggml_backend_dev_name(handle).decode(),
-                description=libggml.ggml_backend_dev_description(handle).decode(),
+                description=libggml.ggml_backend_dev_description(handle).decode("utf-8", "replace"),
                 kind={0: "CPU", 1: "GPU", 2: "integrated GPU"}.get(kind, "accelerator"),
                 free=free.value,
                 total=total.value,
@@ -194,7 +208,8 @@ def quantize(source: str, out: str, file_type: int, *, requantize: bool) -> int:
     params = lib.llama_model_quantize_default_params()
     params.ftype, params.allow_requantize = file_type, requantize
     params.max_buf_size = QUANTIZE_BUFFER
-    return int(lib.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(params)))
+    names = os.fsencode(source), os.fsencode(out)
+    return int(lib.llama_model_quantize(*names, ctypes.byref(params)))
 
 
 def tokenize(vocab: Any, text: str, *, special: bool = False) -> list[int]:
@@ -213,7 +228,7 @@ def tokenize_texts(path: str, texts: list[str]) -> list[list[int]]:
     """Ids of each text by the vocabulary of a GGUF, whose weights are not loaded."""
     params = lib.llama_model_default_params()
     params.vocab_only = True
-    model = lib.llama_model_load_from_file(path.encode(), params)
+    model = lib.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         raise ModelFileError(f"{path}: llama.cpp cannot read its vocabulary: {last_error()}")
     try:

@@ -6,6 +6,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from threading import Condition
 from typing import TypeVar
 
+MOST_THREADS = 4096  # for one model; far beyond it llama.cpp ends the process
 T = TypeVar("T")
 R = TypeVar("R")
 

@@ -1,6 +1,7 @@
 """Model: one GGUF in one llama.cpp context, with its KV cache and its position."""
 
 import ctypes
+import os
 import statistics
 import time
 import unicodedata
@@ -18,7 +19,7 @@ from trimix_gguf.machine import native
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
 from trimix_gguf.machine.memory import N_BATCH, N_CTX, N_WINDOW, flash_attention
 from trimix_gguf.machine.native import lib
-from trimix_gguf.machine.threads import available_cores
+from trimix_gguf.machine.threads import MOST_THREADS, available_cores
 
 _ENDS = ("eos", "eot", "eom")  # token ids in a GGUF's metadata that end a text
 Logits = NDArray[np.float32]  # [n, n_vocab]
@@ -58,6 +59,8 @@ class Model:
         share: "Model | None" = None,
         tokenizer: bool = True,
     ) -> None:
+        if n_threads > MOST_THREADS:
+            raise ModelError(f"{n_threads} threads are too many; at most {MOST_THREADS}")
         self.path = Path(path)
         self.file: GGUFFile = share.file if share is not None else read_gguf(self.path)
         self.n_past = 0
@@ -232,14 +235,14 @@ class Model:
     def save_state(self, path: Path) -> None:
         """Write the cache to a file. Raises ModelError."""
         none = (lib.llama_token * 1)()
-        if not lib.llama_state_seq_save_file(self._ctx, str(path).encode(), 0, none, 0):
+        if not lib.llama_state_seq_save_file(self._ctx, os.fsencode(path), 0, none, 0):
             raise ModelError(f"{path}: llama.cpp cannot write the state: {native.last_error()}")
 
     def load_state(self, path: Path, most: int) -> None:
         """Put back a cache of at most `most` ids, by save_state of the same model. ModelError."""
         none, n_ids = (lib.llama_token * 1)(), ctypes.c_size_t()
         read = lib.llama_state_seq_load_file(
-            self._ctx, str(path).encode(), 0, none, 1, ctypes.byref(n_ids)
+            self._ctx, os.fsencode(path), 0, none, 1, ctypes.byref(n_ids)
         )
         self.n_past = int(lib.llama_memory_seq_pos_max(self._memory, 0)) + 1 if read else 0
         if not read or self.n_past > most:
@@ -325,7 +328,7 @@ class _Weights:
             self._devices = (ctypes.c_void_p * 2)(handle, None)
             params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
         self.path = path
-        self.handle = lib.llama_model_load_from_file(str(path).encode(), params)
+        self.handle = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:
             raise ModelFileError(f"{path}: llama.cpp cannot load it: {native.last_error()}")
         self._adapters: dict[Path, Any] = {}
@@ -340,7 +343,7 @@ class _Weights:
         """Load a LoRA once; llama.cpp frees it with the model."""
         if path not in self._adapters:
             read_gguf(path)
-            handle = lib.llama_adapter_lora_init(self.handle, str(path).encode())
+            handle = lib.llama_adapter_lora_init(self.handle, os.fsencode(path))
             if not handle:
                 raise ModelFileError(
                     f"{path}: not an adapter for {self.path.name}: {native.last_error()}"

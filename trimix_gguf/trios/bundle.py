@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from trimix_gguf.errors import TrioFileError
-from trimix_gguf.machine.files import temporary_file
+from trimix_gguf.machine.files import put_in_place, temporary_file
 from trimix_gguf.trios.bundle_files import (
     FLAWS,
     TAR,
@@ -170,7 +170,7 @@ def _write_tar(trio: TrioFile, files: Sequence[BundleFile], target: Path, advanc
                         reader.check()
             out.flush()
             os.fsync(out.fileno())
-        os.replace(unfinished, target)
+        put_in_place(unfinished, target)
 
 
 def _member(name: str, n_bytes: int) -> tarfile.TarInfo:
@@ -210,7 +210,7 @@ def import_trio(
                 write_file(file, temporary / file.name, advance)
             trio = replace(_carried(trio, files), name=name, folder=temporary)
             trio.write()
-            temporary.rename(target)
+            put_in_place(temporary, target)
         except OSError as error:
             raise cannot_write(target, error) from None
         finally:

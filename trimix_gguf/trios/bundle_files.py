@@ -14,7 +14,7 @@ from typing import IO, NoReturn
 import psutil
 
 from trimix_gguf.errors import TrioFileError
-from trimix_gguf.machine.files import temporary_file
+from trimix_gguf.machine.files import put_in_place, temporary_file
 from trimix_gguf.trios.store import CHUNK, Progress
 from trimix_gguf.trios.triofile import FILENAME
 
@@ -86,7 +86,7 @@ def write_file(file: BundleFile, out: Path, advance: Advance) -> None:
             reader.check()
             written.flush()
             os.fsync(written.fileno())
-        os.replace(unfinished, out)
+        put_in_place(unfinished, out)
 
 
 def advancing(progress: Progress | None, total: int) -> Advance:

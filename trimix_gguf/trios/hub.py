@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trimix_gguf.errors import HubError
+from trimix_gguf.machine.files import put_in_place
 from trimix_gguf.trios.store import sha256_of
 
 Progress = Callable[[str, int, int], None]  # file or tensor name, bytes done, bytes in all
@@ -143,7 +144,7 @@ def fetch(
             # Else a power cut could leave the name in place, and not the bytes.
             with part.open("r+b") as written:
                 os.fsync(written.fileno())
-            os.replace(part, out)
+            put_in_place(part, out)
             return
         part.unlink()
         if not is_last:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trimix_gguf.errors import HubError, TrioFileError
+from trimix_gguf.machine.files import put_in_place
 from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.machine.locking import alone
 from trimix_gguf.machine.vocabulary import check_contract
@@ -52,7 +53,7 @@ def pull(
             for part in plan.parts:
                 if plan.staged(part).exists():
                     trio.path(part.role).parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(plan.staged(part), trio.path(part.role))
+                    put_in_place(plan.staged(part), trio.path(part.role))
             trio.write()
     except OSError as error:
         raise HubError(
@@ -116,7 +117,7 @@ def _make_ready(part: Part, plan: Plan, progress: Progress, notify: Notify) -> d
     note = plan.note(part)
     partial = note.with_suffix(".part")
     partial.write_text(json.dumps(noted), encoding="utf-8")
-    os.replace(partial, note)
+    put_in_place(partial, note)
     return noted
 
 
@@ -139,7 +140,7 @@ def _convert(part: Part, plan: Plan, progress: Progress, notify: Notify) -> None
             convert_lora(folder, _base_folder(folder, plan), out, type=part.type, progress=show)
         with out.open("r+b") as file:
             os.fsync(file.fileno())
-        os.replace(out, plan.staged(part))
+        put_in_place(out, plan.staged(part))
     shutil.rmtree(plan.work / part.key)
     notify(f"{part.role}: converted {repo} to {part.type}")
 
@@ -196,7 +197,7 @@ def _take_own(trio: TrioFile, role: str, path: Path, plan: Plan) -> TrioFile:
         target.parent.mkdir(parents=True, exist_ok=True)
         copy = plan.work / f"{role}.copy"
         shutil.copyfile(path, copy)
-        os.replace(copy, target)
+        put_in_place(copy, target)
     return trio.with_model(role, sha256=sha256, n_bytes=target.stat().st_size)
 
 

@@ -4,7 +4,6 @@ import hashlib
 import os
 import re
 import shutil
-import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from typing import Any
 import psutil
 
 from trimix_gguf.errors import TrioFileError
+from trimix_gguf.machine.files import put_in_place
+from trimix_gguf.machine.folders import home_folder
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.trio import NANO, trio_paths
 from trimix_gguf.trios.triofile import FILENAME, ModelEntry, TrioFile, check_name
@@ -28,20 +29,12 @@ _TEMPORARY = re.compile(r"\.(?:import|remove)-(\d+)-(\d+)-")
 
 
 def trios_folder() -> Path:
-    """$TRIMIX_HOME/trios, or that of the platform's data folder; it need not exist yet.
+    """The folder of pulled and imported trios, below $TRIMIX_HOME; it need not exist yet.
 
     Raises TrioFileError where there is no home folder.
     """
-    if own := os.environ.get("TRIMIX_HOME"):
-        return Path(own) / "trios"
     try:
-        if sys.platform == "win32":
-            local = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-            return Path(local) / "trimix" / "trios"
-        if sys.platform == "darwin":
-            return Path.home() / "Library" / "Application Support" / "trimix" / "trios"
-        data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-        return Path(data) / "trimix" / "trios"
+        return home_folder() / "trios"
     except RuntimeError:
         raise TrioFileError("there is no home folder; set TRIMIX_HOME to one for trios") from None
 
@@ -107,7 +100,7 @@ def remove(name: str) -> None:
         folder.unlink()
         return
     hidden = temporary_folder("remove", name)
-    folder.rename(hidden)
+    put_in_place(folder, hidden)
     shutil.rmtree(hidden)
 
 
@@ -140,6 +133,8 @@ def _alive(pid: int, started: int) -> bool:
         return pid != os.getpid() and abs(_started(pid) - started) <= 2  # the clock may be set
     except psutil.NoSuchProcess:
         return False
+    except psutil.AccessDenied:  # another user's, on Windows
+        return True
 
 
 # -- whether files are what they were ---------------------------------------------------------

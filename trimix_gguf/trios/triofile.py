@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from trimix_gguf.errors import TrioFileError, WeightsError
-from trimix_gguf.machine.files import temporary_file
+from trimix_gguf.machine.files import put_in_place, temporary_file
+from trimix_gguf.machine.threads import MOST_THREADS
 from trimix_gguf.mixing.fusion import METHODS, Weights
 from trimix_gguf.roles import ROLES
 
@@ -21,6 +22,8 @@ FILENAME = "trio.toml"
 MODELS = (*ROLES, "large_base")  # what a trio file may name; large_base need not be there
 CHOOSING = ("ppl", "ent")  # methods that choose weights for each prompt
 MOST_BYTES = 1 << 20  # of a trio file: far more than one has
+# What Windows takes for a device, whatever follows a dot: CON.gguf is the console.
+_DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\..*)?", re.I)
 _FORBIDDEN = frozenset('/\\:*?"<>|')  # in a name: it becomes a folder, on any system
 
 
@@ -100,7 +103,7 @@ class TrioFile:
                     out.write(text)
                     out.flush()
                     os.fsync(out.fileno())
-                os.replace(partial, self.file)
+                put_in_place(partial, self.file)
         except OSError as error:
             raise TrioFileError(f"cannot write {self.file}: {error.strerror or error}") from None
 
@@ -172,6 +175,8 @@ def check_name(name: str) -> str:
         raise TrioFileError(f"name {name!r} holds {bad!r}; use letters, digits, '.' and '-'")
     if not 0 < len(name.encode()) <= 100:
         raise TrioFileError(f"a name has 1 to 100 bytes, not {len(name.encode())}: {name!r}")
+    if _DEVICES.fullmatch(name):
+        raise TrioFileError(f"name {name!r} is a device on Windows; take another, as {name[:3]}-1")
     if name[0] in ".-" or name[-1] == "." or name.strip() != name:
         raise TrioFileError(f"name {name!r} begins or ends with a dot, dash or space")
     return name
@@ -338,7 +343,7 @@ _MODEL_KEYS = {
     "n_bytes": ("a number of bytes", _is_int),
     "gpu_layers": _LAYERS,
     "device": ("a device's name", _is_line),
-    "threads": ("a number of threads", lambda value: _is_int(value, high=4096)),
+    "threads": ("a number of threads", lambda value: _is_int(value, high=MOST_THREADS)),
     "kv_type": ("a type such as 'q8_0'", _matches(r"[a-z0-9_]+")),
 }
 

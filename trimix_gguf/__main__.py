@@ -1,0 +1,3 @@
+from trimix_gguf.cli import main
+
+main()

@@ -137,6 +137,7 @@ def stop_an_install(stick, home):
         assert "installing into" in run.stderr.readline()
         while run.poll() is None and not list(program.rglob("numpy/__init__.py")):
             time.sleep(0.05)
+        assert run.poll() is None, run.stderr.read()
         os.killpg(run.pid, signal.SIGKILL)
     assert run.returncode == -signal.SIGKILL and not (program / "bin" / "trimix").exists()
 
@@ -182,11 +183,11 @@ def test_a_damaged_wheel_is_refused_there_and_made_again_here(stick, tmp_path):
     whole = wheel.read_bytes()
     wheel.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     refused(install(stick, tmp_path / "home"), "damaged or missing", wheel.name)
-    wheel.unlink()
-    refused(install(stick, tmp_path / "home"), "damaged or missing", wheel.name)
     done = export(stick)
     assert done.returncode == 0 and "packing click" in done.stderr
     assert wheel.read_bytes() == whole
+    wheel.unlink()
+    refused(install(stick, tmp_path / "home"), "damaged or missing", wheel.name)
     (stick / "program/wheels/SHA256SUMS").unlink()
     refused(install(stick, tmp_path / "home"), "damaged or missing", "SHA256SUMS")
     assert not any((tmp_path / "home").iterdir())
@@ -288,6 +289,30 @@ def test_two_trios_and_a_tar_share_a_stick(stick, trimix, tmp_path):
     assert trimix("export", "nano", stick / "nano.tar", "--with-program", stick).returncode == 0
     assert (stick / "program/trios.txt").read_text().startswith("nano.tar\t")
     assert "the trio nano.tar," in (stick / "README.txt").read_text()
+
+
+def test_an_older_wheel_goes_and_one_for_another_system_stays_while_it_is_whole(stick):
+    folder = stick / "program" / "wheels"
+    sums = folder / "SHA256SUMS"
+    older, foreign, damaged = (
+        "click-0.1-py3-none-any.whl",
+        "x-1-py3-none-win32.whl",
+        "y-1-py3-none-win32.whl",
+    )
+    for name in (older, foreign, damaged):
+        (folder / name).write_text(name)
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        sums.write_text(f"{sums.read_text()}{digest}  {name}\n")
+    (folder / damaged).write_text("cut")
+    next(folder.glob(f"click-{metadata.version('click')}-*")).unlink()
+    made_for = stick / "program/made-for.txt"
+    made_for.write_text(f"windows-amd64:3.12\n{system()}:3.99\n")
+    done = export(stick)
+    assert done.returncode == 0 and f"{damaged} is damaged, and gone" in done.stderr
+    listed = {line.split("  ")[1] for line in sums.read_text().splitlines()}
+    assert listed == {path.name for path in folder.glob("*.whl")} and foreign in listed
+    assert not {older, damaged} & listed
+    assert made_for.read_text().split() == ["windows-amd64:3.12", f"{system()}:{HERE}"]
 
 
 # -- wheels -----------------------------------------------------------------------------------

@@ -22,10 +22,10 @@ $found = @()
 foreach ($try in @('py -3.14', 'py -3.13', 'py -3.12', 'py -3.11', 'python', 'python3')) {
     $name, $option = $try.Split(' ')
     if (-not (Get-Command $name -ErrorAction SilentlyContinue)) { continue }
-    $this = if ($option) { & $name $option -c $code 2>$null } else { & $name -c $code 2>$null }
-    if ($LASTEXITCODE -ne 0 -or -not $this) { continue }
-    $found += $this
-    if ($madeFor -contains $this) { $python = $try; break }
+    $mine = if ($option) { & $name $option -c $code 2>$null } else { & $name -c $code 2>$null }
+    if ($LASTEXITCODE -ne 0 -or -not $mine) { continue }
+    $found += $mine
+    if ($madeFor -contains $mine) { $python = $try; break }
 }
 if (-not $found) { Stop-Install "no Python here; install Python 3, one of: $madeFor" }
 if (-not $python) {

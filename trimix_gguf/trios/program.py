@@ -35,10 +35,10 @@ _README = """\
 trimix on this stick: the program, {trios}, and all that they need. No network is used.
 
 Linux, macOS:  sh install.sh
-Windows:       right-click install.ps1, "Run with PowerShell"; or in a terminal
-               powershell -ExecutionPolicy Bypass -File install.ps1
+Windows:       powershell -ExecutionPolicy Bypass -File install.ps1
 
-Python must be there already. The wheels here are for {made_for}.{glibc}
+Give these in a terminal, in this folder. Python must be there already.
+The wheels here are for {made_for}.{glibc}
 Another folder for the program: sh install.sh FOLDER
 For another system or Python: on a computer that has it, or with --for-python,
 run the same `trimix export … --with-program` to this stick again.

@@ -145,10 +145,10 @@ def _bring(
     stick: WheelFolder, requirement: Requirement, python: str, usable: list[Tag], notify: Notify
 ) -> Path:
     """The wheel of a requirement, of the version that is installed here where that can be had."""
-    installed, wanted = _installed(requirement), [requirement]
+    installed, pinned = _installed(requirement), requirement
     if installed is not None:
-        wanted.insert(0, Requirement(f"{requirement.name}=={installed.version}"))
-    if found := stick.find(wanted[0], usable):
+        pinned = Requirement(f"{requirement.name}=={installed.version}")
+    if found := stick.find(pinned, usable):
         return found
     if installed is not None and _fits(installed, usable):
         notify(f"packing {requirement.name} {installed.version}")
@@ -159,8 +159,9 @@ def _bring(
     if found := stick.find(requirement, usable):
         return found
     notify(f"downloading {requirement.name} for Python {python}")
-    with suppress(ProgramError):  # the version here may have no wheel for that Python
-        return stick.add(lambda folder: wheels.download(wanted[0], python, folder))
+    if installed is not None:
+        with suppress(ProgramError):  # the version here may have no wheel for that Python
+            return stick.add(lambda folder: wheels.download(pinned, python, folder))
     return stick.add(lambda folder: wheels.download(requirement, python, folder))
 
 

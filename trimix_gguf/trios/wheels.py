@@ -112,7 +112,7 @@ def _add(archive: zipfile.ZipFile, name: str, content: bytes, *, executable: boo
 
 def own_wheel(folder: Path) -> Path:
     """This program's wheel: built where it runs from a checkout, else packed again."""
-    installed = _installed()
+    installed = _own_distribution()
     if installed is not None:
         return repack(installed, folder)
     try:
@@ -136,7 +136,7 @@ def own_wheel(folder: Path) -> Path:
     return _copied(wheel, folder)
 
 
-def _installed() -> metadata.Distribution | None:
+def _own_distribution() -> metadata.Distribution | None:
     """The distribution that this file belongs to; None for a checkout, editable or not."""
     try:
         distribution = metadata.distribution(PACKAGE)

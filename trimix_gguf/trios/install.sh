@@ -36,6 +36,7 @@ if [ -e "$target" ] && [ ! -e "$target/made-by-trimix" ] && [ -n "$(ls -A "$targ
   stop "$target holds other files; name a folder of its own: sh install.sh FOLDER"
 fi
 mkdir -p "$target"
+target=$(CDPATH='' cd -- "$target" && pwd)
 : >"$target/made-by-trimix"
 (cd "$target" && rm -rf bin include lib lib64 share pyvenv.cfg)
 "$python" -m venv "$target" >/dev/null ||

@@ -124,16 +124,27 @@ def _write_texts(folder: Path, trio: TrioFile, target: Path, versions: Sequence[
     trios.append(f"{path}\t{prompt}")
     _write_lines(program / "made-for.txt", made_for)
     _write_lines(program / "trios.txt", trios)
-    libc, glibc = platform.libc_ver()
     text = _README.format(
         trios="the trio " + ", ".join(line.split("\t")[0] for line in trios),
         made_for=", ".join(line.replace(":", " with Python ") for line in made_for),
-        glibc=f"\nThose for Linux need glibc {glibc} or newer." if libc == "glibc" else "",
+        glibc=_glibc(program / "wheels"),
     )
     write_whole(folder / "README.txt", text.encode())
     for name in SCRIPTS:
         script = (Path(__file__).parent / name).read_bytes()
         write_whole(folder / name, script.replace(b"\r\n", b"\n"))
+
+
+def _glibc(folder: Path) -> str:
+    """What the wheels need of a Linux, by the oldest glibc in each one's name."""
+    libc, here = platform.libc_ver()
+    needed = []
+    for wheel in folder.glob("*.whl"):
+        if named := re.findall(r"manylinux_2_(\d+)_", wheel.name):
+            needed.append(min(map(int, named)))
+        elif "-linux_" in wheel.name and libc == "glibc":  # built here, for none that is older
+            needed.append(int(here.split(".")[1]))
+    return f"\nThose for Linux need glibc 2.{max(needed)} or newer." if needed else ""
 
 
 def _is_there(folder: Path, line: str, new: str) -> bool:

@@ -100,7 +100,7 @@ def refused(done, *words):
 # -- as people do -----------------------------------------------------------------------------
 
 
-def test_a_clean_home_without_a_network_installs_and_answers(stick, tmp_path, no_network, llama):
+def test_a_clean_home_without_a_network_installs_and_answers(stick, tmp_path, no_network):
     home = tmp_path / "Үй иесі" / "home"
     stop_an_install(stick, home)
     done = install(stick, home, before=no_network)
@@ -111,8 +111,9 @@ def test_a_clean_home_without_a_network_installs_and_answers(stick, tmp_path, no
     assert (home / ".local/share/trimix/trios" / NAME / "trio.toml").is_file()
 
     # What was installed makes the next stick, without a network too.
-    again = tmp_path / "again"
-    lay_llama(again, llama)
+    again = Path(shutil.copytree(stick, tmp_path / "again"))
+    for name in ("trimix_gguf", "h11", "psutil"):
+        next(again.rglob(f"{name}-*.whl")).unlink()
     clean = ["env", "-i", "PATH=/usr/bin:/bin", f"HOME={home}", f"{program}/bin/trimix"]
     more = ["export", NAME, again / NAME, "--with-program", again]
     done = subprocess.run([*no_network, *clean, *more], capture_output=True, text=True)

@@ -14,6 +14,7 @@ TrimixError
  ├── TrioFileError        a trio that is unknown, incomplete, damaged, or not one
  ├── QueueFull            more requests at once than may wait
  ├── HubError             what the Hugging Face hub has cannot be brought here
+ ├── ProgramError         wheels of this program that cannot be had or written
  └── ConversionError      a checkpoint that cannot become a GGUF
 
 Each message is one line: what was expected, what came, and the mend.
@@ -74,6 +75,10 @@ class QueueFull(TrimixError):
 
 class HubError(TrimixError):
     """What the Hugging Face hub has cannot be brought here."""
+
+
+class ProgramError(TrimixError):
+    """Wheels of this program, to install it elsewhere, that cannot be had or written."""
 
 
 class ConversionError(TrimixError):

@@ -82,17 +82,50 @@ def remove(name: str) -> None:
 @click.command("export")
 @click.argument("trio", metavar="NAME|FILE|DIR")
 @click.argument("target", metavar="DIR|FILE.tar")
-def export_(trio: str, target: str) -> None:
+@click.option(
+    "--with-program", "folder", metavar="DIR", help="Also this program, into DIR around TARGET."
+)
+@click.option(
+    "--for-python", "pythons", multiple=True, metavar="3.N", help="Also for this Python; repeat it."
+)
+def export_(trio: str, target: str, folder: str | None, pythons: tuple[str, ...]) -> None:
     """Write a trio to a folder or a tar, to carry it to a machine without a network.
 
     Its files go with their SHA-256. An export that was stopped is completed by the same command.
+
+    --with-program puts beside the trio what installs it there, from that folder alone: wheels of
+    this program, of llama.cpp and of all they need, for this system and this Python, and
+    install.sh and install.ps1. For example: trimix export NAME /media/stick/NAME --with-program
+    /media/stick
     """
     from trimix_gguf.trios.bundle import export_trio
     from trimix_gguf.trios.store import resolve
 
+    if pythons and folder is None:
+        raise click.UsageError("--for-python goes with --with-program")
+    found = resolve(trio)
+    if folder is not None:
+        from trimix_gguf.trios.program import check_place
+
+        check_place(Path(target), Path(folder), pythons)
     with byte_progress("Exporting") as progress:
-        export_trio(resolve(trio), Path(target), progress=progress)
+        export_trio(found, Path(target), progress=progress)
+    if folder is not None:
+        _export_program(Path(folder), found, Path(target), pythons)
     print(target)
+
+
+def _export_program(folder: Path, trio: Any, target: Path, pythons: tuple[str, ...]) -> None:
+    from trimix_gguf.trios.program import export_program
+
+    try:
+        export_program(
+            folder, trio, target, pythons=pythons, notify=lambda line: print(line, file=sys.stderr)
+        )
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise
+    print(f"there, without a network: sh {folder / 'install.sh'}", file=sys.stderr)
 
 
 @click.command("import")

@@ -37,6 +37,7 @@ from trimix_gguf.trios.store import (
     Progress,
     clear_leftovers,
     installed_folder,
+    resolve,
     sha256_of,
     temporary_folder,
     trios_folder,
@@ -195,7 +196,7 @@ def import_trio(
         name = trio.name if name is None else name
         target = installed_folder(name)
         if name == SHIPPED:
-            raise TrioFileError(f"{SHIPPED} ships with the package; give --name another")
+            return _shipped(files)
         if target.exists():
             return _installed_already(target, files)
         clear_leftovers()
@@ -218,12 +219,23 @@ def import_trio(
     return replace(trio, folder=target)
 
 
+def _shipped(files: Sequence[BundleFile]) -> TrioFile:
+    """The shipped trio, where its files are these; else raises TrioFileError."""
+    there = resolve(SHIPPED)
+    if _hashes(there) != {file.role: file.sha256 for file in files}:
+        raise TrioFileError(f"{SHIPPED} ships with the package; give --name another")
+    return there
+
+
+def _hashes(trio: TrioFile) -> dict[str, str | None]:
+    return {role: entry.sha256 for role, entry in trio.models.items()}
+
+
 def _installed_already(target: Path, files: Sequence[BundleFile]) -> TrioFile:
     """The trio in `target`, where its files are these; else raises TrioFileError."""
     if (target / FILENAME).is_file():
         there = TrioFile.read(target / FILENAME)
-        hashes = {role: entry.sha256 for role, entry in there.models.items()}
-        if hashes == {file.role: file.sha256 for file in files} and not there.missing():
+        if _hashes(there) == {file.role: file.sha256 for file in files} and not there.missing():
             return there
     raise TrioFileError(
         f"another trio {target.name} is here, or a part of one; give --name, or "

@@ -9,10 +9,11 @@ from typing import Any
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 
 from trimix_gguf.errors import ConversionError
+from trimix_gguf.machine.files import temporary_file
 
 from .architectures import Architecture, read_config, read_sizes, sliding_layers
 from .checkpoint import Checkpoint, TensorSource
-from .output import refuse_existing, temporary_file, whole_file
+from .output import refuse_existing, whole_output
 from .plan import plan_tensors
 from .quantize import TYPES as QUANTIZED
 from .quantize import quantize_gguf
@@ -84,7 +85,7 @@ def convert_hf(
     files = [model_dir / "tokenizer.json", model_dir / "tokenizer.model"]
     n_bytes = sum(tensor.n_bytes for tensor in plan) + 128 * len(plan)
     n_bytes += sum(file.stat().st_size for file in files if file.is_file())
-    with whole_file(out, n_bytes=n_bytes, force=force) as path:
+    with whole_output(out, n_bytes=n_bytes, force=force) as path:
         writer = GGUFWriter(None, architecture.gguf)
         writer.add_name(name or model_dir.resolve().name)
         writer.add_file_type(file_type)

@@ -19,7 +19,7 @@ from .adapter import Adapter
 from .architectures import OUTER, read_config, read_sizes
 from .checkpoint import Checkpoint
 from .hf import TYPES, convert_hf
-from .output import whole_file
+from .output import whole_output
 from .plan import PlannedTensor
 from .writer import QUANTIZATION_VERSION, write_gguf
 
@@ -135,7 +135,7 @@ def convert_lora(
     # The first pair's, which for most adapters is everyone's.
     alpha = next(iter(adapter.pairs.values())).alpha
     n_bytes = sum(tensor.n_bytes for tensor in plan) + 256 * len(plan)
-    with whole_file(out, n_bytes=n_bytes, force=force) as path:
+    with whole_output(out, n_bytes=n_bytes, force=force) as path:
         writer = GGUFWriter(None, architecture.gguf)
         writer.add_type(GGUFType.ADAPTER)
         writer.add_string(Keys.Adapter.TYPE, "lora")

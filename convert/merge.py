@@ -324,7 +324,7 @@ def _split(tensors: dict[str, StoredTensor]) -> list[dict[str, StoredTensor]]:
 def _whole_folder(out: Path, *, n_bytes: int, force: bool) -> Iterator[Path]:
     """Yield a temporary folder beside `out`, and rename it to `out` once the block is done.
 
-    The counterpart of `whole_file`; an old `out` stays in place until the new one is whole.
+    The counterpart of `whole_output`; an old `out` stays in place until the new one is whole.
     """
     if out.exists() or out.is_symlink():
         if not force:

@@ -8,25 +8,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trimix_gguf.errors import ConversionError
-from trimix_gguf.machine.files import put_in_place, temporary_file
+from trimix_gguf.machine.files import whole_file
 
 
 @contextmanager
-def whole_file(out: Path, *, n_bytes: int, force: bool) -> Iterator[Path]:
+def whole_output(out: Path, *, n_bytes: int, force: bool) -> Iterator[Path]:
     """Yield a temporary path beside `out`, and rename it to `out` once the block is done.
 
     `n_bytes` is the most that will be written. On any failure, Ctrl-C included, nothing is left;
-    after a kill the temporary file is, and the next run for the same `out` writes over it.
+    after a kill the temporary file is, and the next run for the same `out` removes it.
     Raises ConversionError where `out` exists without `force`, or the disk is too small.
     """
     refuse_existing(out, force)
     check_free_space(out.parent, n_bytes)
-    with temporary_file(out, "part") as partial:
-        try:
+    try:
+        with whole_file(out) as partial:
             yield partial
-            put_in_place(partial, out)
-        except OSError as error:
-            raise ConversionError(f"cannot write {out}: {error.strerror or error}") from error
+    except OSError as error:
+        raise ConversionError(f"cannot write {out}: {error.strerror or error}") from error
 
 
 def refuse_existing(out: Path, force: bool) -> None:

@@ -18,7 +18,7 @@ from gguf import LlamaFileType
 from trimix_gguf.errors import ConversionError
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
 
-from .output import whole_file
+from .output import whole_output
 
 TYPES = {
     "q8_0": LlamaFileType.MOSTLY_Q8_0,
@@ -58,7 +58,7 @@ def quantize_gguf(
     n_bytes = int(n_weights * BYTES_PER_WEIGHT.get(type, MOST_BELOW_Q8_0)) + head
     if out.exists() and out.samefile(source):
         raise ConversionError(f"{out} is the file to be read; choose another name")
-    with whole_file(out, n_bytes=n_bytes, force=force) as partial:
+    with whole_output(out, n_bytes=n_bytes, force=force) as partial:
         _run_child(file, partial, type, requantize, progress)
 
 

@@ -15,12 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 from trimix_gguf.answering.speculative import MOST_DRAFTED
 from trimix_gguf.machine import native
-from trimix_gguf.machine.files import put_in_place
+from trimix_gguf.machine.files import write_text
 from trimix_gguf.machine.folders import cache_folder
 from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.trio import Trio
@@ -67,13 +66,7 @@ def save_costs(trio: Trio) -> None:
     with suppress(*_UNUSABLE):
         path = _path()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            partial = Path(file.name)
-        try:
-            partial.write_text(json.dumps(stored, indent=1), encoding="utf-8")
-            put_in_place(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_text(path, json.dumps(stored, indent=1))
 
 
 def _path() -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.machine.files import put_in_place
+from trimix_gguf.machine.files import write_text
 
 
 def append_line(lines: IO[str], line: dict[str, Any]) -> None:
@@ -38,9 +38,7 @@ def finished(file: Path) -> dict[str, dict[str, Any]]:
 
 def write_json(file: Path, value: Any) -> None:
     """The whole of `file`, or nothing."""
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
-    put_in_place(part, file)
+    write_text(file, json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def finite(value: Any, shape: tuple[int, ...]) -> NDArray[np.float64] | None:

@@ -1,10 +1,13 @@
 """Files that are there whole or not at all."""
 
+import glob
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 _PAUSES = (0.05, 0.1, 0.2, 0.4)  # seconds: a virus scanner is done by then
 
@@ -25,9 +28,35 @@ def put_in_place(source: Path, target: Path) -> None:
 
 @contextmanager
 def temporary_file(out: Path, suffix: str) -> Iterator[Path]:
-    """Yield a path for `out`'s sake in the same folder, so that renaming is atomic; then gone."""
-    path = out.with_name(f".{out.name}.{suffix}")
+    """Yield a path beside `out`, of this process only, so that renaming is atomic; then gone.
+
+    What processes left there that were killed is removed first.
+    """
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*.{suffix}"):
+        pid = left.name.split(".")[-2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            left.unlink(missing_ok=True)
+    path = out.with_name(f".{out.name}.{os.getpid()}.{suffix}")
     try:
         yield path
     finally:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_file(out: Path) -> Iterator[Path]:
+    """Yield a path to write to; it becomes `out` once the block is done, or is gone.
+
+    Readers see the old file or the new one, after a power cut too. Raises OSError.
+    """
+    with temporary_file(out, "part") as unfinished:
+        yield unfinished
+        with open(unfinished, "rb+") as written:
+            os.fsync(written.fileno())
+        put_in_place(unfinished, out)
+
+
+def write_text(out: Path, text: str) -> None:
+    """Write a small file, whole or not at all, with the same line ends everywhere."""
+    with whole_file(out) as unfinished:
+        unfinished.write_text(text, encoding="utf-8", newline="\n")

@@ -118,9 +118,9 @@ def _kept_verdict() -> str:
 
 def _keep_verdict(fingerprint: str) -> None:
     """Where there is no room for it, the next start tries again."""
+    from trimix_gguf.machine.files import write_text
+
     with suppress(OSError, RuntimeError):
         kept = _verdict_file()
         kept.parent.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_name(f"{kept.name}.{os.getpid()}.part")
-        partial.write_text(json.dumps({"passed": fingerprint}), encoding="utf-8")
-        os.replace(partial, kept)
+        write_text(kept, json.dumps({"passed": fingerprint}))

@@ -6,7 +6,6 @@ a run that was killed leaves no half trio, and the next one completes it.
 """
 
 import io
-import os
 import shutil
 import stat
 import tarfile
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from trimix_gguf.errors import TrioFileError
-from trimix_gguf.machine.files import put_in_place, temporary_file
+from trimix_gguf.machine.files import put_in_place, whole_file
 from trimix_gguf.trios.bundle_files import (
     FLAWS,
     TAR,
@@ -161,17 +160,12 @@ def _write_folder(
 
 def _write_tar(trio: TrioFile, files: Sequence[BundleFile], target: Path, advance: Advance) -> None:
     text = to_toml(trio).encode()
-    with temporary_file(target, "part") as unfinished:
-        with open(unfinished, "wb") as out:
-            with tarfile.open(fileobj=out, mode="w") as tar:
-                tar.addfile(_member(FILENAME, len(text)), io.BytesIO(text))
-                for file in files:
-                    with Reader.of(file, advance) as reader:
-                        tar.addfile(_member(file.name, file.n_bytes), reader)  # type: ignore[arg-type]
-                        reader.check()
-            out.flush()
-            os.fsync(out.fileno())
-        put_in_place(unfinished, target)
+    with whole_file(target) as unfinished, tarfile.open(unfinished, mode="w") as tar:
+        tar.addfile(_member(FILENAME, len(text)), io.BytesIO(text))
+        for file in files:
+            with Reader.of(file, advance) as reader:
+                tar.addfile(_member(file.name, file.n_bytes), reader)  # type: ignore[arg-type]
+                reader.check()
 
 
 def _member(name: str, n_bytes: int) -> tarfile.TarInfo:

@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import os
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import IO, NoReturn
 import psutil
 
 from trimix_gguf.errors import TrioFileError
-from trimix_gguf.machine.files import put_in_place, temporary_file
+from trimix_gguf.machine.files import whole_file
 from trimix_gguf.trios.store import CHUNK, Progress
 from trimix_gguf.trios.triofile import FILENAME
 
@@ -79,14 +78,14 @@ class Reader:
 
 def write_file(file: BundleFile, out: Path, advance: Advance) -> None:
     """Write and compare one file; it is at `out` whole or not at all."""
-    with temporary_file(out, "part") as unfinished:
-        with Reader.of(file, advance) as reader, open(unfinished, "wb") as written:
-            while chunk := reader.read():
-                written.write(chunk)
-            reader.check()
-            written.flush()
-            os.fsync(written.fileno())
-        put_in_place(unfinished, out)
+    with (
+        whole_file(out) as unfinished,
+        Reader.of(file, advance) as reader,
+        open(unfinished, "wb") as written,
+    ):
+        while chunk := reader.read():
+            written.write(chunk)
+        reader.check()
 
 
 def advancing(progress: Progress | None, total: int) -> Advance:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trimix_gguf.errors import HubError, TrioFileError
-from trimix_gguf.machine.files import put_in_place
+from trimix_gguf.machine.files import put_in_place, write_text
 from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.machine.locking import alone
 from trimix_gguf.machine.vocabulary import check_contract
@@ -115,9 +115,7 @@ def _make_ready(part: Part, plan: Plan, progress: Progress, notify: Notify) -> d
     sha256 = part.files[0].digest if known else sha256_of(staged)
     noted = {"key": part.key, "sha256": sha256, "n_bytes": staged.stat().st_size}
     note = plan.note(part)
-    partial = note.with_suffix(".part")
-    partial.write_text(json.dumps(noted), encoding="utf-8")
-    put_in_place(partial, note)
+    write_text(note, json.dumps(noted))
     return noted
 
 

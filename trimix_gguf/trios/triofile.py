@@ -1,7 +1,6 @@
 """trio.toml: what makes a trio, in one file: its models, where they come from, how they are run."""
 
 import json
-import os
 import re
 import tomllib
 import unicodedata
@@ -12,7 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from trimix_gguf.errors import TrioFileError, WeightsError
-from trimix_gguf.machine.files import put_in_place, temporary_file
+from trimix_gguf.machine.files import write_text
 from trimix_gguf.machine.threads import MOST_THREADS
 from trimix_gguf.mixing.fusion import METHODS, Weights
 from trimix_gguf.roles import ROLES
@@ -98,12 +97,7 @@ class TrioFile:
         text = to_toml(self)
         parse_trio(text, self.file)  # what is written can be read
         try:
-            with temporary_file(self.file, "part") as partial:
-                with open(partial, "w", encoding="utf-8", newline="\n") as out:
-                    out.write(text)
-                    out.flush()
-                    os.fsync(out.fileno())
-                put_in_place(partial, self.file)
+            write_text(self.file, text)
         except OSError as error:
             raise TrioFileError(f"cannot write {self.file}: {error.strerror or error}") from None
 

@@ -14,7 +14,7 @@ from packaging.tags import Tag, compatible_tags, cpython_tags, sys_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from trimix_gguf.errors import ProgramError
-from trimix_gguf.machine.files import temporary_file
+from trimix_gguf.machine.files import whole_file
 from trimix_gguf.trios import wheels
 
 SUMS = "SHA256SUMS"
@@ -98,12 +98,8 @@ class WheelFolder:
 
 
 def write_whole(out: Path, content: bytes) -> None:
-    with temporary_file(out, "part") as unfinished:
-        with open(unfinished, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, out)
+    with whole_file(out) as unfinished:
+        unfinished.write_bytes(content)
 
 
 def _read_sums(path: Path) -> dict[str, str]:

@@ -12,12 +12,13 @@ from trimix_gguf import Trio, Weights, generate, score
 from trimix_gguf.answering.chat import around_message
 from trimix_gguf.errors import ContextFullError
 from trimix_gguf.evaluation import methods, runner
-from trimix_gguf.evaluation.continuing import Mix, Start, continue_all, roles_of
+from trimix_gguf.evaluation.continuing import Continuation, Start, continue_all, roles_of
 from trimix_gguf.evaluation.loops import Loop
 from trimix_gguf.evaluation.reading import AXIS, Reader, Reading, choice_nll
 from trimix_gguf.evaluation.runner import run_task
 from trimix_gguf.evaluation.settings import Settings
 from trimix_gguf.evaluation.task import Dataset, Example, Task
+from trimix_gguf.mixing.fusion import Mix
 from trimix_gguf.mixing.scoring import GRID
 from trimix_gguf.trio.branches import Branches
 from trimix_gguf.trio.prompt import Prompt, Segment
@@ -111,18 +112,18 @@ def test_prompts_together_are_continued_as_each_alone(trio, reader):
     alone, together = [], []
     for question in questions:
         reader.read(question)
-        alone.append([Mix(one) for one in weights])
+        alone.append([Continuation(Mix(one)) for one in weights])
         go_on(trio, alone[-1], max_tokens=12)
     reader.hold_exemplars()
     with Branches(trio) as branches:
         starts = []
         for question in questions:
             reader.read(question)
-            starts.append(Start.here(branches, [Mix(one) for one in weights]))
+            starts.append(Start.here(branches, [Continuation(Mix(one)) for one in weights]))
         n_ids = [sum(len(s.ids[r]) for s in q.segments) for q in questions for r in ("small_cpt",)]
         assert branches.n_cells("small_cpt") == reader.prefix.n_tokens() + sum(n_ids)
         continue_all(branches, starts, max_tokens=12)
-        together = [start.mixes for start in starts]
+        together = [start.continuations for start in starts]
     assert [[m.text for m in ms] for ms in together] == [[m.text for m in ms] for ms in alone]
     assert len({m.text for ms in alone for m in ms}) > 3
 
@@ -155,7 +156,7 @@ def test_mixes_together_write_what_each_writes_alone(trio):
         answer = generate(trio, QUESTION, weights=one, max_tokens=8, temperature=0)
         expected.append(answer.text.lstrip().partition("\n")[0].rstrip())
     trio.prefill(trio.prompt(QUESTION))
-    mixes = [Mix(one) for one in weights]
+    mixes = [Continuation(Mix(one)) for one in weights]
     go_on(trio, mixes, max_tokens=8)
     assert [mix.text for mix in mixes] == expected
     assert len(set(expected)) > 3
@@ -163,7 +164,7 @@ def test_mixes_together_write_what_each_writes_alone(trio):
 
 def test_an_answer_ends_where_a_model_ends_it(trio):
     trio.prefill(trio.prompt(KAZAKH))
-    ended, goes_on = Mix(Weights(1, 0)), Mix(Weights(0, 1))
+    ended, goes_on = Continuation(Mix(Weights(1, 0))), Continuation(Mix(Weights(0, 1)))
     go_on(trio, [ended, goes_on], max_tokens=5)
     assert ended.ids == [] and ended.text == ""  # large_ins takes the sentence for a whole text
     assert goes_on.ids
@@ -172,7 +173,10 @@ def test_an_answer_ends_where_a_model_ends_it(trio):
 def test_more_mixes_than_fit_at_once(trio):
     trio.prefill(trio.prompt(KAZAKH))
     weights = [Weights(a, b) for a in np.linspace(0, 1, 6) for b in np.linspace(0, 1, 6)]
-    together, apart = [Mix(w) for w in weights], [Mix(w) for w in weights]
+    together, apart = (
+        [Continuation(Mix(w)) for w in weights],
+        [Continuation(Mix(w)) for w in weights],
+    )
     go_on(trio, together, max_tokens=60)
     for mix in apart:
         go_on(trio, [mix], max_tokens=60)
@@ -194,11 +198,11 @@ def test_as_answers_end_others_begin(monkeypatch):
         starts = []
         for text in texts:
             trio.prefill(trio.prompt(EXEMPLARS + text))
-            mixes = [Mix(Weights(a, b)) for a in GRID for b in GRID]
+            mixes = [Continuation(Mix(Weights(a, b))) for a in GRID for b in GRID]
             starts.append(Start.here(branches, mixes))
         most = (trio.n_ctx - branches.n_cells("large_ins")) // 48
         continue_all(branches, starts, max_tokens=48)
-    answers = [(i, mix.ids) for i, start in enumerate(starts) for mix in start.mixes]
+    answers = [(i, mix.ids) for i, start in enumerate(starts) for mix in start.continuations]
     longest = max(len(ids) for _, ids in answers)
     texts = {(i, *ids[:n]) for i, ids in answers for n in range(1, len(ids) + 1)}
     steps = [n for roles, n in widths if roles == ("large_ins",)]
@@ -209,8 +213,8 @@ def test_as_answers_end_others_begin(monkeypatch):
 def test_a_filled_answer_is_what_was_decoded_and_then_its_loop(trio, monkeypatch):
     monkeypatch.setattr("trimix_gguf.evaluation.loops._LIKELY", 0.0)  # the nano trio is never sure
     weights = [Weights(a, b) for a in (0.0, 0.5, 1.0) for b in (0.0, 0.5, 1.0)]
-    decoded = [Mix(one) for one in weights]
-    filled = [Mix(one, loop=Loop()) for one in weights]
+    decoded = [Continuation(Mix(one)) for one in weights]
+    filled = [Continuation(Mix(one), loop=Loop()) for one in weights]
     for mixes in (decoded, filled):
         trio.prefill(trio.prompt("ана мен бала, " * 8))
         go_on(trio, mixes, max_tokens=96)
@@ -240,7 +244,7 @@ def test_models_that_no_mix_reads_are_not_run(trio, monkeypatch):
     for role in ("small_cpt", "small_base"):
         monkeypatch.setattr(trio.models[role], "_decode", None)
     trio.prefill(trio.prompt(QUESTION))
-    mix = Mix(Weights(1, 0))
+    mix = Continuation(Mix(Weights(1, 0)))
     go_on(trio, [mix], max_tokens=5)
     assert mix.ids
 
@@ -249,7 +253,7 @@ def test_an_answer_that_cannot_fit_is_refused():
     with Trio.nano(n_ctx=64) as small:
         small.prefill(small.prompt("а " * 20))
         with pytest.raises(ContextFullError, match="does not fit"):
-            go_on(small, [Mix(Weights(1, 0))], max_tokens=60)
+            go_on(small, [Continuation(Mix(Weights(1, 0)))], max_tokens=60)
 
 
 def bowl(alpha, beta, n=12):
@@ -268,10 +272,10 @@ def test_each_method_takes_the_lowest_of_its_own_evidence():
     nlls = np.concatenate((bowl(0.1, 0.9), bowl(0.7, 0.3, n=4)))
     reading = reading_of(nlls, [False] * 12 + [True] * 4)
     names = ("ppl", "ppl-answers", "ent", "ppl-task", "large_ins", "continuous")
-    made = methods.mixes(
+    made = methods.continuations(
         names, reading, {"ppl-task": Weights(0.3, 0.3)}, lambda rows, token: np.zeros(())
     )
-    chosen = {name: (mix.weights.alpha, mix.weights.beta) for name, mix in made.items()}
+    chosen = {name: (one.mix.weights.alpha, one.mix.weights.beta) for name, one in made.items()}
     continuous = chosen.pop("continuous")
     assert chosen == {
         "ppl": (0.3, 0.7),
@@ -286,8 +290,8 @@ def test_each_method_takes_the_lowest_of_its_own_evidence():
 def test_token_level_weights_follow_the_newest_evidence():
     reading = reading_of(bowl(0.1, 0.9, n=40), [False] * 40)
     there = bowl(1.0, 0.1, n=1)[0]
-    mix = methods.mixes(("token",), reading, {}, lambda rows, token: there)["token"]
-    assert mix.weights == Weights(0.1, 0.9)
+    mix = methods.continuations(("token",), reading, {}, lambda rows, token: there)["token"]
+    assert mix.mix.weights == Weights(0.1, 0.9)
     weights = [mix.adapt({}, 0) for _ in range(200)]
     assert weights[-1] == Weights(1.0, 0.1)
     assert [w.alpha for w in weights] == sorted(w.alpha for w in weights)

@@ -13,6 +13,7 @@ from trimix_gguf import Trio, Weights, generate, stream_generate
 from trimix_gguf.answering import speculative
 from trimix_gguf.answering.lookup import LONGEST, Lookup, Match
 from trimix_gguf.answering.speculative import Drafting, Plan, decode_steps
+from trimix_gguf.mixing.fusion import Mix
 from trimix_gguf.mixing.sampling import Sampler
 from trimix_gguf.trio.trio import concurrency
 
@@ -45,7 +46,7 @@ def steps_of(trio, weights, n, *, drafting, prompt=KAZAKH, **sampling):
     ids, rows = [], []
     sampler = new_sampler(trio, sampling)
     trio.prefill(trio.prompt(prompt))
-    steps = decode_steps(trio, weights, sampler, drafting=drafting, max_tokens=n)
+    steps = decode_steps(trio, Mix(weights), sampler, drafting=drafting, max_tokens=n)
     for step in itertools.islice(steps, n):
         sampler.accept(step.token)
         ids.append(step.token)

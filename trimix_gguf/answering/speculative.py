@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.answering.lookup import LONGEST, Lookup, Match
-from trimix_gguf.mixing.fusion import Rows, Weights, fuse, mask_implausible
+from trimix_gguf.mixing.fusion import Mix, Rows, probability
 from trimix_gguf.mixing.sampling import Sampler
 from trimix_gguf.trio.trio import Trio
 
@@ -190,12 +190,11 @@ class Drafting:
 
 def decode_steps(
     trio: Trio,
-    weights: Weights,
+    mix: Mix,
     sampler: Sampler,
     *,
     drafting: Drafting,
     max_tokens: int,
-    plausibility_threshold: float = 0.0,
     also: Sequence[str] = (),
 ) -> Generator[Step, None, None]:
     """Yield the target's tokens one by one, for as long as it is asked.
@@ -204,8 +203,7 @@ def decode_steps(
     than `max_tokens`. `also` are roles whose rows it wants though the mix does not. However it
     ends, the trio then holds what it held, and the tokens yielded but for the last.
     """
-    wanted = {*weights.active, *also, *(("large_ins",) if plausibility_threshold > 0 else ())}
-    needed = tuple(role for role in trio.models if role in wanted)
+    needed = tuple(role for role in trio.models if role in {*mix.roles, *also})
     lookup = Lookup(trio.ids[needed[0]] if drafting.n_draft is None else ())
     match = lookup.find()
     n_ahead, n_left = 0, max_tokens
@@ -230,9 +228,7 @@ def decode_steps(
                 if DRAFTER in needed and DRAFTER not in readers:
                     last = i == len(drafted)
                     rows[DRAFTER] = trio.rows((DRAFTER,))[DRAFTER] if last else kept[i]
-                fused = fuse(rows, weights, unused=trio.unused)
-                if plausibility_threshold > 0:
-                    mask_implausible(fused, rows["large_ins"], plausibility_threshold)
+                fused = mix.fuse(rows, trio.unused)
                 token = sampler.sample(fused)
                 n_left -= 1
                 accepted = i < len(drafted) and token == drafted[i]
@@ -289,12 +285,6 @@ def draft(
         rows.append(row.copy())  # llama.cpp reuses this buffer on the next decode
         trio.advance(token)
     return tokens, confidences, rows
-
-
-def probability(row: NDArray[np.float32], token: int) -> float:
-    """Softmax of one row [n_vocab] at one id."""
-    top = float(row.max())
-    return math.exp(float(row[token]) - top) / float(np.exp(row - top).sum(dtype=np.float64))
 
 
 def _band(confidence: float) -> int:

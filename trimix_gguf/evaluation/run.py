@@ -10,9 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from trimix_gguf.choosing.methods import DECOUPLED
 from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.decoupled import LARGE_BASE, FourthModel, check_fourth, open_fourth
-from trimix_gguf.evaluation.methods import DECOUPLED
 from trimix_gguf.evaluation.reading import AXIS
 from trimix_gguf.evaluation.run_files import read_json, write_json
 from trimix_gguf.evaluation.runner import run_task

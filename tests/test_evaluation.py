@@ -8,7 +8,7 @@ import pytest
 from conftest import KAZAKH
 from topics import EXEMPLARS, QUESTION, TOPICS, scored
 
-from trimix_gguf import Trio, Weights, generate, score
+from trimix_gguf import Trio, Weights, generate, score, select_weights
 from trimix_gguf.answering.chat import around_message
 from trimix_gguf.errors import ContextFullError
 from trimix_gguf.evaluation import methods, runner
@@ -19,7 +19,7 @@ from trimix_gguf.evaluation.runner import run_task
 from trimix_gguf.evaluation.settings import Settings
 from trimix_gguf.evaluation.task import Dataset, Example, Task
 from trimix_gguf.mixing.fusion import Mix
-from trimix_gguf.mixing.scoring import GRID
+from trimix_gguf.mixing.scoring import GRID, chebyshev_nodes
 from trimix_gguf.trio.branches import Branches
 from trimix_gguf.trio.prompt import Prompt, Segment
 
@@ -50,6 +50,19 @@ def test_a_reading_is_the_score_of_the_whole_prompt(trio, reader):
     n_question = len(whole.units) - len(reader.prefix.units)
     assert reading.answers[-n_question:].sum() == 0
     assert reading.answers.sum() == sum(marked[-(len(reading.answers) - n_question) :])
+
+
+def test_continuous_is_what_generate_calls_by_that_name(trio):
+    """Bug: eval had its own continuous optimum, over other weights than `--grid continuous`."""
+    prefix = trio.prompt(EXEMPLARS)
+    reader = Reader(trio, prefix, [False] * len(prefix.units), continuous=True)
+    reading = reader.read(scored(trio, QUESTION))
+    whole = Prompt((*prefix.segments, *scored(trio, QUESTION).segments))
+    trio.forget()
+    shipped = select_weights(trio, whole, grid="continuous").weights
+    made = methods.continuations(("continuous",), reading, {}, lambda rows, token: np.zeros(()))
+    ours = made["continuous"].mix.weights
+    assert (ours.alpha, ours.beta) == pytest.approx((shipped.alpha, shipped.beta), abs=0.01)
 
 
 def test_a_question_gives_the_same_numbers_whatever_was_read_before(trio, reader):
@@ -265,7 +278,9 @@ def bowl(alpha, beta, n=12):
 def reading_of(nlls, answers):
     entropy = np.ones((len(GRID), len(GRID)))
     entropy[2, 3] = 0
-    return Reading(len(nlls), nlls, np.asarray(answers), entropy)
+    alpha, beta = np.meshgrid(chebyshev_nodes(), chebyshev_nodes(), indexing="ij")
+    nodes = (alpha + 0.25) ** 2 + (beta - 1.2) ** 2
+    return Reading(len(nlls), nlls, np.asarray(answers), entropy, continuous=nodes)
 
 
 def test_each_method_takes_the_lowest_of_its_own_evidence():
@@ -284,7 +299,7 @@ def test_each_method_takes_the_lowest_of_its_own_evidence():
         "ppl-task": (0.3, 0.3),
         "large_ins": (1.0, 0.0),
     }
-    assert continuous == pytest.approx((0.25, 0.75), abs=0.011)
+    assert continuous == pytest.approx((-0.25, 1.2), abs=1e-4)
 
 
 def test_token_level_weights_follow_the_newest_evidence():

@@ -41,7 +41,7 @@ CHOOSING = {
     ANSWERS: Choosing("lowest perplexity of the exemplars' answers", "task"),
     TASK: Choosing("one pair per task, lowest macro perplexity of 50 prompts", "task"),
     ENT: Choosing("lowest entropy of the first token (TriMix-ENT)", "runtime"),
-    CONTINUOUS: Choosing("lowest perplexity of the prompt, between the grid's points too", "task"),
+    CONTINUOUS: Choosing("lowest perplexity of the prompt, as with --grid continuous", "task"),
     DECOUPLED: Choosing(
         "lowest perplexity of the prompt over (alpha, beta, gamma), by four models", "task"
     ),

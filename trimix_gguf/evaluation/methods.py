@@ -18,9 +18,8 @@ from trimix_gguf.errors import WeightsError
 from trimix_gguf.evaluation.continuing import Continuation
 from trimix_gguf.evaluation.reading import AXIS, Reading
 from trimix_gguf.mixing.fusion import METHODS, Mix, Rows, Weights
-from trimix_gguf.mixing.scoring import GRID, Float64, lowest
+from trimix_gguf.mixing.scoring import GRID, Float64, continuous_optimum, lowest
 
-_FINE = np.linspace(0, 1, 101)  # where the continuous optimum is looked for
 _KEEP = 0.97  # what a token's evidence is worth one token later, for token-level weights
 
 Score = Callable[[Rows, int], Float64]  # rows [n_vocab], the id that followed -> nats over AXIS²
@@ -95,20 +94,14 @@ def _selected(name: str, reading: Reading) -> Weights:
     if name == ENT:
         return lowest(reading.entropy, GRID, GRID)
     if name == CONTINUOUS:
-        return _continuous(reading.nlls.sum(axis=0))
+        if reading.continuous is None:
+            raise ValueError(f"{CONTINUOUS} needs a prompt that was read for it")
+        return continuous_optimum(reading.continuous)
     if name == ANSWERS:
         if not reading.answers.any():
             raise WeightsError(f"{ANSWERS} needs exemplars; give --exemplars 1 or more")
         return lowest_on_grid(reading.nlls[reading.answers].sum(axis=0))
     return lowest_on_grid(reading.nlls.sum(axis=0))
-
-
-def _continuous(nll: Float64) -> Weights:
-    """The lowest point of the polynomial through `nll` over AXIS², which is smooth and convex."""
-    from scipy.interpolate import BarycentricInterpolator
-
-    rows = BarycentricInterpolator(AXIS, nll)(_FINE)
-    return lowest(BarycentricInterpolator(AXIS, rows.T)(_FINE).T, tuple(_FINE), tuple(_FINE))
 
 
 def _token_level(reading: Reading, score: Score) -> Continuation:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trimix_gguf.choosing.methods import DECOUPLED, ORACLE
+from trimix_gguf.choosing.methods import CONTINUOUS, DECOUPLED, ORACLE
 from trimix_gguf.evaluation.continuing import (
     WIDEST,
     Continuation,
@@ -68,6 +68,7 @@ def run_task(
         n_exemplars=settings.n_exemplars,
         chat=settings.chat,
         fourth=fourth,
+        continuous=CONTINUOUS in settings.methods,
     )
     weights = choose_task_weights(
         reader, task, dataset, settings, out, lambda what: progress(f"{label}, {what}")

@@ -23,11 +23,12 @@ from typing import Any
 
 from common import load, machine, parser, report, spread, text_ids
 
-from trimix_gguf.answering import speculative
-from trimix_gguf.answering.speculative import DRAFTER, MOST_DRAFTED, Drafting, decode_steps
+from trimix_gguf.answering import drafting as drafts
+from trimix_gguf.answering.decoding import decode_steps
+from trimix_gguf.answering.drafting import DRAFTER, MOST_DRAFTED, Drafting
 from trimix_gguf.bench import Run, decode, read_bytes
 from trimix_gguf.machine.gguf_file import read_gguf
-from trimix_gguf.mixing.fusion import Weights
+from trimix_gguf.mixing.fusion import Mix, Weights
 from trimix_gguf.mixing.sampling import Sampler
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.model import Model
@@ -184,7 +185,7 @@ def measured(
         for _ in range(options.repeats):
             for k in LENGTHS:
                 drafting = Watched(k)
-                run = decode(trio, prompt, weights, drafting=drafting, n_tokens=options.tokens)
+                run = decode(trio, prompt, Mix(weights), drafting=drafting, n_tokens=options.tokens)
                 runs[k][i].append((run, drafting))
     return times, runs
 
@@ -243,8 +244,8 @@ def outside(run: Run) -> float:
 # -- where the time goes --------------------------------------------------------------------
 
 PARTS = {
-    (speculative, "fuse"): "fuse",
-    (speculative, "probability"): "drafter's confidence",
+    (Mix, "fuse"): "fuse",
+    (drafts, "probability"): "drafter's confidence",
     (Sampler, "sample"): "sampling",
     (Sampler, "accept"): "sampling",
     (Sampler, "clone"): "sampling",
@@ -261,7 +262,7 @@ def profile(
     trio.prefill(Prompt((Segment.of(ids[:-1]),)))
     trio.rows()
     trio.advance(ids[-1])  # owed, as each later token is
-    steps = decode_steps(trio, weights, sampler, drafting=Watched(k), max_tokens=n_tokens)
+    steps = decode_steps(trio, Mix(weights), sampler, drafting=Watched(k), max_tokens=n_tokens)
     with ExitStack() as stack:
         stack.enter_context(timed(Model, "decode", spent, lambda model: role_of[id(model)]))
         for (owner, name), part in PARTS.items():

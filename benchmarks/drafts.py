@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from common import load, machine, parser, report, spread
 
-from trimix_gguf.answering.speculative import Drafting
+from trimix_gguf.answering.drafting import Drafting
 from trimix_gguf.bench import Run, decode
 from trimix_gguf.choosing.selection import select_weights
-from trimix_gguf.mixing.fusion import Weights, fuse
+from trimix_gguf.mixing.fusion import Mix
 from trimix_gguf.trio.prompt import Prompt
 from trimix_gguf.trio.trio import Trio
 
@@ -41,27 +41,27 @@ def prompts(text: str, n_chars: int) -> list[tuple[str, str]]:
 
 def compare(trio: Trio, prompt: Prompt, n_tokens: int, repeats: int) -> dict[str, Any]:
     trio.forget()
-    weights = select_weights(trio, prompt).weights
+    mix = select_weights(trio, prompt).mix
     lockstep, drafts, accepted = [], [], []
     for _ in range(repeats):
         drafting = Drafting()
         never = Drafting(never=True)
-        lockstep.append(decode(trio, prompt, weights, drafting=never, n_tokens=n_tokens))
-        drafts.append(decode(trio, prompt, weights, drafting=drafting, n_tokens=n_tokens))
+        lockstep.append(decode(trio, prompt, mix, drafting=never, n_tokens=n_tokens))
+        drafts.append(decode(trio, prompt, mix, drafting=drafting, n_tokens=n_tokens))
         accepted.append(drafting.acceptance or 0.0)
     return {
-        "weights": [weights.alpha, weights.beta],
+        "weights": [mix.weights.alpha, mix.weights.beta],
         "lockstep_tps": statistics.median(run.tps for run in lockstep),
         "tps": statistics.median(run.tps for run in drafts),
         "ratio": spread([b.tps / a.tps for a, b in zip(lockstep, drafts, strict=True)]),
         "acceptance": statistics.median(accepted),
         "tokens_per_round": statistics.median(n_tokens / len(run.n_drafted) for run in drafts),
-        "parted": parting(trio, prompt, weights, lockstep[0], drafts),
+        "parted": parting(trio, prompt, mix, lockstep[0], drafts),
     }
 
 
 def parting(
-    trio: Trio, prompt: Prompt, weights: Weights, lockstep: Run, drafts: Sequence[Run]
+    trio: Trio, prompt: Prompt, mix: Mix, lockstep: Run, drafts: Sequence[Run]
 ) -> dict[str, float] | None:
     """The first token that differs in some run, and the gap of its two best logits; or None."""
     others = [run.tokens for run in drafts if run.tokens != lockstep.tokens]
@@ -71,7 +71,7 @@ def parting(
     trio.prefill(prompt)
     for token in lockstep.tokens[:at]:
         trio.advance(token)
-    second, first = np.sort(fuse(trio.rows(), weights, unused=trio.unused))[-2:]
+    second, first = np.sort(mix.fuse(trio.rows(), trio.unused))[-2:]
     return {"token": at, "gap": float(first - second)}
 
 

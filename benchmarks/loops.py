@@ -8,9 +8,9 @@ from typing import Any
 
 from common import load, machine, parser, report
 
-from trimix_gguf.evaluation.continuing import Mix, Start, continue_all
+from trimix_gguf.evaluation.continuing import Continuation, Start, continue_all
 from trimix_gguf.evaluation.loops import Loop
-from trimix_gguf.evaluation.methods import grid_mixes
+from trimix_gguf.evaluation.methods import grid_continuations
 from trimix_gguf.evaluation.prompts import open_reader, question_after
 from trimix_gguf.evaluation.runner import Settings
 from trimix_gguf.evaluation.tasks import find_task
@@ -44,16 +44,16 @@ def main() -> None:
             dataset = task.load(options.text, options.lang, 0)
             questions = Settings((), limit=options.questions).questions(dataset)
             reader = open_reader(trio, task, dataset, questions)
-            mixes = []
+            written: list[Continuation] = []
             for question in questions:
                 reader.read(question_after(reader, question))
                 with trio.forks():
-                    start = Start.here(trio, ROLES, grid_mixes())
-                    for mix in start.mixes:
-                        mix.loop = Watch()
+                    start = Start.here(trio, ROLES, grid_continuations())
+                    for one in start.continuations:
+                        one.loop = Watch()
                     continue_all(trio, [start], max_tokens=task.max_tokens)
-                mixes += start.mixes
-            result[name] = counts(mixes, task.max_tokens)
+                written += start.continuations
+            result[name] = counts(written, task.max_tokens)
             lines.append(
                 "{name}: {answers} answers, {at_limit} to the limit of {limit} tokens; {foretold} "
                 "foretold, {wrong} of them otherwise; {share:.0%} of all tokens".format(
@@ -63,17 +63,17 @@ def main() -> None:
     report(options, result, lines)
 
 
-def counts(mixes: list[Mix], max_tokens: int) -> dict[str, Any]:
+def counts(written: list[Continuation], max_tokens: int) -> dict[str, Any]:
     """How many answers there are, were foretold, and went on otherwise; the tokens foretold."""
-    watches = [(mix, mix.loop.foretold) for mix in mixes if isinstance(mix.loop, Watch)]
-    seen = [(mix, *foretold) for mix, foretold in watches if foretold is not None]
-    spared = sum(len(mix.ids) - there for mix, there, _ in seen)
+    watches = [(one, one.loop.foretold) for one in written if isinstance(one.loop, Watch)]
+    seen = [(one, *foretold) for one, foretold in watches if foretold is not None]
+    spared = sum(len(one.ids) - there for one, there, _ in seen)
     return {
-        "answers": len(mixes),
-        "at_limit": sum(len(mix.ids) == max_tokens for mix in mixes),
+        "answers": len(written),
+        "at_limit": sum(len(one.ids) == max_tokens for one in written),
         "foretold": len(seen),
-        "wrong": sum(mix.ids != ids for mix, _, ids in seen),
-        "share": spared / sum(len(mix.ids) for mix in mixes),
+        "wrong": sum(one.ids != ids for one, _, ids in seen),
+        "share": spared / sum(len(one.ids) for one in written),
     }
 
 

@@ -11,7 +11,7 @@ import pytest
 from trimix_gguf import Trio, Weights, generate, select_weights, stream_generate
 from trimix_gguf.answering.batching import Batcher, Request
 from trimix_gguf.errors import ModelError, PromptError, QueueFull, SamplerError
-from trimix_gguf.mixing.fusion import METHODS
+from trimix_gguf.mixing.fusion import METHODS, Mix
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.prompt import Prompt, Segment
 
@@ -68,9 +68,8 @@ def text_of(events):
 def alone(trio, request):
     """The whole answer by the one-prompt path."""
     response = generate(
-        trio, request.prompt, weights=request.weights, method=request.method, stop=request.stop,
-        plausibility_threshold=request.plausibility_threshold, max_tokens=request.max_tokens,
-        speculative="off", **request.sampling,
+        trio, request.prompt, weights=request.mix, method=request.method, stop=request.stop,
+        max_tokens=request.max_tokens, speculative="off", **request.sampling,
     )  # fmt: skip
     trio.forget()
     return response
@@ -79,7 +78,7 @@ def alone(trio, request):
 def agrees(events, ids):
     """Whether an answer is `ids`, or parts from them where two tokens all but tie.
 
-    llama.cpp sums a batch in another order than single tokens; see speculative.py.
+    llama.cpp sums a batch in another order than single tokens; see decoding.py.
     """
     tokens = [token for event in events for token in event.tokens]
     for token, other in zip(tokens, ids, strict=False):
@@ -91,7 +90,7 @@ def agrees(events, ids):
 def ids_alone(trio, request):
     """The answer's ids by the one-prompt path, of greedy requests."""
     chunks = stream_generate(
-        trio, request.prompt, weights=request.weights, max_tokens=request.max_tokens, **GREEDY
+        trio, request.prompt, weights=request.mix, max_tokens=request.max_tokens, **GREEDY
     )
     ids = [chunk.token for chunk in chunks if chunk.token is not None]
     trio.forget()
@@ -109,15 +108,12 @@ def kinds(trio):
     for text in TEXTS:
         prompt = trio.prompt(text)
         yield Request(prompt, sampling=GREEDY, max_tokens=16)
-        yield Request(prompt, Weights(0.1, 0.9), sampling=GREEDY, max_tokens=9)
+        yield Request(prompt, Mix(Weights(0.1, 0.9)), sampling=GREEDY, max_tokens=9)
         yield Request(prompt, method="ent", sampling=GREEDY, max_tokens=5)
         yield Request(per_role(trio, text), sampling=GREEDY, max_tokens=8)
         yield Request(prompt, sampling={"seed": 11, "temperature": 0.9}, max_tokens=12)
-        method = METHODS["contrastive"]
-        yield Request(
-            prompt, method.weights, sampling=GREEDY, max_tokens=8, stop=("а",),
-            plausibility_threshold=method.plausibility_threshold,
-        )  # fmt: skip
+        contrastive = METHODS["contrastive"]
+        yield Request(prompt, contrastive, sampling=GREEDY, max_tokens=8, stop=("а",))
 
 
 def test_answered_together_as_each_alone(trio):
@@ -190,10 +186,10 @@ def test_sums_over_any_kept_beginning_are_those_of_a_fresh_prompt(trio):
 def test_an_answer_is_kept_for_what_goes_on_from_it(trio, batcher):
     prompt = trio.prompt(TEXTS[0])
     weights = Weights(0.1, 0.9)
-    (events,) = ask(batcher, [Request(prompt, weights, sampling=GREEDY, max_tokens=20)])
+    (events,) = ask(batcher, [Request(prompt, Mix(weights), sampling=GREEDY, max_tokens=20)])
     ids = [token.id for event in events for token in event.tokens]
     longer = Prompt((*prompt.segments, Segment.of(ids), Segment.of([9, 10, 11])))
-    (events,) = ask(batcher, [Request(longer, weights, sampling=GREEDY, max_tokens=4)])
+    (events,) = ask(batcher, [Request(longer, Mix(weights), sampling=GREEDY, max_tokens=4)])
     # Its newest token was picked, and never read.
     assert events[0].n_cached == prompt.n_tokens() + len(ids) - 1
 
@@ -201,7 +197,7 @@ def test_an_answer_is_kept_for_what_goes_on_from_it(trio, batcher):
 @pytest.mark.parametrize("weights", [None, Weights(0.3, 0.7), Weights(0.1, 0.9)])
 def test_log_probabilities_of_the_prompt_add_up_to_its_perplexity(trio, batcher, weights):
     prompt = trio.prompt(TEXTS[1])
-    request = Request(prompt, weights, max_tokens=0, n_top=2, echo=True)
+    request = Request(prompt, weights and Mix(weights), max_tokens=0, n_top=2, echo=True)
     ((event,),) = ask(batcher, [request])
     batcher.close()
     fresh = select_weights(trio, prompt)
@@ -221,7 +217,12 @@ def test_log_probabilities_of_the_prompt_add_up_to_its_perplexity(trio, batcher,
 
 def test_traced_and_logged_tokens(trio, batcher):
     request = Request(
-        trio.prompt(TEXTS[0]), Weights(0.1, 0.9), sampling=GREEDY, max_tokens=4, n_top=3, trace=True
+        trio.prompt(TEXTS[0]),
+        Mix(Weights(0.1, 0.9)),
+        sampling=GREEDY,
+        max_tokens=4,
+        n_top=3,
+        trace=True,
     )
     (events,) = ask(batcher, [request])
     tokens = [token for event in events for token in event.tokens]
@@ -251,13 +252,13 @@ def test_where_every_sequence_is_taken_the_kept_one_goes_on_itself():
     with Trio.nano(n_ctx=2048, n_window=8, n_threads=2) as small:
         batcher = Batcher(small, n_parallel=7)
         prompt = small.prompt(TEXTS[3])
-        (want,) = ask(batcher, [Request(prompt, Weights(0, 1), sampling=GREEDY, max_tokens=5)])
+        (want,) = ask(batcher, [Request(prompt, Mix(Weights(0, 1)), sampling=GREEDY, max_tokens=5)])
         started = queue.Queue()
         jobs = []
         for token in range(20, 26):
             long = Request(
                 Prompt((Segment.of([token]),)),
-                Weights(0, 1),
+                Mix(Weights(0, 1)),
                 sampling={**GREEDY, "logit_bias": dict.fromkeys(small.end_of_generation, -100.0)},
                 max_tokens=240,
             )
@@ -266,7 +267,9 @@ def test_where_every_sequence_is_taken_the_kept_one_goes_on_itself():
             started.get(timeout=60)
         for _ in range(12):
             started.get(timeout=60)
-        (again,) = ask(batcher, [Request(prompt, Weights(0, 1), sampling=GREEDY, max_tokens=5)])
+        (again,) = ask(
+            batcher, [Request(prompt, Mix(Weights(0, 1)), sampling=GREEDY, max_tokens=5)]
+        )
         assert batcher.statistics().n_running == 6  # all sequences were in use
         for job in jobs:
             job.cancel()
@@ -277,7 +280,9 @@ def test_where_every_sequence_is_taken_the_kept_one_goes_on_itself():
 
 def test_an_answer_ends_where_the_context_is_full(trio, batcher):
     prompt = trio.prompt(TEXTS[0])
-    (events,) = ask(batcher, [Request(prompt, Weights(0, 1), sampling=GREEDY, max_tokens=5000)])
+    (events,) = ask(
+        batcher, [Request(prompt, Mix(Weights(0, 1)), sampling=GREEDY, max_tokens=5000)]
+    )
     assert events[-1].finish_reason == "context"
     assert events[-1].n_tokens == trio.n_ctx - prompt.n_tokens() + 1
 
@@ -293,7 +298,8 @@ def test_a_cancelled_request_ends_and_gives_up_its_place(trio):
 
     sampling = {"seed": 1, "logit_bias": {0: -100.0}}
     job = batcher.submit(
-        Request(trio.prompt("а"), Weights(0.1, 0.9), sampling=sampling, max_tokens=400), on_event
+        Request(trio.prompt("а"), Mix(Weights(0.1, 0.9)), sampling=sampling, max_tokens=400),
+        on_event,
     )
     waits = batcher.submit(Request(trio.prompt("б"), sampling=GREEDY), lambda event: None)
     assert started.wait(60)
@@ -314,7 +320,7 @@ def test_bad_requests_are_refused_and_harm_nobody(trio, batcher):
     with pytest.raises(SamplerError, match="grammar"):
         batcher.submit(Request(trio.prompt("а"), sampling={"grammar": "root ::= ("}), print)
     # Ruled out only once its rows are there.
-    nothing = Request(trio.prompt("а"), Weights(1, 0), sampling={"grammar": 'root ::= ""'})
+    nothing = Request(trio.prompt("а"), Mix(Weights(1, 0)), sampling={"grammar": 'root ::= ""'})
     single = Request(Prompt((Segment.of([5]),)), sampling=GREEDY)
     good = Request(trio.prompt(TEXTS[0]), sampling=GREEDY, max_tokens=3)
     found = ask(batcher, [nothing, good, single])
@@ -325,7 +331,7 @@ def test_bad_requests_are_refused_and_harm_nobody(trio, batcher):
 
 def test_more_than_may_wait_are_refused(trio):
     batcher = Batcher(trio, n_parallel=1, n_queue=2)
-    request = Request(trio.prompt("а"), Weights(0, 1), sampling=GREEDY, max_tokens=400)
+    request = Request(trio.prompt("а"), Mix(Weights(0, 1)), sampling=GREEDY, max_tokens=400)
     jobs = [batcher.submit(request, lambda event: None) for _ in range(2)]
     with pytest.raises(QueueFull):
         jobs += [batcher.submit(request, lambda event: None) for _ in range(3)]
@@ -362,7 +368,9 @@ def test_any_mixture_of_requests_gives_each_its_own_text(trio):
         weights = rng.choice([None, Weights(0.1, 0.9), Weights(0.5, 0.5), Weights(0, 1)])
         n = rng.randint(1, 25)
         prompt = trio.prompt(text)
-        requests.append(Request(prompt, weights, sampling=GREEDY, max_tokens=n, n_top=4))
+        requests.append(
+            Request(prompt, weights and Mix(weights), sampling=GREEDY, max_tokens=n, n_top=4)
+        )
     expected = [ids_alone(trio, request) for request in requests]
     batcher = Batcher(trio, n_parallel=5, n_queue=64)
     events = ask(batcher, requests, cancelled=rng.sample(range(len(requests)), 8))

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trimix_gguf import Trio, bench
-from trimix_gguf.answering.speculative import Drafting
+from trimix_gguf import Trio, bench, stream_generate
+from trimix_gguf.answering.drafting import Drafting
 from trimix_gguf.machine.gguf_file import GGUFFile, TensorInfo
-from trimix_gguf.mixing.fusion import Weights
+from trimix_gguf.mixing.fusion import METHODS, Mix, Weights
 from trimix_gguf.mixing.scoring import grid_nll
 from trimix_gguf.roles import ROLES
 
@@ -115,7 +115,7 @@ def test_only_tensors_that_a_token_reads_whole_count():
 def test_floor_is_the_active_weights_over_the_bandwidth(trio, monkeypatch):
     monkeypatch.setattr(bench, "bandwidth", lambda: 2e9)
     read = {role: bench.read_bytes(model.file) for role, model in trio.models.items()}
-    found = bench.floor(trio, Weights(0.1, 0.9), seconds=0.004)
+    found = bench.floor(trio, Mix(Weights(0.1, 0.9)), seconds=0.004)
     assert found["bytes_per_token"] == read["large_ins"] + read["small_cpt"]
     assert found["floor_ms"] == pytest.approx(found["bytes_per_token"] / 2e6)
     assert found["measured_ms"] == pytest.approx(4.0) and found["gb_per_s"] == 2.0
@@ -124,11 +124,11 @@ def test_floor_is_the_active_weights_over_the_bandwidth(trio, monkeypatch):
 def test_texts_part_at_the_first_other_token(trio):
     assert bench.first_difference([1, 2, 3], [1, 2, 3]) is None
     assert bench.first_difference([1, 2, 3], [1, 5, 6]) == 1
-    prompt, weights = bench.bench_prompt(trio, n_tokens=20), Weights(0.3, 0.9)
+    prompt, mix = bench.bench_prompt(trio, n_tokens=20), Mix(Weights(0.3, 0.9))
     runs = [run(tokens=[4, 5, 6]), run(tokens=[4, 9, 6])]
     pairs = [once(lockstep=runs[0], speculative=other) for other in (runs[0], runs[1])]
-    assert bench.same_text(trio, prompt, weights, pairs[:1]) is True
-    parted = bench.same_text(trio, prompt, weights, pairs)
+    assert bench.same_text(trio, prompt, mix, pairs[:1]) is True
+    parted = bench.same_text(trio, prompt, mix, pairs)
     assert parted["index"] == 1 and parted["gap"] > 0
 
 
@@ -167,9 +167,23 @@ def test_prompt_is_cut_and_repeated(trio):
 def test_end_of_generation_does_not_cut_a_run(trio):
     """small_base alone would end at once; the measurement goes on, and restores Model.decode."""
     prompt = bench.bench_prompt(trio, n_tokens=40)
-    found = bench.decode(trio, prompt, Weights(0, 0), drafting=Drafting(never=True), n_tokens=80)
+    drafting = Drafting(never=True)
+    found = bench.decode(trio, prompt, Mix(Weights(0, 0)), drafting=drafting, n_tokens=80)
     assert len(found.tokens) == 80 and not trio.end_of_generation & set(found.tokens)
     assert all("decode" not in vars(model) for model in trio.models.values())
+
+
+def test_a_masked_mix_is_decoded_with_its_mask(trio):
+    """Bug: only the weights of contrastive decoding were measured."""
+    contrastive, prompt = METHODS["contrastive"], bench.bench_prompt(trio, n_tokens=40)
+    masked, unmasked = (
+        bench.decode(trio, prompt, mix, drafting=Drafting(never=True), n_tokens=16).tokens
+        for mix in (contrastive, Mix(contrastive.weights))
+    )
+    endless = dict.fromkeys(trio.end_of_generation, -1e9)
+    options = {"temperature": 0, "max_tokens": 16, "logit_bias": endless, "speculative": "off"}
+    stream = stream_generate(trio, prompt, weights=contrastive, **options)
+    assert masked == [chunk.token for chunk in stream] != unmasked
 
 
 def run(tokens, seconds=1.0, inside=1.0, n_drafted=(0,)):

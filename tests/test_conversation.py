@@ -11,6 +11,7 @@ from conftest import KAZAKH
 from trimix_gguf import Trio, Weights, generate, select_weights
 from trimix_gguf.answering.conversation import Conversation, pulls
 from trimix_gguf.errors import PromptError, WeightsError
+from trimix_gguf.mixing.fusion import Mix
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.trio import NANO
 
@@ -275,13 +276,13 @@ def test_saved_and_loaded_it_goes_on_alike(kept, tmp_path):
     conversation.save(path)
     other = talk(kept)
     other.load(path)
-    assert other.messages == conversation.messages and other.weights == MIX
+    assert other.messages == conversation.messages and other.held == Mix(MIX)
     assert other.prompt("a") == conversation.prompt("a")
     assert ask(other, "Астана") == ask(conversation, "Астана")
     empty = tmp_path / "empty.json"
     talk(kept, system="Жүйе").save(empty)
     other.load(empty)
-    assert other.messages == [{"role": "system", "content": "Жүйе"}] and other.weights == MIX
+    assert other.messages == [{"role": "system", "content": "Жүйе"}] and other.held == Mix(MIX)
 
 
 def test_answers_of_other_models_are_read_as_text(kept, tmp_path):

@@ -73,6 +73,23 @@ def test_a_line_cut_short_by_a_kill_is_written_anew(trimix, task_file, tmp_path)
         assert file.read_bytes() == whole
 
 
+def test_a_run_with_the_earlier_continuous_is_reported_and_not_gone_on_with(
+    trimix, task_file, tmp_path
+):
+    """Its weights were looked for over another range: both in one file would be neither."""
+    pytest.importorskip("sacrebleu")
+    out = tmp_path / "run"
+    given = arguments(task_file, out, "large_ins,continuous")
+    assert trimix(*given).returncode == 0
+    settings = json.loads((out / "run.json").read_text("utf-8"))
+    assert settings.pop("continuous_range") == [-0.5, 1.5]
+    (out / "run.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert "continuous_range" in one_line_error(trimix(*given))
+    report = trimix("eval", "report", out, "--json")
+    assert report.returncode == 0, report.stderr.decode()
+    assert "continuous" in json.loads(report.stdout)["methods"]
+
+
 def test_two_runs_do_not_write_one_folder(trimix, task_file, tmp_path):
     out = tmp_path / "run"
     given = arguments(task_file, out, "large_ins,ppl")

@@ -8,17 +8,18 @@ import pytest
 from conftest import KAZAKH
 from topics import EXEMPLARS, QUESTION, TOPICS, scored
 
-from trimix_gguf import Trio, Weights, generate, score
+from trimix_gguf import Trio, Weights, generate, score, select_weights
 from trimix_gguf.answering.chat import around_message
 from trimix_gguf.errors import ContextFullError
 from trimix_gguf.evaluation import methods, runner
-from trimix_gguf.evaluation.continuing import Mix, Start, continue_all, roles_of
+from trimix_gguf.evaluation.continuing import Continuation, Start, continue_all, roles_of
 from trimix_gguf.evaluation.loops import Loop
 from trimix_gguf.evaluation.reading import AXIS, Reader, Reading, choice_nll
 from trimix_gguf.evaluation.runner import run_task
 from trimix_gguf.evaluation.settings import Settings
 from trimix_gguf.evaluation.task import Dataset, Example, Task
-from trimix_gguf.mixing.scoring import GRID
+from trimix_gguf.mixing.fusion import Mix
+from trimix_gguf.mixing.scoring import GRID, chebyshev_nodes
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.prompt import Prompt, Segment
 from trimix_gguf.trio.sequences import Sequences
@@ -50,6 +51,19 @@ def test_a_reading_is_the_score_of_the_whole_prompt(trio, reader):
     n_question = len(whole.units) - len(reader.prefix.units)
     assert reading.answers[-n_question:].sum() == 0
     assert reading.answers.sum() == sum(marked[-(len(reading.answers) - n_question) :])
+
+
+def test_continuous_is_what_generate_calls_by_that_name(trio):
+    """Bug: eval had its own continuous optimum, over other weights than `--grid continuous`."""
+    prefix = trio.prompt(EXEMPLARS)
+    reader = Reader(trio, prefix, [False] * len(prefix.units), continuous=True)
+    reading = reader.read(scored(trio, QUESTION))
+    whole = Prompt((*prefix.segments, *scored(trio, QUESTION).segments))
+    trio.forget()
+    shipped = select_weights(trio, whole, grid="continuous").weights
+    made = methods.continuations(("continuous",), reading, {}, lambda rows, token: np.zeros(()))
+    ours = made["continuous"].mix.weights
+    assert (ours.alpha, ours.beta) == pytest.approx((shipped.alpha, shipped.beta), abs=0.01)
 
 
 def test_a_question_gives_the_same_numbers_whatever_was_read_before(trio, reader):
@@ -113,20 +127,20 @@ def test_prompts_together_are_continued_as_each_alone(trio, reader):
     alone, together = [], []
     for question in questions:
         reader.read(question)
-        alone.append([Mix(one) for one in weights])
+        alone.append([Continuation(Mix(one)) for one in weights])
         go_on(trio, alone[-1], max_tokens=12)
     reader.hold_exemplars()
     with trio.forks() as sequences:
         starts = []
         for question in questions:
             reader.read(question)
-            starts.append(Start.here(trio, ROLES, [Mix(one) for one in weights]))
+            starts.append(Start.here(trio, ROLES, [Continuation(Mix(one)) for one in weights]))
         n_ids = [sum(len(s.ids[r]) for s in q.segments) for q in questions for r in ("small_cpt",)]
         # What they share is kept once, but for its last token: each read that for its row.
         n_again = len(questions) - 1
         assert sequences.n_cells("small_cpt") == reader.prefix.n_tokens() + sum(n_ids) + n_again
         continue_all(trio, starts, max_tokens=12)
-        together = [start.mixes for start in starts]
+        together = [start.continuations for start in starts]
     assert [[m.text for m in ms] for ms in together] == [[m.text for m in ms] for ms in alone]
     assert len({m.text for ms in alone for m in ms}) > 3
 
@@ -159,7 +173,7 @@ def test_mixes_together_write_what_each_writes_alone(trio):
         answer = generate(trio, QUESTION, weights=one, max_tokens=8, temperature=0)
         expected.append(answer.text.lstrip().partition("\n")[0].rstrip())
     trio.prefill(trio.prompt(QUESTION))
-    mixes = [Mix(one) for one in weights]
+    mixes = [Continuation(Mix(one)) for one in weights]
     go_on(trio, mixes, max_tokens=8)
     assert [mix.text for mix in mixes] == expected
     assert len(set(expected)) > 3
@@ -167,7 +181,7 @@ def test_mixes_together_write_what_each_writes_alone(trio):
 
 def test_an_answer_ends_where_a_model_ends_it(trio):
     trio.prefill(trio.prompt(KAZAKH))
-    ended, goes_on = Mix(Weights(1, 0)), Mix(Weights(0, 1))
+    ended, goes_on = Continuation(Mix(Weights(1, 0))), Continuation(Mix(Weights(0, 1)))
     go_on(trio, [ended, goes_on], max_tokens=5)
     assert ended.ids == [] and ended.text == ""  # large_ins takes the sentence for a whole text
     assert goes_on.ids
@@ -176,7 +190,10 @@ def test_an_answer_ends_where_a_model_ends_it(trio):
 def test_more_mixes_than_fit_at_once(trio):
     trio.prefill(trio.prompt(KAZAKH))
     weights = [Weights(a, b) for a in np.linspace(0, 1, 6) for b in np.linspace(0, 1, 6)]
-    together, apart = [Mix(w) for w in weights], [Mix(w) for w in weights]
+    together, apart = (
+        [Continuation(Mix(w)) for w in weights],
+        [Continuation(Mix(w)) for w in weights],
+    )
     go_on(trio, together, max_tokens=60)
     for mix in apart:
         go_on(trio, [mix], max_tokens=60)
@@ -198,11 +215,11 @@ def test_as_answers_end_others_begin(monkeypatch):
         starts = []
         for text in texts:
             trio.prefill(trio.prompt(EXEMPLARS + text))
-            mixes = [Mix(Weights(a, b)) for a in GRID for b in GRID]
+            mixes = [Continuation(Mix(Weights(a, b))) for a in GRID for b in GRID]
             starts.append(Start.here(trio, ROLES, mixes))
         most = (trio.n_ctx - sequences.n_cells("large_ins")) // 48
         continue_all(trio, starts, max_tokens=48)
-    answers = [(i, mix.ids) for i, start in enumerate(starts) for mix in start.mixes]
+    answers = [(i, mix.ids) for i, start in enumerate(starts) for mix in start.continuations]
     longest = max(len(ids) for _, ids in answers)
     texts = {(i, *ids[:n]) for i, ids in answers for n in range(1, len(ids) + 1)}
     steps = [n for roles, n in widths if roles == ("large_ins",)]
@@ -213,8 +230,8 @@ def test_as_answers_end_others_begin(monkeypatch):
 def test_a_filled_answer_is_what_was_decoded_and_then_its_loop(trio, monkeypatch):
     monkeypatch.setattr("trimix_gguf.evaluation.loops._LIKELY", 0.0)  # the nano trio is never sure
     weights = [Weights(a, b) for a in (0.0, 0.5, 1.0) for b in (0.0, 0.5, 1.0)]
-    decoded = [Mix(one) for one in weights]
-    filled = [Mix(one, loop=Loop()) for one in weights]
+    decoded = [Continuation(Mix(one)) for one in weights]
+    filled = [Continuation(Mix(one), loop=Loop()) for one in weights]
     for mixes in (decoded, filled):
         trio.prefill(trio.prompt("ана мен бала, " * 8))
         go_on(trio, mixes, max_tokens=96)
@@ -244,7 +261,7 @@ def test_models_that_no_mix_reads_are_not_run(trio, monkeypatch):
     for role in ("small_cpt", "small_base"):
         monkeypatch.setattr(trio.models[role], "_decode", None)
     trio.prefill(trio.prompt(QUESTION))
-    mix = Mix(Weights(1, 0))
+    mix = Continuation(Mix(Weights(1, 0)))
     go_on(trio, [mix], max_tokens=5)
     assert mix.ids
 
@@ -253,7 +270,7 @@ def test_an_answer_that_cannot_fit_is_refused():
     with Trio.nano(n_ctx=64) as small:
         small.prefill(small.prompt("а " * 20))
         with pytest.raises(ContextFullError, match="does not fit"):
-            go_on(small, [Mix(Weights(1, 0))], max_tokens=60)
+            go_on(small, [Continuation(Mix(Weights(1, 0)))], max_tokens=60)
 
 
 def bowl(alpha, beta, n=12):
@@ -265,17 +282,19 @@ def bowl(alpha, beta, n=12):
 def reading_of(nlls, answers):
     entropy = np.ones((len(GRID), len(GRID)))
     entropy[2, 3] = 0
-    return Reading(len(nlls), nlls, np.asarray(answers), entropy)
+    alpha, beta = np.meshgrid(chebyshev_nodes(), chebyshev_nodes(), indexing="ij")
+    nodes = (alpha + 0.25) ** 2 + (beta - 1.2) ** 2
+    return Reading(len(nlls), nlls, np.asarray(answers), entropy, continuous=nodes)
 
 
 def test_each_method_takes_the_lowest_of_its_own_evidence():
     nlls = np.concatenate((bowl(0.1, 0.9), bowl(0.7, 0.3, n=4)))
     reading = reading_of(nlls, [False] * 12 + [True] * 4)
     names = ("ppl", "ppl-answers", "ent", "ppl-task", "large_ins", "continuous")
-    made = methods.mixes(
+    made = methods.continuations(
         names, reading, {"ppl-task": Weights(0.3, 0.3)}, lambda rows, token: np.zeros(())
     )
-    chosen = {name: (mix.weights.alpha, mix.weights.beta) for name, mix in made.items()}
+    chosen = {name: (one.mix.weights.alpha, one.mix.weights.beta) for name, one in made.items()}
     continuous = chosen.pop("continuous")
     assert chosen == {
         "ppl": (0.3, 0.7),
@@ -284,14 +303,14 @@ def test_each_method_takes_the_lowest_of_its_own_evidence():
         "ppl-task": (0.3, 0.3),
         "large_ins": (1.0, 0.0),
     }
-    assert continuous == pytest.approx((0.25, 0.75), abs=0.011)
+    assert continuous == pytest.approx((-0.25, 1.2), abs=1e-4)
 
 
 def test_token_level_weights_follow_the_newest_evidence():
     reading = reading_of(bowl(0.1, 0.9, n=40), [False] * 40)
     there = bowl(1.0, 0.1, n=1)[0]
-    mix = methods.mixes(("token",), reading, {}, lambda rows, token: there)["token"]
-    assert mix.weights == Weights(0.1, 0.9)
+    mix = methods.continuations(("token",), reading, {}, lambda rows, token: there)["token"]
+    assert mix.mix.weights == Weights(0.1, 0.9)
     weights = [mix.adapt({}, 0) for _ in range(200)]
     assert weights[-1] == Weights(1.0, 0.1)
     assert [w.alpha for w in weights] == sorted(w.alpha for w in weights)

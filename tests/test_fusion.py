@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from trimix_gguf.errors import WeightsError
-from trimix_gguf.mixing.fusion import METHODS, Rows, Weights, fuse, mask_implausible
+from trimix_gguf.mixing.fusion import METHODS, Mix, Rows, Weights, fuse, mask_implausible
 from trimix_gguf.roles import ROLES
 
 INF = math.inf
@@ -127,3 +127,28 @@ def test_a_threshold_that_is_no_share_is_refused(threshold: float) -> None:
     row = np.zeros(4, np.float32)
     with pytest.raises(WeightsError, match="plausibility"):
         mask_implausible(row, row, threshold)
+    with pytest.raises(WeightsError, match="plausibility"):
+        Mix(Weights(1, 0), threshold)
+
+
+@pytest.mark.parametrize(
+    ("mix", "roles"),
+    [
+        (Mix(Weights(0, 1)), ("small_cpt",)),
+        (Mix(Weights(0, 1), 0.1), ("large_ins", "small_cpt")),
+        (Mix(Weights(0, 0), 0.1), ("large_ins", "small_base")),
+        (Mix(Weights(0.3, 0.9), 0.1), ROLES),
+    ],
+)
+def test_a_mix_reads_its_models_and_for_a_mask_large_ins(rows: Rows, mix: Mix, roles) -> None:
+    assert mix.roles == tuple(roles)
+    unused = np.arange(50) >= 48
+    read = {role: rows[role] for role in roles}
+    fused = mix.fuse(read, unused)
+    for i in range(4):  # several rows at once are as one by one
+        expected = fuse({role: rows[role][i] for role in ROLES}, mix.weights, unused=unused)
+        mask_implausible(expected, rows["large_ins"][i], mix.plausibility_threshold)
+        np.testing.assert_array_equal(fused[i], expected)
+        np.testing.assert_array_equal(
+            mix.fuse({r: m[i] for r, m in read.items()}, unused), fused[i]
+        )

@@ -21,10 +21,10 @@ from naive_mix import (  # noqa: E402
 )
 
 from trimix_gguf import Trio, Weights, generate, select_weights  # noqa: E402
-from trimix_gguf.errors import PromptError, SamplerError  # noqa: E402
+from trimix_gguf.errors import PromptError, SamplerError, WeightsError  # noqa: E402
 from trimix_gguf.evaluation import harness  # noqa: E402
 from trimix_gguf.evaluation.harness import TrimixLM  # noqa: E402
-from trimix_gguf.mixing.fusion import fuse  # noqa: E402
+from trimix_gguf.mixing.fusion import METHODS, Mix, fuse  # noqa: E402
 from trimix_gguf.trio.model import Model  # noqa: E402
 from trimix_gguf.trio.prompt import Prompt, Segment  # noqa: E402
 
@@ -300,3 +300,19 @@ def test_generation_from_a_context_too_long(short):
     options["max_gen_toks"] = short.n_ctx
     with pytest.raises(PromptError, match="48 tokens after its context.*max_gen_toks"):
         lm.generate_until([ask("generate_until", "Ол", options)])
+
+
+def test_a_masked_mix_generates_and_scores_nothing(trio):
+    """Bug: a trio whose method is contrastive was asked without its mask."""
+    contrastive = METHODS["contrastive"]
+    lm = TrimixLM(trio, contrastive)
+    hot = {"until": ["\n"], "max_gen_toks": 12, "do_sample": True, "temperature": 2.0}
+    (text,) = lm.generate_until([ask("generate_until", KAZAKH, hot)], disable_tqdm=True)
+    seed = int(np.random.default_rng(1234).integers(2**32 - 1, size=1)[0])
+    options = {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop": ["\n"],
+               "max_tokens": 12, "seed": seed, "speculative": "off"}  # fmt: skip
+    assert text == generate(trio, KAZAKH, weights=contrastive, **options).text
+    assert text != generate(trio, KAZAKH, weights=Mix(contrastive.weights), **options).text
+    with pytest.raises(WeightsError, match="cannot score texts"):
+        answers(lm, (KAZAKH, " Ол"))
+    assert lm.get_model_info()["weights"]["plausibility_threshold"] == 0.1

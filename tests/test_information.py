@@ -10,8 +10,8 @@ from test_cli import one_line_error
 from topics import QUESTION, TOPICS, arguments
 
 from trimix_gguf import Trio, score
+from trimix_gguf.choosing.methods import MI_ANSWERS
 from trimix_gguf.evaluation.information import exemplars_information
-from trimix_gguf.evaluation.methods import MI_ANSWERS
 from trimix_gguf.evaluation.reading import AXIS
 from trimix_gguf.evaluation.runner import run_task
 from trimix_gguf.evaluation.settings import Settings

@@ -7,10 +7,11 @@ import tomllib
 import pytest
 
 from trimix_gguf import Weights
+from trimix_gguf.choosing.methods import runtime_methods
 from trimix_gguf.errors import TrioFileError
-from trimix_gguf.mixing.fusion import METHODS
+from trimix_gguf.mixing.fusion import METHODS, Mix
 from trimix_gguf.roles import ROLES
-from trimix_gguf.trios.triofile import CHOOSING, ModelEntry, TrioFile, check_name, parse_trio
+from trimix_gguf.trios.triofile import ModelEntry, TrioFile, check_name, parse_trio
 
 TOP = 'version = 1\nname = "a"\n'
 MODELS = "[models.large_ins]\n[models.small_base]\n[models.small_cpt]\n"
@@ -52,7 +53,7 @@ def random_trio(draw, folder):
             kv_type=some("q8_0"),
         )
 
-    method = some(*CHOOSING, *METHODS)
+    method = some(*runtime_methods())
     return TrioFile(
         folder=folder,
         name=draw.choice(
@@ -110,12 +111,14 @@ def test_settings_of_a_model_go_before_those_of_the_trio(tmp_path):
     assert arguments["per_role"]["small_cpt"] == own
 
 
-def test_fixed_weights_are_the_files_or_those_of_its_method(tmp_path):
-    assert read(tmp_path, text_of("weights = [0.2, 0.5]\n")).fixed_weights == Weights(0.2, 0.5)
-    for name, method in METHODS.items():
-        assert read(tmp_path, text_of(f'method = "{name}"\n')).fixed_weights == method.weights
-    for top in ("", *(f'method = "{name}"\n' for name in CHOOSING)):
-        assert read(tmp_path, text_of(top)).fixed_weights is None
+def test_a_fixed_mix_is_the_files_or_that_of_its_method(tmp_path):
+    """Bug: a method's plausibility threshold was lost, and so masked nothing."""
+    pair = read(tmp_path, text_of("weights = [0.2, 0.5]\n"))
+    assert pair.fixed_mix == Mix(Weights(0.2, 0.5))
+    for name, mix in METHODS.items():
+        assert read(tmp_path, text_of(f'method = "{name}"\n')).fixed_mix == mix
+    for top in ("", *(f'method = "{n}"\n' for n in runtime_methods() if n not in METHODS)):
+        assert read(tmp_path, text_of(top)).fixed_mix is None
 
 
 @pytest.mark.parametrize(

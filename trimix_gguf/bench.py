@@ -22,13 +22,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trimix_gguf.answering.decoding import decode_steps
+from trimix_gguf.answering.drafting import Drafting
 from trimix_gguf.answering.generation import generate
-from trimix_gguf.answering.speculative import Drafting, decode_steps
-from trimix_gguf.choosing.selection import SINGLE
+from trimix_gguf.choosing.selection import Selection
 from trimix_gguf.errors import PromptError
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
 from trimix_gguf.machine.threads import available_cores
-from trimix_gguf.mixing.fusion import Rows, Weights, fuse
+from trimix_gguf.mixing.fusion import METHODS, Mix, Rows, fuse
 from trimix_gguf.mixing.sampling import Sampler
 from trimix_gguf.mixing.scoring import GRID, Float64, grid_nll
 from trimix_gguf.roles import ROLES
@@ -84,10 +85,10 @@ def measure(
     *,
     n_tokens: int = 64,
     repeats: int = 3,
-    weights: Weights | None = None,
+    mix: Mix | None = None,
     progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
-    """Measure a trio on `prompt` and `n_tokens` after it; without `weights`, as it chooses.
+    """Measure a trio on `prompt` and `n_tokens` after it; without `mix`, as it chooses.
 
     Times in seconds or milliseconds, speeds in tokens a second, sizes in bytes. Raises
     PromptError where the two do not fit in the context together.
@@ -102,28 +103,24 @@ def measure(
     trio.forget()
     answer = generate(trio, prompt, max_tokens=n_tokens, temperature=0)
     memory = memory_of(trio)  # before this module's own arrays
-    chosen = answer.selection.weights if weights is None else weights
+    chosen = answer.selection if mix is None else Selection(mix, "fixed")
     runs = []
     for i in range(repeats):
         progress(f"repeat {i + 1} of {repeats}")
-        runs.append(measure_once(trio, prompt, chosen, n_tokens))
+        runs.append(measure_once(trio, prompt, chosen.mix, n_tokens))
     progress("comparing texts, reading memory")
     return {
-        "weights": {
-            "alpha": chosen.alpha,
-            "beta": chosen.beta,
-            "method": answer.selection.method if weights is None else "fixed",
-        },
+        "weights": chosen.to_json(),
         "n_prompt_tokens": n_prompt,
         "n_tokens": n_tokens,
         "repeats": repeats,
         **speeds(runs, n_prompt),
-        "same_text": same_text(trio, prompt, chosen, runs),
+        "same_text": same_text(trio, prompt, chosen.mix, runs),
         "grid": {key: _median(r.grid[key] for r in runs) for key in runs[0].grid},
         "ttft_s": _median(r.speed["ttft_s"] for r in runs),
         "select_s": _median(r.speed["select_s"] for r in runs),
         "memory": memory,
-        "bandwidth": floor(trio, chosen, _median(r.lockstep.seconds for r in runs) / n_tokens),
+        "bandwidth": floor(trio, chosen.mix, _median(r.lockstep.seconds for r in runs) / n_tokens),
     }
 
 
@@ -140,7 +137,7 @@ def bench_prompt(trio: Trio, text: str = TEXT, n_tokens: int | None = None) -> P
 # -- one repeat -----------------------------------------------------------------------------
 
 
-def measure_once(trio: Trio, prompt: Prompt, weights: Weights, n_tokens: int) -> Repeat:
+def measure_once(trio: Trio, prompt: Prompt, mix: Mix, n_tokens: int) -> Repeat:
     """Run every form once, in turn."""
     trio.forget()
     speed = generate(trio, prompt, max_tokens=1, temperature=0).speed
@@ -148,22 +145,20 @@ def measure_once(trio: Trio, prompt: Prompt, weights: Weights, n_tokens: int) ->
     trio.prefill(prompt)
     prefill = {role: _timed(partial(trio.rows, (role,))) for role in ROLES}
 
-    def lockstep(mix: Weights) -> Run:
-        return decode(trio, prompt, mix, drafting=Drafting(never=True), n_tokens=n_tokens)
+    def lockstep(one: Mix) -> Run:
+        return decode(trio, prompt, one, drafting=Drafting(never=True), n_tokens=n_tokens)
 
     return Repeat(
         prefill=prefill,
-        alone={role: lockstep(SINGLE[role]) for role in ROLES},
-        lockstep=lockstep(weights),
-        speculative=decode(trio, prompt, weights, drafting=Drafting(), n_tokens=n_tokens),
+        alone={role: lockstep(METHODS[role]) for role in ROLES},
+        lockstep=lockstep(mix),
+        speculative=decode(trio, prompt, mix, drafting=Drafting(), n_tokens=n_tokens),
         speed=speed,
         grid=grid_scoring(trio, prompt, sum(prefill.values())),
     )
 
 
-def decode(
-    trio: Trio, prompt: Prompt, weights: Weights, *, drafting: Drafting, n_tokens: int
-) -> Run:
+def decode(trio: Trio, prompt: Prompt, mix: Mix, *, drafting: Drafting, n_tokens: int) -> Run:
     """Greedy tokens after a prompt that the caches hold; none of them ends the text."""
     sampler = Sampler(
         trio.models["large_ins"].vocab,
@@ -178,7 +173,7 @@ def decode(
     trio.advance(prompt.segments[-1].ids["large_ins"][-1])
     tokens: list[int] = []
     lengths: list[int] = []
-    steps = decode_steps(trio, weights, sampler, drafting=drafting, max_tokens=n_tokens)
+    steps = decode_steps(trio, mix, sampler, drafting=drafting, max_tokens=n_tokens)
     with decode_times(trio) as spans, closing(steps):
         started = time.perf_counter()
         for step in islice(steps, n_tokens):
@@ -309,7 +304,7 @@ def speeds(runs: Sequence[Repeat], n_prompt: int) -> dict[str, Any]:
 
 
 def same_text(
-    trio: Trio, prompt: Prompt, weights: Weights, runs: Sequence[Repeat]
+    trio: Trio, prompt: Prompt, mix: Mix, runs: Sequence[Repeat]
 ) -> bool | dict[str, float]:
     """True, or where lockstep and speculation first part, and by how little: the logit gap."""
     for run in runs:
@@ -317,7 +312,7 @@ def same_text(
         i = first_difference(ours, theirs)
         if i is not None:
             trio.prefill(Prompt((*prompt.segments, Segment.of(ours[:i]))))
-            fused = fuse(trio.rows(weights.active), weights)
+            fused = fuse(trio.rows(mix.weights.active), mix.weights)
             return {"index": i, "gap": abs(float(fused[ours[i]] - fused[theirs[i]]))}
     return True
 
@@ -330,12 +325,12 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
 # -- the machine ----------------------------------------------------------------------------
 
 
-def floor(trio: Trio, weights: Weights, seconds: float) -> dict[str, float | None]:
+def floor(trio: Trio, mix: Mix, seconds: float) -> dict[str, float | None]:
     """What reading the active weights once a token takes at least, beside the `seconds` measured.
 
     None where some of them are not in the CPU's memory. Weights that fit in its cache beat it.
     """
-    speed, models = bandwidth(), [trio.models[role] for role in weights.active]
+    speed, models = bandwidth(), [trio.models[role] for role in mix.roles]
     n_bytes = sum(read_bytes(m.file) for m in models)
     n_bytes += sum(read_gguf(m.lora).weight_bytes for m in models if m.lora is not None)
     on_cpu = all(m.device == "CPU" for m in models)

@@ -19,7 +19,7 @@ from trimix_gguf.answering.chat import PLAIN_STOPS, Message, chat_prompt, inner_
 from trimix_gguf.answering.generation import Response, stream_generate
 from trimix_gguf.choosing.selection import Selection
 from trimix_gguf.errors import PromptError, WeightsError
-from trimix_gguf.mixing.fusion import Weights
+from trimix_gguf.mixing.fusion import Mix, Weights
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.prompt import Prompt
@@ -38,9 +38,9 @@ class Exchange:
 class Conversation:
     """Questions and answers so far, and how the next one is answered.
 
-    `weights` are held for all answers; None chooses them anew for each. `options` go to
-    stream_generate. Where the context is full the oldest exchanges are no longer read, and
-    `notify` is told.
+    `weights`, or a whole Mix, are held for all answers; None chooses weights for each. `options` go
+    to stream_generate; a `plausibility_threshold` among them stays, whatever weights come. Where
+    the context is full the oldest exchanges are no longer read, and `notify` is told.
     """
 
     def __init__(
@@ -48,13 +48,14 @@ class Conversation:
         trio: Trio,
         *,
         system: str = "",
-        weights: Weights | Selection | None = None,
+        weights: Weights | Mix | Selection | None = None,
         max_tokens: int = 512,
         stop: Sequence[str] = (),
         notify: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
         **options: Any,
     ) -> None:
-        self.trio, self.system, self.weights = trio, system, weights
+        self.trio, self.system = trio, system
+        self.weights: Weights | Mix | Selection | None = weights
         self.exchanges: list[Exchange] = []
         self.n_dropped = 0  # exchanges that are no longer read
         self.last: Response | None = None  # the end of the newest answer
@@ -139,6 +140,13 @@ class Conversation:
         self.weights = self.last.selection
         return self.last.selection
 
+    @property
+    def held(self) -> Mix | None:
+        """The mix of all answers; None where weights are chosen for each."""
+        if self.weights is None:
+            return None
+        return self.weights.mix if isinstance(self.weights, Selection) else Mix.of(self.weights)
+
     def prompt(self, text: str) -> Prompt:
         """What would be read for `text`, all that the caches hold of it included."""
         exchanges = self.exchanges[self.n_dropped :]
@@ -204,10 +212,10 @@ class Conversation:
         for message, exchange in zip(answers, self.exchanges, strict=True):
             if exchange.ids is not None:
                 message["ids"] = list(exchange.ids)
-        weights = self.weights.weights if isinstance(self.weights, Selection) else self.weights
+        held = self.held
         contents = {
             "messages": messages,
-            "weights": weights and {"alpha": weights.alpha, "beta": weights.beta},
+            "weights": None if held is None else held.to_json(),
             "models": {role: model.path.name for role, model in self.trio.models.items()},
             "vocabulary": _vocabulary_digest(self.trio),
         }
@@ -225,7 +233,7 @@ class Conversation:
             own = saved.get("vocabulary") == _vocabulary_digest(self.trio)
             system, exchanges = _exchanges(saved["messages"], self.trio.n_vocab if own else 0)
             held = saved.get("weights")
-            weights = None if held is None else Weights(float(held["alpha"]), float(held["beta"]))
+            weights = None if held is None else _saved_mix(held)
         except (ValueError, LookupError, TypeError, AttributeError):
             raise PromptError(
                 f"{path} holds no conversation; expected JSON as `/save` writes it"
@@ -242,7 +250,7 @@ def pulls(row: Mapping[str, Any], n_vocab: int) -> dict[str, float]:
 
     A model's coefficient times its log-probability over that of chance, ln(p · n_vocab).
     """
-    coefficients = Weights(**row["weights"]).coefficients
+    coefficients = Weights(row["weights"]["alpha"], row["weights"]["beta"]).coefficients
     return {
         role: coefficients[role] * math.log(max(p, 1e-30) * n_vocab)
         for role, p in row["probabilities"].items()
@@ -271,6 +279,11 @@ def _vocabulary_digest(trio: Trio) -> str:
     """What ids mean: two quantizations of one model agree on it."""
     tokens = trio.models[ROLES[0]].file.array("tokenizer.ggml.tokens") or []
     return hashlib.sha256(b"\0".join(tokens[: trio.n_vocab])).hexdigest()
+
+
+def _saved_mix(saved: Mapping[str, Any]) -> Mix:
+    weights = Weights(float(saved["alpha"]), float(saved["beta"]))
+    return Mix(weights, float(saved.get("plausibility_threshold", 0.0)))
 
 
 def _exchanges(messages: list[dict[str, Any]], n_vocab: int) -> tuple[str, list[Exchange]]:

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from trimix_gguf.answering.speculative import MOST_DRAFTED
+from trimix_gguf.answering.drafting import MOST_DRAFTED
 from trimix_gguf.machine import native
 from trimix_gguf.machine.files import write_text
 from trimix_gguf.machine.folders import cache_folder

@@ -5,15 +5,18 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from trimix_gguf.answering.costs import kept_costs
+from trimix_gguf.answering.decoding import Step, decode_steps
+from trimix_gguf.answering.drafting import Drafting
 from trimix_gguf.answering.prompt_cache import load_prompt, save_prompt
-from trimix_gguf.answering.speculative import Drafting, Step, decode_steps, probability
+from trimix_gguf.choosing.methods import ChosenBy
 from trimix_gguf.choosing.selection import Grid, Selection, select_weights
 from trimix_gguf.errors import PromptError
-from trimix_gguf.mixing.fusion import Weights
+from trimix_gguf.mixing.fusion import Mix, Weights, check_threshold, probability
 from trimix_gguf.mixing.sampling import Sampler
 from trimix_gguf.mixing.scoring import GRID
 from trimix_gguf.roles import ROLES
@@ -44,13 +47,13 @@ def stream_generate(
     trio: Trio,
     prompt: Prompt | str,
     *,
-    weights: Weights | Selection | None = None,
-    method: Literal["ppl", "ent"] = "ppl",
+    weights: Weights | Mix | Selection | None = None,
+    method: ChosenBy = "ppl",
     grid: Grid = (GRID, GRID),
     last: int | None = None,
     max_tokens: int = 128,
     stop: Sequence[str] = (),
-    plausibility_threshold: float = 0.0,
+    plausibility_threshold: float | None = None,
     speculative: Literal["auto", "on", "off"] = "auto",
     n_draft: int | None = None,
     prompt_cache: Path | None = None,
@@ -62,78 +65,48 @@ def stream_generate(
 ) -> Generator[Response, None, None]:
     """Answer `prompt`, yielding text as it comes; `sampling` goes to Sampler.
 
-    `weights` fixes (alpha, beta), or holds an earlier choice; otherwise `method` ('ppl' or 'ent')
-    chooses them from the prompt over `grid`. Models whose coefficient is 0 are not evaluated,
-    unless `trace` asks for them by `trace_roles`: it gets a dict a token, with its probability
+    `weights` fixes (alpha, beta), fixes a whole Mix, or holds an earlier choice; otherwise `method`
+    ('ppl' or 'ent') chooses them from the prompt over `grid`. A `plausibility_threshold` that is
+    given stands in place of the mix's own, whoever chose the weights; without one, weights that
+    are chosen or given as a pair have none. Models whose coefficient is 0 are not evaluated,
+    unless `trace` asks for them by `trace_roles`: it gets a dict per token, with its probability
     under each model that was evaluated. `speculative` lets small_cpt draft: 'auto' where that
     pays, by lengths that follow what it costs and brings; 'on' always, `n_draft` tokens at once
-    if given. The text depends on it at near ties alone.
+    if given. The text depends on it only at near ties.
     `prompt_cache` is a folder that keeps the prompt as it was read, for the next run. Stops at an
     end-of-generation token of any of the three, at a `stop` string (not given out), after
     `max_tokens`, or where the context is full.
     """
     started = time.perf_counter()
+    if plausibility_threshold is not None:
+        check_threshold(plausibility_threshold)  # before minutes of reading
     if isinstance(prompt, str):
         prompt = trio.prompt(prompt)
-    end_ids = trio.end_of_generation
-    sampler = Sampler(
-        trio.models["large_ins"].vocab, trio.n_vocab, stop_ids=tuple(end_ids), **sampling
-    )
-    for segment in prompt.segments:
-        sampler.read_prompt(segment.ids["large_ins"])
+    sampler = _sampler(trio, prompt, sampling)
     cached = prompt_cache is not None and load_prompt(trio, prompt_cache)
     n_kept = trio.n_kept(prompt.units)
-    if weights is None:
-        selection = select_weights(
-            trio, prompt, method=method, grid=grid, last=last, progress=progress
-        )
-        weights = selection.weights
-    else:
-        trio.prefill(prompt)
-        selection = Selection(weights, "fixed") if isinstance(weights, Weights) else weights
-        weights = selection.weights
+    choice: dict[str, Any] = {"method": method, "grid": grid, "last": last, "progress": progress}
+    selection = _selection(trio, prompt, weights, plausibility_threshold, choice)
     if on_selection is not None:
         on_selection(selection)
     selected = time.perf_counter()
-    trio.rows(weights.active, progress)
+    trio.rows(selection.mix.roles, progress)
     read = time.perf_counter()
     if prompt_cache is not None and not (cached and n_kept == len(prompt.units)):
         save_prompt(trio, prompt_cache)
-    n_prompt = prompt.n_tokens()
-    response = Response("", None, selection, sampler.seed, n_prompt)
+    response = Response("", None, selection, sampler.seed, prompt.n_tokens())
     response.speed = {
         "select_s": selected - started if selection.method != "fixed" else 0.0,
-        "prefill_tps": n_prompt / (read - started),
+        "prefill_tps": response.n_prompt_tokens / (read - started),
     }
     drafting = Drafting(n_draft=n_draft, always=speculative == "on", never=speculative == "off")
+    answer = AnswerText(trio, sampler, stop=stop, max_tokens=max_tokens, room=trio.room)
+    also = trace_roles if trace is not None else ()
     steps = decode_steps(
-        trio,
-        weights,
-        sampler,
-        drafting=drafting,
-        max_tokens=max_tokens,
-        plausibility_threshold=plausibility_threshold,
-        also=trace_roles if trace is not None else (),
+        trio, selection.mix, sampler, drafting=drafting, max_tokens=max_tokens, also=also
     )
-    answer = Answer(trio, sampler, stop=stop, max_tokens=max_tokens, room=trio.room)
-    with closing(steps), kept_costs(trio, drafting.n_draft is None):
-        while answer.finish_reason is None:
-            step = next(steps)
-            if trace is not None:
-                trace(_trace_row(trio, step, weights))
-            now = time.perf_counter()
-            response.speed.setdefault("ttft_s", now - started)
-            if answer.n_tokens > 0:
-                took = now - started - response.speed["ttft_s"]
-                response.speed["decode_tps"] = answer.n_tokens / took
-            if drafting.acceptance is not None:
-                response.speed["acceptance"] = drafting.acceptance
-            text = answer.take(step.token)
-            response.n_tokens = answer.n_tokens
-            token = None if step.token in end_ids else step.token
-            yield _chunk(response, text, token, answer.finish_reason)
-    if max_tokens <= 0:
-        yield _chunk(response, "", None, answer.finish_reason)
+    told = None if trace is None else partial(_tell, trio, selection.mix, trace)
+    yield from _chunks(response, answer, steps, drafting, trio, told, started)
 
 
 def generate(trio: Trio, prompt: Prompt | str, **options: Any) -> Response:
@@ -147,13 +120,77 @@ def generate(trio: Trio, prompt: Prompt | str, **options: Any) -> Response:
     return last
 
 
+def _sampler(trio: Trio, prompt: Prompt, settings: dict[str, Any]) -> Sampler:
+    """One that has read the prompt, for its penalties."""
+    end_ids = tuple(trio.end_of_generation)
+    sampler = Sampler(trio.models["large_ins"].vocab, trio.n_vocab, stop_ids=end_ids, **settings)
+    for segment in prompt.segments:
+        sampler.read_prompt(segment.ids["large_ins"])
+    return sampler
+
+
+def _selection(
+    trio: Trio,
+    prompt: Prompt,
+    weights: Weights | Mix | Selection | None,
+    plausibility_threshold: float | None,
+    choice: dict[str, Any],
+) -> Selection:
+    """What the caller fixed or chose before, or chosen by the prompt; the trio then holds it."""
+    if weights is None:
+        selection = select_weights(trio, prompt, **choice)
+    else:
+        trio.prefill(prompt)
+        selection = (
+            weights if isinstance(weights, Selection) else Selection(Mix.of(weights), "fixed")
+        )
+    if plausibility_threshold is None:
+        return selection
+    masked = replace(selection.mix, plausibility_threshold=plausibility_threshold)
+    return replace(selection, mix=masked)
+
+
+def _chunks(
+    response: Response,
+    answer: "AnswerText",
+    steps: Generator[Step, None, None],
+    drafting: Drafting,
+    trio: Trio,
+    tell: Callable[[Step], None] | None,
+    started: float,
+) -> Generator[Response, None, None]:
+    """The answer's text as its steps bring it; `tell` gets each step before its chunk."""
+    with closing(steps), kept_costs(trio, drafting.n_draft is None):
+        if answer.finish_reason is not None:  # no token was asked for
+            yield _chunk(response, "", None, answer.finish_reason)
+        while answer.finish_reason is None:
+            step = next(steps)
+            if tell is not None:
+                tell(step)
+            _time(response, answer, drafting, time.perf_counter() - started)
+            text = answer.take(step.token)
+            response.n_tokens = answer.n_tokens
+            token = None if step.token in trio.end_of_generation else step.token
+            yield _chunk(response, text, token, answer.finish_reason)
+
+
+def _time(response: Response, answer: "AnswerText", drafting: Drafting, elapsed: float) -> None:
+    """Note the speed at a token that came `elapsed` seconds after the start."""
+    speed = response.speed
+    speed.setdefault("ttft_s", elapsed)
+    if answer.n_tokens > 0:
+        speed["decode_tps"] = answer.n_tokens / (elapsed - speed["ttft_s"])
+    if drafting.acceptance is not None:
+        speed["acceptance"] = drafting.acceptance
+
+
 def _chunk(response: Response, text: str, token: int | None, reason: str | None = None) -> Response:
     return replace(
         response, text=text, token=token, finish_reason=reason, speed=dict(response.speed)
     )
 
 
-class Answer:
+class AnswerText:
     """Text of an answer as its tokens come, and why it ends.
 
     `finish_reason` is None until then: 'stop', 'length', or 'context' where `room`, the tokens
@@ -221,15 +258,17 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in sizes if text.endswith(stop[:n])), 0)
 
 
-def _trace_row(trio: Trio, step: Step, weights: Weights) -> dict[str, Any]:
+def _tell(trio: Trio, mix: Mix, trace: Trace, step: Step) -> None:
+    """Give `trace` what each model made of a token."""
     token = step.token
-    return {
+    row = {
         "id": token,
         "piece": trio.models["large_ins"].piece(token, special=True).decode("utf-8", "replace"),
         "probabilities": {
             **{r: probability(step.rows[r], token) for r in ROLES if r in step.rows},
             "fused": probability(step.fused, token),
         },
-        "weights": {"alpha": weights.alpha, "beta": weights.beta},
+        "weights": mix.to_json(),
         "from_draft": step.from_draft,
     }
+    trace(row)

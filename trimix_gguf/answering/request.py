@@ -11,12 +11,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trimix_gguf.answering.generation import Answer
-from trimix_gguf.answering.speculative import probability
+from trimix_gguf.answering.generation import AnswerText
+from trimix_gguf.choosing.methods import ENT, PPL, ChosenBy
 from trimix_gguf.choosing.selection import Grid, Selection, empty_score, lowest_entropy, window_nll
 from trimix_gguf.errors import PromptError, TrimixError
 from trimix_gguf.machine.threads import available_cores
-from trimix_gguf.mixing.fusion import Rows, Weights, fuse, mask_implausible
+from trimix_gguf.mixing.fusion import Mix, Rows, probability
 from trimix_gguf.mixing.sampling import Sampler
 from trimix_gguf.mixing.scoring import GRID
 from trimix_gguf.roles import ROLES
@@ -30,18 +30,18 @@ from trimix_gguf.trio.trio import Trio
 class Request:
     """What to answer and how; names and defaults are those of generation.stream_generate.
 
+    Without a `mix`, `method` chooses the weights from the prompt.
     `n_top` asks for the log-probability of each token under the mix, and of that many likeliest
     ones; with `echo` for those of the prompt too. `trace` asks what each model that the mix reads
     made of each token. `sampling` goes to Sampler.
     """
 
     prompt: Prompt
-    weights: Weights | None = None
-    method: Literal["ppl", "ent"] = "ppl"
+    mix: Mix | None = None
+    method: ChosenBy = "ppl"
     grid: Grid = (GRID, GRID)
     max_tokens: int = 128
     stop: tuple[str, ...] = ()
-    plausibility_threshold: float = 0.0
     sampling: Mapping[str, Any] = field(default_factory=dict)
     n_top: int | None = None
     echo: bool = False
@@ -93,9 +93,9 @@ class Work:
     def __init__(self, trio: Trio, request: Request, on_event: Callable[[Event], None]) -> None:
         self.trio, self.request, self._on_event = trio, request, on_event
         self.stage: Literal["score", "echo", "read", "answer"] = "read"
-        if request.weights is None and request.method == "ppl":
+        if request.mix is None and request.method == PPL:
             self.stage = "score"
-        elif request.echo and request.weights is not None:
+        elif request.echo and request.mix is not None:
             self.stage = "echo"
         self.prefill = Prefill(request.prompt, predicts=_PREDICTED[self.stage])
         room = _room(trio, self.prefill)
@@ -108,11 +108,11 @@ class Work:
         )
         for segment in request.prompt.segments:
             self._sampler.read_prompt(segment.ids["large_ins"])
-        self._answer = Answer(
+        self._answer = AnswerText(
             trio, self._sampler, stop=request.stop, max_tokens=request.max_tokens, room=room
         )
         self.n_cached = self.newest = 0
-        self.selection = None if request.weights is None else Selection(request.weights, "fixed")
+        self.selection = None if request.mix is None else Selection(request.mix, "fixed")
         self._score = empty_score(request.grid)
         self._sums = PrefixSums((self._score.alphas, self._score.betas))
         self._prompt_tokens: list[Token] = []
@@ -126,11 +126,7 @@ class Work:
     @property
     def roles(self) -> tuple[str, ...]:
         """Models that it reads now."""
-        if self.selection is None:
-            return ROLES
-        masked = self.request.plausibility_threshold > 0
-        needed = {*self.selection.weights.active, *(("large_ins",) if masked else ())}
-        return tuple(role for role in ROLES if role in needed)
+        return ROLES if self.selection is None else self.selection.mix.roles
 
     @property
     def finish_reason(self) -> str | None:
@@ -188,13 +184,13 @@ class Work:
 
     def _select(self, rows: Rows) -> Selection:
         grid = self.request.grid
-        if self.request.method == "ent":
+        if self.request.method == ENT:
             return lowest_entropy([rows], grid, self.trio.unused)
         if not self._sums.sums:
             raise PromptError("the prompt has no token to score: give more text, or fix weights")
         self._score.nll.append(self._sums.newest.nll)
         self._score.n_tokens.append(self._sums.newest.n_tokens)
-        return Selection(self._score.best(), "ppl", self._score)
+        return Selection(Mix(self._score.best()), PPL, self._score)
 
     # -- answering --------------------------------------------------------------------------
 
@@ -217,10 +213,7 @@ class Work:
 
     def _fused(self, rows: Rows) -> NDArray[np.float32]:
         assert self.selection is not None  # set before the first token
-        fused = fuse(rows, self.selection.weights, unused=self.trio.unused)
-        if self.request.plausibility_threshold > 0:
-            mask_implausible(fused, rows["large_ins"], self.request.plausibility_threshold)
-        return fused
+        return self.selection.mix.fuse(rows, self.trio.unused)
 
     def _token(
         self, token: int, fused: NDArray[np.float32] | None = None, rows: Rows | None = None

@@ -3,14 +3,15 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trimix_gguf.choosing.methods import ENT, PPL, ChosenBy
 from trimix_gguf.errors import PromptError, WeightsError
 from trimix_gguf.machine.threads import available_cores
-from trimix_gguf.mixing.fusion import METHODS, Rows, Weights
+from trimix_gguf.mixing.fusion import METHODS, Mix, Rows, Weights
 from trimix_gguf.mixing.scoring import (
     GRID,
     Float64,
@@ -77,11 +78,20 @@ class Score:
 
 @dataclass(frozen=True)
 class Selection:
-    """Chosen weights, how, and what they rest on."""
+    """A mix, how it was chosen, and what the choice rests on."""
 
-    weights: Weights
+    mix: Mix
     method: str
     score: Score | None = None
+
+    @property
+    def weights(self) -> Weights:
+        """Those of the mix."""
+        return self.mix.weights
+
+    def to_json(self) -> dict[str, Any]:
+        """The mix, and `method`: what chose it."""
+        return {**self.mix.to_json(), "method": self.method}
 
     def perplexities(self, average: Average = "micro") -> dict[str, float] | None:
         """Each single model's and the mix's perplexity of the prompt, where it was scored."""
@@ -170,7 +180,7 @@ def select_weights(
     trio: Trio,
     prompts: Prompt | Sequence[Prompt],
     *,
-    method: Literal["ppl", "ent"] = "ppl",
+    method: ChosenBy = "ppl",
     grid: Grid = (GRID, GRID),
     average: Average = "macro",
     last: int | None = None,
@@ -185,12 +195,12 @@ def select_weights(
     if last is not None and last < 1:
         raise WeightsError(f"the number of last tokens to score is {last}; expected 1 or more")
     listed = [prompts] if isinstance(prompts, Prompt) else list(prompts)
-    if method == "ent":
+    if method == ENT:
         return lowest_entropy(_next_rows(trio, listed, progress), grid, trio.unused)
     if last is not None:
         listed = [p.score_last(last) for p in listed]
     scored = score(trio, listed, grid=grid, progress=progress)
-    return Selection(scored.best(average), "ppl", scored)
+    return Selection(Mix(scored.best(average)), PPL, scored)
 
 
 def lowest_entropy(rows: Iterable[Rows], grid: Grid, unused: NDArray[np.bool_] | None) -> Selection:
@@ -200,7 +210,7 @@ def lowest_entropy(rows: Iterable[Rows], grid: Grid, unused: NDArray[np.bool_] |
     total = np.zeros((len(grid[0]), len(grid[1])))
     for one in rows:
         total += grid_entropy(**one, alphas=grid[0], betas=grid[1], unused=unused)
-    return Selection(lowest(total, *grid), "ent")
+    return Selection(Mix(lowest(total, *grid)), ENT)
 
 
 def _next_rows(trio: Trio, prompts: Sequence[Prompt], progress: Progress | None) -> Iterator[Rows]:

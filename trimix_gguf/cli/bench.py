@@ -11,8 +11,8 @@ import click
 from trimix_gguf.cli.options import (
     new_figure,
     open_trio,
-    own_weights,
-    parse_weights,
+    own_mix,
+    parse_mix,
     read_text,
     trio_arguments,
     trio_options,
@@ -61,13 +61,11 @@ def bench(**options: Any) -> None:
 
 def _settings(options: dict[str, Any]) -> dict[str, Any]:
     """Take bench's own arguments out of the options; unset flags stay out."""
-    names = ("n_tokens", "repeats", "weights")
+    names = ("n_tokens", "repeats")
     settings = {name: value for name in names if (value := options.pop(name)) is not None}
-    if "weights" in settings:
-        settings["weights"] = parse_weights(settings["weights"])
-    elif (own := own_weights(options)) is not None:
-        settings["weights"] = own
-    return settings
+    text = options.pop("weights")
+    mix = own_mix(options) if text is None else parse_mix(text)
+    return settings if mix is None else {**settings, "mix": mix}
 
 
 def _machine(options: dict[str, Any]) -> dict[str, Any]:
@@ -145,9 +143,14 @@ def _heading(report: dict[str, Any]) -> list[str]:
     return [
         *lines,
         f"{report['n_prompt_tokens']} prompt tokens, {report['n_tokens']} decoded, greedy; "
-        f"medians of {report['repeats']}; alpha {w['alpha']:.3g}, beta {w['beta']:.3g} "
-        f"({w['method']})",
+        f"medians of {report['repeats']}; alpha {w['alpha']:.3g}, beta {w['beta']:.3g}"
+        f"{_threshold(w)} ({w['method']})",
     ]
+
+
+def _threshold(weights: dict[str, Any]) -> str:
+    value = weights.get("plausibility_threshold")
+    return "" if value is None else f", threshold {value:.3g}"
 
 
 def _speeds(report: dict[str, Any]) -> list[str]:

@@ -16,11 +16,12 @@ from trimix_gguf.cli.generation_options import (
     decoding_options,
     generation_settings,
     mix_options,
+    mix_words,
     weights_line,
 )
 from trimix_gguf.cli.options import (
     open_trio,
-    parse_weights,
+    parse_mix,
     read_text,
     token_progress,
     trio_options,
@@ -181,10 +182,9 @@ class _Session:
         elif argument == "hold":
             talk.hold()
         elif argument:
-            talk.weights = parse_weights(argument)
-        held = getattr(talk.weights, "weights", talk.weights)  # of a Selection, or Weights
-        if held is not None:
-            print(f"weights: alpha {held.alpha:.3g}, beta {held.beta:.3g}, held", flush=True)
+            talk.weights = parse_mix(argument)
+        if talk.held is not None:
+            print(f"weights: {mix_words(talk.held)}, held", flush=True)
         elif talk.last is None:
             print("weights: chosen for each answer", flush=True)
         else:

@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
-from trimix_gguf.cli.options import named_trio, open_trio, own_weights, parse_weights, trio_options
+from trimix_gguf.choosing.methods import compared_by_default
+from trimix_gguf.cli.options import named_trio, open_trio, own_mix, parse_mix, trio_options
 
-_DEFAULT = "large_ins,small_cpt,small_base,proxy-tuning,ppl,ppl-answers,ent"
+_DEFAULT = ",".join(compared_by_default())
 
 
 @click.group("eval", invoke_without_command=True)
@@ -91,7 +92,8 @@ def report(
 
 
 def _run(options: dict[str, Any]) -> None:
-    from trimix_gguf.evaluation.methods import ORACLE, check_methods
+    from trimix_gguf.choosing.methods import ORACLE
+    from trimix_gguf.evaluation.methods import check_methods
     from trimix_gguf.evaluation.run import Plan, open_run
 
     lang, out = options.pop("lang"), Path(options.pop("out"))
@@ -125,12 +127,12 @@ def _run_harness(options: dict[str, Any]) -> None:
     from trimix_gguf.evaluation.harness import make_table, run_harness
 
     text = options.pop("weights")
-    weights = parse_weights(text) if text else own_weights(options)
+    mix = parse_mix(text) if text else own_mix(options)
     with open_trio(options) as trio:
         results = run_harness(
             trio,
             _split(options["harness"]),
-            weights=weights,
+            weights=mix,
             limit=options["limit"],
             num_fewshot=options["exemplars"],
             apply_chat_template=options["chat"],
@@ -160,12 +162,12 @@ def _split(text: str) -> tuple[str, ...]:
 
 
 def _singles(texts: tuple[str, ...]) -> dict[str, Path]:
-    from trimix_gguf.evaluation.methods import INFORMATIVE, METHODS
+    from trimix_gguf.choosing.methods import INFORMATIVE, evaluated_methods
 
     pairs = [text.partition("=") for text in texts]
     if not all(name and file for name, _, file in pairs):
         raise click.UsageError("--single takes NAME=FILE")
-    if taken := {name for name, _, _ in pairs} & {*METHODS, INFORMATIVE}:
+    if taken := {name for name, _, _ in pairs} & {*evaluated_methods(), INFORMATIVE}:
         raise click.UsageError(f"--single: {taken.pop()} is the name of a method; take another")
     return {name: Path(file) for name, _, file in pairs}
 

@@ -119,11 +119,10 @@ def _run(trio: Any, prompt: Any, settings: dict[str, Any], as_json: bool) -> Non
 
 
 def _report(last: Any, text: str, interrupted: bool) -> dict[str, Any]:
-    w = last.selection.weights
     return {
         "text": text,
         "finish_reason": "interrupt" if interrupted else last.finish_reason,
-        "weights": {"alpha": w.alpha, "beta": w.beta, "method": last.selection.method},
+        "weights": last.selection.to_json(),
         "n_prompt_tokens": last.n_prompt_tokens,
         "n_tokens": last.n_tokens,
         "perplexity": last.selection.perplexities(),

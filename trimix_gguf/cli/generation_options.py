@@ -5,11 +5,10 @@ from typing import Any
 
 import click
 
-from trimix_gguf.cli.options import grid_option, named_trio, parse_grid_options, parse_weights
+from trimix_gguf.choosing.methods import runtime_methods
+from trimix_gguf.cli.options import grid_option, named_trio, parse_grid_options, parse_mix
+from trimix_gguf.mixing.fusion import METHODS
 
-_METHODS = [
-    "ppl", "ent", "large_ins", "small_cpt", "small_base", "proxy-tuning", "contrastive",
-]  # fmt: skip
 _SAMPLING = {
     "temperature": (float, "0 is greedy."),
     "top_k": (int, None),
@@ -35,7 +34,7 @@ def mix_options(command: Callable[..., Any]) -> Callable[..., Any]:
         [
             click.option(
                 "--method",
-                type=click.Choice(_METHODS),
+                type=click.Choice(runtime_methods()),
                 help="How weights are chosen (ppl), or a method with fixed ones.",
             ),
             click.option(
@@ -59,7 +58,10 @@ def decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text."),
         click.option(
-            "--plausibility-threshold", type=float, metavar="P", help="Contrastive cut-off."
+            "--plausibility-threshold",
+            type=float,
+            metavar="P",
+            help="Cut-off of contrastive decoding, for any weights.",
         ),
         click.option(
             "--speculative",
@@ -84,20 +86,15 @@ def decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def generation_settings(options: dict[str, Any]) -> dict[str, Any]:
     """Take stream_generate's arguments out of the options above; unset flags stay out."""
-    from trimix_gguf.mixing.fusion import METHODS
-
     settings: dict[str, Any] = {"stop": options.pop("stop")}
     method, weights = options.pop("method"), options.pop("weights")
     if weights is not None and method is not None:
         raise click.UsageError("give --weights or --method, not both")
-    weights = None if weights is None else parse_weights(weights)
-    if method is None and weights is None:
-        method, weights = _own_mix(options)
-    if weights is not None:
-        settings["weights"] = weights
-    elif method in METHODS:
-        settings["weights"] = METHODS[method].weights
-        settings["plausibility_threshold"] = METHODS[method].plausibility_threshold
+    mix = METHODS.get(method) if weights is None else parse_mix(weights)
+    if method is None and mix is None:
+        method, mix = _of_the_trio(options)
+    if mix is not None:
+        settings["weights"] = mix
     elif method is not None:
         settings["method"] = method
     settings["grid"] = parse_grid_options(options.pop("grid"))
@@ -117,14 +114,14 @@ def generation_settings(options: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _own_mix(options: dict[str, Any]) -> tuple[str | None, Any]:
-    """(method, weights) of the named trio; where the user asks for a choice, not fixed ones."""
+def _of_the_trio(options: dict[str, Any]) -> tuple[str | None, Any]:
+    """(method, fixed Mix) of the named trio; where the user asks for a choice, not a fixed one."""
     trio_file = named_trio(options)
     if trio_file is None:
         return None, None
-    if trio_file.fixed_weights is not None and (options["grid"] or options.get("task")):
+    if trio_file.fixed_mix is not None and (options["grid"] or options.get("task")):
         return None, None
-    return trio_file.method, trio_file.weights
+    return trio_file.method, trio_file.fixed_mix
 
 
 def _draft_length(text: str) -> int | None:
@@ -136,9 +133,15 @@ def _draft_length(text: str) -> int | None:
 
 
 def weights_line(selection: Any) -> str:
-    """The weights in words, and the prompt's perplexities where they were chosen by those."""
-    w, ppl = selection.weights, selection.perplexities()
-    line = f"weights: alpha {w.alpha:.3g}, beta {w.beta:.3g} ({selection.method})"
+    """The mix in words, and the prompt's perplexities where it was chosen by those."""
+    ppl = selection.perplexities()
+    line = f"weights: {mix_words(selection.mix)} ({selection.method})"
     if ppl:
         line += "; perplexity " + ", ".join(f"{k} {v:.2f}" for k, v in ppl.items())
     return line
+
+
+def mix_words(mix: Any) -> str:
+    """Its weights, and its plausibility threshold where it masks."""
+    words = f"alpha {mix.weights.alpha:.3g}, beta {mix.weights.beta:.3g}"
+    return words + (f", threshold {mix.plausibility_threshold:.3g}" if mix.is_masked else "")

@@ -91,10 +91,10 @@ def named_trio(options: dict[str, Any]) -> Any:
     return trio_file
 
 
-def own_weights(options: dict[str, Any]) -> Any:
-    """Fixed weights that the named trio asks for; None where a prompt is to choose them."""
+def own_mix(options: dict[str, Any]) -> Any:
+    """The fixed Mix that the named trio asks for; None where a prompt is to choose weights."""
     trio_file = named_trio(options)
-    return None if trio_file is None else trio_file.fixed_weights
+    return None if trio_file is None else trio_file.fixed_mix
 
 
 def trio_arguments(options: dict[str, Any]) -> dict[str, Any]:
@@ -143,13 +143,13 @@ def _set_per_role(
         per_role.setdefault(one, {}).update(dict.fromkeys(keys, converted))
 
 
-def parse_weights(text: str) -> Any:
-    """'0.1,0.9' -> Weights."""
+def parse_mix(text: str) -> Any:
+    """'0.1,0.9' -> the Mix of these weights, which masks nothing."""
     from trimix_gguf.errors import WeightsError
-    from trimix_gguf.mixing.fusion import Weights
+    from trimix_gguf.mixing.fusion import Mix, Weights
 
     try:
-        return Weights(*(float(w) for w in text.split(",")))
+        return Mix(Weights(*(float(w) for w in text.split(","))))
     except (ValueError, TypeError):
         raise WeightsError(f"weights {text!r} are not two numbers such as 0.1,0.9") from None
 

@@ -9,7 +9,7 @@ from trimix_gguf.cli.options import (
     grid_option,
     new_figure,
     open_trio,
-    own_weights,
+    own_mix,
     parse_grid_options,
     read_text,
     token_progress,
@@ -37,7 +37,7 @@ def score(files: tuple[str, ...], **options: Any) -> None:
     figure = None if plot is None else new_figure(figsize=(6.4, 5.2))
     grid, average = parse_grid_options(options.pop("grid")), options.pop("average")
     last, spans = options.pop("last"), options.pop("spans")
-    own = own_weights(options)
+    own = _own_weights(options)
     texts = [text for path in files or ("-",) for text in split_texts(read_text(path))]
     with open_trio(options) as trio:
         prompts = [trio.prompt(text, spans=spans) for text in texts]
@@ -51,6 +51,20 @@ def score(files: tuple[str, ...], **options: Any) -> None:
     if plot is not None:
         _draw(report, figure, plot)
     print(json.dumps(report) if as_json else _table(report))
+
+
+def _own_weights(options: dict[str, Any]) -> Any:
+    """The weights of the trio's own mix, if it is fixed. Raises WeightsError for one that masks."""
+    from trimix_gguf.errors import WeightsError
+
+    mix = own_mix(options)
+    if mix is not None and mix.is_masked:
+        raise WeightsError(
+            f"the trio's own mix has a plausibility threshold of {mix.plausibility_threshold:.3g}, "
+            "which makes some tokens impossible, so texts have no perplexity under it; name the "
+            "trio's files instead: --large-ins, --small-base, --small-cpt"
+        )
+    return None if mix is None else mix.weights
 
 
 def split_texts(text: str) -> list[str]:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trimix_gguf.choosing.methods import DECOUPLED, INFORMATIVE, MI_ANSWERS, ORACLE, TOKEN
 from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.information import most_informative
-from trimix_gguf.evaluation.methods import DECOUPLED, INFORMATIVE, MI_ANSWERS, ORACLE
 from trimix_gguf.evaluation.task import Task
 from trimix_gguf.mixing.scoring import GRID
 
@@ -56,9 +56,9 @@ class TaskRun:
     def points(self, name: str) -> NDArray[np.int64] | None:
         """Where a method's weights lie on the axes [n, 2]; None if one of them does not.
 
-        `token` has none, what it gives are the weights that it starts with; nor has a mix of four.
+        TOKEN has none, what it gives are the weights that it starts with; nor has a mix of four.
         """
-        if name in ("token", DECOUPLED) or name not in self.weights:
+        if name in (TOKEN, DECOUPLED) or name not in self.weights:
             return None
         off = np.abs(self.weights[name][..., None] - np.array(self.axis))
         return off.argmin(axis=-1) if bool((off.min(axis=-1) < 1e-6).all()) else None

@@ -7,7 +7,7 @@ decoded alone takes up to four times as long as one of thirty, so several prompt
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from trimix_gguf.errors import ContextFullError
 from trimix_gguf.evaluation.decoupled import FourthModel, three_of_four
 from trimix_gguf.evaluation.loops import Loop
-from trimix_gguf.mixing.fusion import Rows, Weights, fuse, mask_implausible
+from trimix_gguf.mixing.fusion import Mix, Rows, Weights
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.sequences import Sequences
 from trimix_gguf.trio.trio import Trio
@@ -25,15 +25,14 @@ Adapt = Callable[[Rows, int], Weights]  # rows [n_vocab] and the token picked ->
 
 
 @dataclass
-class Mix:
-    """One way to mix, and what it wrote.
+class Continuation:
+    """One mix that continues a prompt, and what it wrote.
 
     `adapt`, if any, gives new weights after each token; with a `loop` an answer that only repeats
     itself is filled up to its limit, by `n_filled` ids that were not decoded.
     """
 
-    weights: Weights
-    plausibility_threshold: float = 0.0
+    mix: Mix
     adapt: Adapt | None = None
     loop: Loop | None = None
     text: str = ""
@@ -43,21 +42,16 @@ class Mix:
     @property
     def roles(self) -> tuple[str, ...]:
         """Models that it reads."""
-        if self.adapt is not None:
-            return ROLES
-        masked = self.plausibility_threshold > 0
-        return tuple(dict.fromkeys((*self.weights.active, *(("large_ins",) if masked else ()))))
+        return ROLES if self.adapt is not None else self.mix.roles
 
     def pick(self, rows: Rows, unused: NDArray[np.bool_] | None) -> int:
         """The likeliest next token after rows [n_vocab]."""
-        fused = fuse(rows, self.weights, unused=unused)
-        if self.plausibility_threshold > 0:
-            mask_implausible(fused, rows["large_ins"], self.plausibility_threshold)
+        fused = self.mix.fuse(rows, unused)
         token = int(fused.argmax())
         if self.loop is not None:
             self.loop.append(token, lambda: 1 / float(np.exp(fused - fused[token]).sum()))
         if self.adapt is not None:
-            self.weights = self.adapt(rows, token)
+            self.mix = replace(self.mix, weights=self.adapt(rows, token))
         return token
 
 
@@ -67,19 +61,19 @@ class Start:
 
     sequence: int
     rows: Rows
-    mixes: Sequence[Mix]
+    continuations: Sequence[Continuation]
 
     @staticmethod
-    def here(trio: Trio, roles: Sequence[str], mixes: Sequence[Mix]) -> "Start":
-        """From what `trio` holds now; `roles` are those that the mixes or others read."""
+    def here(trio: Trio, roles: Sequence[str], continuations: Sequence[Continuation]) -> "Start":
+        """From what `trio` holds now; `roles` are those that they or others read."""
         rows = {role: row.copy() for role, row in trio.rows(roles).items()}
         sequence = trio.sequences.fork()
         trio.forget_rows()  # forks write where they are
-        return Start(sequence, rows, mixes)
+        return Start(sequence, rows, continuations)
 
 
 def continue_all(trio: Trio, starts: Sequence[Start], *, max_tokens: int) -> None:
-    """Let each mix continue its prompt up to the end of its first line; sets its text and ids.
+    """Let each continue its prompt up to the end of its first line; sets its text and ids.
 
     As many texts are under way as surely fit; as they end, others begin, so that the batches stay
     wide though a few answers run on to `max_tokens`. Raises ContextFullError where not even one
@@ -94,9 +88,9 @@ def continue_all(trio: Trio, starts: Sequence[Start], *, max_tokens: int) -> Non
             f"{trio.n_ctx}; raise --n-ctx or lower the number of exemplars"
         )
     waiting = deque(
-        _Node(start, mixes)
+        _Node(start, group)
         for start in starts
-        for mixes in _followed(trio, start.mixes, start.rows, max_tokens)
+        for group in _followed(trio, start.continuations, start.rows, max_tokens)
     )
     going: list[_Node] = []
     while waiting or going:
@@ -104,7 +98,7 @@ def continue_all(trio: Trio, starts: Sequence[Start], *, max_tokens: int) -> Non
             going.append(_begin(sequences, waiting.popleft()))
         rows = list(_next_rows(sequences, going))
         parted = [
-            (node, _followed(trio, node.mixes, row, max_tokens))
+            (node, _followed(trio, node.continuations, row, max_tokens))
             for node, row in zip(going, rows, strict=True)
         ]
         n_free = most - sum(bool(groups) for _, groups in parted)
@@ -121,67 +115,69 @@ def continue_all(trio: Trio, starts: Sequence[Start], *, max_tokens: int) -> Non
 
 def continue_decoupled(
     trio: Trio, fourth: FourthModel, weights: Weights, gamma: float, *, max_tokens: int
-) -> Mix:
+) -> Continuation:
     """As continue_all, the one mix of four models, token after token."""
-    mix, n_written = Mix(weights), 0
+    written, n_written = Continuation(Mix(weights)), 0
     while True:
         rows = {role: row[None] for role, row in trio.rows().items()}
         three = three_of_four(fourth.beside(rows, trio.n_past), gamma)
-        token = mix.pick({role: row[0] for role, row in three.items()}, trio.unused)
-        if _finish(trio, mix, token, max_tokens):
+        token = written.pick({role: row[0] for role, row in three.items()}, trio.unused)
+        if _finish(trio, written, token, max_tokens):
             break
         trio.advance(token)
         n_written += 1
     trio.rewind(n_written)
-    return mix
+    return written
 
 
 @dataclass
 class _Node:
-    """Mixes that wrote the same text after a prompt, and the sequence that holds it, or 0."""
+    """Those that wrote the same text after a prompt, and the sequence that holds it, or 0."""
 
     start: Start
-    mixes: list[Mix]
+    continuations: list[Continuation]
     sequence: int = 0
 
 
-def _followed(trio: Trio, mixes: Sequence[Mix], rows: Rows, max_tokens: int) -> list[list[Mix]]:
+def _followed(
+    trio: Trio, continuations: Sequence[Continuation], rows: Rows, max_tokens: int
+) -> list[list[Continuation]]:
     """Let each take its next token after rows [n_vocab]; those not whole then, by their token."""
-    groups: dict[int, list[Mix]] = {}
-    for mix in mixes:
-        token = mix.pick(rows, trio.unused)
-        if not _finish(trio, mix, token, max_tokens):
-            groups.setdefault(token, []).append(mix)
+    groups: dict[int, list[Continuation]] = {}
+    for one in continuations:
+        token = one.pick(rows, trio.unused)
+        if not _finish(trio, one, token, max_tokens):
+            groups.setdefault(token, []).append(one)
     return list(groups.values())
 
 
 def _begin(sequences: Sequences, node: _Node) -> _Node:
-    """Give a sequence to what the node's mixes wrote so far."""
+    """Give a sequence to what was written so far."""
     node.sequence = sequences.fork(node.start.sequence)
-    sequences.append(node.sequence, node.mixes[0].ids)
+    sequences.append(node.sequence, node.continuations[0].ids)
     return node
 
 
-def _finish(trio: Trio, mix: Mix, token: int, max_tokens: int) -> bool:
+def _finish(trio: Trio, written: Continuation, token: int, max_tokens: int) -> bool:
     """Take in the token; whether the answer is whole."""
     if token in trio.end_of_generation:
         return True
-    mix.ids.append(token)
-    if mix.loop is not None:
-        filled = mix.loop.rest(max_tokens - len(mix.ids))
-        mix.ids += filled
-        mix.n_filled = len(filled)
+    written.ids.append(token)
+    if written.loop is not None:
+        filled = written.loop.rest(max_tokens - len(written.ids))
+        written.ids += filled
+        written.n_filled = len(filled)
     piece = trio.models["large_ins"].piece
-    text = b"".join(piece(i) for i in mix.ids).decode("utf-8", errors="replace")
+    text = b"".join(piece(i) for i in written.ids).decode("utf-8", errors="replace")
     line, newline, _ = text.lstrip().partition("\n")
-    mix.text = line.rstrip()
-    return bool(newline) or len(mix.ids) >= max_tokens
+    written.text = line.rstrip()
+    return bool(newline) or len(written.ids) >= max_tokens
 
 
 def _grow(
-    sequences: Sequences, node: _Node, groups: Sequence[list[Mix]], n_free: int
+    sequences: Sequences, node: _Node, groups: Sequence[list[Continuation]], n_free: int
 ) -> tuple[list[_Node], list[_Node]]:
-    """A node for each text that mixes went on with, and those that must wait for a sequence.
+    """A node for each text that goes on, and those that must wait for a sequence.
 
     The first goes on in the node's own, `n_free` others in new ones.
     """
@@ -189,15 +185,15 @@ def _grow(
     numbers = [node.sequence, *[sequences.fork(node.sequence) for _ in groups[1 : 1 + n_free]]]
     grown = [_Node(node.start, *pair) for pair in zip(groups, numbers, strict=False)]
     for child in grown:
-        sequences.append(child.sequence, child.mixes[0].ids[-1:])
-    return grown, [_Node(node.start, mixes) for mixes in groups[len(grown) :]]
+        sequences.append(child.sequence, child.continuations[0].ids[-1:])
+    return grown, [_Node(node.start, group) for group in groups[len(grown) :]]
 
 
 def _next_rows(sequences: Sequences, nodes: Sequence[_Node]) -> Iterator[Rows]:
-    """Rows [n_vocab] of the models that each node's mixes read."""
+    """Rows [n_vocab] of the models that each node reads."""
     found: list[Rows] = [{} for _ in nodes]
     for role in ROLES:
-        reading = [i for i, node in enumerate(nodes) if role in roles_of(node.mixes)]
+        reading = [i for i, node in enumerate(nodes) if role in roles_of(node.continuations)]
         if reading:
             rows = sequences.rows([nodes[i].sequence for i in reading], (role,))[role]
             for i, row in zip(reading, rows, strict=True):
@@ -205,6 +201,6 @@ def _next_rows(sequences: Sequences, nodes: Sequence[_Node]) -> Iterator[Rows]:
     yield from found
 
 
-def roles_of(mixes: Sequence[Mix]) -> tuple[str, ...]:
-    """Models that at least one of `mixes` reads."""
-    return tuple(role for role in ROLES if any(role in mix.roles for mix in mixes))
+def roles_of(readers: Sequence[Mix | Continuation]) -> tuple[str, ...]:
+    """Models that at least one of them reads."""
+    return tuple(role for role in ROLES if any(role in one.roles for one in readers))

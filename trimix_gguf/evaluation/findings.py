@@ -26,7 +26,7 @@ def surface(nll: Float64, n_scored: Float64, metric: Float64) -> dict[str, Any]:
 def chosen(weights: Float64, grid: Sequence[float]) -> dict[str, Any]:
     """Where a method's weights [n, 2] lie: how often at each point of grid², and how far apart.
 
-    `mean_ratio` is of beta / alpha over examples whose alpha is not 0; `off_grid` counts those
+    `mean_ratio` is of beta / alpha over examples whose alpha is above 0; `off_grid` counts those
     that lie between the points.
     """
     alpha, beta = weights.T

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from trimix_gguf.answering.chat import apply_template, template_of
 from trimix_gguf.answering.generation import generate
+from trimix_gguf.choosing.methods import PPL
 from trimix_gguf.choosing.selection import Grid, select_weights
-from trimix_gguf.errors import PromptError, SamplerError, TrimixError
-from trimix_gguf.mixing.fusion import Weights, fuse
+from trimix_gguf.errors import PromptError, SamplerError, TrimixError, WeightsError
+from trimix_gguf.mixing.fusion import Mix, Weights
 from trimix_gguf.mixing.scoring import GRID, Float64
 from trimix_gguf.trio.prompt import Prompt, Segment
 from trimix_gguf.trio.trio import Trio
@@ -65,7 +66,7 @@ def run_harness(
     trio: Trio,
     tasks: Sequence[str],
     *,
-    weights: Weights | None = None,
+    weights: Weights | Mix | None = None,
     grid: Grid = (GRID, GRID),
     last: int | None = None,
     limit: int | float | None = None,
@@ -118,9 +119,10 @@ def _known(manager: TaskManager, tasks: Sequence[str]) -> list[str]:
 class TrimixLM(TemplateLM):
     """A trio as a model of the harness; what it says is the mix's.
 
-    `weights` are fixed, or chosen for each context by select_weights (`grid`, `last`), control
-    tokens unscored. `unprompted` ones stand in where there is no context to choose by: a rolling
-    perplexity, an empty context. Contexts that are too long lose their beginning but for BOS.
+    `weights`, or a whole Mix, are fixed, or chosen for each context by select_weights (`grid`,
+    `last`), control tokens unscored. `unprompted` ones stand in where there is no context to
+    choose by: a rolling perplexity, an empty context. Contexts that are too long lose their
+    beginning except for BOS. A Mix that masks tokens answers; scoring a text raises WeightsError.
     `speculative` is generate's, and off: with it, speed decides near ties. `seed` is that of
     tasks which sample; those settings that they leave open cut nothing off.
     """
@@ -128,18 +130,19 @@ class TrimixLM(TemplateLM):
     def __init__(
         self,
         trio: Trio,
-        weights: Weights | None = None,
+        weights: Weights | Mix | None = None,
         *,
         grid: Grid = (GRID, GRID),
         last: int | None = None,
-        unprompted: Weights = UNPROMPTED,
+        unprompted: Weights | Mix = UNPROMPTED,
         speculative: Literal["auto", "on", "off"] = "off",
         max_gen_toks: int = 256,  # where a task does not say, as in the harness's own models
         seed: int = 1234,
     ) -> None:
         super().__init__()
         self._trio, self._model = trio, trio.models["large_ins"]
-        self._fixed, self._unprompted = weights, weights or unprompted
+        self._fixed = None if weights is None else Mix.of(weights)
+        self._unprompted = self._fixed or Mix.of(unprompted)
         self._grid, self._last = grid, last
         self._speculative: Literal["auto", "on", "off"] = speculative
         self._random = np.random.default_rng(seed)
@@ -199,15 +202,15 @@ class TrimixLM(TemplateLM):
         warning_once(logger, "contexts that do not fit lose their beginning; raise --n-ctx")
         return bos + context[len(context) - room + len(bos) :]
 
-    def _weights(self, context: Sequence[int]) -> Weights:
+    def _mix(self, context: Sequence[int]) -> Mix:
         if self._fixed is not None:
             return self._fixed
         prompt = self._prompt(context)
         if not any(scored for _, scored in prompt.units[1:]):
             return self._unprompted
-        chosen = select_weights(self._trio, prompt, grid=self._grid, last=self._last).weights
-        self.chosen[chosen] += 1
-        return chosen
+        chosen = select_weights(self._trio, prompt, grid=self._grid, last=self._last)
+        self.chosen[chosen.weights] += 1
+        return chosen.mix
 
     # -- what the harness asks --------------------------------------------------------------
 
@@ -216,10 +219,15 @@ class TrimixLM(TemplateLM):
         requests: list[Scored],
         disable_tqdm: bool = False,
         *,
-        weights: Weights | None = None,
+        mix: Mix | None = None,
         **_: Any,
     ) -> list[Answer]:
         """Score continuations; those of one context come one after another, by one choice."""
+        if self._fixed is not None and self._fixed.is_masked:
+            raise WeightsError(
+                "a mix with a plausibility threshold makes some tokens impossible, so the harness "
+                "cannot score texts with it; take tasks that generate, or give --weights"
+            )
         answers: dict[int, Answer] = {i: (0.0, True) for i, r in enumerate(requests) if not r[2]}
         order = sorted(
             set(range(len(requests))) - answers.keys(),
@@ -232,10 +240,10 @@ class TrimixLM(TemplateLM):
             groups.append((self._fit(context, longest), members))
         bar = tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests")
         for context, members in groups:
-            mix = weights or self._weights(context)
+            own = mix or self._mix(context)
             # Options that differ in their last token alone share every row.
             for stem, same_stem in groupby(members, key=lambda i: requests[i][2][:-1]):
-                logprob, greedy, final = self._read(context, stem, mix)
+                logprob, greedy, final = self._read(context, stem, own)
                 top = int(final.argmax())
                 for i in same_stem:
                     token = requests[i][2][-1]
@@ -246,9 +254,7 @@ class TrimixLM(TemplateLM):
         bar.close()
         return [answers[i] for i in range(len(requests))]
 
-    def _read(
-        self, context: list[int], stem: list[int], weights: Weights
-    ) -> tuple[float, bool, Float64]:
+    def _read(self, context: list[int], stem: list[int], mix: Mix) -> tuple[float, bool, Float64]:
         """Logprob of `stem`, whether greedy decoding gives it, logprobs [n_vocab] after it.
 
         Models whose coefficient is 0 are not evaluated; what the caches hold is not read again.
@@ -257,8 +263,8 @@ class TrimixLM(TemplateLM):
         for at in range(0, n_rows, self._trio.n_window):
             n = min(self._trio.n_window, n_rows - at)
             self._trio.prefill(Prompt((Segment.of(context + stem[: at + n - 1]),)))
-            rows = self._trio.tail_rows(weights.active, n)
-            logprobs = log_softmax(fuse(rows, weights, unused=self._trio.unused))
+            rows = self._trio.tail_rows(mix.roles, n)
+            logprobs = log_softmax(mix.fuse(rows, self._trio.unused))
             for row, token in zip(logprobs, stem[at : at + n], strict=False):
                 logprob += float(row[token])
                 greedy = greedy and int(row.argmax()) == token
@@ -279,7 +285,7 @@ class TrimixLM(TemplateLM):
                 head = [] if context[: len(bos)] == bos else bos
                 windows.append((None, head + context, continuation))
                 owners.append(owner)
-        scored = self._loglikelihood_tokens(windows, disable_tqdm, weights=self._unprompted)
+        scored = self._loglikelihood_tokens(windows, disable_tqdm, mix=self._unprompted)
         totals = [0.0] * len(requests)
         for owner, (logprob, _) in zip(owners, scored, strict=True):
             totals[owner] += logprob
@@ -303,7 +309,7 @@ class TrimixLM(TemplateLM):
             texts[i] = generate(
                 self._trio,
                 self._prompt(prompts[i]),
-                weights=self._weights(prompts[i]),
+                weights=self._mix(prompts[i]),
                 speculative=self._speculative,
                 seed=seeds[i],
                 **settings[i],
@@ -365,11 +371,11 @@ class TrimixLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """For the results' `config`: the trio, and the weights with what chose them."""
         if self._fixed is not None:
-            weights: dict[str, Any] = {"method": "fixed", **asdict(self._fixed)}
+            weights: dict[str, Any] = {"method": "fixed", **self._fixed.to_json()}
         else:
             weights = {
-                "method": "ppl",
-                "unprompted": asdict(self._unprompted),
+                "method": PPL,
+                "unprompted": self._unprompted.to_json(),
                 "chosen": [{**asdict(w), "n": n} for w, n in self.chosen.most_common()],
             }
         models = {role: model.path.name for role, model in self._trio.models.items()}

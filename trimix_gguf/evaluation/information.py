@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from trimix_gguf.choosing.methods import MI_ANSWERS
 from trimix_gguf.errors import WeightsError
-from trimix_gguf.evaluation.methods import MI_ANSWERS, lowest_on_grid
+from trimix_gguf.evaluation.methods import lowest_on_grid
 from trimix_gguf.evaluation.prompts import exemplars_reader, question_after
 from trimix_gguf.evaluation.task import Example, Task
 from trimix_gguf.mixing.fusion import Weights

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from trimix_gguf.choosing.methods import ORACLE
 from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.answers import Float64, GridTexts, Run, TaskRun, informed
-from trimix_gguf.evaluation.methods import ORACLE
 from trimix_gguf.evaluation.run import FORMAT
 from trimix_gguf.evaluation.run_files import finite, has_grid
 from trimix_gguf.evaluation.sources import Fields, Row, check_type, read_jsonl, read_lines

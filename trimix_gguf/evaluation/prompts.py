@@ -23,6 +23,7 @@ def open_reader(
     n_exemplars: int | None = None,
     chat: bool = False,
     fourth: FourthModel | None = None,
+    continuous: bool = False,
 ) -> Reader:
     """A Reader of the instruction and `n_exemplars`, or the task's own number of them.
 
@@ -41,7 +42,7 @@ def open_reader(
             f"{task.name}: {n} exemplars and the longest question do not fit in a context of "
             f"{trio.n_ctx}; {fit} would, or raise --n-ctx"
         )
-    return exemplars_reader(trio, task, exemplars, chat=chat, fourth=fourth)
+    return exemplars_reader(trio, task, exemplars, chat=chat, fourth=fourth, continuous=continuous)
 
 
 def exemplars_of(task: Task, dataset: Dataset, n: int | None = None) -> Sequence[Example]:
@@ -67,6 +68,7 @@ def exemplars_reader(
     *,
     chat: bool = False,
     fourth: FourthModel | None = None,
+    continuous: bool = False,
 ) -> Reader:
     """A Reader of the instruction and `exemplars`, all of whose tokens are scored but BOS."""
     marked = _prefix(trio, task, exemplars)  # what is scored in it are the answers
@@ -79,7 +81,7 @@ def exemplars_reader(
     prefix = Prompt((*begin, Segment.of(ids[len(bos) :])))
     answers = [scored for _, scored in marked.units]
     answers = [False] * (len(prefix.units) - len(answers)) + answers
-    return Reader(trio, prefix, answers, turn, fourth)
+    return Reader(trio, prefix, answers, turn, fourth, continuous)
 
 
 def _around(trio: Trio, chat: bool) -> tuple[list[int], list[int]]:

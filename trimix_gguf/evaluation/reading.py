@@ -11,7 +11,15 @@ from trimix_gguf.evaluation.continuing import Start
 from trimix_gguf.evaluation.decoupled import FourthModel, three_of_four
 from trimix_gguf.machine.threads import available_cores
 from trimix_gguf.mixing.fusion import Rows
-from trimix_gguf.mixing.scoring import GRID, Float64, grid_entropy, grid_token_nlls
+from trimix_gguf.mixing.scoring import (
+    GRID,
+    N_CHEBYSHEV,
+    Float64,
+    chebyshev_nodes,
+    grid_entropy,
+    grid_nll,
+    grid_token_nlls,
+)
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.prefill import Window
 from trimix_gguf.trio.prompt import Prompt, Segment
@@ -28,7 +36,8 @@ class Reading:
     `nlls` float64 [n_scored, n, n] in nats, over AXIS for alpha and for beta; `answers` bool
     [n_scored], the tokens of the exemplars' answers; `entropy` float64 [n_grid, n_grid] of the
     first generated token, over GRID. `decoupled` float64 [n_grid, n, n] is the sum of `nlls` at
-    each gamma of GRID, where a fourth model read the prompt too.
+    each gamma of GRID, where a fourth model read the prompt too. `continuous` float64
+    [n_nodes, n_nodes] is their sum over chebyshev_nodes(), where it was asked for.
     """
 
     n_tokens: int
@@ -36,13 +45,15 @@ class Reading:
     answers: NDArray[np.bool_]
     entropy: Float64
     decoupled: Float64 | None = None
+    continuous: Float64 | None = None
 
 
 class Reader:
     """Reads prompts that begin with the same exemplars, which it reads and scores once.
 
     `answers` says of each unit of `prefix` whether it is part of an answer; `turn` are the ids
-    by which large_ins' chat template begins its answer. `fourth` reads all that is scored.
+    by which large_ins' chat template begins its answer. `fourth` reads all that is scored; with
+    `continuous` all that is scored is scored over chebyshev_nodes() too.
 
     Every question is read from the same state of the caches, in the same batches, whatever was
     read before: a run that was broken off and taken up again gives the same numbers.
@@ -55,8 +66,10 @@ class Reader:
         answers: Sequence[bool],
         turn: Sequence[int] = (),
         fourth: FourthModel | None = None,
+        continuous: bool = False,
     ) -> None:
         self.trio, self.prefix, self.turn, self.fourth = trio, prefix, list(turn), fourth
+        self._continuous = continuous
         self._answers = np.asarray(answers, dtype=bool)
         self._scores: _Scores | None = None
 
@@ -90,7 +103,8 @@ class Reader:
         rows = trio.rows()
         entropy = grid_entropy(**rows, alphas=GRID, betas=GRID, unused=trio.unused)
         decoupled = None if self.fourth is None else scores.decoupled
-        return Reading(prompt.n_tokens(), nlls, answers, entropy, decoupled)
+        continuous = scores.continuous if self._continuous else None
+        return Reading(prompt.n_tokens(), nlls, answers, entropy, decoupled, continuous)
 
     def answer_nll(self, question: Prompt, answer: Sequence[int]) -> Float64:
         """Nats of `answer` (ids) after the exemplars and `question`: float64 [n, n] over AXIS."""
@@ -105,9 +119,12 @@ class Reader:
     def _score(self, prompt: Prompt, after: tuple[int, int] | None) -> "_Scores":
         parts = [np.empty((0, len(AXIS), len(AXIS)))]
         decoupled = np.zeros((len(GRID), len(AXIS), len(AXIS)))
+        continuous = np.zeros((N_CHEBYSHEV, N_CHEBYSHEV))
 
         def consume(window: Window) -> None:
             parts.append(token_nlls(self.trio, window.rows, window.targets))
+            if self._continuous:
+                continuous[...] += _nodes_nll(self.trio, window.rows, window.targets)
             if self.fourth is not None:
                 # The newest target is covered, but no row here has read it.
                 four = self.fourth.beside(window.rows, window.mark[1] - 1)
@@ -116,19 +133,21 @@ class Reader:
                     decoupled[at] += token_nlls(self.trio, three, window.targets).sum(axis=0)
 
         self.trio.prefill(prompt, consume=consume, after=after)
-        return _Scores(np.concatenate(parts), decoupled)
+        return _Scores(np.concatenate(parts), decoupled, continuous)
 
 
 @dataclass(frozen=True)
 class _Scores:
-    """Nats of tokens [n_tokens, n, n], and their sums at each gamma [n_grid, n, n]."""
+    """Nats of tokens [n_tokens, n, n]; their sums at each gamma, and over chebyshev_nodes()."""
 
     nlls: Float64
     decoupled: Float64
+    continuous: Float64
 
     def before(self, later: "_Scores") -> "_Scores":
         nlls = np.concatenate((self.nlls, later.nlls))
-        return _Scores(nlls, self.decoupled + later.decoupled)
+        decoupled = self.decoupled + later.decoupled
+        return _Scores(nlls, decoupled, self.continuous + later.continuous)
 
 
 def choice_nll(trio: Trio, start: Start, choices: Sequence[Sequence[int]]) -> Float64:
@@ -146,6 +165,18 @@ def choice_nll(trio: Trio, start: Start, choices: Sequence[Sequence[int]]) -> Fl
     for number in numbers:
         sequences.drop(number)
     return total
+
+
+def _nodes_nll(trio: Trio, rows: Rows, targets: NDArray[np.int64]) -> Float64:
+    """Summed nats of `targets` over chebyshev_nodes(), as `--grid continuous` scores them."""
+    return grid_nll(
+        **{role: rows[role] for role in ROLES},
+        targets=targets,
+        alphas=chebyshev_nodes(),
+        betas=chebyshev_nodes(),
+        unused=trio.unused,
+        n_threads=available_cores(),
+    )
 
 
 def token_nlls(trio: Trio, rows: Rows, targets: NDArray[np.int64]) -> Float64:

@@ -12,11 +12,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trimix_gguf.choosing.methods import (
+    ANSWERS,
+    INFORMATIVE,
+    ORACLE,
+    PPL,
+    reading_methods,
+    selecting_methods,
+)
 from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.answers import CALIBRATED, Run, TaskRun, join, predict
 from trimix_gguf.evaluation.findings import chosen, gap_closed, guidance, surface
 from trimix_gguf.evaluation.loading import load_run
-from trimix_gguf.evaluation.methods import ANSWERS, INFORMATIVE, ORACLE, READING, SELECTING
 from trimix_gguf.evaluation.metrics import METRICS
 from trimix_gguf.evaluation.statistics import (
     Difference,
@@ -32,7 +39,7 @@ __all__ = ["Run", "join", "load_run", "summarize", "to_csv", "to_markdown"]
 Float64 = NDArray[np.float64]
 
 LEVEL = 0.95  # of the intervals
-OURS = "ppl"
+OURS = PPL
 _CRITERIA = (OURS, ANSWERS, INFORMATIVE)  # whose gains over others are asked
 
 
@@ -75,7 +82,7 @@ def summarize(run: Run, *, choice_scoring: bool = False, n_resamples: int = 1000
     if choice_scoring and all(answers.choice_nll is None for answers in run.tasks.values()):
         raise DataError(
             f"{run.folder} has no scores of choices: they need a task with choices, and a method"
-            f" that selects by a prompt's reading ({', '.join(READING)})"
+            f" that selects by a prompt's reading ({', '.join(reading_methods())})"
         )
     seed = run.settings["seed"]
     judged = {
@@ -220,9 +227,10 @@ def _findings(task: _Judged) -> dict[str, Any]:
     answers, inner = task.answers, task.answers.on_grid
     grid = [answers.axis[at] for at in inner]
     nll, n_scored = answers.nll, answers.n_scored
+    selecting = selecting_methods()
     found: dict[str, Any] = {
         "surface": None,
-        "chosen": {n: chosen(w, grid) for n, w in answers.weights.items() if n in SELECTING},
+        "chosen": {n: chosen(w, grid) for n, w in answers.weights.items() if n in selecting},
         "guidance": None,
     }
     if nll is not None and n_scored is not None:

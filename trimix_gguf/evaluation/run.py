@@ -10,9 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from trimix_gguf.choosing.methods import CONTINUOUS, DECOUPLED
 from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.decoupled import LARGE_BASE, FourthModel, check_fourth, open_fourth
-from trimix_gguf.evaluation.methods import DECOUPLED
 from trimix_gguf.evaluation.reading import AXIS
 from trimix_gguf.evaluation.run_files import read_json, write_json
 from trimix_gguf.evaluation.runner import run_task
@@ -21,6 +21,7 @@ from trimix_gguf.evaluation.task import Dataset, Task
 from trimix_gguf.evaluation.tasks import custom_task, find_task
 from trimix_gguf.machine import native
 from trimix_gguf.machine.locking import alone
+from trimix_gguf.mixing.scoring import CONTINUOUS_RANGE
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.trio import Trio
 
@@ -177,6 +178,8 @@ def _settings(plan: Plan, trio: Trio) -> dict[str, Any]:
         "chat_template": trio.models[ROLES[0]].chat_template if plan.chat else None,
         "fill_loops": plan.fill_loops or None,  # None: a run from before it could be asked
         "race": plan.race or None,
+        # None in runs that looked from 0 to 1: they do not go on, their reports stay.
+        "continuous_range": CONTINUOUS_RANGE if CONTINUOUS in plan.methods else None,
         "n_ctx": trio.n_ctx,
         "axis": AXIS,
         "models": {role: _fingerprint(path) for role, path in files.items()},

@@ -8,10 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from trimix_gguf.evaluation.continuing import WIDEST, Mix, Start, continue_all, continue_decoupled
+from trimix_gguf.choosing.methods import CONTINUOUS, DECOUPLED, ORACLE
+from trimix_gguf.evaluation.continuing import (
+    WIDEST,
+    Continuation,
+    Start,
+    continue_all,
+    continue_decoupled,
+)
 from trimix_gguf.evaluation.decoupled import FourthModel
 from trimix_gguf.evaluation.loops import Loop
-from trimix_gguf.evaluation.methods import DECOUPLED, ORACLE, grid_mixes, lowest_decoupled, mixes
+from trimix_gguf.evaluation.methods import continuations, grid_continuations, lowest_decoupled
 from trimix_gguf.evaluation.prompts import open_reader, question_after
 from trimix_gguf.evaluation.racing import Points, still_racing
 from trimix_gguf.evaluation.reading import Reader, Reading, choice_nll, token_nlls
@@ -60,6 +67,7 @@ def run_task(
         n_exemplars=settings.n_exemplars,
         chat=settings.chat,
         fourth=fourth,
+        continuous=CONTINUOUS in settings.methods,
     )
     weights = choose_task_weights(
         reader, task, dataset, settings, out, lambda what: progress(f"{label}, {what}")
@@ -132,18 +140,18 @@ def answer_all(
 
 @dataclass(frozen=True)
 class _Begun:
-    """An example whose prompt was read; its mixes are about to continue it."""
+    """An example whose prompt was read, and what is about to continue it."""
 
     line: dict[str, Any]
-    named: Mapping[str, Mix]
+    named: Mapping[str, Continuation]
     points: Points
     start: Start
 
     def finished(self) -> dict[str, Any]:
-        for name, mix in self.named.items():
-            self.line["outputs"][name] |= _said(mix)
+        for name, written in self.named.items():
+            self.line["outputs"][name] |= _said(written)
         if self.points.any():
-            texts = iter(mix.text for mix in self.start.mixes[len(self.named) :])
+            texts = iter(one.text for one in self.start.continuations[len(self.named) :])
             self.line["grid"] = [
                 [next(texts) if here else None for here in row] for row in self.points.tolist()
             ]
@@ -168,13 +176,13 @@ def _begin(
         line |= _reading_line(reading)
     else:
         reader.start(question)
-    named = mixes(settings.methods, reading, task_weights, partial(_nats, trio))
-    line["outputs"] = {name: _weights(mix.weights) for name, mix in named.items()}
-    grid = [mix for mix, here in zip(grid_mixes(), points.ravel(), strict=True) if here]
+    named = continuations(settings.methods, reading, task_weights, partial(_nats, trio))
+    line["outputs"] = {name: _weights(one.mix.weights) for name, one in named.items()}
+    grid = [one for one, here in zip(grid_continuations(), points.ravel(), strict=True) if here]
     start = Start.here(trio, settings.roles, [*named.values(), *grid])
     if settings.fill_loops:
-        for mix in start.mixes:
-            mix.loop = Loop()
+        for one in start.continuations:
+            one.loop = Loop()
     if reading is not None and example.choices:
         ids = [trio.models[ROLES[0]].tokenize(f" {choice}") for choice in example.choices]
         line["choice_nll"] = _rounded(choice_nll(trio, start, ids))
@@ -188,10 +196,10 @@ def _decoupled(reader: Reader, task: Task, nats: Float64) -> dict[str, Any]:
     if reader.fourth is None:
         raise ValueError("a decoupled reading needs a fourth model")
     best = lowest_decoupled(nats)
-    mix = continue_decoupled(
+    written = continue_decoupled(
         reader.trio, reader.fourth, best.weights, best.gamma, max_tokens=task.max_tokens
     )
-    return _weights(best.weights) | {"gamma": best.gamma} | _said(mix)
+    return _weights(best.weights) | {"gamma": best.gamma} | _said(written)
 
 
 def _nats(trio: Trio, rows: Rows, token: int) -> Float64:
@@ -201,9 +209,9 @@ def _nats(trio: Trio, rows: Rows, token: int) -> Float64:
     return nats
 
 
-def _said(mix: Mix) -> dict[str, Any]:
-    said = {"text": mix.text, "n_tokens": len(mix.ids)}
-    return said | {"n_filled": mix.n_filled} if mix.n_filled else said
+def _said(written: Continuation) -> dict[str, Any]:
+    said = {"text": written.text, "n_tokens": len(written.ids)}
+    return said | {"n_filled": written.n_filled} if written.n_filled else said
 
 
 def _weights(chosen: Weights) -> dict[str, float]:

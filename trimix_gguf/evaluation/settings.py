@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
+from trimix_gguf.choosing.methods import reading_methods
 from trimix_gguf.evaluation.continuing import roles_of
-from trimix_gguf.evaluation.methods import ORACLE, READING, SELECTING, fixed_mix
 from trimix_gguf.evaluation.task import Dataset, Example
+from trimix_gguf.mixing.fusion import METHODS
 from trimix_gguf.roles import ROLES
 
 # What is under way -> how many of how many are done.
@@ -35,14 +36,14 @@ class Settings:
     @property
     def reads(self) -> bool:
         """Whether a method chooses by what the prompts' reading shows."""
-        return any(name in READING for name in self.methods)
+        return any(name in reading_methods() for name in self.methods)
 
     @property
     def roles(self) -> tuple[str, ...]:
         """Models that the methods run."""
-        if any(name in SELECTING or name == ORACLE for name in self.methods):
+        if any(name not in METHODS for name in self.methods):
             return ROLES
-        return roles_of([fixed_mix(name) for name in self.methods])
+        return roles_of([METHODS[name] for name in self.methods])
 
     def questions(self, dataset: Dataset) -> list[Example]:
         """The examples to answer: all, or `limit` of them drawn with the seed, in their order."""

@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from trimix_gguf.choosing.methods import INFORMATIVE, MI_ANSWERS, ORACLE
 from trimix_gguf.evaluation.answers import CALIBRATED
-from trimix_gguf.evaluation.methods import INFORMATIVE, MI_ANSWERS, ORACLE
 from trimix_gguf.evaluation.metrics import METRICS
 from trimix_gguf.evaluation.racing import WORSE
 

@@ -1,4 +1,4 @@
-"""Methods that choose one pair a task, before its first answer."""
+"""Methods that choose one pair per task, before its first answer."""
 
 import random
 from collections.abc import Mapping
@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from trimix_gguf.choosing.methods import MI_ANSWERS, TASK
 from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.information import exemplars_information
-from trimix_gguf.evaluation.methods import MI_ANSWERS, lowest_on_grid
+from trimix_gguf.evaluation.methods import lowest_on_grid
 from trimix_gguf.evaluation.prompts import exemplars_of, question_after
 from trimix_gguf.evaluation.reading import AXIS, Reader
 from trimix_gguf.evaluation.run_files import append_line, finished, finite, read_json, write_json
@@ -29,9 +30,9 @@ def choose_task_weights(
     What they look at takes minutes; it is kept beside `out`, for a run that goes on.
     """
     chosen = {}
-    if "ppl-task" in settings.methods:
+    if TASK in settings.methods:
         nats = _sample_nats(reader, dataset, settings, out.with_suffix(".sample.jsonl"), progress)
-        chosen["ppl-task"] = lowest_on_grid(nats)
+        chosen[TASK] = lowest_on_grid(nats)
     if MI_ANSWERS in settings.methods:
         kept = out.with_suffix(".exemplars.json")
         information = _exemplars_information(reader, task, dataset, settings, kept, progress)
@@ -47,7 +48,7 @@ def _sample_nats(
     sample = random.Random(settings.seed).sample(questions, min(N_SAMPLE, len(questions)))
     done = len(finished(kept))
     if done < len(sample):
-        with progress("a sample for ppl-task") as shown, kept.open("a", encoding="utf-8") as lines:
+        with progress(f"a sample for {TASK}") as shown, kept.open("a", encoding="utf-8") as lines:
             shown(done, len(sample))
             for at, question in enumerate(sample[done:], done + 1):
                 nats = reader.read(question_after(reader, question)).nlls.mean(axis=0)

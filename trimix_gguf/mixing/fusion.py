@@ -44,21 +44,65 @@ class Weights:
         return tuple(role for role, c in self.coefficients.items() if c != 0.0)
 
 
+def check_threshold(value: float) -> None:
+    """Raises WeightsError where a plausibility threshold is not from 0 to 1."""
+    if not 0.0 <= value <= 1.0:  # also refuses NaN
+        raise WeightsError(f"plausibility threshold is {value}; expected 0 to 1")
+
+
 @dataclass(frozen=True)
-class Method:
-    """Fixed weights that stand for a named method, with its plausibility cut-off."""
+class Mix:
+    """What a token is chosen from: weights, and a cut-off on what large_ins finds implausible.
+
+    Tokens below `plausibility_threshold` times large_ins' top probability get −inf; 0 masks
+    none. Raises WeightsError where the threshold is not from 0 to 1.
+    """
 
     weights: Weights
     plausibility_threshold: float = 0.0
 
+    def __post_init__(self) -> None:
+        check_threshold(self.plausibility_threshold)
 
+    @staticmethod
+    def of(given: "Weights | Mix") -> "Mix":
+        """A mix as it is; weights as one that masks nothing."""
+        return given if isinstance(given, Mix) else Mix(given)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether some tokens get probability 0."""
+        return self.plausibility_threshold > 0.0
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Models that it reads, in the order of ROLES; the mask reads large_ins."""
+        reads = {*self.weights.active, *(("large_ins",) if self.is_masked else ())}
+        return tuple(role for role in ROLES if role in reads)
+
+    def fuse(self, rows: Rows, unused: NDArray[np.bool_] | None = None) -> NDArray[np.float32]:
+        """Mix logits of its `roles`, [n_tokens, n_vocab] or [n_vocab]; masked ids are −inf."""
+        fused = fuse(rows, self.weights, unused=unused)
+        if self.is_masked:
+            mask_implausible(fused, rows["large_ins"], self.plausibility_threshold)
+        return fused
+
+    def to_json(self) -> dict[str, float]:
+        """`alpha` and `beta`; `plausibility_threshold` too where it masks."""
+        pair = {"alpha": self.weights.alpha, "beta": self.weights.beta}
+        if not self.is_masked:
+            return pair
+        return {**pair, "plausibility_threshold": self.plausibility_threshold}
+
+
+# Methods whose mix is fixed; choosing/methods.py has those that choose weights.
 METHODS = {
-    "large_ins": Method(Weights(1.0, 0.0)),
-    "small_cpt": Method(Weights(0.0, 1.0)),
-    "small_base": Method(Weights(0.0, 0.0)),
-    "proxy-tuning": Method(Weights(1.0, 1.0)),
+    "large_ins": Mix(Weights(1.0, 0.0)),
+    "small_cpt": Mix(Weights(0.0, 1.0)),
+    "small_base": Mix(Weights(0.0, 0.0)),
+    "proxy-tuning": Mix(Weights(1.0, 1.0)),
     # Li et al. 2023 in logits: 1.5·large_ins − 0.5·small_base over tokens that large_ins allows.
-    "contrastive": Method(Weights(1.5, 0.0), plausibility_threshold=0.1),
+    "contrastive": Mix(Weights(1.5, 0.0), plausibility_threshold=0.1),
 }
 
 
@@ -85,8 +129,17 @@ def fuse(
 def mask_implausible(
     fused: NDArray[np.float32], reference: NDArray[np.float32], plausibility_threshold: float
 ) -> None:
-    """In place: −inf where `reference` [n_vocab] is below threshold × its top probability."""
-    if not 0.0 <= plausibility_threshold <= 1.0:
-        raise WeightsError(f"plausibility threshold is {plausibility_threshold}; expected 0 to 1")
+    """In place: −inf where `reference` is below threshold × its top probability.
+
+    Both are [n_tokens, n_vocab] or [n_vocab]. Raises WeightsError for a threshold out of range.
+    """
+    check_threshold(plausibility_threshold)
     if plausibility_threshold > 0.0:
-        fused[reference < reference.max() + math.log(plausibility_threshold)] = -np.inf
+        cut_off = reference.max(-1, keepdims=True) + np.float32(math.log(plausibility_threshold))
+        fused[reference < cut_off] = -np.inf
+
+
+def probability(row: NDArray[np.float32], token: int) -> float:
+    """Softmax of one row [n_vocab] at one id."""
+    top = float(row.max())
+    return math.exp(float(row[token]) - top) / float(np.exp(row - top).sum(dtype=np.float64))

@@ -216,7 +216,7 @@ class _Characters:
 
 def mix_json(selection: Selection) -> dict[str, Any]:
     """Weights and how they were chosen; perplexities and the grid where the prompt was scored."""
-    weights, score = selection.weights, selection.score
+    score = selection.score
     perplexities, grid = selection.perplexities(), None
     if score is not None:
         alphas, betas = score.grid
@@ -225,7 +225,7 @@ def mix_json(selection: Selection) -> dict[str, Any]:
     if perplexities is not None:
         perplexities = {name: _or_none(value) for name, value in perplexities.items()}
     return {
-        "weights": {"alpha": weights.alpha, "beta": weights.beta, "method": selection.method},
+        "weights": selection.to_json(),
         "perplexity": perplexities,
         "grid": grid,
     }

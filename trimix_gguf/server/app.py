@@ -206,14 +206,14 @@ class Api:
 
     def _model(self) -> dict[str, Any]:
         # Of requests that name none; without, each prompt chooses its own.
-        fixed = self._mix.get("weights")
+        fixed = self._mix.get("mix")
         return {
             "id": self._name,
             "object": "model",
             "created": self._created,
             "owned_by": "trimix",
             "max_model_len": self._trio.n_ctx,
-            "trimix": {"weights": None if fixed is None else [fixed.alpha, fixed.beta]},
+            "trimix": {"weights": fixed and [fixed.weights.alpha, fixed.weights.beta]},
         }
 
     async def tokenize(self, request: Request) -> Response:

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from trimix_gguf.choosing.methods import runtime_methods
 from trimix_gguf.errors import WeightsError
-from trimix_gguf.mixing.fusion import METHODS, Weights
+from trimix_gguf.mixing.fusion import METHODS, Mix, Weights
 from trimix_gguf.server.errors import RequestError
 from trimix_gguf.server.fields import Fields, describe
 from trimix_gguf.server.schemas import check_schema
@@ -23,7 +24,6 @@ _IGNORED = (
     "prompt_cache_retention", "reasoning_effort", "verbosity", "parallel_tool_calls",
     "prediction",
 )  # fmt: skip
-_CHOOSING = ("ppl", "ent")
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _JSON_OBJECT: dict[str, Any] = {"type": "object"}
 
@@ -278,7 +278,7 @@ def _mix(fields: Fields) -> tuple[dict[str, Any], dict[str, Any]]:
         return {}, {}
     inner = Fields(value, "trimix")
     weights = inner.take("weights")
-    method = inner.one_of("method", (*_CHOOSING, *METHODS))
+    method = inner.one_of("method", runtime_methods())
     settings: dict[str, Any] = {"trace": inner.boolean("trace")}
     sampling = {
         "top_k": inner.integer("top_k", 0, 2**31 - 1),
@@ -295,12 +295,11 @@ def _mix(fields: Fields) -> tuple[dict[str, Any], dict[str, Any]]:
 def mix_settings(method: str | None, weights: Weights | None) -> dict[str, Any]:
     """Fields of Request for fixed weights or a method's name; none for neither."""
     if weights is not None:
-        return {"weights": weights, "plausibility_threshold": 0.0}
+        return {"mix": Mix(weights)}
     if method in METHODS:
-        threshold = METHODS[method].plausibility_threshold
-        return {"weights": METHODS[method].weights, "plausibility_threshold": threshold}
+        return {"mix": METHODS[method]}
     if method is not None:
-        return {"weights": None, "plausibility_threshold": 0.0, "method": method}
+        return {"mix": None, "method": method}
     return {}
 
 

@@ -10,16 +10,16 @@ from difflib import get_close_matches
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from trimix_gguf.choosing.methods import runtime_methods
 from trimix_gguf.errors import TrioFileError, WeightsError
 from trimix_gguf.machine.files import write_text
 from trimix_gguf.machine.threads import MOST_THREADS
-from trimix_gguf.mixing.fusion import METHODS, Weights
+from trimix_gguf.mixing.fusion import METHODS, Mix, Weights
 from trimix_gguf.roles import ROLES
 
 VERSION = 1
 FILENAME = "trio.toml"
 MODELS = (*ROLES, "large_base")  # what a trio file may name; large_base need not be there
-CHOOSING = ("ppl", "ent")  # methods that choose weights for each prompt
 MOST_BYTES = 1 << 20  # of a trio file: far more than one has
 # What Windows takes for a device, whatever follows a dot: CON.gguf is the console.
 _DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\..*)?", re.I)
@@ -64,7 +64,7 @@ class ModelEntry:
 class TrioFile:
     """A trio by its manifest; `folder` is where relative paths of `models` start.
 
-    `method` is one of CHOOSING or fusion.METHODS; `weights`, where they are set, stand instead.
+    `method` is one of runtime_methods(); `weights`, where they are set, stand in its place.
     """
 
     folder: Path
@@ -114,9 +114,11 @@ class TrioFile:
         }
 
     @property
-    def fixed_weights(self) -> Weights | None:
-        """`weights`, or those of a method that has its own; None where a prompt chooses them."""
-        return METHODS[self.method].weights if self.method in METHODS else self.weights
+    def fixed_mix(self) -> Mix | None:
+        """That of `weights`, or of a method that has its own; None where a prompt chooses."""
+        if self.method in METHODS:
+            return METHODS[self.method]
+        return None if self.weights is None else Mix(self.weights)
 
     def missing(self) -> list[str]:
         """Models whose file is not there."""
@@ -311,7 +313,7 @@ def _matches(pattern: str) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
-_METHODS = [*CHOOSING, *METHODS]
+_METHODS = runtime_methods()
 _LAYERS = ("'auto' or a number from -1 (all)", _is_layers)
 _TRIO_KEYS = {  # key -> (what is expected, whether a value is that)
     "version": ("a number", _is_int),

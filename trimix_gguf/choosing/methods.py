@@ -1,0 +1,90 @@
+"""The methods that choose weights, in one table; mixing/fusion.METHODS has those with a fixed mix.
+
+Commands, server, trio files and evaluation take the names of methods from these two tables only.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trimix_gguf.mixing.fusion import METHODS
+
+PPL = "ppl"
+ENT = "ent"
+ANSWERS = "ppl-answers"
+TASK = "ppl-task"
+CONTINUOUS = "continuous"
+DECOUPLED = "decoupled"
+TOKEN = "token"
+MI_ANSWERS = "mi-answers"
+INFORMATIVE = "mi"
+ORACLE = "upper-bound"
+
+ChosenBy = Literal["ppl", "ent"]  # the runtime names of the table, for type hints
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """A way to choose weights.
+
+    `by` says in one line what decides. `where` it applies: 'runtime' for any prompt, also in
+    evaluation; 'task' only in evaluation, which has exemplars and samples; 'report' where the
+    answers of a finished run decide. `reads`: each prompt is first scored over the grid.
+    """
+
+    by: str
+    where: Literal["runtime", "task", "report"]
+    reads: bool = True
+
+
+CHOOSING = {
+    PPL: Choosing("lowest perplexity of the prompt (TriMix-PPL)", "runtime"),
+    ANSWERS: Choosing("lowest perplexity of the exemplars' answers", "task"),
+    TASK: Choosing("one pair per task, lowest macro perplexity of 50 prompts", "task"),
+    ENT: Choosing("lowest entropy of the first token (TriMix-ENT)", "runtime"),
+    CONTINUOUS: Choosing("lowest perplexity of the prompt, as with --grid continuous", "task"),
+    DECOUPLED: Choosing(
+        "lowest perplexity of the prompt over (alpha, beta, gamma), by four models", "task"
+    ),
+    TOKEN: Choosing("chosen at each token, by the perplexity of what lies just before it", "task"),
+    MI_ANSWERS: Choosing(
+        "one pair per task, most mutual information of the exemplars' answers and questions",
+        "task",
+        reads=False,
+    ),
+    # MI_ANSWERS stands for it where a task has no choices.
+    INFORMATIVE: Choosing(
+        "one pair per task, most mutual information of questions and choices",
+        "report",
+        reads=False,
+    ),
+    # Needs the answers at all 36 grid points, so a run has to be asked for it.
+    ORACLE: Choosing(
+        "one pair per task, the best score on the labelled set", "report", reads=False
+    ),
+}
+
+
+def runtime_methods() -> tuple[str, ...]:
+    """Names that `generate`, `chat`, `serve` and trio files take: choosing ones, then fixed."""
+    choosing = (name for name, row in CHOOSING.items() if row.where == "runtime")
+    return (*choosing, *METHODS)
+
+
+def selecting_methods() -> tuple[str, ...]:
+    """Names of the methods that choose weights before they answer, at runtime or for a task."""
+    return tuple(name for name, row in CHOOSING.items() if row.where != "report")
+
+
+def reading_methods() -> tuple[str, ...]:
+    """Those for which each prompt is first scored over the grid."""
+    return tuple(name for name, row in CHOOSING.items() if row.reads)
+
+
+def evaluated_methods() -> tuple[str, ...]:
+    """Names that `trimix eval` takes."""
+    return (*METHODS, *selecting_methods(), ORACLE)
+
+
+def compared_by_default() -> tuple[str, ...]:
+    """What `trimix eval` compares where it is not told."""
+    return ("large_ins", "small_cpt", "small_base", "proxy-tuning", PPL, ANSWERS, ENT)

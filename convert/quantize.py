@@ -85,8 +85,8 @@ def _run_child(
     child = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
     )
+    assert child.stderr is not None
     try:
-        assert child.stderr is not None
         for line in child.stderr:
             last = line.strip() or last
             tensor = _TENSOR.match(line)
@@ -98,6 +98,7 @@ def _run_child(
         raise
     finally:
         code = child.wait()
+        child.stderr.close()
     if code != 0:
         raise ConversionError(f"llama.cpp could not quantize {file.path}: {last}")
 

@@ -25,6 +25,7 @@ COMMANDS = {  # name -> (module, and function in it where that is called otherwi
     "plan": ("plan", "Say which layers go to which device, and what to change."),
     "check": ("check", "Tell whether three GGUF files make a trio."),
     "convert": ("convert", "Turn a Hugging Face checkpoint into a GGUF file."),
+    "help": ("help:help_", "Show a help page, without a network."),
 }
 
 

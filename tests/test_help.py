@@ -1,5 +1,6 @@
 """README and help pages: their commands run, their options exist, their links lead somewhere."""
 
+import inspect
 import json
 import os
 import re
@@ -20,8 +21,10 @@ from test_cli import one_line_error
 
 from trimix_gguf.cli import COMMANDS
 from trimix_gguf.cli import trimix as program
+from trimix_gguf.cli.generation_options import _SAMPLING
 from trimix_gguf.cli.help import FOLDER, TOPICS, page, summary
 from trimix_gguf.evaluation.tasks.custom import custom_task
+from trimix_gguf.mixing.sampling import Sampler
 from trimix_gguf.trio.trio import NANO
 
 README = ROOT / "README.md"
@@ -236,6 +239,21 @@ def test_relative_links_lead_to_files(path):
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
         if not target.startswith(("http:", "https:")):
             assert (path.parent / target.partition("#")[0]).exists(), f"{path.name}: {target}"
+
+
+def test_every_option_has_a_help_text():
+    for command in all_commands(program):
+        for option in command.params:
+            if isinstance(option, click.Option):
+                assert option.help, f"trimix {command.name}: {option.opts[-1]} has no help text"
+
+
+def test_the_defaults_in_the_samplers_help_are_the_samplers():
+    defaults = inspect.signature(Sampler.__init__).parameters
+    for name, (_, text) in _SAMPLING.items():
+        told = re.search(r"Default (\d+(?:\.\d+)?)", text)
+        assert told is None or float(told[1]) == defaults[name].default, f"{name}: {text}"
+    assert sum("Default" in text for _, text in _SAMPLING.values()) > 8
 
 
 # -- trimix help ----------------------------------------------------------------------------

@@ -91,8 +91,8 @@ def _run_child(
         encoding="utf-8",
         errors="replace",
     )
+    assert child.stderr is not None
     try:
-        assert child.stderr is not None
         for line in child.stderr:
             last = line.strip() or last
             tensor = _TENSOR.match(line)
@@ -104,6 +104,7 @@ def _run_child(
         raise
     finally:
         code = child.wait()
+        child.stderr.close()
     if code != 0:
         raise ConversionError(f"llama.cpp could not quantize {file.path}: {last}")
 

@@ -252,14 +252,14 @@ def crafted(small, path, *more, text=None, without=()):
         (member("a/../../evil", b"x"), "leads out"),
         (member("/tmp/evil", b"x"), "leads out"),
         (member("C:\\evil", b"x"), "leads out"),
-        (member("evil", kind=tarfile.SYMTYPE, link="/etc/passwd"), "no plain file"),
-        (member("evil", kind=tarfile.LNKTYPE, link="trio.toml"), "no plain file"),
-        (member("evil", kind=tarfile.CHRTYPE), "no plain file"),
-        (member("evil", kind=tarfile.BLKTYPE), "no plain file"),
-        (member("evil", kind=tarfile.FIFOTYPE), "no plain file"),
-        (member("evil", kind=tarfile.DIRTYPE), "no plain file"),
+        (member("evil", kind=tarfile.SYMTYPE, link="/etc/passwd"), "not a plain file"),
+        (member("evil", kind=tarfile.LNKTYPE, link="trio.toml"), "not a plain file"),
+        (member("evil", kind=tarfile.CHRTYPE), "not a plain file"),
+        (member("evil", kind=tarfile.BLKTYPE), "not a plain file"),
+        (member("evil", kind=tarfile.FIFOTYPE), "not a plain file"),
+        (member("evil", kind=tarfile.DIRTYPE), "not a plain file"),
         (member("large_ins.gguf", b"x"), "twice"),
-        (member("evil", b"x"), "names not"),
+        (member("evil", b"x"), "does not name"),
     ],
 )
 def test_a_tar_with_anything_but_its_files_is_refused(home, small, tmp_path, more, words):
@@ -270,14 +270,14 @@ def test_a_tar_with_anything_but_its_files_is_refused(home, small, tmp_path, mor
 def test_a_sparse_member_is_refused(home, small, tmp_path):
     info, content = member("evil")
     info.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.size": "9", "GNU.sparse.map": "0,9"}
-    refused(crafted(small, tmp_path / "x.tar", (info, content)), "no plain file", home)
+    refused(crafted(small, tmp_path / "x.tar", (info, content)), "not a plain file", home)
 
 
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
         ("version = 1", "version = 2", "update trimix-gguf"),
-        ('name = "small"', 'name = "nano"', "ships with the package"),
+        ('name = "small"', 'name = "nano"', "ships in the package"),
         ('name = "small"', 'name = "../small"', "name"),
         ('path = "small_cpt.gguf"', 'path = "../small_cpt.gguf"', "leads out"),
         ('path = "small_cpt.gguf"', 'path = "/etc/passwd"', "leads out"),
@@ -300,10 +300,10 @@ def test_what_is_no_bundle_is_refused(home, small, tmp_path, nano_files):
     refused(crafted(small, tmp_path / "x.tar", without=["trio.toml"]), "no trio.toml", home)
     refused(crafted(small, tmp_path / "x.tar", without=["small_cpt.gguf"]), "small_cpt.gguf", home)
     refused(tmp_path / "nowhere.tar", "no such file", home)
-    refused(nano_files["small_cpt"], "no plain tar", home)
+    refused(nano_files["small_cpt"], "not a plain tar", home)
     refused(tmp_path, "trio.toml", home)
     (tmp_path / "empty.tar").touch()
-    refused(tmp_path / "empty.tar", "no plain tar", home)
+    refused(tmp_path / "empty.tar", "not a plain tar", home)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals, limits or pipes as POSIX has them")
@@ -317,7 +317,7 @@ def test_links_and_pipes_in_a_folder_are_refused(home, small, tmp_path):
     refused(folder, "is a link", home)
     path.unlink()
     os.mkfifo(path)
-    refused(folder, "no plain file", home)
+    refused(folder, "not a plain file", home)
 
 
 def test_a_cut_or_altered_tar_is_refused_or_whole(home, small, tmp_path):

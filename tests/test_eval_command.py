@@ -128,7 +128,7 @@ def test_an_unfinished_run_is_not_reported(trimix, task_file, tmp_path):
     assert result.returncode == 0, result.stderr.decode()
     assert "topics 4 of 6 (unfinished)" in result.stdout.decode()
     file.write_bytes(b"")
-    assert "no answer yet" in one_line_error(trimix("eval", "report", out, "--so-far"))
+    assert "no answers yet" in one_line_error(trimix("eval", "report", out, "--so-far"))
 
 
 def test_one_more_model_by_itself(trimix, task_file, tmp_path, nano_files):

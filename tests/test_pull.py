@@ -43,7 +43,7 @@ def test_ready_files_are_pulled_pinned_and_answer_with_no_network(person, hub, r
     assert answer.returncode == 0 and json.loads(answer.stdout)["n_tokens"] > 0
     for again in ("kk", file):
         result = person.pull(again, HF_HUB_OFFLINE="1", **NOWHERE)
-        assert result.returncode == 0 and b"kk is here already" in result.stderr
+        assert result.returncode == 0 and b"kk is already here" in result.stderr
 
 
 def test_checkpoint_and_adapter_are_converted_as_trimix_convert_does(
@@ -70,7 +70,7 @@ def test_checkpoint_and_adapter_are_converted_as_trimix_convert_does(
     assert perplexity["small_cpt"] != pytest.approx(perplexity["small_base"], rel=1e-3)
     assert person.pull(file, "--quantization", "f16", **NOWHERE).returncode == 0
     other = person.pull(file, "--quantization", "q4_0", **NOWHERE)
-    assert b"here already, with another small_base" in other.stderr and other.returncode == 1
+    assert b"already here, with another small_base" in other.stderr and other.returncode == 1
 
 
 def test_a_checkpoint_is_removed_once_it_is_converted_and_not_fetched_again(

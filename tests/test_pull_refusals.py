@@ -74,8 +74,8 @@ def test_what_cannot_be_pulled_is_said_before_anything_is_fetched(person, hub, r
     assert hub.n_sent("/file/") == 0
     assert "did you mean qwen2.5-1.5b-3b-kk" in person.refused("qwen2.5-1.5b-3b-kz")
     assert "trimix convert hf" in person.refused("qwen2.5-1.5b-3b-bn")
-    assert "ships with the package" in person.refused("nano")
-    assert "nothing of it is converted" in person.refused(file, "--quantization", "q4_0")
+    assert "ships in the package" in person.refused("nano")
+    assert "nothing is converted" in person.refused(file, "--quantization", "q4_0")
 
 
 def test_models_that_do_not_speak_the_same_tokens_are_not_made_a_trio(person, hub, ready, tmp_path):

@@ -38,7 +38,7 @@ def cut(folder):
 
 
 FAULTS = {
-    "no run.json": (lambda f: (f / "run.json").unlink(), "there is no run.json"),
+    "no run.json": (lambda f: (f / "run.json").unlink(), "run.json is missing"),
     "run.json cut": (lambda f: (f / "run.json").write_text('{"format": 1,'), "is not JSON"),
     "another file": (lambda f: (f / "run.json").write_text("[1]"), "expected a JSON object"),
     "a later format": (settings(format=2), "format 2, expected 1"),
@@ -49,12 +49,12 @@ FAULTS = {
     "a task unknown": (settings(tasks=["tumblr"]), "no task 'tumblr'"),
     "a task not run": (settings(tasks=["tumlu", "copa"]), "copa.jsonl is missing or empty"),
     "nothing done": (lambda f: (f / "tumlu.jsonl").write_text(""), "is missing or empty"),
-    "a line cut": (cut, "half a line; give the run's command again"),
-    "a method not run": (settings(methods=["ppl", "ppl-other"]), ":1: there is no answer of"),
+    "a line cut": (cut, "incomplete line; give the run's command again"),
+    "a method not run": (settings(methods=["ppl", "ppl-other"]), ":1: the answer of"),
     "a single not run": (settings(singles={"big": {}}), "tumlu.big.jsonl is missing or empty"),
-    "an id twice": (spoil("id", "q1"), r":3: example 'q1' comes a second time"),
+    "an id twice": (spoil("id", "q1"), r":3: example 'q1' occurs twice"),
     "an id as number": (spoil("id", 7), ":3: field 'id' should be a text"),
-    "no reference": (spoil("references", []), ":3: there is no reference"),
+    "no reference": (spoil("references", []), ":3: the reference is missing"),
     "references of numbers": (spoil("references", [4]), ":3: field 'references' should be texts"),
     "an output of no weights": (spoil("outputs", {"large_ins": {"text": ""}}), ":3: field 'alpha'"),
     "nats of another axis": (spoil("nll", [[1.0] * 6] * 6), ":3: 'nll' should be 7 × 7"),

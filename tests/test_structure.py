@@ -1,4 +1,4 @@
-"""The shape of the package: imports point up the list of layers, and the README agrees with it."""
+"""The shape of the package: imports point up the list of rooms, and the documents agree with it."""
 
 import ast
 import importlib.util
@@ -97,20 +97,80 @@ except TrimixError as error:
     assert b"not an adapter" in done.stdout and done.stderr == b""
 
 
-def test_public_names_resolve_and_stand_in_the_readme():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def pages_of_users():
+    """README and the help pages: what a user may have read."""
+    paths = [ROOT / "README.md", *sorted((ROOT / "trimix_gguf/help").glob("*.md"))]
+    return "\n".join(path.read_text(encoding="utf-8") for path in paths)
+
+
+def test_public_names_resolve_and_a_page_names_them():
+    text = pages_of_users()
     for name in trimix_gguf.__all__:
         assert getattr(trimix_gguf, name) is not None
-        assert f"`{name}`" in readme, f"README does not name {name}"
+        assert f"`{name}`" in text, f"neither README nor a help page names {name}"
 
 
-def test_readme_names_every_command():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_a_page_names_every_command():
+    text = pages_of_users()
     for command in COMMANDS:
-        assert f"trimix {command}" in readme, f"README does not name trimix {command}"
+        named = f"trimix {command}" in text
+        assert named, f"neither README nor a help page names trimix {command}"
 
 
 def test_the_reference_of_commands_is_what_help_says():
     assert PATH.read_text(encoding="utf-8") == reference(), "run `make reference`"
     for command in COMMANDS:
         assert f"\n## trimix {command}\n" in reference()
+
+
+# -- ARCHITECTURE.md ------------------------------------------------------------------------
+
+
+def sections():
+    """Heading -> text, of ARCHITECTURE.md."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    parts = re.split(r"^## (.+)$", text, flags=re.M)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def rooms_imported(room):
+    """Other rooms that a room imports from, in the order of ROOMS."""
+    names = {name for path in files_of(room) for name in imported_modules(path)}
+    found = {n.split(".")[1] for n in names if n.startswith("trimix_gguf.")} - {room}
+    return [other for other in ROOMS if other in found]
+
+
+def test_the_drawing_of_the_rooms_is_what_the_code_imports():
+    drawn = re.search(r"```\n(.*?)```", sections()["Rooms"], re.S)[1].splitlines()
+    arrows = {line.split()[0]: line.partition("<-")[2].split() for line in drawn}
+    assert list(arrows) == ROOMS, "the drawing's rooms are not those of the code, in their order"
+    for room in ROOMS:
+        line = " ".join([f"{room:<11}", "<-", *rooms_imported(room)])
+        assert arrows[room] == rooms_imported(room), f"ARCHITECTURE.md should draw: {line}"
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "convert"])
+def test_architecture_has_a_section_for_every_room_with_its_modules(room):
+    assert room in sections(), f"ARCHITECTURE.md has no section ## {room}"
+    folder = ROOT / ("convert" if room == "convert" else f"trimix_gguf/{room}")
+    there = {
+        path.relative_to(folder).with_suffix("").as_posix()
+        for path in folder.rglob("*.py")
+        if not path.stem.startswith("__")
+    }
+    bullets = re.findall(r"^\* ((?:`[a-z0-9_/]+`,?\s+)*`[a-z0-9_/]+`): \S", sections()[room], re.M)
+    named = set(re.findall(r"`([a-z0-9_/]+)`", " ".join(bullets)))
+    missing, gone = sorted(there - named), sorted(named - there)
+    assert not missing, f"ARCHITECTURE.md, ## {room}: no line for {', '.join(missing)}"
+    assert not gone, f"ARCHITECTURE.md, ## {room}: there is no module {', '.join(gone)}"
+
+
+def test_what_architecture_says_where_to_find_is_there():
+    places = re.findall(r"`([\w/]+\.py): ([\w.]+)`", sections()["Where to find"])
+    assert len(places) > 10
+    for path, dotted in places:
+        body = ast.parse((ROOT / path).read_text(encoding="utf-8")).body
+        for name in dotted.split("."):
+            found = [node for node in body if getattr(node, "name", None) == name]
+            assert found, f"ARCHITECTURE.md: there is no {dotted} in {path}"
+            body = found[0].body

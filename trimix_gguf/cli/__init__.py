@@ -10,22 +10,23 @@ import click
 
 COMMANDS = {  # name -> (module, and function in it where that is called otherwise; one-line help)
     "generate": ("generate", "Continue a prompt with the mix of three models."),
-    "serve": ("serve", "Answer HTTP requests as OpenAI's API does, several at once."),
-    "chat": ("chat", "Chat with the mix, turn after turn."),
+    "serve": ("serve", "Answer over HTTP, like OpenAI's API, many requests at once."),
+    "chat": ("chat", "Chat with the mix of three models."),
     "score": ("score", "Perplexity of texts under each model and over the weight grid."),
-    "eval": ("evaluate", "Compare methods on labelled tasks; report what came out."),
-    "bench": ("bench", "Measure how fast a trio is here, and compare its forms."),
-    "pull": ("pull", "Fetch a trio, converting what is published as safetensors."),
-    "list": ("trios:list_trios", "Name the trios that are here, and those to pull."),
+    "eval": ("evaluate", "Compare methods on labelled tasks, and report the result."),
+    "bench": ("bench", "Measure the speed of a trio on this machine."),
+    "pull": ("pull", "Fetch a trio from the Hugging Face hub."),
+    "list": ("trios:list_trios", "List the trios that are here, and those to pull."),
     "show": ("trios:show", "Show a trio: settings, models, sources, files."),
     "verify": ("trios:verify", "Compare every file of a trio with its SHA-256."),
     "remove": ("trios:remove", "Delete a trio that was pulled or imported."),
     "export": ("trios:export_", "Write a trio to a folder or a tar, for another machine."),
     "import": ("trios:import_", "Install a trio that was exported."),
-    "doctor": ("doctor", "What this machine and build can do, and whether a trio fits."),
-    "plan": ("plan", "Say which layers go to which device, and what to change."),
-    "check": ("check", "Tell whether three GGUF files make a trio."),
+    "doctor": ("doctor", "Test llama.cpp; show devices, and whether a trio fits."),
+    "plan": ("plan", "Show which layers go to which device, and what to change."),
+    "check": ("check", "Check whether three GGUF files make a trio."),
     "convert": ("convert", "Turn a Hugging Face checkpoint into a GGUF file."),
+    "help": ("help:help_", "Show a help page, without a network."),
 }
 
 

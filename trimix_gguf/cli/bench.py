@@ -23,23 +23,25 @@ _ROLES = ("large_ins", "small_base", "small_cpt")
 
 @click.command()
 @trio_options
-@click.option("--prompt", metavar="FILE", help="Text to continue; - is stdin. Default: Kazakh.")
+@click.option(
+    "--prompt", metavar="FILE", help="Text to continue; - is stdin. Default: a Kazakh text."
+)
 @click.option(
     "--n-prompt",
     type=click.IntRange(min=2),
-    help="Tokens of it, cut or repeated. Default: 256, or the file whole.",
+    help="Length of the prompt; it is cut or repeated. Default: 256, or the whole file.",
 )
-@click.option("--n-tokens", type=click.IntRange(min=1), help="Tokens decoded. Default 64.")
-@click.option("--repeats", type=click.IntRange(min=1), help="Of each measurement. Default 3.")
+@click.option("--n-tokens", type=click.IntRange(min=1), help="Tokens to decode. Default 64.")
+@click.option("--repeats", type=click.IntRange(min=1), help="How often to measure each. Default 3.")
 @click.option(
     "--weights", metavar="ALPHA,BETA", help="Default: the trio's own, or chosen from the prompt."
 )
-@click.option("--plot", metavar="FILE.png", help="Draw the tokens a second.")
+@click.option("--plot", metavar="FILE.png", help="Draw the tokens per second.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 def bench(**options: Any) -> None:
-    """Measure a trio: each model, lockstep, speculation, scoring, memory.
+    """Measure a trio: each model, lockstep, drafts, scoring, memory.
 
-    Decoding is greedy. All forms run in turn, several times; figures are medians.
+    Decoding is greedy. Everything runs in turn, several times; the figures are medians.
     """
     from trimix_gguf.bench import N_PROMPT, TEXT, bench_prompt, measure
 
@@ -106,7 +108,7 @@ def _files(trio: Any) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def _status() -> Iterator[Callable[[str], None]]:
-    """What is being measured, on stderr, for people alone."""
+    """What is being measured, on stderr, only on a terminal."""
     if not sys.stderr.isatty():
         yield lambda what: None
         return

@@ -29,22 +29,24 @@ from trimix_gguf.cli.options import (
 from trimix_gguf.cli.streams import reader_is_gone
 from trimix_gguf.errors import PromptError, TrimixError
 
-_WAY_OUT = "Ctrl-D or /exit leaves; /help names the commands"
+_WAY_OUT = "Ctrl-D or /exit leaves; /help lists the commands"
 _LONG = 64  # tokens to read that are worth a bar
 
 
 @click.command()
 @trio_options
-@click.option("--system", metavar="TEXT|@FILE", help="What the models are told before all else.")
-@click.option("--load", metavar="FILE", help="Go on with a chat that /save wrote.")
+@click.option(
+    "--system", metavar="TEXT|@FILE", help="Instruction for all answers, before the first message."
+)
+@click.option("--load", metavar="FILE", help="Continue a chat that /save wrote.")
 @mix_options
 @decoding_options
 def chat(system: str | None, load: str | None, **options: Any) -> None:
     """Chat with the mix of three models.
 
-    Each line is a message, answered with all before it in mind; a line that begins with / is a
-    command, and /help names them. Without a trio, the small Kazakh one that ships with the
-    package answers. Through a pipe, answers go to standard output.
+    Each line is a message. Each reply uses the whole conversation. A line that begins with / is
+    a command; /help lists them. Input can be piped. Without --trio, the small Kazakh trio that
+    ships in the package answers.
     """
     from trimix_gguf.answering.conversation import Conversation
 
@@ -150,13 +152,13 @@ class _Session:
     def _tell_the_end(self, last: Any, shown: str) -> None:
         reason = None if last is None else last.finish_reason
         if reason is None and self._stopping:
-            _note(f"stopped; {'what was said is kept' if shown else 'the question is taken back'}")
+            _note(f"stopped; {'the text so far is kept' if shown else 'the question is removed'}")
         elif reason == "length":
             _note(f"stopped after {last.n_tokens} tokens; -n raises that")
         elif reason == "context":
             _note(f"the context of {self.conversation.trio.n_ctx} tokens is full; raise --n-ctx")
         elif not shown:
-            _note("the models have nothing to say to that")
+            _note("the models gave an empty answer")
 
     # -- commands ---------------------------------------------------------------------------
 
@@ -164,13 +166,15 @@ class _Session:
         """Obey a line such as '/save chat.json'; False where it ends the chat."""
         name, _, argument = line[1:].partition(" ")
         if name not in _COMMANDS:
-            raise PromptError(f"/{name} is no command; /help names them, // begins a message")
+            raise PromptError(
+                f"unknown command /{name}; /help lists them, // begins a message with /"
+            )
         usage, _, obey = _COMMANDS[name]
         argument = argument.strip()
         if not usage and argument:
-            raise PromptError(f"/{name} takes nothing after it")
+            raise PromptError(f"/{name} takes no argument")
         if usage and not usage.startswith("[") and not argument:
-            raise PromptError(f"/{name} takes {usage} after it")
+            raise PromptError(f"/{name} needs an argument: /{name} {usage}")
         if obey is not None:
             obey(self, argument)
         return obey is not None
@@ -221,7 +225,7 @@ class _Session:
 
     def undo(self, _: str) -> None:
         taken = self.conversation.undo()
-        _note(f"taken back: {' '.join(taken.question.split())}")
+        _note(f"removed: {' '.join(taken.question.split())}")
 
     def reset(self, _: str) -> None:
         self.conversation.reset()
@@ -233,16 +237,16 @@ class _Session:
 
 
 _COMMANDS: dict[str, tuple[str, str, Callable[[_Session, str], None] | None]] = {
-    "weights": ("[auto|hold|A,B]", "choose each time, hold the last, or fix", _Session.weights),
-    "why": ("", "what each model made of the last answer's tokens", _Session.why),
+    "weights": ("[auto|hold|A,B]", "choose per answer, keep the last, or fix", _Session.weights),
+    "why": ("", "what each model wanted, token by token", _Session.why),
     "save": ("FILE", "write the chat as JSON", _Session.save),
-    "load": ("FILE", "go on with a saved chat", _Session.load),
-    "system": ("[TEXT|@FILE]", "what the models are told before all else", _Session.system),
-    "edit": ("TEXT", "ask this instead of the last question", _Session.edit),
+    "load": ("FILE", "continue a saved chat", _Session.load),
+    "system": ("[TEXT|@FILE]", "instruction for all answers", _Session.system),
+    "edit": ("TEXT", "replace the last question", _Session.edit),
     "retry": ("", "another answer to the last question", _Session.retry),
-    "undo": ("", "take back the last question and answer", _Session.undo),
-    "reset": ("", "forget all but what /system says", _Session.reset),
-    "help": ("", "this", _Session.help),
+    "undo": ("", "remove the last question and answer", _Session.undo),
+    "reset": ("", "forget the conversation, keep /system", _Session.reset),
+    "help": ("", "list the commands", _Session.help),
     "exit": ("", "leave", None),
 }  # fmt: skip
 
@@ -271,7 +275,7 @@ def _typed_lines() -> Iterator[str]:
             print(file=sys.stderr)
             _note(_WAY_OUT)
         except UnicodeDecodeError:
-            print("trimix: that line is not UTF-8; set the terminal to it", file=sys.stderr)
+            print("trimix: that line is not UTF-8; set the terminal to UTF-8", file=sys.stderr)
 
 
 def _piped_lines() -> Iterator[str]:

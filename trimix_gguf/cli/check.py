@@ -11,15 +11,15 @@ import click
 @click.argument("large_ins", metavar="LARGE")
 @click.argument("small_base", metavar="SMALL_BASE")
 @click.argument("small_cpt", metavar="SMALL_CPT")
-@click.option("--n-ctx", type=click.IntRange(min=8), help="Context to plan for.")
+@click.option("--n-ctx", type=click.IntRange(min=8), help="Length of the context to plan for.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 def check(
     large_ins: str, small_base: str, small_cpt: str, n_ctx: int | None, as_json: bool
 ) -> None:
-    """Tell whether three GGUF files make a trio, and what they need.
+    """Check whether three GGUF files make a trio, and what they need.
 
-    SMALL_CPT may be a LoRA adapter over SMALL_BASE. Where they do not make a trio, or do not fit
-    in memory: one line that says why, and exit 1.
+    SMALL_CPT may be a LoRA adapter over SMALL_BASE. If they do not make a trio, or do not fit in
+    memory: one line that says why, and exit 1.
     """
     from trimix_gguf.convert.check import check_trio
     from trimix_gguf.errors import MemoryNeededError

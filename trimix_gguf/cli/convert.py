@@ -19,15 +19,17 @@ def convert() -> None:
 
 def _output(what: str) -> Callable[..., Any]:
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        command = click.option("--force", is_flag=True, help="Replace what is there.")(command)
-        return click.option("-o", "--output", required=True, metavar=what.upper())(command)
+        command = click.option("--force", is_flag=True, help="Replace an existing output.")(command)
+        return click.option(
+            "-o", "--output", required=True, metavar=what.upper(), help="Where to write."
+        )(command)
 
     return add
 
 
-_type = click.option("--type", type=click.Choice(TYPES), help="Default q8_0.")
-_pre = click.option("--pre", metavar="NAME", help="Pre-tokenizer, where it is not recognised.")
-_name = click.option("--name", help="Model name to write; default: the folder's.")
+_type = click.option("--type", type=click.Choice(TYPES), help="Type of the weights. Default q8_0.")
+_pre = click.option("--pre", metavar="NAME", help="Pre-tokenizer, if it is not recognised.")
+_name = click.option("--name", help="Model name in the file. Default: the folder's.")
 
 
 @convert.command()
@@ -47,9 +49,16 @@ def hf(model_dir: str, output: str, force: bool, **options: Any) -> None:
 
 @convert.command()
 @click.argument("adapter_dir", metavar="ADAPTER_DIR")
-@click.option("--base", required=True, metavar="BASE_DIR", help="What it adapts: config.json.")
+@click.option(
+    "--base",
+    required=True,
+    metavar="BASE_DIR",
+    help="Folder of the model that it adapts; only config.json is read.",
+)
 @_output("file")
-@click.option("--type", type=click.Choice(["f32", "f16", "bf16"]), help="Default f16.")
+@click.option(
+    "--type", type=click.Choice(["f32", "f16", "bf16"]), help="Type of the weights. Default f16."
+)
 def lora(adapter_dir: str, base: str, output: str, force: bool, **options: Any) -> None:
     """Convert a PEFT adapter into an adapter GGUF (for --small-cpt-lora)."""
     from trimix_gguf.convert.lora import convert_lora
@@ -62,7 +71,9 @@ def lora(adapter_dir: str, base: str, output: str, force: bool, **options: Any) 
 
 @convert.command("merge-lora")
 @click.argument("adapter_dir", metavar="ADAPTER_DIR")
-@click.option("--base", required=True, metavar="BASE_DIR", help="The checkpoint it adapts.")
+@click.option(
+    "--base", required=True, metavar="BASE_DIR", help="Folder of the checkpoint that it adapts."
+)
 @_output("file")
 @_type
 @_pre
@@ -80,12 +91,29 @@ def merge_lora(adapter_dir: str, base: str, output: str, force: bool, **options:
 @convert.command()
 @click.argument("model_dirs", metavar="MODEL_DIR...", nargs=-1, required=True)
 @_output("dir")
-@click.option("--method", type=click.Choice(["linear", "task-arithmetic", "ties"]), required=True)
-@click.option("--base", metavar="DIR", help="What all were trained from; not for linear.")
-@click.option("--weight", "weights", type=float, multiple=True, help="One a model; default 1.")
-@click.option("--lambda", "lambda_", type=float, help="Scale of what is added to the base.")
-@click.option("--density", type=float, help="ties: share of each difference to keep; 0.2.")
-@click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), help="Default: the base's.")
+@click.option(
+    "--method",
+    type=click.Choice(["linear", "task-arithmetic", "ties"]),
+    required=True,
+    help="How to merge.",
+)
+@click.option("--base", metavar="DIR", help="The common base of all models; not for linear.")
+@click.option(
+    "--weight",
+    "weights",
+    type=float,
+    multiple=True,
+    help="Weight of a model, in order; once per model. Default 1.",
+)
+@click.option("--lambda", "lambda_", type=float, help="Scale of the sum that is added to the base.")
+@click.option(
+    "--density", type=float, help="For ties: share of each difference to keep. Default 0.2."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["f32", "f16", "bf16"]),
+    help="Type of the output. Default: the base's.",
+)
 def merge(model_dirs: tuple[str, ...], output: str, force: bool, **options: Any) -> None:
     """Merge the parameters of checkpoints of one size into a new checkpoint folder."""
     from trimix_gguf.convert.merge import merge_checkpoints
@@ -102,9 +130,9 @@ def merge(model_dirs: tuple[str, ...], output: str, force: bool, **options: Any)
 @convert.command()
 @click.argument("source", metavar="IN.gguf")
 @click.argument("output", metavar="OUT.gguf")
-@click.option("--type", type=click.Choice(QUANTIZED), required=True)
-@click.option("--requantize", is_flag=True, help="Allow a source that is quantized already.")
-@click.option("--force", is_flag=True, help="Replace what is there.")
+@click.option("--type", type=click.Choice(QUANTIZED), required=True, help="Type of the output.")
+@click.option("--requantize", is_flag=True, help="Allow a source that is already quantized.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
 def quantize(source: str, output: str, **options: Any) -> None:
     """Quantize a GGUF with llama.cpp's own quantizer."""
     from trimix_gguf.convert.quantize import quantize_gguf

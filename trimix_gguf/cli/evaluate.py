@@ -18,29 +18,58 @@ _DEFAULT = ",".join(compared_by_default())
 @trio_options
 @click.option("--lang", metavar="CODE", help="Language of the tasks: kk, ug, bo, mn, …")
 @click.option("--tasks", metavar="LIST", help="Tasks, comma-separated, or your own FILE.jsonl.")
-@click.option("--methods", metavar="LIST", default=_DEFAULT, show_default=True)
 @click.option(
-    "--data", metavar="DIR", default="data", show_default=True, help="Where data files are."
+    "--methods",
+    metavar="LIST",
+    default=_DEFAULT,
+    show_default=True,
+    help="Methods to compare, comma-separated; see `trimix help evaluation`.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Questions a task, drawn with the seed.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--exemplars", type=click.IntRange(min=0), help="Default: the task's own number.")
-@click.option("--chat", is_flag=True, help="Prompts in the chat template of large_ins.")
+@click.option(
+    "--data", metavar="DIR", default="data", show_default=True, help="Folder of the data files."
+)
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Questions per task, drawn with the seed."
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Draws exemplars and questions.",
+)
+@click.option(
+    "--exemplars",
+    type=click.IntRange(min=0),
+    help="Exemplars per prompt. Default: the task's own number.",
+)
+@click.option("--chat", is_flag=True, help="Put prompts into the chat template of large_ins.")
 @click.option(
     "--fill-loops", is_flag=True, help="Do not decode answers that only repeat themselves."
 )
-@click.option("--race", is_flag=True, help="Leave out grid points of the oracle that fall behind.")
-@click.option("--harness", metavar="LIST", help="Tasks of lm-evaluation-harness instead.")
-@click.option("--harness-path", metavar="DIR", help="Your own harness tasks, alone.")
+@click.option("--race", is_flag=True, help="Stop grid points of the oracle that are clearly worse.")
+@click.option("--harness", metavar="LIST", help="Run tasks of lm-evaluation-harness instead.")
+@click.option(
+    "--harness-path", metavar="DIR", help="Only your own harness tasks, from this folder."
+)
 @click.option("--weights", metavar="ALPHA,BETA", help="Fixed weights, for the harness.")
-@click.option("--single", multiple=True, metavar="NAME=FILE", help="One more GGUF, by itself.")
-@click.option("--large-base", metavar="FILE", help="Fourth model; default: the trio's, if any.")
-@click.option("-o", "--out", metavar="DIR", help="Folder of the results; a run there goes on.")
+@click.option(
+    "--single",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="Also compare this GGUF by itself. Can be given several times.",
+)
+@click.option(
+    "--large-base",
+    metavar="FILE",
+    help="Fourth model, for decoupled. Default: the trio's, if it has one.",
+)
+@click.option("-o", "--out", metavar="DIR", help="Folder of the results; a run there continues.")
 @click.pass_context
 def evaluate(context: click.Context, /, **options: Any) -> None:
     """Compare methods of mixing on labelled tasks, example by example.
 
-    A run that was stopped goes on where it was when the same command is given again.
+    A run that was stopped continues with the same command.
     """
     if context.invoked_subcommand is not None:
         return
@@ -59,10 +88,10 @@ def evaluate(context: click.Context, /, **options: Any) -> None:
 @evaluate.command()
 @click.argument("folders", metavar="DIR...", nargs=-1, required=True)
 @click.option("--choice-scoring", is_flag=True, help="Pick choices by likelihood, not by text.")
-@click.option("--so-far", is_flag=True, help="Report a run that is not finished, or still runs.")
+@click.option("--so-far", is_flag=True, help="Report a run that has not finished.")
 @click.option("--plot", metavar="FILE", help="Draw bars, chosen weights, perplexity and metric.")
 @click.option("--json", "form", flag_value="json", help="Everything, as one JSON object.")
-@click.option("--csv", "form", flag_value="csv", help="The table alone.")
+@click.option("--csv", "form", flag_value="csv", help="Only the table, as CSV.")
 def report(
     folders: tuple[str, ...],
     choice_scoring: bool,
@@ -70,10 +99,10 @@ def report(
     plot: str | None,
     form: str | None,
 ) -> None:
-    """Print the table of a run as Markdown; scores are taken from its texts, without models.
+    """Print the table of a run as Markdown. Models are not needed.
 
-    Several runs of the same models, with other tasks or other methods on the same questions, are
-    reported in one table; what two of them have is taken from the first.
+    Several runs of the same models make one table, with other tasks, or with other methods on the
+    same questions. What two runs have in common comes from the first.
     """
     import json
 
@@ -100,7 +129,7 @@ def _run(options: dict[str, Any]) -> None:
     names = {name: _split(options.pop(name)) for name in ("tasks", "methods")}
     check_methods(names["methods"])
     if options["race"] and ORACLE not in names["methods"]:
-        raise click.UsageError(f"--race is among the grid points of {ORACLE}: name it a method")
+        raise click.UsageError(f"--race needs {ORACLE} among the --methods")
     plan = Plan(
         lang=lang,
         **names,

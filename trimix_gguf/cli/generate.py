@@ -22,21 +22,27 @@ from trimix_gguf.cli.options import open_trio, read_text, token_progress, trio_o
 @click.option("-f", "--file", metavar="FILE", help="Read the prompt from a file; - is stdin.")
 @trio_options
 @mix_options
-@click.option("--task", metavar="FILE", help="Choose weights for the prompts of a file instead.")
-@click.option("--average", type=click.Choice(["macro", "micro"]), help="Over the task's prompts.")
+@click.option("--task", metavar="FILE", help="Choose the weights for all prompts of a file.")
+@click.option(
+    "--average",
+    type=click.Choice(["macro", "micro"]),
+    help="How --task averages over its prompts. Default: macro.",
+)
 @click.option("--spans", nargs=2, metavar="OPEN CLOSE", help="Score only text between the marks.")
-@click.option("--special", is_flag=True, help="Read control tokens in the prompt.")
+@click.option("--special", is_flag=True, help="Treat control tokens in the prompt as such.")
 @decoding_options
-@click.option("--grammar", metavar="FILE", help="GBNF grammar that the text must follow.")
-@click.option("--json-schema", metavar="FILE", help="JSON schema that the text must follow.")
-@click.option("--prompt-cache", metavar="DIR", help="Keep the prompt as read, for the next run.")
+@click.option("--grammar", metavar="FILE", help="The text follows this GBNF grammar.")
+@click.option("--json-schema", metavar="FILE", help="The text follows this JSON schema.")
+@click.option(
+    "--prompt-cache", metavar="DIR", help="Keep the prompt as it was read, for the next run."
+)
 @click.option("--trace", metavar="FILE", help="Write each token's probabilities, as JSON lines.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 def generate(prompt: str | None, file: str | None, **options: Any) -> None:
     """Continue PROMPT with the mix of three models.
 
-    Without a trio, the small Kazakh one that ships with the package answers. The prompt is the
-    argument, a file, or standard input.
+    The prompt is the argument, a file, or standard input. Without --trio, the small Kazakh trio
+    that ships in the package answers.
     """
     if prompt is not None and file is not None:
         raise click.UsageError("give PROMPT or --file, not both")
@@ -114,7 +120,7 @@ def _run(trio: Any, prompt: Any, settings: dict[str, Any], as_json: bool) -> Non
     if interrupted:
         raise KeyboardInterrupt
     if last is not None and last.finish_reason == "context":
-        message = f"the context of {trio.n_ctx} tokens is full; what came is whole up to there"
+        message = f"the context of {trio.n_ctx} tokens is full; the text is correct up to there"
         print(f"note: {message}; raise --n-ctx for more", file=sys.stderr)
 
 

@@ -10,21 +10,24 @@ from trimix_gguf.cli.options import grid_option, named_trio, parse_grid_options,
 from trimix_gguf.mixing.fusion import METHODS
 
 _SAMPLING = {
-    "temperature": (float, "0 is greedy."),
-    "top_k": (int, None),
-    "top_p": (float, None),
-    "min_p": (float, None),
-    "repeat_penalty": (float, None),
-    "frequency_penalty": (float, None),
-    "presence_penalty": (float, None),
-    "penalty_last_n": (int, None),
-    "dry_multiplier": (float, None),
-    "xtc_probability": (float, None),
-    "xtc_threshold": (float, None),
-    "mirostat": (click.IntRange(0, 2), None),
-    "mirostat_tau": (float, None),
-    "mirostat_eta": (float, None),
-    "seed": (click.IntRange(0, 2**32 - 2), "Default: another each time."),
+    "temperature": (float, "Higher: more varied. 0: greedy. Default 0.8."),
+    "top_k": (int, "Choose among the K most probable tokens; 0: all. Default 40."),
+    "top_p": (float, "Choose among the tokens that make up this probability. Default 0.95."),
+    "min_p": (float, "Drop tokens below this share of the best one's probability. Default 0.05."),
+    "repeat_penalty": (float, "Weaken earlier tokens by this factor. Default 1: off."),
+    "frequency_penalty": (float, "Subtract this for each earlier occurrence of a token."),
+    "presence_penalty": (float, "Subtract this once if a token occurred earlier."),
+    "penalty_last_n": (int, "Number of last tokens that penalties look at. Default 64."),
+    "dry_multiplier": (float, "Strength of DRY, against repeated sequences. Default 0: off."),
+    "xtc_probability": (float, "Chance to drop the most probable tokens (XTC). Default 0: off."),
+    "xtc_threshold": (float, "Probability above which XTC may drop a token. Default 0.1."),
+    "mirostat": (
+        click.IntRange(0, 2),
+        "Mirostat version, in place of top-k, top-p and min-p; 0: off.",
+    ),
+    "mirostat_tau": (float, "Mirostat's target surprise, in bits. Default 5."),
+    "mirostat_eta": (float, "Mirostat's learning rate. Default 0.1."),
+    "seed": (click.IntRange(0, 2**32 - 2), "The same seed gives the same text. Default: random."),
 }
 
 
@@ -35,14 +38,16 @@ def mix_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--method",
                 type=click.Choice(runtime_methods()),
-                help="How weights are chosen (ppl), or a method with fixed ones.",
+                help="Choose the weights by ppl (default) or ent, or take fixed ones.",
             ),
             click.option(
-                "--weights", metavar="ALPHA,BETA", help="Fixed weights instead of a method."
+                "--weights", metavar="ALPHA,BETA", help="Fixed weights in place of a method."
             ),
             grid_option,
             click.option(
-                "--last", type=click.IntRange(min=1), help="Score only the last N prompt tokens."
+                "--last",
+                type=click.IntRange(min=1),
+                help="Score only the last N tokens of the prompt.",
             ),
         ]
     ):
@@ -54,29 +59,40 @@ def decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say how tokens are picked, and where an answer ends."""
     options = [
         click.option(
-            "-n", "--max-tokens", type=click.IntRange(min=0), help="Default 128; in a chat, 512."
+            "-n",
+            "--max-tokens",
+            type=click.IntRange(min=0),
+            help="At most so many tokens. Default 128; in a chat, 512.",
         ),
-        click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text."),
+        click.option(
+            "--stop",
+            multiple=True,
+            metavar="TEXT",
+            help="Stop before this text. Can be given several times.",
+        ),
         click.option(
             "--plausibility-threshold",
             type=float,
             metavar="P",
-            help="Cut-off of contrastive decoding, for any weights.",
+            help="Drop tokens below this share of large_ins' best probability.",
         ),
         click.option(
             "--speculative",
             type=click.Choice(["auto", "on", "off"]),
-            help="Let small_cpt draft tokens; auto (default): where it pays. The text is the same.",
+            help="Draft tokens; auto (default): where it pays. The text is the same.",
         ),
         click.option(
-            "--n-draft", metavar="auto|N", help="Tokens drafted at once; auto: what pays most."
+            "--n-draft", metavar="auto|N", help="Tokens per draft; auto: the fastest number."
         ),
         *(
             click.option(f"--{name.replace('_', '-')}", type=kind, help=text)
             for name, (kind, text) in _SAMPLING.items()
         ),
         click.option(
-            "--logit-bias", multiple=True, metavar="ID=BIAS", help="Added to a token's logit."
+            "--logit-bias",
+            multiple=True,
+            metavar="ID=BIAS",
+            help="Add BIAS to the logit of token ID. Can be given several times.",
         ),
     ]
     for option in reversed(options):

@@ -29,29 +29,64 @@ def trio_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         [
             click.option(
-                "--trio", metavar="NAME|FILE|DIR", help="See `trimix list`. Default: nano."
+                "--trio", metavar="NAME|FILE|DIR", help="A trio; see `trimix list`. Default: nano."
             ),
             click.option("--large-ins", metavar="FILE", help="GGUF of the large instruct model."),
             click.option("--small-base", metavar="FILE", help="GGUF of the small base model."),
-            click.option("--small-cpt", metavar="FILE", help="GGUF of the small language model."),
-            click.option("--small-cpt-lora", metavar="FILE", help="Adapter GGUF over small_base."),
-            click.option("--n-ctx", type=click.IntRange(min=8), help="Context, in tokens."),
             click.option(
-                "--gpu-layers", multiple=True, metavar="[ROLE=]N|auto", help="−1: all; see plan."
+                "--small-cpt",
+                metavar="FILE",
+                help="GGUF of the small model that knows the language.",
             ),
-            click.option("--device", multiple=True, metavar="[ROLE=]NAME", help="See doctor."),
             click.option(
-                "--threads", multiple=True, metavar="[ROLE=]N", help="Default: all cores."
+                "--small-cpt-lora",
+                metavar="FILE",
+                help="LoRA adapter over small_base, in place of small_cpt.",
             ),
-            click.option("--kv-type", multiple=True, metavar="[ROLE=]TYPE", help="f16, q8_0, …"),
-            click.option("--mmap/--no-mmap", default=None, help="Map files instead of reading."),
-            click.option("--mlock", is_flag=True, default=None, help="Keep the weights in RAM."),
+            click.option(
+                "--n-ctx", type=click.IntRange(min=8), help="Length of the context, in tokens."
+            ),
+            click.option(
+                "--gpu-layers",
+                multiple=True,
+                metavar="[ROLE=]N|auto",
+                help="Layers on the device; -1: all. See `trimix plan`.",
+            ),
+            click.option(
+                "--device",
+                multiple=True,
+                metavar="[ROLE=]NAME",
+                help="Device by name; see `trimix doctor`.",
+            ),
+            click.option(
+                "--threads",
+                multiple=True,
+                metavar="[ROLE=]N",
+                help="CPU threads. Default: all cores.",
+            ),
+            click.option(
+                "--kv-type",
+                multiple=True,
+                metavar="[ROLE=]TYPE",
+                help="Type of the KV cache: f16, q8_0, …",
+            ),
+            click.option(
+                "--mmap/--no-mmap", default=None, help="Map the files instead of reading them."
+            ),
+            click.option(
+                "--mlock",
+                is_flag=True,
+                default=None,
+                help="Lock the weights in memory, out of swap.",
+            ),
             click.option(
                 "--flash-attn/--no-flash-attn",
                 default=None,
-                help="Default: on a device, or for a quantized KV cache; slower on the CPU.",
+                help="Default: only on a device or for a quantized KV cache (slower on the CPU).",
             ),
-            click.option("--verbose", is_flag=True, help="Show llama.cpp's log."),
+            click.option(
+                "--verbose", is_flag=True, help="Show llama.cpp's log, and where layers went."
+            ),
         ]
     ):
         command = option(command)
@@ -128,11 +163,13 @@ def _set_per_role(
     role, _, value = text.rpartition("=")
     role = role.replace("-", "_")
     if role and role not in ROLES:
-        raise click.UsageError(f"--{name.replace('_', '-')}: {role!r} is no role; {ROLES}")
+        raise click.UsageError(
+            f"--{name.replace('_', '-')}: {role!r} is not a role; the roles are {ROLES}"
+        )
     try:
         converted = kind(value)
     except ValueError:
-        raise click.UsageError(f"--{name.replace('_', '-')}: {value!r} is no number") from None
+        raise click.UsageError(f"--{name.replace('_', '-')}: {value!r} is not a number") from None
     keys = {
         "gpu_layers": ("n_gpu_layers",),
         "threads": ("n_threads",),
@@ -197,13 +234,13 @@ grid_option = click.option(
     "--grid",
     multiple=True,
     metavar="LIST|continuous",
-    help="Weights to try, e.g. 0.1,0.5,1; twice: alpha, then beta.",
+    help="Weights to try, e.g. 0.1,0.5,1. Give it twice for alpha, then beta.",
 )
 
 
 @contextmanager
 def token_progress(total: int, what: str, *, quiet: bool = False):  # type: ignore[no-untyped-def]
-    """A bar on stderr, drawn for people alone; yields progress(n_tokens)."""
+    """A bar on stderr, drawn only on a terminal; yields progress(n_tokens)."""
     if quiet or not sys.stderr.isatty():
         yield lambda n: None
         return

@@ -12,18 +12,22 @@ from trimix_gguf.cli.options import trio_arguments, trio_options
 @click.command()
 @trio_options
 @click.option(
-    "--assume-gpu", type=float, multiple=True, metavar="GB", help="Plan for a card with GB free."
+    "--assume-gpu",
+    type=float,
+    multiple=True,
+    metavar="GB",
+    help="Plan for a card with this much free memory. Once per card.",
 )
-@click.option("--assume-ram", type=float, metavar="GB", help="Plan for GB of free memory.")
+@click.option("--assume-ram", type=float, metavar="GB", help="Plan for this much free memory.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 def plan(
     assume_gpu: tuple[float, ...], assume_ram: float | None, as_json: bool, **options: Any
 ) -> None:
-    """Say which layers of which model go where, what they need, and what is free.
+    """Show which layers of each model go where, what they need, and what is free.
 
-    Nothing is loaded. --gpu-layers auto does with every command what is said here. Cards and
-    memory may be assumed, to plan for a machine that is not here; --assume-gpu is given once for
-    each card. Where the trio fits nowhere: what to change, and exit 1.
+    No model is loaded. Every command follows this plan with --gpu-layers auto. --assume-gpu and
+    --assume-ram plan for a machine that you do not have. If the trio does not fit: what to
+    change, and exit 1.
     """
     from trimix_gguf.errors import MemoryNeededError
     from trimix_gguf.machine import memory, native, planner
@@ -69,7 +73,7 @@ def _assumed(name: str, gb: float) -> Any:
 
 def _in_bytes(gb: float) -> int:
     if not (math.isfinite(gb) and 0 <= gb <= 1e6):
-        raise click.UsageError(f"{gb} is no amount of memory; give GB, such as 8")
+        raise click.UsageError(f"{gb} is not an amount of memory; give GB, such as 8")
     return int(gb * (1 << 30))
 
 
@@ -142,7 +146,7 @@ def _table(found: Any, files: dict[str, Any], flags: str) -> str:
         return "\n".join([*lines, "", f"it fits: {flags}"])
     lines += ["", "it does not fit; what would help:"]
     for change in found.advice:
-        enough = "enough" if change.suffices else "not enough alone"
+        enough = "enough" if change.suffices else "not enough by itself"
         lines.append(f"  {change.option}")
         lines.append(f"      {change.what}: {_size(change.saves)} less, {enough}")
         if change.command:

@@ -12,15 +12,15 @@ from trimix_gguf.cli.options import byte_progress
 
 @click.command()
 @click.argument("trio", metavar="NAME|FILE.toml")
-@click.option("--name", metavar="NAME", help="What to call it here; default: its own name.")
-@click.option("--quantization", metavar="TYPE", help="For what is converted: q8_0, q4_k_m, …")
+@click.option("--name", metavar="NAME", help="Its name here. Default: its own name.")
+@click.option("--quantization", metavar="TYPE", help="Type of converted models: q8_0, q4_k_m, …")
 @click.option("--yes", is_flag=True, help="Fetch without asking.")
-@click.option("--force", is_flag=True, help="Even where this machine's memory is too small.")
+@click.option("--force", is_flag=True, help="Fetch even if this machine has too little memory.")
 def pull(trio: str, name: str | None, quantization: str | None, yes: bool, force: bool) -> None:
-    """Fetch a trio by the name of a preset (see `trimix list`), or by someone's trio.toml.
+    """Fetch a trio by its name (see `trimix list`), or by a trio.toml file.
 
-    Once it is here it works without a network, as --trio NAME. A pull that was stopped, or
-    killed, goes on from where it was. Prints the trio's folder.
+    Models published as safetensors are converted. Afterwards --trio NAME works without a network.
+    A pull that was stopped continues with the same command. Prints the trio's folder.
     """
     from rich.filesize import decimal
 
@@ -32,7 +32,7 @@ def pull(trio: str, name: str | None, quantization: str | None, yes: bool, force
     plan = plan_pull(manifest, name=name, quantization=quantization, notify=_say)
     if plan.trio.file.is_file() and not plan.parts and not plan.own:
         clear_work(plan.trio)
-        _say(f"{plan.trio.name} is here already, {decimal(plan.n_memory)}; nothing to fetch")
+        _say(f"{plan.trio.name} is already here, {decimal(plan.n_memory)}; nothing to fetch")
         print(plan.trio.folder)
         return
     for line in _described(plan):
@@ -43,9 +43,9 @@ def pull(trio: str, name: str | None, quantization: str | None, yes: bool, force
         with _bars() as progress:
             done = run(plan, progress=progress, notify=_say)
     except KeyboardInterrupt:
-        _say("stopped; the same command goes on from here")
+        _say("stopped; the same command continues from here")
         raise
-    _say(f'{done.name} is whole: trimix generate "…" --trio {done.name}')
+    _say(f'{done.name} is complete: trimix generate "…" --trio {done.name}')
     print(done.folder)
 
 
@@ -68,7 +68,7 @@ def _described(plan: Any) -> list[str]:
             f"  {role:<11}{part.repository.repo}, {what}: {decimal(n_bytes)}, licence {licence}"
         )
     fetched, whole = plan.n_to_fetch, sum(f.n_bytes for p in plan.parts for f in p.files)
-    kept = f" ({decimal(whole - fetched)} are here)" if fetched < whole else ""
+    kept = f" ({decimal(whole - fetched)} are already here)" if fetched < whole else ""
     lines.append(
         f"to fetch: {decimal(fetched)}{kept}; the models are then about {decimal(plan.n_memory)}"
     )
@@ -79,14 +79,14 @@ def _ask(yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise click.UsageError("nobody is here to be asked; add --yes to fetch it")
+        raise click.UsageError("no terminal to confirm on; use --yes")
     if not click.confirm("Fetch it?", default=True, err=True):
         raise click.Abort
 
 
 @contextmanager
 def _bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each thing that is worked at, one after the other."""
+    """One bar after the other, each for one file or step."""
     with ExitStack() as stack:
         current, show = "", None
 

@@ -1,6 +1,6 @@
 """REFERENCE.md: every command with all its options, from what --help says.
 
-`python -m trimix_gguf.cli.reference` writes it anew.
+`python -m trimix_gguf.cli.reference` writes it again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,12 +14,13 @@ from trimix_gguf.cli.options import trio_options
 PATH = Path(__file__).parent / "REFERENCE.md"
 _HEAD = """# Commands
 
-Generated from `--help` by `make reference`. Results go to standard output, all else to standard
-error. Exit codes: 0; 1 for bad input, in one line; 2 for a wrong option; 130 for Ctrl-C.
+Generated from `--help` by `make reference`. Results go to standard output, all other text to
+standard error. Exit codes: 0; 1 for bad input, in one line; 2 for a wrong option; 130 for Ctrl-C.
 """
 _TRIO = """## Options of a trio
 
-Whatever runs a trio takes these. Without any of them it is `nano`, which ships with the package.
+Every command that runs a trio takes these. Without them the trio is `nano`, which ships in the
+package.
 """
 
 
@@ -46,10 +47,11 @@ def _commands(context: click.Context) -> Iterator[click.Context]:
 
 def _section(context: click.Context, of_a_trio: set[str]) -> str:
     command = context.command
-    own = [p for p in command.params if p.name not in of_a_trio]
+    runs_a_trio = of_a_trio <= {p.name for p in command.params}
+    own = [p for p in command.params if not (runs_a_trio and p.name in of_a_trio)]
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
     lines = [f"## {context.command_path}\n", f"    {usage}\n", f"{_text(command.help)}\n"]
-    if of_a_trio <= {p.name for p in command.params}:
+    if runs_a_trio:
         lines.append("Takes the options of a trio.\n")
     return "\n".join(lines) + "\n" + _options(own, context)
 

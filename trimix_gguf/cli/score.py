@@ -21,15 +21,23 @@ from trimix_gguf.cli.options import (
 @click.argument("files", nargs=-1, metavar="[FILE]...")
 @trio_options
 @grid_option
-@click.option("--last", type=click.IntRange(min=1), help="Score only the last N tokens of a text.")
+@click.option(
+    "--last", type=click.IntRange(min=1), help="Score only the last N tokens of each text."
+)
 @click.option("--spans", nargs=2, metavar="OPEN CLOSE", help="Score only text between the marks.")
-@click.option("--average", type=click.Choice(["micro", "macro"]), default="micro")
+@click.option(
+    "--average",
+    type=click.Choice(["micro", "macro"]),
+    default="micro",
+    show_default=True,
+    help="Mean over all tokens (micro), or over the means of the texts (macro).",
+)
 @click.option("--plot", metavar="FILE.png", help="Draw the (alpha, beta) surface.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 def score(files: tuple[str, ...], **options: Any) -> None:
     """Perplexity of texts under each model and over the weight grid.
 
-    Reads files or standard input; a blank line or a file boundary ends a text.
+    Reads files, or standard input. A blank line, or the end of a file, ends a text.
     """
     from trimix_gguf.choosing.selection import score as score_prompts
 

@@ -12,75 +12,77 @@ from trimix_gguf.cli.options import named_trio, open_trio, trio_options
 
 @click.command()
 @trio_options
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
     default=8080,
     show_default=True,
-    help="0 picks a free one.",
+    help="Port to listen on; 0: any free port.",
 )
 @click.option(
     "--parallel",
     type=click.IntRange(1, 31),
     default=8,
     show_default=True,
-    help="Answers at once; they share --n-ctx tokens.",
+    help="Answers at the same time; they share --n-ctx tokens.",
 )
 @click.option(
     "--queue",
     type=click.IntRange(0),
     default=32,
     show_default=True,
-    help="Requests that may wait; more are told to come again.",
+    help="Requests that may wait; further requests get status 429.",
 )
 @click.option(
     "--timeout",
     type=click.FloatRange(0, min_open=True),
     default=600.0,
     show_default=True,
-    help="Seconds that an answer may take.",
+    help="Most seconds for one answer.",
 )
 @click.option(
     "--read-timeout",
     type=click.FloatRange(0, min_open=True),
     default=30.0,
     show_default=True,
-    help="Seconds that a request may take to come.",
+    help="Most seconds to receive one request.",
 )
 @click.option(
     "--drain",
     type=click.FloatRange(0),
     default=10.0,
     show_default=True,
-    help="Seconds that running answers have to end once the server is told to.",
+    help="Seconds for running answers to finish after Ctrl-C.",
 )
 @click.option(
     "--body-limit",
     type=click.IntRange(1024),
     default=1 << 20,
     show_default=True,
-    help="Bytes that a request may have.",
+    help="Most bytes of one request.",
 )
 @click.option(
     "--api-key",
     envvar="TRIMIX_API_KEY",
     show_envvar=True,
     metavar="KEY",
-    help="Answer only those who send this key.",
+    help="Answer only requests with this key.",
 )
-@click.option("--no-auth", is_flag=True, help="Answer anyone, at any --host, without a key.")
+@click.option(
+    "--no-auth", is_flag=True, help="Answer everyone, also from other machines, without a key."
+)
 @click.option(
     "--cors",
     multiple=True,
     metavar="ORIGIN",
-    help="Let web pages of this origin in, such as http://localhost:3000; or *.",
+    help="Let web pages of this origin use the server, such as http://localhost:3000; or *.",
 )
 @click.option("--name", metavar="NAME", help="Model name in the API. Default: the trio's.")
 def serve(**options: Any) -> None:
-    """Answer HTTP requests as OpenAI's API does, several at once.
+    """Answer over HTTP, like OpenAI's API, many requests at once.
 
-    Ctrl-C or SIGTERM ends it, once running answers had their time; another Ctrl-C ends it now.
+    Ctrl-C or SIGTERM ends the server after the running answers; a second Ctrl-C ends it now.
     """
     listening = {name: options.pop(name) for name in ("host", "port")}
     access = _access(listening["host"], options)
@@ -105,7 +107,9 @@ def _access(host: str, options: dict[str, Any]) -> dict[str, Any]:
         )
     for origin in cors:
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#]+", origin):
-            raise click.UsageError(f"--cors {origin!r} is no origin such as http://localhost:3000")
+            raise click.UsageError(
+                f"--cors {origin!r} is not an origin such as http://localhost:3000"
+            )
     return {"local": local, "api_key": api_key, "cors": cors}
 
 

@@ -11,10 +11,12 @@ from trimix_gguf.cli.options import byte_progress
 
 
 @click.command("list")
-@click.option("--presets", "every", is_flag=True, help="Also pairs that need your own small_cpt.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object: all there is.")
+@click.option(
+    "--presets", "every", is_flag=True, help="Also list pairs that need your own small_cpt."
+)
+@click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
 def list_trios(every: bool, as_json: bool) -> None:
-    """Name the trios that are here, and those that `trimix pull` can fetch."""
+    """List the trios that are here, and those that `trimix pull` can fetch."""
     from trimix_gguf.trios.store import SHIPPED, installed, presets
 
     here = [_summary(name) for name in [SHIPPED, *installed()]]
@@ -38,7 +40,7 @@ def list_trios(every: bool, as_json: bool) -> None:
 @click.argument("trio", metavar="NAME|FILE|DIR")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
 def show(trio: str, as_json: bool) -> None:
-    """Show a trio: its settings, its models, where they are from and whether they are here."""
+    """Show the settings and models of a trio, their sources, and whether they are here."""
     from trimix_gguf.trios.store import installed, presets, resolve
 
     known = presets()
@@ -66,7 +68,7 @@ def verify(trio: str, as_json: bool) -> None:
     bad = [f"{found.path(role)} is {state}" for role, state in states.items()
            if state in ("missing", "altered")]  # fmt: skip
     if bad:
-        raise TrioFileError(f"{'; '.join(bad)}; `trimix pull` or `trimix import` brings it again")
+        raise TrioFileError(f"{'; '.join(bad)}; `trimix pull` or `trimix import` fetches it again")
 
 
 @click.command()
@@ -76,27 +78,34 @@ def remove(name: str) -> None:
     from trimix_gguf.trios import store
 
     store.remove(name)
-    print(f"{name} is gone", file=sys.stderr)
+    print(f"{name} is deleted", file=sys.stderr)
 
 
 @click.command("export")
 @click.argument("trio", metavar="NAME|FILE|DIR")
 @click.argument("target", metavar="DIR|FILE.tar")
 @click.option(
-    "--with-program", "folder", metavar="DIR", help="Also this program, into DIR around TARGET."
+    "--with-program",
+    "folder",
+    metavar="DIR",
+    help="Also write this program to DIR, which holds TARGET.",
 )
 @click.option(
-    "--for-python", "pythons", multiple=True, metavar="3.N", help="Also for this Python; repeat it."
+    "--for-python",
+    "pythons",
+    multiple=True,
+    metavar="3.N",
+    help="Also for this Python. Can be given several times.",
 )
 def export_(trio: str, target: str, folder: str | None, pythons: tuple[str, ...]) -> None:
-    """Write a trio to a folder or a tar, to carry it to a machine without a network.
+    """Write a trio to a folder or a tar, for a machine without a network.
 
-    Its files go with their SHA-256. An export that was stopped is completed by the same command.
+    The SHA-256 of every file goes with it. An export that was stopped continues with the same
+    command.
 
-    --with-program puts beside the trio what installs it there, from that folder alone: wheels of
-    this program, of llama.cpp and of all they need, for this system and this Python, and
-    install.sh and install.ps1. For example: trimix export NAME /media/stick/NAME --with-program
-    /media/stick
+    --with-program also writes what installs this program there without a network: wheels for this
+    system and this Python, and the scripts install.sh and install.ps1. For example: trimix export
+    NAME /media/stick/NAME --with-program /media/stick
     """
     from trimix_gguf.trios.bundle import export_trio
     from trimix_gguf.trios.store import resolve
@@ -130,15 +139,15 @@ def _export_program(folder: Path, trio: Any, target: Path, pythons: tuple[str, .
 
 @click.command("import")
 @click.argument("source", metavar="DIR|FILE.tar")
-@click.option("--name", metavar="NAME", help="What to call it here; default: its own name.")
+@click.option("--name", metavar="NAME", help="Its name here. Default: its own name.")
 def import_(source: str, name: str | None) -> None:
-    """Install an exported trio; it is there once every file was compared with its SHA-256."""
+    """Install an exported trio. Every file is compared with its SHA-256 first."""
     from trimix_gguf.trios.bundle import import_trio
 
     with byte_progress("Importing") as progress:
         trio = import_trio(Path(source), name=name, progress=progress)
     print(trio.name)
-    print(f'{trio.name} is whole: trimix generate "…" --trio {trio.name}', file=sys.stderr)
+    print(f'{trio.name} is complete: trimix generate "…" --trio {trio.name}', file=sys.stderr)
 
 
 # -- words ------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ _N_CELLS = 24  # of a token's text
 
 
 def print_why(conversation: Any) -> None:
-    """Print the last answer's tokens with each model's probability, and who drew most to each.
+    """Print the last answer's tokens with each model's probability, and the model that decided.
 
     Raises PromptError where there is no answer of this session.
     """

@@ -58,7 +58,7 @@ def _begun(folder: Path, settings: dict[str, Any]) -> Run:
 
     begun = [name for name in settings["tasks"] if ids(name)]
     if not begun:
-        raise DataError(f"{folder} has no answer yet; give the run's command again")
+        raise DataError(f"{folder} has no answers yet; give the run's command again")
     singles = settings.get("singles") or {}
     level = [s for s in singles if all(ids(t) == ids(f"{t}.{s}") for t in begun)]
     settings |= {"tasks": begun, "singles": {s: singles[s] for s in level}}
@@ -68,7 +68,7 @@ def _begun(folder: Path, settings: dict[str, Any]) -> Run:
 
 def _settings(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise DataError(f"{file.parent} holds no run: there is no run.json in it")
+        raise DataError(f"{file.parent} has no run: run.json is missing")
     try:
         settings = json.loads("\n".join(read_lines(file)))
     except ValueError:
@@ -136,19 +136,19 @@ def _lines(file: Path, *, ended: bool = False) -> list[Row]:
     if not file.is_file() or file.stat().st_size == 0:
         raise DataError(f"{file} is missing or empty; {_UNFINISHED}")
     if not ended and not file.read_bytes().endswith(b"\n"):
-        raise DataError(f"{file} ends in half a line; {_UNFINISHED}")
+        raise DataError(f"{file} ends in an incomplete line; {_UNFINISHED}")
     rows = read_jsonl(file, {}, ended=ended)
     seen: set[str] = set()
     for where, line in rows:
         _check(where, line, _LINE)
         if line["id"] in seen:
-            raise DataError(f"{where}: example {line['id']!r} comes a second time; {_DAMAGED}")
+            raise DataError(f"{where}: example {line['id']!r} occurs twice; {_DAMAGED}")
         seen.add(line["id"])
         for field in ("references", "choices"):
             if any(type(text) is not str for text in line.get(field, [])):
                 raise DataError(f"{where}: field {field!r} should be texts; {_DAMAGED}")
         if not line["references"]:
-            raise DataError(f"{where}: there is no reference to judge by; {_DAMAGED}")
+            raise DataError(f"{where}: the reference is missing; {_DAMAGED}")
     return rows
 
 
@@ -174,7 +174,7 @@ def _outputs(rows: Sequence[Row], name: str) -> list[dict[str, Any]]:
     for where, line in rows:
         output = line["outputs"].get(name)
         if output is None:
-            raise DataError(f"{where}: there is no answer of {name!r}; {_DAMAGED}")
+            raise DataError(f"{where}: the answer of {name!r} is missing; {_DAMAGED}")
         _check(where, output, _OUTPUT)
         found.append(output)
     return found

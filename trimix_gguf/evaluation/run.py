@@ -82,7 +82,7 @@ class Plan:
                 f"{DECOUPLED} needs a fourth model: give --large-base, or a trio that names one"
             )
         if self.chat:
-            raise DataError(f"{DECOUPLED} reads plain prompts alone; leave out --chat")
+            raise DataError(f"{DECOUPLED} reads only plain prompts; leave out --chat")
         return self.large_base
 
     def own_files(self) -> dict[str, str]:

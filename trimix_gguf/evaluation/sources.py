@@ -234,6 +234,6 @@ def hold_out(
     examples = [row for row in rows if group(row[1]) not in kept]
     if not examples:
         raise DataError(
-            f"{rows[-1][0]}: too few rows: the last {n} are kept for exemplars, and none is left"
+            f"{rows[-1][0]}: too few rows: the last {n} are exemplars, and no question is left"
         )
     return examples, [row for row in rows if group(row[1]) in kept]

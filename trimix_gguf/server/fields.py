@@ -20,7 +20,9 @@ async def read_json(request: Request, *, most_bytes: int, timeout_s: float) -> A
     The limit holds while it comes: no more than `most_bytes` of it are ever kept.
     """
     if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise RequestError("the body is compressed; send it as it is", status=415, is_read=False)
+        raise RequestError(
+            "the body is compressed; send it uncompressed", status=415, is_read=False
+        )
     declared = request.headers.get("content-length", "0")
     if not declared.isdecimal() or int(declared[:20]) > most_bytes:
         raise _too_long(most_bytes, is_read=False)
@@ -81,7 +83,9 @@ def _check_values(value: Any) -> None:
             elif isinstance(item, float) and not math.isfinite(item):
                 raise RequestError("the body has NaN, or a number too large for a float64")
             elif isinstance(item, str) and not _is_text(item):
-                raise RequestError("the body has half of a surrogate pair, which is no character")
+                raise RequestError(
+                    "the body has half of a surrogate pair, which is not a character"
+                )
         level = deeper
     if level:
         raise RequestError(f"the body is nested more than {MOST_NESTED} levels deep")

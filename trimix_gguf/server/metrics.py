@@ -38,7 +38,7 @@ class Metrics:
             _counter("prompt_tokens", "Tokens of prompts.", {"": engine.n_prompt_tokens}),
             _counter(
                 "cached_tokens",
-                "Tokens of prompts that were not read anew.",
+                "Prompt tokens taken from the cache.",
                 {"": engine.n_cached_tokens},
             ),
             _counter("generated_tokens", "Tokens generated.", {"": engine.n_tokens}),

@@ -71,9 +71,9 @@ def parse_chat(body: Any) -> Call:
         fields.refuse(name, "the models call no functions", harmless=([],))
     for name in ("tool_choice", "function_call"):
         fields.refuse(name, "the models call no functions", harmless=("none", "auto"))
-    fields.refuse("modalities", "the models write text alone", harmless=(["text"],))
+    fields.refuse("modalities", "the models write only text", harmless=(["text"],))
     for name in ("audio", "web_search_options"):
-        fields.refuse(name, "the models read and write text alone")
+        fields.refuse(name, "the models read and write only text")
     limit = fields.integer("max_completion_tokens", 1, _MOST_TOKENS)
     return _call(fields, "chat", settings, limit, messages=messages)
 
@@ -159,7 +159,7 @@ def _message(value: Any, at: str) -> dict[str, str]:
     if not isinstance(content, str):
         fields.wrong("content", content, "a string, or a list of text parts")
     for name in ("tool_calls", "function_call", "audio"):
-        fields.refuse(name, "the models read text alone", harmless=([],))
+        fields.refuse(name, "the models read only text", harmless=([],))
     fields.ignore("name", "refusal", "annotations")
     fields.done()
     return {"role": _ROLES[role], "content": content}
@@ -170,7 +170,7 @@ def _part(value: Any, at: str) -> str:
     kind = fields.take("type")
     if kind != "text":
         raise RequestError(
-            f"{at} is of type {describe(kind)}; the models read text alone",
+            f"{at} is of type {describe(kind)}; the models read only text",
             param=at,
             code="unsupported_parameter",
         )

@@ -79,7 +79,7 @@ def _plain(trio: Trio, source: Source) -> Prompt:
 def _check_id(trio: Trio, token: int, param: str) -> None:
     if not 0 <= token < trio.n_vocab or (trio.unused is not None and trio.unused[token]):
         raise RequestError(
-            f"{param}: {token} is no token; ids are 0 to {trio.n_vocab - 1}",
+            f"{param}: {token} is not a token; ids are 0 to {trio.n_vocab - 1}",
             param=param,
             code="invalid_value",
         )

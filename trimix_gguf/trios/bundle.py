@@ -122,7 +122,7 @@ def _check_tar(trio: TrioFile, target: Path) -> None:
         except FLAWS:
             first = None
         if first is None or first.name != FILENAME:
-            raise TrioFileError(f"{target} is there, and no exported trio; choose another name")
+            raise TrioFileError(f"{target} exists and is not an exported trio; choose another name")
 
 
 def _check_folder(trio: TrioFile, target: Path) -> None:
@@ -139,7 +139,7 @@ def _check_folder(trio: TrioFile, target: Path) -> None:
             raise TrioFileError(f"{target} holds the trio {other}; name another folder")
     elif any(target.iterdir()) and not (target / _MARK).exists():
         own = target / trio.name
-        raise TrioFileError(f"{target} holds other files; name a folder of its own, as {own}")
+        raise TrioFileError(f"{target} holds other files; name an empty folder, such as {own}")
 
 
 def _write_folder(
@@ -247,11 +247,11 @@ def _open_folder(folder: Path) -> Iterator[tuple[TrioFile, list[BundleFile]]]:
         for step in Path(entry.path).parts:
             path /= step
             if path.is_symlink():
-                raise TrioFileError(f"{path} is a link; a bundle has plain files alone")
+                raise TrioFileError(f"{path} is a link; an export has only plain files")
         if not path.exists():
-            raise TrioFileError(f"{path} is missing; export the trio once more")
+            raise TrioFileError(f"{path} is missing; export the trio again")
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
-            raise TrioFileError(f"{path} is no plain file, as a bundle has alone")
+            raise TrioFileError(f"{path} is not a plain file; an export has only plain files")
         sizes[role], openers[role] = path.stat().st_size, _opener(path)
     yield trio, _arriving(trio, sizes, openers)
 
@@ -264,7 +264,9 @@ def _open_tar(file: Path) -> Iterator[tuple[TrioFile, list[BundleFile]]]:
     try:
         tar = tarfile.open(file, "r:")  # noqa: SIM115  # closed below
     except FLAWS as error:
-        raise TrioFileError(f"{file} is no plain tar ({error}); was it copied whole?") from None
+        raise TrioFileError(
+            f"{file} is not a plain tar ({error}); was it copied completely?"
+        ) from None
     with tar:
         members = _plain_members(tar, file)
         trio = _read_manifest(tar, members, file)
@@ -276,7 +278,9 @@ def _open_tar(file: Path) -> Iterator[tuple[TrioFile, list[BundleFile]]]:
             sizes[role], openers[role] = member.size, partial(_extract, tar, member)
         named = {FILENAME, *(entry.path for entry in trio.models.values())}
         if unknown := members.keys() - named:
-            raise TrioFileError(f"{file} holds {min(unknown)!r}, which its {FILENAME} names not")
+            raise TrioFileError(
+                f"{file} holds {min(unknown)!r}, which its {FILENAME} does not name"
+            )
         yield trio, _arriving(trio, sizes, openers)
 
 
@@ -289,7 +293,7 @@ def _plain_members(tar: tarfile.TarFile, file: Path) -> dict[str, tarfile.TarInf
     members: dict[str, tarfile.TarInfo] = {}
     for member in listed:
         if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:  # type: ignore[attr-defined]
-            raise TrioFileError(f"{file}: {member.name!r} is no plain file; refused")
+            raise TrioFileError(f"{file}: {member.name!r} is not a plain file; refused")
         if not is_inside(member.name):
             raise TrioFileError(f"{file}: {member.name!r} leads out of the bundle; refused")
         if member.name in members:
@@ -303,7 +307,7 @@ def _read_manifest(
 ) -> TrioFile:
     member = members.get(FILENAME)
     if member is None or member.size > MOST_BYTES:
-        raise TrioFileError(f"{file} holds no {FILENAME}, so no trio")
+        raise TrioFileError(f"{file} has no {FILENAME}, so it is not a trio")
     try:
         text = _extract(tar, member).read().decode()
     except FLAWS as error:

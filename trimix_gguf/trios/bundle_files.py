@@ -101,7 +101,7 @@ def advancing(progress: Progress | None, total: int) -> Advance:
 
 
 def refuse_altered(path: Path) -> NoReturn:
-    raise TrioFileError(f"{path} is not what {FILENAME} says: altered or cut short; get it again")
+    raise TrioFileError(f"{path} is not what {FILENAME} says: altered or cut short; copy it again")
 
 
 def check_space(folder: Path, n_bytes: int) -> None:

@@ -228,7 +228,9 @@ def _first_byte(headers: Mapping[str, str], file: RemoteFile, n_have: int) -> in
     first = int(came[1]) if came else 0
     total = came[2] if came else headers.get("Content-Length")
     if first > n_have or total != str(file.n_bytes) and (n_have or total is not None):
-        raise ConnectionError(f"not this file came, but {total} bytes, from {first} on")
+        raise ConnectionError(
+            f"expected another part of the file; got {total} bytes from byte {first}"
+        )
     return first
 
 
@@ -239,8 +241,8 @@ def _append(out: FileIO, chunk: bytes, part: Path, n_bytes: int) -> None:
             rest = rest[out.write(rest) :]  # near a disk's end it takes less than it was given
     except OSError as error:
         mend = {
-            errno.ENOSPC: "free {} MB and pull again, it goes on from there",
-            errno.EDQUOT: "free {} MB of your quota and pull again, it goes on from there",
+            errno.ENOSPC: "free {} MB and pull again, it continues from there",
+            errno.EDQUOT: "free {} MB of your quota and pull again, it continues from there",
             errno.EFBIG: "it takes no file of {} MB; set TRIMIX_HOME to a folder on another disk",
         }.get(error.errno or 0, "look to the disk, and pull again")
         size = n_bytes if error.errno == errno.EFBIG else n_bytes - part.stat().st_size

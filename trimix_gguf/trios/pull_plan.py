@@ -168,7 +168,7 @@ def find_manifest(text: str) -> TrioFile:
     Raises TrioFileError, with the nearest names.
     """
     if text == SHIPPED:
-        raise TrioFileError(f"{SHIPPED} ships with the package: there is nothing to pull")
+        raise TrioFileError(f"{SHIPPED} ships in the package; there is nothing to pull")
     known = presets()
     if text in known:
         return known[text].trio
@@ -266,7 +266,7 @@ def _requantized(trio: TrioFile, quantization: str) -> TrioFile:
     ]
     if not converted:
         raise TrioFileError(
-            f"{trio.name} is published as GGUF, nothing of it is converted; leave --quantization "
+            f"{trio.name} is published as GGUF, nothing is converted; leave --quantization "
             "out, or name other files in a trio file of your own"
         )
     for role in converted:
@@ -287,7 +287,7 @@ def _same_trio(asked: TrioFile, have: TrioFile, notify: Notify) -> TrioFile:
         one, other = asked.models.get(role), have.models.get(role)
         if one is None or other is None or not _same_source(one, other, notify):
             raise TrioFileError(
-                f"a trio {have.name} is here already, with another {role}; give another --name, "
+                f"a trio {have.name} is already here, with another {role}; give another --name, "
                 f"or `trimix remove {have.name}` first"
             )
     return have

@@ -58,7 +58,7 @@ def pull(
     except OSError as error:
         raise HubError(
             f"cannot write in {trio.folder}: {error.strerror or error}; mend that and pull again, "
-            "it goes on from there"
+            "it continues from there"
         ) from None
     clear_work(trio)
     return trio
@@ -157,7 +157,7 @@ def _base_folder(adapter_dir: Path, plan: Plan) -> Path:
         revision = "main"
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
             raise TrioFileError(
-                f"the adapter names its base as {repo!r}, which is no repository; convert it "
+                f"the adapter names its base as {repo!r}, which is not a repository; convert it "
                 "yourself with `trimix convert lora`, and give its path in place of its repo"
             )
     folder = adapter_dir / "base"

@@ -89,7 +89,7 @@ def read_folder(folder: Path) -> TrioFile:
 def remove(name: str) -> None:
     """Delete an installed trio, at once for all who look; raises TrioFileError, OSError."""
     if name == SHIPPED:
-        raise TrioFileError(f"{SHIPPED} ships with the package, and stays")
+        raise TrioFileError(f"{SHIPPED} ships in the package and cannot be removed")
     folder = installed_folder(name)
     if not folder.is_dir():
         near = get_close_matches(name, installed(), 1)

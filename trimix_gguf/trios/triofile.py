@@ -189,7 +189,7 @@ def _read_text(file: Path) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise TrioFileError(f"{file}: not UTF-8 (byte {error.start}), so no trio file") from None
+        raise TrioFileError(f"{file}: not UTF-8 (byte {error.start}), so not a trio file") from None
 
 
 def _parse_table(table: dict[str, Any], file: Path, inside: bool) -> TrioFile:

@@ -40,6 +40,21 @@ def test_key_and_origins():
         assert "access-control-allow-origin" not in other.headers
 
 
+def test_a_new_key_is_made_for_each_run_unless_one_is_given(monkeypatch):
+    with serving("--new-key") as served:
+        name, _, key = served.process.stderr.readline().decode().strip().partition(": ")
+        assert name == "key" and len(key) > 20
+        assert error_of(httpx.get(f"{served.url}/v1/models"), 401)
+        held = {"Authorization": f"Bearer {key}"}
+        assert httpx.get(f"{served.url}/v1/models", headers=held).status_code == 200
+    with serving("--new-key") as served:
+        assert served.process.stderr.readline() != f"key: {key}\n".encode()
+    monkeypatch.setenv("TRIMIX_API_KEY", "sesame")
+    with serving("--new-key") as served:
+        held = {"Authorization": "Bearer sesame"}
+        assert httpx.get(f"{served.url}/v1/models", headers=held).status_code == 200
+
+
 @pytest.mark.parametrize("host", ["evil.test", "evil.test:80", "127.0.0.1.evil.test", "[::2]:1"])
 def test_a_name_that_was_made_to_lead_here_is_refused(server, host):
     refused = httpx.get(f"{server.url}/v1/models", headers={"Host": host})
@@ -62,6 +77,7 @@ def test_pages_of_this_server_alone_may_use_it(server):
         (("--api-key", ""), "--api-key"),
         (("--api-key", "k", "--no-auth"), "not both"),
         (("--cors", "page.example"), "not an origin"),
+        (("--new-key", "--no-auth"), "not both"),
         (("--port", "65536"), "65535"),
     ],
 )

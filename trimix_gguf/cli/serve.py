@@ -1,6 +1,7 @@
 """trimix serve: the mix behind an HTTP interface."""
 
 import re
+import secrets
 import signal
 import sys
 from typing import Any
@@ -73,6 +74,9 @@ from trimix_gguf.cli.options import named_trio, open_trio, trio_options
     "--no-auth", is_flag=True, help="Answer everyone, also from other machines, without a key."
 )
 @click.option(
+    "--new-key", is_flag=True, help="If no key is given, make one for this run and print it."
+)
+@click.option(
     "--cors",
     multiple=True,
     metavar="ORIGIN",
@@ -85,8 +89,11 @@ def serve(**options: Any) -> None:
     Ctrl-C or SIGTERM ends the server after the running answers; a second Ctrl-C ends it now.
     """
     listening = {name: options.pop(name) for name in ("host", "port")}
+    made_key = None
+    if options.pop("new_key") and options["api_key"] is None:
+        options["api_key"] = made_key = secrets.token_urlsafe(16)
     access = _access(listening["host"], options)
-    _run(listening, access, options)
+    _run(listening, access, options, made_key)
 
 
 def _access(host: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -98,12 +105,12 @@ def _access(host: str, options: dict[str, Any]) -> dict[str, Any]:
     if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
         raise click.UsageError("--api-key takes visible ASCII characters, at least one")
     if api_key is not None and no_auth:
-        raise click.UsageError("give --api-key or --no-auth, not both")
+        raise click.UsageError("give a key (--api-key, --new-key) or --no-auth, not both")
     local = is_loopback(host)
     if not local and api_key is None and not no_auth:
         raise click.UsageError(
             f"--host {host} can be reached from other machines; give --api-key (or "
-            "TRIMIX_API_KEY), or --no-auth to let anyone in"
+            "TRIMIX_API_KEY), --new-key to have one made, or --no-auth to let anyone in"
         )
     for origin in cors:
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#]+", origin):
@@ -113,7 +120,12 @@ def _access(host: str, options: dict[str, Any]) -> dict[str, Any]:
     return {"local": local, "api_key": api_key, "cors": cors}
 
 
-def _run(listening: dict[str, Any], access: dict[str, Any], options: dict[str, Any]) -> None:
+def _run(
+    listening: dict[str, Any],
+    access: dict[str, Any],
+    options: dict[str, Any],
+    made_key: str | None,
+) -> None:
     from trimix_gguf.answering.batching import Batcher
     from trimix_gguf.server.app import Api
     from trimix_gguf.server.openai import mix_settings
@@ -147,12 +159,13 @@ def _run(listening: dict[str, Any], access: dict[str, Any], options: dict[str, A
         )
         address = f"[{host}]" if ":" in host else host
         url = f"http://{address}:{listener.getsockname()[1]}"
+        ready = f"{name} answers at {url}/v1" + (f"\nkey: {made_key}" if made_key else "")
         try:
             ended_by = run(
                 api.application(**access),
                 listener,
                 stop=api.stop,
-                on_ready=lambda: print(f"{name} answers at {url}/v1", file=sys.stderr, flush=True),
+                on_ready=lambda: print(ready, file=sys.stderr, flush=True),
                 drain_s=drain_s,
                 read_timeout_s=limits["read_timeout_s"],
             )

@@ -23,8 +23,9 @@ from typing import Any
 
 from common import load, machine, parser, report, spread, text_ids
 
-from trimix_gguf.answering import speculative
-from trimix_gguf.answering.speculative import DRAFTER, MOST_DRAFTED, Drafting, decode_steps
+from trimix_gguf.answering import drafting as drafts
+from trimix_gguf.answering.decoding import decode_steps
+from trimix_gguf.answering.drafting import DRAFTER, MOST_DRAFTED, Drafting
 from trimix_gguf.bench import Run, decode, read_bytes
 from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.mixing.fusion import Mix, Weights
@@ -244,7 +245,7 @@ def outside(run: Run) -> float:
 
 PARTS = {
     (Mix, "fuse"): "fuse",
-    (speculative, "probability"): "drafter's confidence",
+    (drafts, "probability"): "drafter's confidence",
     (Sampler, "sample"): "sampling",
     (Sampler, "accept"): "sampling",
     (Sampler, "clone"): "sampling",

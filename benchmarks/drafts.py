@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from common import load, machine, parser, report, spread
 
-from trimix_gguf.answering.speculative import Drafting
+from trimix_gguf.answering.drafting import Drafting
 from trimix_gguf.bench import Run, decode
 from trimix_gguf.choosing.selection import select_weights
 from trimix_gguf.mixing.fusion import Mix

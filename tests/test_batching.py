@@ -78,7 +78,7 @@ def alone(trio, request):
 def agrees(events, ids):
     """Whether an answer is `ids`, or parts from them where two tokens all but tie.
 
-    llama.cpp sums a batch in another order than single tokens; see speculative.py.
+    llama.cpp sums a batch in another order than single tokens; see decoding.py.
     """
     tokens = [token for event in events for token in event.tokens]
     for token, other in zip(tokens, ids, strict=False):

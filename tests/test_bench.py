@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from trimix_gguf import Trio, bench, stream_generate
-from trimix_gguf.answering.speculative import Drafting
+from trimix_gguf.answering.drafting import Drafting
 from trimix_gguf.machine.gguf_file import GGUFFile, TensorInfo
 from trimix_gguf.mixing.fusion import METHODS, Mix, Weights
 from trimix_gguf.mixing.scoring import grid_nll

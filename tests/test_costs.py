@@ -11,7 +11,7 @@ from conftest import KAZAKH
 from trimix_gguf import Trio, Weights, generate
 from trimix_gguf.answering import costs
 from trimix_gguf.answering.costs import cache_folder, kept_costs, load_costs, save_costs
-from trimix_gguf.answering.speculative import Drafting, Plan
+from trimix_gguf.answering.drafting import Drafting, DraftPlan
 
 # A large model that verifies a batch for little more than one token: drafting pays.
 SECONDS = {
@@ -59,7 +59,7 @@ def test_a_plan_from_loaded_costs_is_that_from_measured_ones(run):
     first = run(SECONDS)
     save_costs(first)
     second = run()
-    assert plan(second) == Plan(0)  # nothing known: a round of lockstep would come first
+    assert plan(second) == DraftPlan(0)  # nothing known: a round of lockstep would come first
     load_costs(second)
     assert plan(second) == plan(first) and plan(second).n_draft > 0
 
@@ -149,7 +149,7 @@ def test_a_damaged_or_foreign_file_is_no_profile(run, file, contents):
     file.write_bytes(contents)
     trio = run()
     load_costs(trio)
-    assert plan(trio) == Plan(0)
+    assert plan(trio) == DraftPlan(0)
     save_costs(run(SECONDS))
     load_costs(trio)
     assert plan(trio).n_draft > 0

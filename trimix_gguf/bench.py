@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trimix_gguf.answering.decoding import decode_steps
+from trimix_gguf.answering.drafting import Drafting
 from trimix_gguf.answering.generation import generate
-from trimix_gguf.answering.speculative import Drafting, decode_steps
 from trimix_gguf.choosing.selection import Selection
 from trimix_gguf.errors import PromptError
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf

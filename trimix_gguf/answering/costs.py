@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from trimix_gguf.answering.speculative import MOST_DRAFTED
+from trimix_gguf.answering.drafting import MOST_DRAFTED
 from trimix_gguf.machine import native
 from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.trio import Trio

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trimix_gguf.answering.costs import kept_costs
+from trimix_gguf.answering.decoding import Step, decode_steps
+from trimix_gguf.answering.drafting import Drafting
 from trimix_gguf.answering.prompt_cache import load_prompt, save_prompt
-from trimix_gguf.answering.speculative import Drafting, Step, decode_steps
 from trimix_gguf.choosing.methods import ChosenBy
 from trimix_gguf.choosing.selection import Grid, Selection, select_weights
 from trimix_gguf.errors import PromptError

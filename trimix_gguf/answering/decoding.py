@@ -1,0 +1,151 @@
+"""Decoding a mix one token after another, with some drafted ahead where that pays.
+
+A round drafts a few tokens (drafting.py), the models of the mix verify them in one batch, and the
+target's sampler runs over the fused rows in order. Each fused row, and so each pick, is that of
+lockstep (a round without a draft): the same seed gives the same text, except at near ties.
+llama.cpp sums a batch in another order than single tokens: logits differ by about 1e-6 in float32,
+and by 0.03 to 0.2 with quantized weights, depending on the processor. Source: Leviathan et al.
+2023, "Fast Inference from Transformers via Speculative Decoding" (arXiv 2211.17192), with one of
+the mixed models as the draft.
+"""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimix_gguf.answering.drafting import DRAFTER, MOST_DRAFTED, Draft, Drafting, draft
+from trimix_gguf.answering.lookup import Lookup
+from trimix_gguf.mixing.fusion import Mix, Rows
+from trimix_gguf.mixing.sampling import Sampler
+from trimix_gguf.trio.trio import Trio
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token of the target's choice; `rows` are the models' own, [n_vocab] each."""
+
+    token: int
+    fused: NDArray[np.float32]
+    rows: Rows
+    from_draft: bool
+
+
+def decode_steps(
+    trio: Trio,
+    mix: Mix,
+    sampler: Sampler,
+    *,
+    drafting: Drafting,
+    max_tokens: int,
+    also: Sequence[str] = (),
+) -> Generator[Step, None, None]:
+    """Yield the target's tokens one by one, for as long as it is asked.
+
+    The caller has `sampler` accept each token before it asks for the next, and asks for no more
+    than `max_tokens`. `also` are roles whose rows it wants though the mix does not. However it
+    ends, the trio then holds what it held, and the tokens yielded except for the last.
+    """
+    needed = tuple(role for role in trio.models if role in {*mix.roles, *also})
+    history = _History(trio, needed, drafting)
+    n_ahead, n_left = 0, max_tokens  # tokens that the trio holds beyond the one yielded last
+    try:
+        while True:
+            drafted = _next_draft(trio, sampler, drafting, history, needed, n_left)
+            n_ahead = n = len(drafted.tokens)
+            read = trio.tail_rows(_verifiers(drafted, needed), n + 1)
+            # The accept rule: a drafted token is kept while the target's sampler picks it too;
+            # the first other pick is the target's own token, and ends the round.
+            for i in range(n + 1):
+                rows = _rows_at(trio, drafted, read, needed, i)
+                fused = mix.fuse(rows, trio.unused)
+                token = sampler.sample(fused)
+                accepted = i < n and token == drafted.tokens[i]
+                if not accepted:
+                    _end_round(trio, drafting, drafted, i, token, rows.get(DRAFTER))
+                n_ahead, n_left = n - i if accepted else 0, n_left - 1
+                history.append(token)
+                yield Step(token, fused, rows, accepted)
+                if not accepted:
+                    trio.advance(token)
+                    break
+    finally:
+        trio.rewind(n_ahead)
+
+
+class _History:
+    """The tokens so far, in which what repeats earlier text is looked up.
+
+    Nothing is looked up where the length of drafts is fixed.
+    """
+
+    def __init__(self, trio: Trio, needed: Sequence[str], drafting: Drafting) -> None:
+        self._drafting, self._used = drafting, drafting.n_draft is None
+        self.lookup = Lookup(trio.ids[needed[0]] if self._used else ())
+        self.match = self.lookup.find()
+
+    def append(self, token: int) -> None:
+        """Take in the newest token, and tell `drafting` whether the match had found it."""
+        if not self._used:
+            return
+        if self.match is not None:
+            self._drafting.check(self.match, token)
+        self.lookup.append(token)
+        self.match = self.lookup.find()
+
+
+def _next_draft(
+    trio: Trio,
+    sampler: Sampler,
+    drafting: Drafting,
+    history: _History,
+    needed: Sequence[str],
+    n_left: int,
+) -> Draft:
+    """Append a draft to the trio: from earlier text, or small_cpt's; maybe none.
+
+    It leaves room for the target's own token in the window, the context and `n_left`.
+    """
+    most = max(0, min(MOST_DRAFTED + 1, trio.n_window, trio.room, n_left) - 1)
+    plan = drafting.plan(trio, needed, most)
+    n_found = drafting.n_found(plan, history.match, most)
+    if history.match is None or not n_found:
+        return draft(trio, sampler, drafting, plan)
+    tokens = history.lookup.following(history.match, n_found)
+    for token in tokens:
+        trio.advance(token)
+    return Draft(tokens, looked_up=True)
+
+
+def _verifiers(drafted: Draft, needed: Sequence[str]) -> tuple[str, ...]:
+    """Roles that read the draft in one batch: small_cpt has read its own already."""
+    return tuple(role for role in needed if drafted.looked_up or role != DRAFTER)
+
+
+def _rows_at(trio: Trio, drafted: Draft, read: Rows, needed: Sequence[str], i: int) -> Rows:
+    """The models' rows [n_vocab] before drafted token `i`, or after the last one."""
+    rows = {role: matrix[i] for role, matrix in read.items()}
+    if DRAFTER in needed and DRAFTER not in read:
+        whole = i == len(drafted.tokens)
+        rows[DRAFTER] = trio.rows((DRAFTER,))[DRAFTER] if whole else drafted.rows[i]
+    return rows
+
+
+def _end_round(
+    trio: Trio,
+    drafting: Drafting,
+    drafted: Draft,
+    n_accepted: int,
+    token: int,
+    drafter_row: NDArray[np.float32] | None,
+) -> None:
+    """Forget what was drafted in vain before the target's own `token`, and tell `drafting`."""
+    if not drafted.tokens:
+        drafting.watch(drafter_row, token)
+        return
+    trio.rewind(len(drafted.tokens) - n_accepted)
+    if drafted.looked_up:
+        drafting.count(len(drafted.tokens), n_accepted)
+    else:
+        drafting.learn(drafted.confidences, n_accepted)

@@ -15,7 +15,8 @@ WORKDIR /source
 COPY pyproject.toml ./
 COPY trimix_gguf/__init__.py trimix_gguf/errors.py trimix_gguf/
 COPY trimix_gguf/machine/__init__.py trimix_gguf/machine/build.py \
-    trimix_gguf/machine/processor.py trimix_gguf/machine/tile_config.h trimix_gguf/machine/
+    trimix_gguf/machine/processor.py trimix_gguf/machine/library_only.cmake \
+    trimix_gguf/machine/probe.cpp trimix_gguf/machine/tile_config.h trimix_gguf/machine/
 RUN /build/bin/python trimix_gguf/machine/build.py wheel /wheels --portable
 COPY README.md LICENSE ./
 COPY convert convert

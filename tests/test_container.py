@@ -141,3 +141,22 @@ def test_the_reader_refuses_what_it_does_not_know(tmp_path):
         path.write_text(f"FROM a\n{line}\n")
         with pytest.raises(ValueError, match="not understood"):
             dockerfile.read_stages(path)
+
+
+def test_what_builds_llama_cpp_is_all_there_when_it_is_built(stages, tmp_path):
+    """The build runs before the rest of the package is copied, so that an engine caches it."""
+    build = stages[0].instructions
+    runs = [i.name == "RUN" and "build.py wheel" in i.value for i in build]
+    for instruction in build[: runs.index(True)]:
+        if instruction.name == "COPY":
+            *names, folder = instruction.rest.split()
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            for name in names:
+                shutil.copy(ROOT / name, tmp_path / folder)
+    script = tmp_path / "trimix_gguf" / "machine" / "build.py"
+    done = subprocess.run(
+        [sys.executable, script, "flags", "--portable"], capture_output=True, text=True, check=True
+    )
+    used = re.findall(rf"{re.escape(str(script.parent))}/[\w.]+", done.stdout)
+    assert len(used) >= 2 and all(Path(path).is_file() for path in used)
+    assert (script.parent / "probe.cpp").is_file()

@@ -108,8 +108,8 @@ def _compiler() -> list[str]:
     if not found or not shutil.which(found[0]):
         raise BuildError(
             f"no C++ compiler{f' at {named}' if named else ''}; install one (Debian: apt install "
-            "g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install), or see README for "
-            "a build that is ready"
+            "g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install), or take "
+            "a build that is ready: trimix_gguf/help/install.md"
         )
     compiler = found if named else found[:1]
     program = '#include <filesystem>\nint main() { return std::filesystem::exists("/") ? 0 : 1; }'

@@ -89,7 +89,9 @@ def library_folder() -> Path:
         return Path(own)
     spec = find_spec("llama_cpp")
     if spec is None or not spec.submodule_search_locations:
-        raise BuildError("llama-cpp-python is not installed; see README for the ways to install it")
+        raise BuildError(
+            "llama-cpp-python is not installed; `trimix help install` has the ways to install it"
+        )
     return Path(spec.submodule_search_locations[0]) / "lib"
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.tags import Tag, parse_tag
 
-from trimix_gguf.answering.costs import cache_folder
 from trimix_gguf.errors import ProgramError
+from trimix_gguf.machine.folders import cache_folder
 
 PACKAGE = "trimix-gguf"
 _FILE = Path(__file__).resolve()

@@ -40,6 +40,7 @@ NOT_RUN = {
     "pull": "needs the Hugging Face hub",
     "serve": "runs until somebody stops it",
     "doctor --mend": "may build llama.cpp",
+    "export nano": "packs the program, as test_program.py does",
     "eval --harness": "needs lm-evaluation-harness and its data",
 }
 ANOTHERS = {"CUDA0": "a graphics card"}  # words of commands that need what a test does not have
@@ -52,6 +53,7 @@ SHORT = {  # added to a command, so that it takes little time
 }
 # Options in the text that belong to other programs.
 FOREIGN = {"--help": "click", "--portable": "machine/build.py", "--install": "xcode-select"}
+FOREIGN |= dict.fromkeys(("--read-only", "--tmpfs", "--cap-drop", "--user", "--time"), "docker")
 
 
 def blocks(path):

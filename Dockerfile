@@ -26,10 +26,7 @@ RUN /build/bin/pip --python /opt/trimix/bin/python install --no-cache-dir \
     --only-binary :all: /wheels/*.whl
 
 FROM python:3.13-slim-trixie
-RUN apt-get update \
-    && apt-get install -y --no-install-recommends libgomp1 \
-    && rm -rf /var/lib/apt/lists/* \
-    && groupadd --gid 10001 trimix \
+RUN groupadd --gid 10001 trimix \
     && useradd --uid 10001 --gid 10001 --home-dir /trios --no-create-home trimix \
     && install --directory --owner 10001 --group 10001 /trios
 COPY --from=build /opt/trimix /opt/trimix

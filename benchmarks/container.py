@@ -123,6 +123,7 @@ def use(image: Rootfs, stage: dockerfile.Stage, work: Path) -> dict[str, object]
     """Three containers: with the key that it makes, with one given, and ended while it loads."""
     check = stage.health_command()
     results: dict[str, object] = {}
+    shutil.rmtree(work / "volume", ignore_errors=True)
 
     with Container(image, stage, work / "volume") as served:
         results["healthy_after_s"] = served.wait_until_healthy(check)
@@ -178,7 +179,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the roots, 2 GB")
     parser.add_argument("--mirror", help="Debian mirror; default: that of this machine's apt")
     parser.add_argument(
-        "--llama-wheel", type=Path, metavar="FILE", help="a built wheel, instead of building one"
+        "--llama-wheel", type=Path, metavar="FILE", help="one that build.py --portable made"
     )
     options = parser.parse_args()
     if os.geteuid() != 0 or shutil.which("debootstrap") is None:

@@ -77,23 +77,6 @@ def test_what_is_copied_is_there_and_is_all_that_goes_in(stages):
         assert Path(needed) in copied
 
 
-def test_the_files_copied_before_llama_cpp_is_built_are_enough_for_it(stages, tmp_path):
-    """Else a change of one of the others would build llama.cpp again, or the step would fail."""
-    for instruction in stages[0].instructions:
-        if "build.py" in instruction.value and instruction.name == "RUN":
-            break
-        if instruction.name == "COPY":
-            *sources, target = instruction.rest.split()
-            (tmp_path / target).mkdir(parents=True, exist_ok=True)
-            for source in sources:
-                shutil.copy(ROOT / source, tmp_path / target)
-    flags = [sys.executable, "trimix_gguf/machine/build.py", "flags", "--portable"]
-    done = subprocess.run(flags, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    named = re.findall(rf"{re.escape(str(tmp_path))}[\w./]+", done.stdout)
-    assert "-DGGML_BACKEND_DL=ON" in done.stdout and all(Path(n).exists() for n in named), named
-
-
 def test_what_a_checkout_gathers_stays_out(tmp_path):
     shutil.copy(ROOT / ".dockerignore", tmp_path)
     for name in ("trimix_gguf/a.py", "trimix_gguf/b/__pycache__/c.pyc", "nano-work/d", ".env"):

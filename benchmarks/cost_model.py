@@ -264,7 +264,7 @@ def profile(
     trio.advance(ids[-1])  # owed, as each later token is
     steps = decode_steps(trio, Mix(weights), sampler, drafting=Watched(k), max_tokens=n_tokens)
     with ExitStack() as stack:
-        stack.enter_context(timed(Model, "decode", spent, lambda model: role_of[id(model)]))
+        stack.enter_context(timed(Model, "decode_entries", spent, lambda model: role_of[id(model)]))
         for (owner, name), part in PARTS.items():
             stack.enter_context(timed(owner, name, spent, lambda _, part=part: part))
         started = time.perf_counter()

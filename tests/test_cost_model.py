@@ -89,7 +89,7 @@ def test_only_tokens_whose_predecessors_were_accepted_count_as_tried():
 
 
 def test_the_parts_of_a_step_are_all_of_it_and_nothing_stays_patched():
-    patched = [(cost_model.Model, "decode"), *cost_model.PARTS]
+    patched = [(cost_model.Model, "decode_entries"), *cost_model.PARTS]
     before = [getattr(owner, name) for owner, name in patched]
     with Trio.nano(n_threads=1) as trio:
         ids = trio.prompt("Абай — ақын. " * 4).segments[-1].ids["large_ins"]

@@ -226,6 +226,7 @@ GUARDED = {
     ("trimix_gguf/cli/chat.py", "locale.nl_langinfo"): "AttributeError is suppressed",
     ("trimix_gguf/cli/chat.py", "locale.CODESET"): "AttributeError is suppressed",
     ("trimix_gguf/cli/chat.py", "import readline"): "ImportError is suppressed",
+    ("trimix_gguf/machine/processor.py", "'/proc/cpuinfo'"): "on Linux only",
     ("trimix_gguf/bench.py", "import resource"): "not on Windows",
     ("trimix_gguf/bench.py", "'/proc/self/status'"): "where it exists",
 }

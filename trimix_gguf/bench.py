@@ -59,7 +59,7 @@ class Run:
 
     tokens: list[int]
     seconds: float
-    inside: float  # seconds of them in Model.decode
+    inside: float  # seconds of them in Model.decode_entries
     n_drafted: list[int]
 
     @property
@@ -187,7 +187,7 @@ def decode(trio: Trio, prompt: Prompt, mix: Mix, *, drafting: Drafting, n_tokens
 
 @contextmanager
 def decode_times(trio: Trio) -> Iterator[list[tuple[float, float]]]:
-    """Collects when each Model.decode began and ended."""
+    """Collects when each Model.decode_entries began and ended."""
     spans: list[tuple[float, float]] = []
 
     def timed(decode: Callable[..., Any]) -> Callable[..., Any]:
@@ -200,12 +200,12 @@ def decode_times(trio: Trio) -> Iterator[list[tuple[float, float]]]:
         return run
 
     for model in trio.models.values():
-        model.decode = timed(model.decode)  # type: ignore[method-assign]
+        model.decode_entries = timed(model.decode_entries)  # type: ignore[method-assign]
     try:
         yield spans
     finally:
         for model in trio.models.values():
-            del model.decode  # the class's own again
+            del model.decode_entries  # the class's own again
 
 
 def covered(spans: Sequence[tuple[float, float]]) -> float:

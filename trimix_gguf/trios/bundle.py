@@ -217,7 +217,7 @@ def _shipped(files: Sequence[BundleFile]) -> TrioFile:
     """The shipped trio, where its files are these; else raises TrioFileError."""
     there = resolve(SHIPPED)
     if _hashes(there) != {file.role: file.sha256 for file in files}:
-        raise TrioFileError(f"{SHIPPED} ships with the package; give --name another")
+        raise TrioFileError(f"{SHIPPED} ships in the package; choose another --name")
     return there
 
 

@@ -142,6 +142,8 @@ def _own_distribution() -> metadata.Distribution | None:
         distribution = metadata.distribution(PACKAGE)
     except metadata.PackageNotFoundError:
         return None
+    if distribution.read_text("WHEEL") is None:  # a checkout's own egg-info
+        return None
     own = (str(distribution.locate_file(path)) for path in distribution.files or []
            if path.name == Path(__file__).name)  # fmt: skip
     return distribution if any(Path(path).resolve() == _FILE for path in own) else None
@@ -172,7 +174,9 @@ def _build(folder: Path) -> Path:
     """The checkout's wheel; nothing is written into the checkout."""
     with tempfile.TemporaryDirectory() as scratch:
         config = Path(scratch, "setup.cfg")
-        config.write_text(f"[build]\nbuild_base = {scratch}\n[egg_info]\negg_base = {scratch}\n")
+        config.write_text(
+            f"[build]\nbuild_base = {scratch}\n[egg_info]\negg_base = {scratch}\n", encoding="utf-8"
+        )
         done = _pip("wheel", "--no-deps", "--wheel-dir", str(folder), str(_ROOT),
                     DIST_EXTRA_CONFIG=str(config))  # fmt: skip
     if done.returncode:

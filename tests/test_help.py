@@ -53,7 +53,9 @@ SHORT = {  # added to a command, so that it takes little time
 }
 # Options in the text that belong to other programs.
 FOREIGN = {"--help": "click", "--portable": "machine/build.py", "--install": "xcode-select"}
-FOREIGN |= dict.fromkeys(("--read-only", "--tmpfs", "--cap-drop", "--user", "--time"), "docker")
+FOREIGN |= dict.fromkeys(
+    ("--rm", "--read-only", "--tmpfs", "--cap-drop", "--user", "--time"), "docker"
+)
 
 
 def blocks(path):

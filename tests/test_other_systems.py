@@ -275,6 +275,7 @@ def without_encoding(tree):
         is_text |= any(
             ast.unparse(named.get(k, node)) == "True" for k in ("text", "universal_newlines")
         )
+        is_text &= "filename" not in named  # importlib.metadata's read_text
         if is_text and "encoding" not in named and not _of_another_kind(node):
             yield f"{node.lineno}: {ast.unparse(node)}"
 

@@ -89,9 +89,9 @@ class WheelFolder:
     @contextmanager
     def _scratch(self) -> Iterator[Path]:
         scratch = self.folder / ".part"
-        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
-        scratch.mkdir(parents=True)
-        try:
+        try:  # Ctrl-C may come before the block begins
+            shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+            scratch.mkdir(parents=True)
             yield scratch
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -34,7 +34,7 @@ _INSTALLERS = ("INSTALLER", "REQUESTED", "direct_url.json", "RECORD", "RECORD.jw
 
 def tags(distribution: metadata.Distribution) -> set[Tag]:
     """The Pythons and systems for which a distribution was made; none where it does not say."""
-    lines = message_from_string(distribution.read_text("WHEEL") or "").get_all("Tag") or []
+    lines = message_from_string(distribution.read_text(filename="WHEEL") or "").get_all("Tag") or []
     return {tag for line in lines for tag in parse_tag(line)}
 
 
@@ -142,7 +142,7 @@ def _own_distribution() -> metadata.Distribution | None:
         distribution = metadata.distribution(PACKAGE)
     except metadata.PackageNotFoundError:
         return None
-    if distribution.read_text("WHEEL") is None:  # a checkout's own egg-info
+    if distribution.read_text(filename="WHEEL") is None:  # a checkout's own egg-info
         return None
     own = (str(distribution.locate_file(path)) for path in distribution.files or []
            if path.name == Path(__file__).name)  # fmt: skip

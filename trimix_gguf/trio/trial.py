@@ -15,7 +15,7 @@ from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.model import Model
 
 SIZES = (1, 8, 64)  # tokens read at once: llama.cpp has other code for each
-TOLERANCE = 0.1  # right builds differ by up to 0.01: instruction sets round in their own ways
+TOLERANCE = 0.2  # right builds differ by up to 0.05: instruction sets round in their own ways
 _WRONG = 3  # the exit code that machine/self_test.py knows
 _KNOWN = Path(__file__).parent / "trial.json"  # role/size -> token id -> logit
 _NANO = Path(__file__).parent.parent / "nano"

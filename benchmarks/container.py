@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 
 import dockerfile  # noqa: E402
 from rootfs import Container, Rootfs, debootstrap, size_of  # noqa: E402

@@ -20,7 +20,7 @@ from served import serving
 from trimix_gguf.machine.files import put_in_place
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = Path(__file__).parent / "other_system.py"
+SCRIPT = Path(__file__).parent / "helpers" / "other_system.py"
 OURS = sorted(
     path.relative_to(ROOT).as_posix()
     for folder in ("trimix_gguf", "convert")

@@ -194,7 +194,7 @@ def wheel(folder: Path, *, portable: bool, fresh: bool = False) -> Path:
         return Path(shutil.copy2(ready[0], folder))
     check_disk(Path(tempfile.gettempdir()))
     print(
-        f"Building llama.cpp ({'10-20' if portable else '5-10'} minutes; the result is kept)",
+        f"Building llama.cpp ({'about 10' if portable else '2-5'} minutes; the result is kept)",
         file=sys.stderr,
     )
     with _scratch() as work:

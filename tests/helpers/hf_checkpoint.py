@@ -1,6 +1,6 @@
 """A Hugging Face checkpoint made from a Llama or Qwen2 GGUF: its weights, dequantized.
 
-    python tests/hf_checkpoint.py model.gguf FOLDER
+    python tests/helpers/hf_checkpoint.py model.gguf FOLDER
 
 For tests and benchmarks of the converter, and for running the same weights in transformers,
 where no checkpoint can be had.

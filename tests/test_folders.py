@@ -35,7 +35,7 @@ def account(monkeypatch, tmp_path):
 
     def on(system):
         monkeypatch.setattr(sys, "platform", system)
-        monkeypatch.setattr(folders, "PlatformDirs", SYSTEMS[system][0])
+        monkeypatch.setattr("platformdirs.PlatformDirs", SYSTEMS[system][0])
         return tmp_path
 
     return on
@@ -79,7 +79,7 @@ def test_what_an_earlier_version_left_is_found_where_the_system_now_names_anothe
         user_cache_dir = str(tmp_path / "new" / "cache")
         user_data_dir = str(tmp_path / "new" / "data")
 
-    monkeypatch.setattr(folders, "PlatformDirs", Moved)
+    monkeypatch.setattr("platformdirs.PlatformDirs", Moved)
     assert folders.cache_folder() == tmp_path / "new" / "cache"
     assert folders.home_folder() == tmp_path / "new" / "data"
     for earlier in (cache, data):

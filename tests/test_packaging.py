@@ -35,7 +35,7 @@ def names(requirements):
 def third_parties(folder):
     """(file, distribution) of each import that is neither the standard library's nor ours."""
     files = sorted((ROOT / folder).rglob("*.py"))
-    own = {path.stem for other in ("tests", "benchmarks") for path in (ROOT / other).glob("*.py")}
+    own = {path.stem for other in ("tests", "benchmarks") for path in (ROOT / other).rglob("*.py")}
     own |= sys.stdlib_module_names | {"trimix_gguf", "conversion", "corpus"}  # found by sys.path
     found = set()
     for path in files:

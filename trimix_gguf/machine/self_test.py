@@ -7,8 +7,6 @@ and the processor that it is for. A bad one is not kept: the next start tries ag
 TRIMIX_SELF_TEST=0 skips all of it.
 """
 
-import hashlib
-import json
 import os
 import signal
 import sys
@@ -101,21 +99,19 @@ def _fingerprint() -> str:
     for path in sorted(library_folder().glob("*")):
         seen = path.stat()
         parts.append(f"{path} {seen.st_size} {seen.st_mtime_ns} {seen.st_ctime_ns} {seen.st_ino}")
-    return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
+    return ascii(parts)
 
 
 def _verdict_file() -> Path:
-    return cache_folder() / "self_test.json"
+    return cache_folder() / "self_test.txt"
 
 
 def _kept_verdict() -> str:
-    """The fingerprint that passed last; empty where the file is none of ours."""
+    """The fingerprint that passed last; empty where there is none, or no home folder."""
     try:
-        verdict = json.loads(_verdict_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home; or nested too deep
+        return _verdict_file().read_text(encoding="utf-8")
+    except (OSError, ValueError, RuntimeError):
         return ""
-    passed = verdict.get("passed") if isinstance(verdict, dict) else None
-    return passed if isinstance(passed, str) else ""
 
 
 def _keep_verdict(fingerprint: str) -> None:
@@ -125,4 +121,4 @@ def _keep_verdict(fingerprint: str) -> None:
     with suppress(OSError, RuntimeError):
         kept = _verdict_file()
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_text(kept, json.dumps({"passed": fingerprint}))
+        write_text(kept, fingerprint)

@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from trimix_gguf.machine import self_test
+from trimix_gguf.cli import trimix as trimix_command
+from trimix_gguf.errors import BuildError
+from trimix_gguf.machine import build, self_test
 from trimix_gguf.machine.folders import cache_folder
 from trimix_gguf.trio.trio import NANO
 
@@ -177,3 +180,22 @@ def test_doctor_tries_it_anew_and_names_it(trimix):
     report = json.loads(done.stdout)
     assert report["self-test"]["result"].startswith("passed")
     assert report["self-test"]["llama.cpp"] == str(self_test.library_folder())
+
+
+@pytest.mark.parametrize("n_bad", [0, 1, 2, 3])
+def test_mend_builds_for_this_machine_then_portably_for_as_long_as_it_fails(n_bad, monkeypatch):
+    built, outcomes = [], iter([False] * n_bad + [True] * 9)
+
+    def run():
+        if not next(outcomes):
+            raise BuildError("llama.cpp died of SIGILL")
+
+    monkeypatch.setattr(self_test, "run", run)
+    monkeypatch.setattr(
+        build, "install", lambda *, portable, fresh: built.append((portable, fresh))
+    )
+    done = CliRunner().invoke(trimix_command, ["doctor", "--mend", "--json"])
+    assert built == [(False, True), (True, True)][:n_bad]
+    assert isinstance(done.exception, BuildError) is (n_bad == 3)
+    if n_bad < 3:
+        assert done.exit_code == 0 and '"result": "passed' in done.stdout

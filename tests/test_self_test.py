@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from trimix_gguf.cli import trimix as trimix_command
 from trimix_gguf.errors import BuildError
-from trimix_gguf.machine import build, self_test
+from trimix_gguf.machine import build, processor, self_test
 from trimix_gguf.machine.folders import cache_folder
 from trimix_gguf.trio.trio import NANO
 
@@ -182,8 +182,11 @@ def test_doctor_tries_it_anew_and_names_it(trimix):
     assert report["self-test"]["llama.cpp"] == str(self_test.library_folder())
 
 
-@pytest.mark.parametrize("n_bad", [0, 1, 2, 3])
-def test_mend_builds_for_this_machine_then_portably_for_as_long_as_it_fails(n_bad, monkeypatch):
+@pytest.mark.parametrize("flags", ["avx2", "avx2 amx_tile amx_int8"])
+@pytest.mark.parametrize("n_bad", range(5))
+def test_mend_builds_in_other_ways_for_as_long_as_it_fails(n_bad, flags, monkeypatch):
+    ways = [{"portable": False}, {"portable": False, "amx": False}, {"portable": True}]
+    ways = [way for way in ways if "amx" in flags or "amx" not in way]
     built, outcomes = [], iter([False] * n_bad + [True] * 9)
 
     def run():
@@ -191,11 +194,10 @@ def test_mend_builds_for_this_machine_then_portably_for_as_long_as_it_fails(n_ba
             raise BuildError("llama.cpp died of SIGILL")
 
     monkeypatch.setattr(self_test, "run", run)
-    monkeypatch.setattr(
-        build, "install", lambda *, portable, fresh: built.append((portable, fresh))
-    )
+    monkeypatch.setattr(build, "install", lambda **how: built.append(how))
+    monkeypatch.setattr(processor, "describe", lambda: ("a processor", flags))
     done = CliRunner().invoke(trimix_command, ["doctor", "--mend", "--json"])
-    assert built == [(False, True), (True, True)][:n_bad]
-    assert isinstance(done.exception, BuildError) is (n_bad == 3)
-    if n_bad < 3:
+    assert built == [{**way, "fresh": True} for way in ways[:n_bad]]
+    assert isinstance(done.exception, BuildError) is (n_bad > len(ways))
+    if n_bad <= len(ways):
         assert done.exit_code == 0 and '"result": "passed' in done.stdout

@@ -32,20 +32,23 @@ def doctor(as_json: bool, mend: bool, **options: Any) -> None:
 
 
 def _self_test(mend: bool) -> dict[str, str]:
-    """Try llama.cpp afresh; where it fails and may be mended, build it: natively, then portably."""
+    """Try llama.cpp again. To mend it, build for this machine, then without AMX, then portably."""
     import time
 
     from trimix_gguf.errors import BuildError
-    from trimix_gguf.machine import build, self_test
+    from trimix_gguf.machine import build, processor, self_test
 
-    for portable in (False, True) if mend else ():
+    ways = [{"portable": False}, {"portable": False, "amx": False}, {"portable": True}]
+    if "amx" not in processor.describe()[1]:
+        del ways[1]
+    for way in ways if mend else ():
         try:
             self_test.run()
             break
         except BuildError as error:
             print(f"trimix: {error}", file=sys.stderr)
             build.check()
-            build.install(portable=portable, fresh=True)
+            build.install(**way, fresh=True)
     started = time.perf_counter()
     self_test.run()
     took = time.perf_counter() - started

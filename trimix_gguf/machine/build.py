@@ -126,11 +126,11 @@ def _compiler() -> list[str]:
 # -- which instruction sets run -----------------------------------------------------------------
 
 
-def cmake_arguments(*, portable: bool) -> list[str]:
+def cmake_arguments(*, portable: bool, amx: bool = True) -> list[str]:
     """What CMake is told; says on stderr what had to be switched off. Raises BuildError."""
     arguments = [f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={_CMAKE}"]
     arguments += [*_LIBRARY, *(_PORTABLE if portable else ())]
-    flags = [] if os.name == "nt" else _compiler_flags(_compiler(), native=not portable)
+    flags = [] if os.name == "nt" else _compiler_flags(_compiler(), native=not portable, amx=amx)
     if flags:
         off = [flag for flag in flags if flag.startswith("-mno-")]
         for language, own in (("CXX", flags), ("C", off)):
@@ -140,12 +140,12 @@ def cmake_arguments(*, portable: bool) -> list[str]:
     return arguments + shlex.split(os.environ.get("CMAKE_ARGS", ""))
 
 
-def _compiler_flags(compiler: list[str], *, native: bool) -> list[str]:
+def _compiler_flags(compiler: list[str], *, native: bool, amx: bool) -> list[str]:
     """Flags for this compiler on x86; other processors are tried out by ggml's own CMake."""
     if platform.machine().lower() not in _X86:
         return []
     # Harmless where there is no AMX, and for compilers that do not need it.
-    flags = ["-include", f'"{_HEADER}"']
+    flags = ["-include", f'"{_HEADER}"', *(() if amx else _OFF["amx"])]
     while native:
         failed = _failing(compiler, flags)
         if not failed:
@@ -166,8 +166,29 @@ def _failing(compiler: list[str], flags: list[str]) -> dict[str, str]:
     with _scratch() as folder:
         checks, probe = folder / "checks.o", folder / "probe"
         for command in (
-            [*compiler, "-std=c++17", "-O3", "-march=native", *own, "-c", source, "-o", checks],
-            [*compiler, "-std=c++17", "-O1", "-DPROBE_MAIN", source, checks, "-o", probe],
+            [
+                *compiler,
+                "-std=c++17",
+                "-O3",
+                "-march=native",
+                "-pthread",
+                *own,
+                "-c",
+                source,
+                "-o",
+                checks,
+            ],
+            [
+                *compiler,
+                "-std=c++17",
+                "-O1",
+                "-pthread",
+                "-DPROBE_MAIN",
+                source,
+                checks,
+                "-o",
+                probe,
+            ],
         ):
             done = _run(command)
             if done.returncode != 0:
@@ -181,13 +202,13 @@ def _failing(compiler: list[str], flags: list[str]) -> dict[str, str]:
 # -- building -----------------------------------------------------------------------------------
 
 
-def wheel(folder: Path, *, portable: bool, fresh: bool = False) -> Path:
+def wheel(folder: Path, *, portable: bool, fresh: bool = False, amx: bool = True) -> Path:
     """A llama-cpp-python wheel in `folder`: one kept from an earlier build, or built now.
 
-    It is kept in pip's cache under all that it depends on; `fresh` builds in any case. Raises
-    BuildError with the reason in one line, and the log's path.
+    It is kept in pip's cache under all that it depends on; `fresh` builds in any case, and without
+    `amx` Intel's matrix unit is left out. Raises BuildError with the reason and the log's path.
     """
-    arguments = cmake_arguments(portable=portable)
+    arguments = cmake_arguments(portable=portable, amx=amx)
     kept = _cache(arguments, portable)
     folder.mkdir(parents=True, exist_ok=True)
     if kept is not None and not fresh and (ready := sorted(kept.glob("*.whl"))):
@@ -209,10 +230,10 @@ def wheel(folder: Path, *, portable: bool, fresh: bool = False) -> Path:
         return Path(shutil.copy2(built, folder))
 
 
-def install(*, portable: bool = False, fresh: bool = False) -> None:
+def install(*, portable: bool = False, fresh: bool = False, amx: bool = True) -> None:
     """Build llama-cpp-python and put it into this Python's environment. Raises BuildError."""
     with _scratch() as folder:
-        built = wheel(folder, portable=portable, fresh=fresh)
+        built = wheel(folder, portable=portable, fresh=fresh, amx=amx)
         done = _run(_pip("install", "-q", "--force-reinstall", "--no-deps", built))
         if done.returncode != 0:
             raise BuildError(f"pip could not install {built.name}: {_last_line(done.stderr)}")

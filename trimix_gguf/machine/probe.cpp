@@ -33,6 +33,7 @@ int main(int argc, char ** argv) {
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#include <thread>
 
 struct Check {
     const char * name;
@@ -221,10 +222,7 @@ inline void configure(void) {
     done = true;
 }
 
-CHECK(amx) {
-#ifdef __linux__
-    if (syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) != 0) return 2;
-#endif
+static int multiply(void) {
     alignas(64) signed char a[1024], b[1024];
     int out[256];
     std::memset(a, three, sizeof a);
@@ -237,6 +235,17 @@ CHECK(amx) {
     _tile_stored(4, out, 64);
     _tile_release();
     return out[0] != 64 * 9 || out[255] != 64 * 9;
+}
+
+// As in ggml: the main thread asks for the permission, and a worker needs it.
+CHECK(amx) {
+#ifdef __linux__
+    if (syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) != 0) return 2;
+#endif
+    int in_worker = 1;
+    std::thread worker([&] { in_worker = multiply(); });
+    worker.join();
+    return in_worker || multiply();
 }
 #endif
 

@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from trimix_gguf.machine import processor
 from trimix_gguf.trio.trio import Trio
 
 VERSIONS = ("trimix-gguf", "llama-cpp-python", "numpy")
@@ -43,9 +44,7 @@ def text_ids(trio: Trio, options: argparse.Namespace, n_tokens: int) -> list[int
 
 
 def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "?")
+    return processor.describe()[0] or "?"
 
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:

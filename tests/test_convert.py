@@ -3,8 +3,6 @@
 import json
 import os
 import struct
-import subprocess
-import sys
 import tracemalloc
 from collections import namedtuple
 
@@ -391,15 +389,3 @@ def test_damaged_values_and_a_full_disk_leave_nothing(folder, tmp_path, monkeypa
     with pytest.raises(ConversionError, match="MB free"):
         convert_hf(folder, tmp_path / "m.gguf")
     assert list(tmp_path.iterdir()) == [folder]
-
-
-def test_what_a_killed_run_left_is_removed_and_another_runs_file_is_not(folder, tmp_path):
-    """Bug: two conversions to one output wrote into one temporary file, and left no GGUF."""
-    killed = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
-                            capture_output=True, text=True, check=True)  # fmt: skip
-    left = tmp_path / f".m.gguf.{killed.stdout.strip()}.part"
-    running = tmp_path / f".m.gguf.{os.getppid()}.part"
-    for path in (left, running):
-        path.write_bytes(b"x")
-    convert_hf(folder, tmp_path / "m.gguf")
-    assert not left.exists() and running.read_bytes() == b"x"

@@ -165,30 +165,10 @@ def _failing(compiler: list[str], flags: list[str]) -> dict[str, str]:
     own = shlex.split(" ".join([os.environ.get("CXXFLAGS", ""), *flags]))
     with _scratch() as folder:
         checks, probe = folder / "checks.o", folder / "probe"
+        common = [*compiler, "-std=c++17", "-pthread"]
         for command in (
-            [
-                *compiler,
-                "-std=c++17",
-                "-O3",
-                "-march=native",
-                "-pthread",
-                *own,
-                "-c",
-                source,
-                "-o",
-                checks,
-            ],
-            [
-                *compiler,
-                "-std=c++17",
-                "-O1",
-                "-pthread",
-                "-DPROBE_MAIN",
-                source,
-                checks,
-                "-o",
-                probe,
-            ],
+            [*common, "-O3", "-march=native", *own, "-c", source, "-o", checks],
+            [*common, "-O1", "-DPROBE_MAIN", source, checks, "-o", probe],
         ):
             done = _run(command)
             if done.returncode != 0:
@@ -324,7 +304,8 @@ def _cache(arguments: list[str], portable: bool) -> Path | None:
     for path in (_HEADER, _CMAKE):  # wherever this checkout lies
         contents = hashlib.sha256(path.read_bytes()).hexdigest()
         flags = [flag.replace(str(path), contents) for flag in flags]
-    facts = [requirement(), flags, compiler, platform.platform()]
+    system = [sys.platform, platform.machine(), platform.libc_ver()]
+    facts = [requirement(), flags, compiler, system]
     facts += [] if portable else [processor.describe()]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     return Path(done.stdout.strip()) / "trimix-gguf" / key

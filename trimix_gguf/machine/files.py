@@ -56,7 +56,12 @@ def whole_file(out: Path) -> Iterator[Path]:
         put_in_place(unfinished, out)
 
 
-def write_text(out: Path, text: str) -> None:
-    """Write a small file, whole or not at all, with the same line ends everywhere."""
+def write_bytes(out: Path, content: bytes) -> None:
+    """Write a small file, whole or not at all."""
     with whole_file(out) as unfinished:
-        unfinished.write_text(text, encoding="utf-8", newline="\n")
+        unfinished.write_bytes(content)
+
+
+def write_text(out: Path, text: str) -> None:
+    """Write a small file in UTF-8, whole or not at all, with the same line ends everywhere."""
+    write_bytes(out, text.encode())

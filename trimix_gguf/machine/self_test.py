@@ -19,7 +19,7 @@ from trimix_gguf.machine import processor
 from trimix_gguf.machine.folders import cache_folder
 
 TRIAL = "trimix_gguf.trio.trial"  # what the child runs: it loads llama.cpp, this module must not
-_WRONG = 3  # its exit code where the logits differ
+WRONG = 3  # its exit code where the logits differ
 _SECONDS = 120  # an old laptop under load takes a few
 _WINDOWS = {  # exit codes there; a signal's name elsewhere
     0xC000001D: "an illegal instruction",
@@ -57,7 +57,7 @@ def run() -> None:
     if done.returncode == 0 and stage == "passed":
         _keep_verdict(_fingerprint())
         return
-    if done.returncode == _WRONG:  # it ran, and computed something else
+    if done.returncode == WRONG:  # it ran, and computed something else
         raise _failure("computes wrongly", stage)
     if done.returncode == 1:  # a Python error, such as a library that is missing
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]

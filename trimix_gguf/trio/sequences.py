@@ -116,7 +116,7 @@ class Sequences:
     def rows(self, sequences: Sequence[int], roles: Sequence[str] = ROLES) -> Rows:
         """Next-token logits [n_sequences, n_vocab] of `roles` after each sequence's newest id.
 
-        Zero-copy where one batch did, as Model.decode_entries. Raises ContextFullError, ModelError.
+        Zero-copy where one batch has all, as decode_entries. Raises ContextFullError, ModelError.
         """
         newest = {
             role: {s: [len(self._held[s].ids[role]) - 1] for s in sequences} for role in roles
@@ -148,10 +148,10 @@ class Sequences:
             if indexes:
                 self._cut(sequence, role, indexes[0])
         batches = list(_batches(self._owed(role, wanted), model.n_batch, model.n_window))
-        for batch in batches:
+        for at, batch in enumerate(batches, 1):
             rows = model.decode_entries(batch)[:, : self._n_vocab]
-            # Copy: llama.cpp reuses this buffer on the next decode.
-            parts.append(rows if len(batches) == 1 else rows.copy())
+            if len(rows):  # Copy: llama.cpp reuses this buffer on the next decode.
+                parts.append(rows if at == len(batches) else rows.copy())
             if progress is not None:
                 progress(len(batch))
         for sequence in wanted:

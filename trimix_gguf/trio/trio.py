@@ -162,18 +162,17 @@ class Trio:
             reading.start(max(kept, after[0] if after else 0), after[1] if after else 0)
         with self._atomic():
             self._rewind(reading.lengths())
+            rows: Rows = {}
             while consume is not None and reading.at < reading.stop:
                 window, rows = self._read_window(reading, progress)
                 if len(window.targets):
                     consume(window)
-                if reading.at == reading.stop:
-                    # Copy: a window's rows are the most memory beside the weights.
-                    self._rows = {role: rows[role][-1].copy() for role in ROLES}
-                    for model in self.models.values():
-                        model.drop_rows()
             if reading.at < len(reading.units):
                 self.sequences.append(0, reading.ids(reading.at, len(reading.units)))
-                self._rows = {}
+            else:  # Copy: a window's rows, dropped below, are the most memory beside the weights.
+                self._rows = {role: matrix[-1].copy() for role, matrix in rows.items()}
+            for model in self.models.values() if rows else ():
+                model.drop_rows()
 
     def _read_window(self, reading: Prefill, progress: Progress | None) -> tuple[Window, Rows]:
         n_batch = min(model.n_batch for model in self.models.values())

@@ -19,10 +19,11 @@ from packaging.tags import sys_tags
 
 from trimix_gguf.errors import ProgramError
 from trimix_gguf.machine import build
+from trimix_gguf.machine.files import write_bytes, write_text
 from trimix_gguf.trios import wheels
 from trimix_gguf.trios.bundle_files import cannot_write
 from trimix_gguf.trios.triofile import FILENAME, TrioFile
-from trimix_gguf.trios.wheel_folder import HERE, Notify, WheelFolder, complete, write_whole
+from trimix_gguf.trios.wheel_folder import HERE, Notify, WheelFolder, complete
 
 SCRIPTS = ("install.sh", "install.ps1")
 _LLAMA = "llama-cpp-python"
@@ -129,10 +130,10 @@ def _write_texts(folder: Path, trio: TrioFile, target: Path, versions: Sequence[
         made_for=", ".join(line.replace(":", " with Python ") for line in made_for),
         glibc=_glibc(program / "wheels"),
     )
-    write_whole(folder / "README.txt", text.encode())
+    write_text(folder / "README.txt", text)
     for name in SCRIPTS:
         script = (Path(__file__).parent / name).read_bytes()
-        write_whole(folder / name, script.replace(b"\r\n", b"\n"))
+        write_bytes(folder / name, script.replace(b"\r\n", b"\n"))
 
 
 def _glibc(folder: Path) -> str:
@@ -159,4 +160,4 @@ def _lines(path: Path) -> list[str]:
 
 
 def _write_lines(path: Path, lines: Sequence[str]) -> None:
-    write_whole(path, "".join(f"{line}\n" for line in lines).encode())
+    write_text(path, "".join(f"{line}\n" for line in lines))

@@ -14,8 +14,9 @@ from packaging.tags import Tag, compatible_tags, cpython_tags, sys_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from trimix_gguf.errors import ProgramError
-from trimix_gguf.machine.files import whole_file
+from trimix_gguf.machine.files import write_text
 from trimix_gguf.trios import wheels
+from trimix_gguf.trios.store import sha256_of
 
 SUMS = "SHA256SUMS"
 HERE = "{}.{}".format(*sys.version_info)
@@ -37,7 +38,7 @@ class WheelFolder:
         """Whether a wheel is here and whole; it is read once."""
         if name not in self._whole and name in self._sums:
             path = self.folder / name
-            if path.is_file() and wheels.sha256(path) == self._sums[name]:
+            if path.is_file() and sha256_of(path) == self._sums[name]:
                 self._whole.add(name)
         return name in self._whole
 
@@ -55,7 +56,7 @@ class WheelFolder:
         """Put in the wheel that `make(folder)` makes; an older one for the same Pythons goes."""
         with self._scratch() as scratch:
             made = make(scratch)
-            name, digest = made.name, wheels.sha256(made)
+            name, digest = made.name, sha256_of(made)
             if self._sums.get(name) == digest and name in self:
                 return self.folder / name
             with open(made, "rb+") as file:
@@ -84,7 +85,7 @@ class WheelFolder:
 
     def _write_sums(self) -> None:
         text = "".join(f"{self._sums[name]}  {name}\n" for name in sorted(self._sums))
-        write_whole(self.folder / SUMS, text.encode())
+        write_text(self.folder / SUMS, text)
 
     @contextmanager
     def _scratch(self) -> Iterator[Path]:
@@ -95,11 +96,6 @@ class WheelFolder:
             yield scratch
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-
-
-def write_whole(out: Path, content: bytes) -> None:
-    with whole_file(out) as unfinished:
-        unfinished.write_bytes(content)
 
 
 def _read_sums(path: Path) -> dict[str, str]:

@@ -19,7 +19,9 @@ from packaging.requirements import Requirement
 from packaging.tags import Tag, parse_tag
 
 from trimix_gguf.errors import ProgramError
+from trimix_gguf.machine.files import write_text
 from trimix_gguf.machine.folders import cache_folder
+from trimix_gguf.trios.store import sha256_of
 
 PACKAGE = "trimix-gguf"
 _FILE = Path(__file__).resolve()
@@ -123,7 +125,7 @@ def own_wheel(folder: Path) -> Path:
     try:
         found = json.loads(stamp.read_text(encoding="utf-8"))
         wheel = kept / found["wheel"]
-        if found["sources"] == made_from and found["sha256"] == sha256(wheel):
+        if found["sources"] == made_from and found["sha256"] == sha256_of(wheel):
             return _copied(wheel, folder)
     except (OSError, ValueError, TypeError, KeyError):
         pass
@@ -131,8 +133,8 @@ def own_wheel(folder: Path) -> Path:
     for old in kept.glob("*.whl"):
         old.unlink()
     wheel = _build(kept)
-    found = {"sources": made_from, "wheel": wheel.name, "sha256": sha256(wheel)}
-    stamp.write_text(json.dumps(found), encoding="utf-8")
+    found = {"sources": made_from, "wheel": wheel.name, "sha256": sha256_of(wheel)}
+    write_text(stamp, json.dumps(found))
     return _copied(wheel, folder)
 
 
@@ -149,11 +151,6 @@ def _own_distribution() -> metadata.Distribution | None:
     return distribution if any(Path(path).resolve() == _FILE for path in own) else None
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _copied(wheel: Path, folder: Path) -> Path:
     out = folder / wheel.name
     out.write_bytes(wheel.read_bytes())
@@ -166,7 +163,7 @@ def _hash_of_sources() -> str:
         top = _ROOT / name
         for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
             if path.is_file() and path.suffix != ".pyc":
-                digest.update(f"{path.relative_to(_ROOT).as_posix()} {sha256(path)}\n".encode())
+                digest.update(f"{path.relative_to(_ROOT).as_posix()} {sha256_of(path)}\n".encode())
     return digest.hexdigest()
 
 

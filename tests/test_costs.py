@@ -181,14 +181,14 @@ def test_where_nothing_can_be_written_the_answer_comes_all_the_same(run, file):
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(run, file, monkeypatch):
     save_costs(run(SECONDS))
     before = file.read_text()
-    write = Path.write_text
+    write = Path.write_bytes
 
-    def full(self, text, **options):
-        write(self, text[:20], **options)
+    def full(self, content):
+        write(self, content[:20])
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(Path, "write_bytes", full)
         save_costs(run({"large_ins": {1: 9.0}}))
     assert file.read_text() == before
     assert list(file.parent.iterdir()) == [file]

@@ -38,7 +38,8 @@ PROXY_TUNING = METHODS["proxy-tuning"].weights
 class Score:
     """NLL of scored prompts over a grid, in nats; each single model is a point of the same grid.
 
-    `nll` float64 [n_prompts, n_alpha, n_beta] sums over the `n_tokens` [n_prompts] scored tokens.
+    `nll` float64 [n_prompts, n_alpha, n_beta] sums over the `n_tokens` [n_prompts] scored tokens;
+    so do `slopes` [n_prompts, 2], scoring.large_ins_slopes, where it is `sloped`.
     """
 
     alphas: tuple[float, ...]
@@ -47,6 +48,19 @@ class Score:
     continuous: bool = False
     nll: list[Float64] = field(default_factory=list)
     n_tokens: list[int] = field(default_factory=list)
+    sloped: bool = False
+    slopes: list[Float64] = field(default_factory=list)
+
+    def add(self, total: Sum) -> None:
+        """Take in what one prompt came to. Raises PromptError where nothing of it was scored."""
+        if total.n_tokens == 0:
+            raise PromptError(
+                "the prompt has no token to score: give more text, mark longer spans, or fix the "
+                "weights"
+            )
+        self.nll.append(total.nll)
+        self.n_tokens.append(total.n_tokens)
+        self.slopes.append(total.slopes)
 
     def mean_nll(self, average: Average = "micro") -> Float64:
         """[n_alpha, n_beta]: nats a token over all (micro), or mean over prompts of it (macro)."""
@@ -107,6 +121,7 @@ def score(
     *,
     grid: Grid = (GRID, GRID),
     also: Sequence[Weights] = (),
+    sloped: bool = False,
     progress: Progress | None = None,
     n_threads: int | None = None,
 ) -> Score:
@@ -115,65 +130,57 @@ def score(
     One pass a prompt and no stored logits; afterwards the caches hold the last prompt. Raises
     PromptError where a prompt has no token that another one predicts.
     """
-    result = empty_score(grid, also)
+    result = empty_score(grid, also, sloped=sloped)
     threads = available_cores() if n_threads is None else n_threads
     for prompt in [prompts] if isinstance(prompts, Prompt) else prompts:
-        nll, n_tokens = _prompt_nll(trio, prompt, result, progress, threads)
-        result.nll.append(nll)
-        result.n_tokens.append(n_tokens)
+        result.add(_prompt_sum(trio, prompt, result, progress, threads))
     if not result.nll:
         raise PromptError("there is no prompt to score; give some text")
     return result
 
 
-def empty_score(grid: Grid = (GRID, GRID), also: Sequence[Weights] = ()) -> Score:
+def empty_score(
+    grid: Grid = (GRID, GRID), also: Sequence[Weights] = (), *, sloped: bool = False
+) -> Score:
     """A Score of no prompt yet, over `grid`, the single models and `also`."""
     chosen = (chebyshev_nodes(),) * 2 if grid == "continuous" else (tuple(grid[0]), tuple(grid[1]))
     # Single models and Proxy Tuning are corners (0|1, 0|1): two more factor rows a side.
     alphas = tuple(dict.fromkeys((*chosen[0], 0.0, 1.0, *(w.alpha for w in also))))
     betas = tuple(dict.fromkeys((*chosen[1], 0.0, 1.0, *(w.beta for w in also))))
-    return Score(alphas, betas, chosen, continuous=grid == "continuous")
+    return Score(alphas, betas, chosen, continuous=grid == "continuous", sloped=sloped)
 
 
-def window_nll(
-    trio: Trio, rows: Rows, targets: NDArray[np.int64], score: Score, n_threads: int
-) -> Float64:
-    """Summed nats of `targets` [n] after `rows` [n, n_vocab], over the points of `score`."""
-    return grid_nll(
-        large_ins=rows["large_ins"],
-        small_cpt=rows["small_cpt"],
-        small_base=rows["small_base"],
-        targets=targets,
-        alphas=score.alphas,
-        betas=score.betas,
-        unused=trio.unused,
-        n_threads=n_threads,
+def add_window(
+    trio: Trio, sums: PrefixSums, window: Window, score: Score, n_threads: int
+) -> None:
+    """Add to `sums` what the rows of a window say of their targets, over the points of `score`."""
+    rows = {role: window.rows[role] for role in ROLES}
+    options: dict[str, Any] = {"unused": trio.unused, "n_threads": n_threads}
+    nll = grid_nll(
+        **rows, targets=window.targets, alphas=score.alphas, betas=score.betas, **options
     )
+    slopes = np.zeros(2)
+    if score.sloped:
+        slopes = large_ins_slopes(**rows, targets=window.targets, **options)
+    sums.add(window.mark, nll, len(window.targets), slopes)
 
 
-def _prompt_nll(
-    trio: Trio,
-    prompt: Prompt,
-    score: Score,
-    progress: Progress | None,
-    n_threads: int,
-) -> tuple[Float64, int]:
-    """One prompt's summed nats [n_alpha, n_beta] and its scored tokens, in one pass."""
+def _prompt_sum(
+    trio: Trio, prompt: Prompt, score: Score, progress: Progress | None, n_threads: int
+) -> Sum:
+    """What one prompt comes to, in one pass."""
     axes, units = (score.alphas, score.betas), prompt.units
-    sums = (trio.sums or PrefixSums()).for_prompt(units, axes, trio.n_kept(units))
+    kept = trio.sums or PrefixSums()
+    sums = kept.for_prompt(units, axes, trio.n_kept(units), sloped=score.sloped)
     trio.sums = None  # until the caches hold what they are over
-
-    def consume(window: Window) -> None:
-        nll = window_nll(trio, window.rows, window.targets, score, n_threads)
-        sums.add(window.mark, nll, len(window.targets))
-
-    trio.prefill(prompt, consume=consume, progress=progress, after=sums.newest.mark)
-    if sums.newest.n_tokens == 0:
-        raise PromptError(
-            "the prompt has no token to score: give more text, mark longer spans, or fix --weights"
-        )
+    trio.prefill(
+        prompt,
+        consume=lambda window: add_window(trio, sums, window, score, n_threads),
+        progress=progress,
+        after=sums.newest.mark,
+    )
     trio.sums = sums
-    return sums.newest.nll, sums.newest.n_tokens
+    return sums.newest
 
 
 def select_weights(

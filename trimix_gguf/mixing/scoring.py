@@ -105,6 +105,57 @@ def grid_token_nlls(
     return nll
 
 
+def large_ins_slopes(
+    *,
+    large_ins: Float32,
+    small_cpt: Float32,
+    small_base: Float32,
+    targets: Sequence[int] | NDArray[np.integer],
+    unused: NDArray[np.bool_] | None = None,
+    n_threads: int = 1,
+) -> Float64:
+    """How the summed NLL of `targets` changes with alpha and with beta at large_ins: [2], nats.
+
+    Arrays as in grid_token_nlls. The derivative of a token's log-partition is the mean of
+    (large_ins − small_base, small_cpt − small_base) under large_ins; that of its NLL is this less
+    the same at the target.
+    """
+    ids = np.asarray(targets, dtype=np.int64)
+    slopes = np.empty((len(ids), 2))
+
+    def fill(rows: range) -> None:
+        for t in rows:
+            large, base, cpt = large_ins[t], small_base[t], small_cpt[t]
+            p = np.exp(large - large.max())
+            if unused is not None:
+                p[unused] = 0.0
+            total = p.sum(dtype=np.float64)
+            # p·(m − base), in parts: no difference of whole rows is made.
+            means = [float(p @ m) / total for m in (large, cpt, base)]
+            at = [float(m[ids[t]]) for m in (large, cpt, base)]
+            slopes[t] = [means[i] - means[2] - (at[i] - at[2]) for i in (0, 1)]
+
+    n_parts = max(1, min(n_threads, len(ids)))
+    run_all(_pool(n_threads), fill, [range(k, len(ids), n_parts) for k in range(n_parts)])
+    summed: Float64 = slopes.sum(axis=0)
+    return summed
+
+
+def strays(
+    nll: Float64, slopes: Float64, alphas: Sequence[float], betas: Sequence[float]
+) -> Float64:
+    """KL(large_ins ‖ mix) at each grid point, summed over the tokens of `nll`: [n_alpha, n_beta].
+
+    `nll` are summed nats over the grid, which holds (1, 0); `slopes` are large_ins_slopes of the
+    same tokens. The log-partition A is convex in the weights g, and KL(h ‖ g) is its Bregman
+    divergence A(g) − A(h) − ∇A(h)·(g − h); a target's logit is linear in g, so that of the NLL is
+    the same.
+    """
+    a, b = np.asarray(alphas, np.float64)[:, None], np.asarray(betas, np.float64)[None, :]
+    here = nll[list(alphas).index(1.0), list(betas).index(0.0)]
+    return np.asarray(nll - here - (a - 1.0) * slopes[0] - b * slopes[1])
+
+
 @lru_cache(maxsize=1)
 def _pool(n_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n_threads, thread_name_prefix="grid-nll")

@@ -18,18 +18,23 @@ Axes = tuple[tuple[float, ...], tuple[float, ...]]  # alphas and betas that sums
 
 @dataclass(frozen=True)
 class Sum:
-    """Nats [n_alpha, n_beta] of the first `n_tokens` scored tokens, at a mark of the prompt."""
+    """Nats [n_alpha, n_beta] of the first `n_tokens` scored tokens, at a mark of the prompt.
+
+    `slopes` [2] are scoring.large_ins_slopes of the same tokens, zeros where nobody wants them.
+    """
 
     mark: Mark
     nll: Float64
     n_tokens: int
+    slopes: Float64
 
 
 @dataclass
 class PrefixSums:
-    """The sums at each stop on the way through a prompt of `units`."""
+    """The sums at each stop on the way through a prompt of `units`; `sloped`: slopes too."""
 
     axes: Axes = ((), ())
+    sloped: bool = False
     units: Sequence[Unit] = ()
     sums: list[Sum] = field(default_factory=list)
 
@@ -38,32 +43,41 @@ class PrefixSums:
         """The last sum; zeros before the first."""
         if self.sums:
             return self.sums[-1]
-        return Sum((0, 0), np.zeros((len(self.axes[0]), len(self.axes[1]))), 0)
+        return Sum((0, 0), np.zeros((len(self.axes[0]), len(self.axes[1]))), 0, np.zeros(2))
 
-    def add(self, mark: Mark, nll: Float64, n_tokens: int) -> None:
-        """Take in nats of the next scored tokens, up to a mark."""
+    def add(self, mark: Mark, nll: Float64, n_tokens: int, slopes: Float64) -> None:
+        """Take in what the next scored tokens give, up to a mark."""
         before = self.newest
-        self.sums.append(Sum(mark, before.nll + nll, before.n_tokens + n_tokens))
+        n = before.n_tokens + n_tokens
+        self.sums.append(Sum(mark, before.nll + nll, n, before.slopes + slopes))
 
-    def for_prompt(self, units: Sequence[Unit], axes: Axes, n_kept: int) -> "PrefixSums":
+    def for_prompt(
+        self, units: Sequence[Unit], axes: Axes, n_kept: int, *, sloped: bool = False
+    ) -> "PrefixSums":
         """Those that hold for a prompt of `units` over `axes`, where `n_kept` are in the cache."""
-        if axes != self.axes:
-            return PrefixSums(axes, units)
+        if axes != self.axes or (sloped and not self.sloped):
+            return PrefixSums(axes, sloped, units)
         pairs = enumerate(zip(self.units, units, strict=False))
         n_same = next((i for i, (a, b) in pairs if a != b), min(len(self.units), len(units)))
         held = [s for s in self.sums if s.mark[1] <= n_same and s.mark[0] <= n_kept]
-        return PrefixSums(axes, units, held)
+        return PrefixSums(axes, sloped, units, held)
 
     def to_json(self) -> dict[str, Any]:
         """What from_json reads."""
-        marks = [[s.mark, s.nll.tolist(), s.n_tokens] for s in self.sums]
-        return {"key": self.axes, "units": self.units, "marks": marks}
+        marks = [
+            [s.mark, s.nll.tolist(), s.n_tokens, s.slopes.tolist()] for s in self.sums
+        ]
+        return {"key": self.axes, "sloped": self.sloped, "units": self.units, "marks": marks}
 
     @staticmethod
     def from_json(saved: dict[str, Any]) -> "PrefixSums":
-        """From what to_json gave, after JSON made lists of its tuples."""
+        """From what to_json gave, after JSON made lists of its tuples; of earlier versions too."""
         return PrefixSums(
             axes=(tuple(saved["key"][0]), tuple(saved["key"][1])),
+            sloped=saved.get("sloped", False),
             units=[(tuple(tuple(i) for i in ids), scored) for ids, scored in saved["units"]],
-            sums=[Sum((m[0], m[1]), np.asarray(nll), n) for m, nll, n in saved["marks"]],
+            sums=[
+                Sum((m[0], m[1]), np.asarray(nll), n, np.asarray(slopes[0] if slopes else [0, 0]))
+                for m, nll, n, *slopes in saved["marks"]
+            ],
         )

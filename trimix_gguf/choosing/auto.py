@@ -1,0 +1,50 @@
+"""The automatic choice: weights that do not cost the best model.
+
+Perplexity finds the mix that knows the language. For text that goes on, that is the right mix.
+A question wants an answer, and a small_cpt that read little text answers worse the more it is
+heard (Elhady et al. 2025, arXiv 2506.00288). So for questions a measurement decides, made once
+for the trio (`trimix tune`); without one, the mix stays close to large_ins.
+"""
+
+from collections.abc import Callable, Sequence
+
+from trimix_gguf.mixing.fusion import Weights
+from trimix_gguf.mixing.scoring import GRID, Float64, lowest, strays
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.prompt import Prompt
+
+# The published grid and 0: each single model is a point of it.
+WITH_CORNERS = (0.0, *GRID)
+# Nats of likelihood that a nat of distance from large_ins must bring, where nothing was measured.
+LEASH = 4.0
+_ENDS_OF_QUESTIONS = (":", "：", "?", "？", "؟", "՞", "፧", ";")
+_LABEL = 40  # characters: a longer beginning of a line is no label
+
+
+def asks(prompt: Prompt, text_of: Callable[[Sequence[int]], str]) -> bool:
+    """Whether a prompt asks for an answer; else it is a text that goes on.
+
+    It asks where it is a chat, where some of it is marked as answers, or where its last line ends
+    as a question or a label does ("…?", "Answer:"). `text_of` ids gives their text.
+    """
+    shared = [s for s in prompt.segments if s.shared and s.ids[ROLES[0]]]
+    own = [s for s in prompt.segments if not s.shared]
+    if any(len(set(s.ids.values())) > 1 for s in own):
+        return True
+    scored = [s.scored for s in shared[1:]]  # the first may be the mark of a text's beginning
+    if len(set(scored)) > 1:
+        return True
+    tail = [i for s in prompt.segments for i in s.ids[ROLES[0]]][-_LABEL:]
+    lines = text_of(tail).strip().splitlines()
+    return bool(lines) and lines[-1].rstrip().endswith(_ENDS_OF_QUESTIONS)
+
+
+def on_a_leash(
+    nll: Float64, slopes: Float64, alphas: Sequence[float], betas: Sequence[float]
+) -> Weights:
+    """The lowest of NLL + LEASH × KL(large_ins ‖ mix) over the grid, which holds (1, 0).
+
+    `nll` [n_alpha, n_beta] and `slopes` [2] are summed over the same tokens. Both terms are
+    convex, so the choice moves away from large_ins only as far as the prompt pays for it.
+    """
+    return lowest(nll + LEASH * strays(nll, slopes, alphas, betas), alphas, betas)

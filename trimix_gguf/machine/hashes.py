@@ -1,0 +1,57 @@
+"""SHA-256 of files; of large ones kept, as long as the file is not written again."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from trimix_gguf.machine.files import write_text
+from trimix_gguf.machine.folders import cache_folder
+
+_CHUNK = 1 << 20
+_MOST_KEPT = 200
+
+
+def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """A file's SHA-256 in hexadecimal; `progress` gets the number of bytes just read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            if progress is not None:
+                progress(len(chunk))
+    return digest.hexdigest()
+
+
+def kept_sha256(path: Path) -> str:
+    """The same, read again only when the file's size or time of writing has changed.
+
+    Raises OSError where the file cannot be read. Where nothing can be kept, it is read each time.
+    """
+    facts = path.stat()
+    state = [facts.st_size, facts.st_mtime_ns, facts.st_ino]
+    kept, name = _read(), str(path.resolve())
+    known = kept.get(name)
+    if isinstance(known, list) and known[:-1] == state and isinstance(known[-1], str):
+        return known[-1]
+    digest = sha256_of(path)
+    kept = {**{k: v for k, v in kept.items() if k != name}, name: [*state, digest]}
+    with suppress(OSError, RuntimeError):
+        file = _path()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(dict(list(kept.items())[-_MOST_KEPT:]), indent=1))
+    return digest
+
+
+def _path() -> Path:
+    return cache_folder() / "hashes.json"
+
+
+def _read() -> dict[str, Any]:
+    try:
+        kept = json.loads(_path().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):
+        return {}
+    return kept if isinstance(kept, dict) else {}

@@ -12,7 +12,8 @@ from trimix_gguf.answering import drafting as drafts
 from trimix_gguf.answering.decoding import decode_steps
 from trimix_gguf.answering.drafting import Drafting
 from trimix_gguf.mixing.fusion import Mix
-from trimix_gguf.mixing.sampling import Sampler
+from trimix_gguf.mixing.sampler import Sampler
+from trimix_gguf.mixing.sampling import Sampling
 from trimix_gguf.trio.trio import concurrency
 
 ROUNDING = 0.3  # of a logit, between a batch and single decodes; a cache gone wrong shows in units
@@ -54,7 +55,8 @@ def steps_of(trio, weights, n, *, drafting, prompt=KAZAKH, **sampling):
 
 
 def new_sampler(trio, sampling):
-    return Sampler(trio.models["large_ins"].vocab, trio.n_vocab, seed=7, **sampling)
+    settings = Sampling(seed=7, **sampling)
+    return Sampler(trio.models["large_ins"].vocab, trio.n_vocab, settings)
 
 
 def assert_same(trio, ours, oracle, **sampling):

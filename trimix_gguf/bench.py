@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -30,7 +30,8 @@ from trimix_gguf.errors import PromptError
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
 from trimix_gguf.machine.threads import available_cores
 from trimix_gguf.mixing.fusion import METHODS, Mix, Rows, fuse
-from trimix_gguf.mixing.sampling import Sampler
+from trimix_gguf.mixing.sampler import Sampler
+from trimix_gguf.mixing.sampling import Sampling
 from trimix_gguf.mixing.scoring import GRID, Float64, grid_nll
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.prefill import Window
@@ -75,7 +76,7 @@ class Repeat:
     alone: dict[str, Run]
     lockstep: Run
     speculative: Run
-    speed: dict[str, float]  # of an answer with weight selection
+    speed: Mapping[str, float]  # of an answer with weight selection
     grid: dict[str, float]
 
 
@@ -104,6 +105,7 @@ def measure(
     answer = generate(trio, prompt, max_tokens=n_tokens, temperature=0)
     memory = memory_of(trio)  # before this module's own arrays
     chosen = answer.selection if mix is None else Selection(mix, "fixed")
+    assert chosen is not None  # every answer has one
     runs = []
     for i in range(repeats):
         progress(f"repeat {i + 1} of {repeats}")
@@ -160,12 +162,9 @@ def measure_once(trio: Trio, prompt: Prompt, mix: Mix, n_tokens: int) -> Repeat:
 
 def decode(trio: Trio, prompt: Prompt, mix: Mix, *, drafting: Drafting, n_tokens: int) -> Run:
     """Greedy tokens after a prompt that the caches hold; none of them ends the text."""
-    sampler = Sampler(
-        trio.models["large_ins"].vocab,
-        trio.n_vocab,
-        temperature=0,
-        logit_bias=dict.fromkeys(trio.end_of_generation, -math.inf),
-    )
+    bias = dict.fromkeys(trio.end_of_generation, -math.inf)
+    sampling = Sampling(temperature=0, logit_bias=bias)
+    sampler = Sampler(trio.models["large_ins"].vocab, trio.n_vocab, sampling)
     trio.prefill(prompt)
     trio.rows()
     # Owe the newest token, as every later step does: n tokens cost n decodes.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from trimix_gguf.answering.drafting import DRAFTER, MOST_DRAFTED, Draft, Drafting, draft
 from trimix_gguf.answering.lookup import Lookup
 from trimix_gguf.mixing.fusion import Mix, Rows
-from trimix_gguf.mixing.sampling import Sampler
+from trimix_gguf.mixing.sampler import Sampler
 from trimix_gguf.trio.trio import Trio
 
 

@@ -24,8 +24,9 @@ from trimix_gguf.mixing.scoring import (
 )
 from trimix_gguf.trio.prefill import Window
 from trimix_gguf.trio.prompt import Prompt
-from trimix_gguf.trio.sums import PrefixSums
-from trimix_gguf.trio.trio import Progress, Trio
+from trimix_gguf.trio.sequences import Progress
+from trimix_gguf.trio.sums import PrefixSums, Sum
+from trimix_gguf.trio.trio import Trio
 
 Grid = tuple[Sequence[float], Sequence[float]] | Literal["continuous"]
 Average = Literal["micro", "macro"]
@@ -47,6 +48,16 @@ class Score:
     continuous: bool = False
     nll: list[Float64] = field(default_factory=list)
     n_tokens: list[int] = field(default_factory=list)
+
+    def add(self, scored: Sum) -> None:
+        """Take in a prompt's sum. Raises PromptError where it has no scored token."""
+        if scored.n_tokens == 0:
+            raise PromptError(
+                "the prompt has no token to score: give more text, mark longer spans, or fix the "
+                "weights"
+            )
+        self.nll.append(scored.nll)
+        self.n_tokens.append(scored.n_tokens)
 
     def mean_nll(self, average: Average = "micro") -> Float64:
         """[n_alpha, n_beta]: nats a token over all (micro), or mean over prompts of it (macro)."""
@@ -118,9 +129,7 @@ def score(
     result = empty_score(grid, also)
     threads = available_cores() if n_threads is None else n_threads
     for prompt in [prompts] if isinstance(prompts, Prompt) else prompts:
-        nll, n_tokens = _prompt_nll(trio, prompt, result, progress, threads)
-        result.nll.append(nll)
-        result.n_tokens.append(n_tokens)
+        _score_prompt(trio, prompt, result, progress, threads)
     if not result.nll:
         raise PromptError("there is no prompt to score; give some text")
     return result
@@ -151,14 +160,14 @@ def window_nll(
     )
 
 
-def _prompt_nll(
+def _score_prompt(
     trio: Trio,
     prompt: Prompt,
     score: Score,
     progress: Progress | None,
     n_threads: int,
-) -> tuple[Float64, int]:
-    """One prompt's summed nats [n_alpha, n_beta] and its scored tokens, in one pass."""
+) -> None:
+    """Add one prompt to `score`, in one pass."""
     axes, units = (score.alphas, score.betas), prompt.units
     sums = (trio.sums or PrefixSums()).for_prompt(units, axes, trio.n_kept(units))
     trio.sums = None  # until the caches hold what they are over
@@ -168,12 +177,8 @@ def _prompt_nll(
         sums.add(window.mark, nll, len(window.targets))
 
     trio.prefill(prompt, consume=consume, progress=progress, after=sums.newest.mark)
-    if sums.newest.n_tokens == 0:
-        raise PromptError(
-            "the prompt has no token to score: give more text, mark longer spans, or fix --weights"
-        )
+    score.add(sums.newest)
     trio.sums = sums
-    return sums.newest.nll, sums.newest.n_tokens
 
 
 def select_weights(
@@ -192,15 +197,24 @@ def select_weights(
     published. `ent`: the lowest entropy of the first generated token (TriMix-ENT), averaged.
     `last` scores only that many tokens at the end of each prompt, for slow machines.
     """
-    if last is not None and last < 1:
-        raise WeightsError(f"the number of last tokens to score is {last}; expected 1 or more")
+    check_last(last)
     listed = [prompts] if isinstance(prompts, Prompt) else list(prompts)
     if method == ENT:
         return lowest_entropy(_next_rows(trio, listed, progress), grid, trio.unused)
     if last is not None:
         listed = [p.score_last(last) for p in listed]
-    scored = score(trio, listed, grid=grid, progress=progress)
-    return Selection(Mix(scored.best(average)), PPL, scored)
+    return lowest_perplexity(score(trio, listed, grid=grid, progress=progress), average)
+
+
+def check_last(n: int | None) -> None:
+    """Raises WeightsError where a number of last tokens to score is below 1."""
+    if n is not None and n < 1:
+        raise WeightsError(f"the number of last tokens to score is {n}; expected 1 or more")
+
+
+def lowest_perplexity(score: Score, average: Average = "macro") -> Selection:
+    """TriMix-PPL over prompts that were scored."""
+    return Selection(Mix(score.best(average)), PPL, score)
 
 
 def lowest_entropy(rows: Iterable[Rows], grid: Grid, unused: NDArray[np.bool_] | None) -> Selection:

@@ -36,6 +36,7 @@ class Weights:
 
     @property
     def coefficients(self) -> dict[str, float]:
+        """The three factors of the mix, by role."""
         return dict(zip(ROLES, (self.alpha, self.beta, self.remainder), strict=True))
 
     @property

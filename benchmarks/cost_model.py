@@ -26,10 +26,12 @@ from common import load, machine, parser, report, spread, text_ids
 from trimix_gguf.answering import drafting as drafts
 from trimix_gguf.answering.decoding import decode_steps
 from trimix_gguf.answering.drafting import DRAFTER, MOST_DRAFTED, Drafting
+from trimix_gguf.answering.steering import Steady
 from trimix_gguf.bench import Run, decode, read_bytes
 from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.mixing.fusion import Mix, Weights
-from trimix_gguf.mixing.sampling import Sampler
+from trimix_gguf.mixing.sampler import Sampler
+from trimix_gguf.mixing.sampling import Sampling
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.prompt import Prompt, Segment
@@ -258,11 +260,13 @@ def profile(
     """Milliseconds a token with drafts of k, by part; `other` is the Python around them."""
     spent = {**dict.fromkeys(ROLES, 0.0), **dict.fromkeys(PARTS.values(), 0.0)}
     role_of = {id(model): role for role, model in trio.models.items()}
-    sampler = Sampler(trio.models["large_ins"].vocab, trio.n_vocab, temperature=0)
+    sampler = Sampler(trio.models["large_ins"].vocab, trio.n_vocab, Sampling(temperature=0))
     trio.prefill(Prompt((Segment.of(ids[:-1]),)))
     trio.rows()
     trio.advance(ids[-1])  # owed, as each later token is
-    steps = decode_steps(trio, Mix(weights), sampler, drafting=Watched(k), max_tokens=n_tokens)
+    steps = decode_steps(
+        trio, Steady(Mix(weights)), sampler, drafting=Watched(k), max_tokens=n_tokens
+    )
     with ExitStack() as stack:
         stack.enter_context(timed(Model, "decode_entries", spent, lambda model: role_of[id(model)]))
         for (owner, name), part in PARTS.items():

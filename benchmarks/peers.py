@@ -234,7 +234,8 @@ def trimix(job: Job, meter: Meter, *, speculative: str) -> None:
             speculative=speculative,
             on_selection=lambda s: meter.choose(s.weights.alpha, s.weights.beta),
         ):
-            meter.token(chunk.token)
+            for token in chunk.tokens:
+                meter.token(token.id)
             meter.acceptance = chunk.speed.get("acceptance")
 
 

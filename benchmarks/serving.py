@@ -25,8 +25,9 @@ from typing import Any
 
 from common import files, load, machine, report, spread
 
-from trimix_gguf.answering.batching import Batcher, Request
+from trimix_gguf.answering.batching import Batcher
 from trimix_gguf.answering.generation import stream_generate
+from trimix_gguf.answering.request import Request
 from trimix_gguf.bench import TEXT
 from trimix_gguf.trio.prompt import Prompt, Segment
 from trimix_gguf.trio.trio import NANO, Trio

@@ -4,14 +4,17 @@ import math
 import queue
 import random
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from trimix_gguf import Trio, Weights, generate, select_weights, stream_generate
-from trimix_gguf.answering.batching import Batcher, Request
+from trimix_gguf.answering.batching import Batcher
+from trimix_gguf.answering.request import Request
 from trimix_gguf.errors import ModelError, PromptError, QueueFull, SamplerError
 from trimix_gguf.mixing.fusion import METHODS, Mix
+from trimix_gguf.mixing.sampling import Sampling
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.prompt import Prompt, Segment
 
@@ -21,7 +24,7 @@ TEXTS = [
     "The prince had come to",
     "Абай Құнанбайұлы — қазақтың ұлы ақыны. Ол",
 ]
-GREEDY = {"temperature": 0, "logit_bias": {0: -100.0}}
+GREEDY = Sampling(temperature=0, logit_bias={0: -100.0})
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +70,7 @@ def text_of(events):
 
 def alone(trio, request):
     """The whole answer by the one-prompt path."""
-    response = generate(
-        trio, request.prompt, weights=request.mix, method=request.method, stop=request.stop,
-        max_tokens=request.max_tokens, speculative="off", **request.sampling,
-    )  # fmt: skip
+    response = generate(trio, request, speculative="off")
     trio.forget()
     return response
 
@@ -89,10 +89,7 @@ def agrees(events, ids):
 
 def ids_alone(trio, request):
     """The answer's ids by the one-prompt path, of greedy requests."""
-    chunks = stream_generate(
-        trio, request.prompt, weights=request.mix, max_tokens=request.max_tokens, **GREEDY
-    )
-    ids = [chunk.token for chunk in chunks if chunk.token is not None]
+    ids = [token.id for event in stream_generate(trio, request) for token in event.tokens]
     trio.forget()
     return ids
 
@@ -111,7 +108,7 @@ def kinds(trio):
         yield Request(prompt, Mix(Weights(0.1, 0.9)), sampling=GREEDY, max_tokens=9)
         yield Request(prompt, method="ent", sampling=GREEDY, max_tokens=5)
         yield Request(per_role(trio, text), sampling=GREEDY, max_tokens=8)
-        yield Request(prompt, sampling={"seed": 11, "temperature": 0.9}, max_tokens=12)
+        yield Request(prompt, sampling=Sampling(seed=11, temperature=0.9), max_tokens=12)
         contrastive = METHODS["contrastive"]
         yield Request(prompt, contrastive, sampling=GREEDY, max_tokens=8, stop=("а",))
 
@@ -125,7 +122,7 @@ def test_answered_together_as_each_alone(trio):
         assert text_of(events) == want.text
         assert events[-1].finish_reason == want.finish_reason
         assert events[-1].n_tokens == want.n_tokens
-        assert events[0].n_prompt == want.n_prompt_tokens
+        assert events[0].n_prompt == want.n_prompt
         assert events[0].selection.weights == want.selection.weights
         if want.selection.score is not None:
             for average in ("micro", "macro"):
@@ -222,7 +219,7 @@ def test_traced_and_logged_tokens(trio, batcher):
         sampling=GREEDY,
         max_tokens=4,
         n_top=3,
-        trace=True,
+        trace="mix",
     )
     (events,) = ask(batcher, [request])
     tokens = [token for event in events for token in event.tokens]
@@ -259,7 +256,7 @@ def test_where_every_sequence_is_taken_the_kept_one_goes_on_itself():
             long = Request(
                 Prompt((Segment.of([token]),)),
                 Mix(Weights(0, 1)),
-                sampling={**GREEDY, "logit_bias": dict.fromkeys(small.end_of_generation, -100.0)},
+                sampling=replace(GREEDY, logit_bias=dict.fromkeys(small.end_of_generation, -100.0)),
                 max_tokens=240,
             )
             jobs.append(batcher.submit(long, started.put))
@@ -296,7 +293,7 @@ def test_a_cancelled_request_ends_and_gives_up_its_place(trio):
         if event.finish_reason == "cancelled":
             ended.set()
 
-    sampling = {"seed": 1, "logit_bias": {0: -100.0}}
+    sampling = Sampling(seed=1, logit_bias={0: -100.0})
     job = batcher.submit(
         Request(trio.prompt("а"), Mix(Weights(0.1, 0.9)), sampling=sampling, max_tokens=400),
         on_event,
@@ -318,9 +315,10 @@ def test_bad_requests_are_refused_and_harm_nobody(trio, batcher):
     with pytest.raises(PromptError, match="context holds 512"):
         batcher.submit(Request(trio.prompt("сөз " * 600)), print)
     with pytest.raises(SamplerError, match="grammar"):
-        batcher.submit(Request(trio.prompt("а"), sampling={"grammar": "root ::= ("}), print)
+        batcher.submit(Request(trio.prompt("а"), sampling=Sampling(grammar="root ::= (")), print)
     # Ruled out only once its rows are there.
-    nothing = Request(trio.prompt("а"), Mix(Weights(1, 0)), sampling={"grammar": 'root ::= ""'})
+    silent = Sampling(grammar='root ::= ""')
+    nothing = Request(trio.prompt("а"), Mix(Weights(1, 0)), sampling=silent)
     single = Request(Prompt((Segment.of([5]),)), sampling=GREEDY)
     good = Request(trio.prompt(TEXTS[0]), sampling=GREEDY, max_tokens=3)
     found = ask(batcher, [nothing, good, single])
@@ -385,7 +383,7 @@ def test_a_closed_batcher_leaves_the_trio_as_new(trio, batcher):
     ask(batcher, [Request(trio.prompt(TEXTS[0]), sampling=GREEDY, max_tokens=4)])
     batcher.close()
     assert trio.n_past == 0
-    fresh = generate(trio, TEXTS[2], max_tokens=8, **GREEDY).text
+    fresh = generate(trio, Request(TEXTS[2], max_tokens=8, sampling=GREEDY)).text
     trio.forget()
     with Trio.nano(n_threads=2) as other:
-        assert generate(other, TEXTS[2], max_tokens=8, **GREEDY).text == fresh
+        assert generate(other, Request(TEXTS[2], max_tokens=8, sampling=GREEDY)).text == fresh

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -94,8 +95,8 @@ def assert_goes_on_as_fresh(conversation, fresh, question):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
         assert selection.weights == oracle.weights
     fresh.forget()
-    options = conversation._options
-    answer = generate(fresh, prompt, weights=selection.weights, max_tokens=12, **options)
+    request = replace(conversation._request, prompt=prompt)
+    answer = generate(fresh, request, weights=selection.weights, speculative="off")
     assert said == answer.text
 
 
@@ -230,7 +231,7 @@ def test_an_answer_that_ends_in_a_token_keeps_ids_of_its_text_alone(kept, fresh)
         assert shown == whole[: whole.index(stop)]
         ids = conversation.exchanges[0].ids
         assert spelled(kept, ids) == shown
-        n_inside += list(ids) != [row["id"] for row in conversation.trace][: len(ids)]
+        n_inside += list(ids) != [token.id for token in conversation.trace][: len(ids)]
     assert n_inside > 2
     conversation.weights = None
     assert_goes_on_as_fresh(conversation, fresh, "Астана")
@@ -344,17 +345,13 @@ def test_a_trace_tells_of_the_models_that_the_mix_reads(kept):
     conversation = talk(kept, weights=MIX)
     ask(conversation, KAZAKH)
     assert len(conversation.trace) == 12
-    for row in conversation.trace:
-        assert row["probabilities"].keys() == {"large_ins", "small_cpt", "fused"}
-        assert row["probabilities"]["fused"] == max(row["probabilities"]["fused"], 1e-4)
+    for token in conversation.trace:
+        assert token.probabilities.keys() == {"large_ins", "small_cpt", "fused"}
+        assert token.probabilities["fused"] == max(token.probabilities["fused"], 1e-4)
 
 
 def test_pulls_by_hand():
-    row = {
-        "weights": {"alpha": 1.0, "beta": 1.0},
-        "probabilities": {"large_ins": 0.5, "small_cpt": 0.125, "small_base": 0.01, "fused": 0.9},
-    }
+    row = {"large_ins": 0.5, "small_cpt": 0.125, "small_base": 0.01, "fused": 0.9}
     expected = {"large_ins": math.log(4), "small_cpt": 0.0, "small_base": -math.log(0.08)}
-    assert pulls(row, 8) == pytest.approx(expected)
-    row["weights"] = {"alpha": 0.0, "beta": 1.0}
-    assert pulls(row, 8) == pytest.approx({"small_cpt": 0.0})
+    assert pulls(row, Weights(1, 1), 8) == pytest.approx(expected)
+    assert pulls(row, Weights(0, 1), 8) == pytest.approx({"small_cpt": 0.0})

@@ -11,8 +11,10 @@ from trimix_gguf import Trio, Weights, generate, stream_generate
 from trimix_gguf.answering import drafting as drafts
 from trimix_gguf.answering.decoding import decode_steps
 from trimix_gguf.answering.drafting import Drafting
+from trimix_gguf.answering.steering import Steady
 from trimix_gguf.mixing.fusion import Mix
-from trimix_gguf.mixing.sampling import Sampler
+from trimix_gguf.mixing.sampler import Sampler
+from trimix_gguf.mixing.sampling import Sampling
 from trimix_gguf.trio.trio import concurrency
 
 ROUNDING = 0.3  # of a logit, between a batch and single decodes; a cache gone wrong shows in units
@@ -44,7 +46,7 @@ def steps_of(trio, weights, n, *, drafting, prompt=KAZAKH, **sampling):
     ids, rows = [], []
     sampler = new_sampler(trio, sampling)
     trio.prefill(trio.prompt(prompt))
-    steps = decode_steps(trio, Mix(weights), sampler, drafting=drafting, max_tokens=n)
+    steps = decode_steps(trio, Steady(Mix(weights)), sampler, drafting=drafting, max_tokens=n)
     for step in itertools.islice(steps, n):
         sampler.accept(step.token)
         ids.append(step.token)
@@ -54,7 +56,8 @@ def steps_of(trio, weights, n, *, drafting, prompt=KAZAKH, **sampling):
 
 
 def new_sampler(trio, sampling):
-    return Sampler(trio.models["large_ins"].vocab, trio.n_vocab, seed=7, **sampling)
+    settings = Sampling(seed=7, **sampling)
+    return Sampler(trio.models["large_ins"].vocab, trio.n_vocab, settings)
 
 
 def assert_same(trio, ours, oracle, **sampling):

@@ -123,6 +123,42 @@ def test_the_reference_of_commands_is_what_help_says():
         assert f"\n## trimix {command}\n" in reference()
 
 
+# -- public functions -----------------------------------------------------------------------
+
+
+def public_functions(path):
+    """(dotted name, node) of the functions, methods and classes that a module offers."""
+    waiting = [("", node) for node in ast.parse(path.read_text(encoding="utf-8")).body]
+    while waiting:
+        owner, node = waiting.pop()
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        if isinstance(node, kinds) and not node.name.startswith("_"):
+            yield f"{owner}{node.name}", node
+            if isinstance(node, ast.ClassDef):
+                waiting += [(f"{owner}{node.name}.", inner) for inner in node.body]
+
+
+@pytest.mark.parametrize("room", ["answering", "mixing", "server"])
+def test_what_a_room_offers_has_a_docstring_and_typed_arguments(room):
+    for path in files_of(room):
+        for name, node in public_functions(path):
+            assert ast.get_docstring(node), f"{path.name}: {name} has no docstring"
+            rest = None if isinstance(node, ast.ClassDef) else node.args.kwarg
+            typed = rest is None or ast.unparse(rest.annotation) != "Any"
+            assert typed, f"{path.name}: {name} takes **{rest.arg} of any kind"
+
+
+@pytest.mark.parametrize("room", ["answering", "mixing", "server"])
+def test_functions_of_a_room_are_short(room):
+    for path in files_of(room):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                n_lines = node.end_lineno - node.lineno + 1
+                n_arguments = len([*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs])
+                assert n_lines <= 60, f"{path.name}: {node.name} has {n_lines} lines"
+                assert n_arguments <= 12, f"{path.name}: {node.name} has {n_arguments} arguments"
+
+
 # -- ARCHITECTURE.md ------------------------------------------------------------------------
 
 

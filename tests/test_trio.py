@@ -7,7 +7,7 @@ import pytest
 from conftest import KAZAKH
 
 from trimix_gguf import Trio, Weights, generate, score, select_weights, stream_generate
-from trimix_gguf.answering.generation import _TextStream
+from trimix_gguf.answering.answer import TextStream
 from trimix_gguf.errors import ContextFullError, ModelError, PromptError
 from trimix_gguf.machine import native
 from trimix_gguf.mixing.fusion import fuse
@@ -144,9 +144,9 @@ def test_entropy_method_and_last_tokens(trio):
 def test_greedy_is_the_argmax_of_the_mix(trio):
     weights = Weights(0.3, 0.9)
     tokens = [
-        r.token
-        for r in stream_generate(trio, KAZAKH, weights=weights, temperature=0, max_tokens=8)
-        if r.token is not None
+        token.id
+        for event in stream_generate(trio, KAZAKH, weights=weights, temperature=0, max_tokens=8)
+        for token in event.tokens
     ]
     trio.prefill(trio.prompt(KAZAKH))
     for token in tokens:
@@ -221,14 +221,14 @@ def test_dropped_pages_are_given_back_and_no_others():
 
 @pytest.mark.parametrize("text", ["Қазақша 🙂 сөз", "བོད་ཡིག", "ئۇيغۇرچە", "a\u0301 é"])
 def test_incremental_utf8_is_whole(text):
-    stream = _TextStream(())
+    stream = TextStream(())
     raw = text.encode()
     parts = [stream.push(raw[i : i + 1]) for i in range(len(raw))]
     assert "".join(parts) + stream.flush() == text and "\ufffd" not in "".join(parts)
 
 
 def test_stop_strings_are_held_back_and_cut():
-    stream = _TextStream(["END", "\n\n"])
+    stream = TextStream(["END", "\n\n"])
     assert stream.push(b"abE") == "ab"
     assert stream.push(b"N") == ""
     assert stream.push(b"x") == "ENx"

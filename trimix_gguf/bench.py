@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -25,12 +25,14 @@ from numpy.typing import NDArray
 from trimix_gguf.answering.decoding import decode_steps
 from trimix_gguf.answering.drafting import Drafting
 from trimix_gguf.answering.generation import generate
+from trimix_gguf.answering.steering import Steady
 from trimix_gguf.choosing.selection import Selection
 from trimix_gguf.errors import PromptError
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
 from trimix_gguf.machine.threads import available_cores
 from trimix_gguf.mixing.fusion import METHODS, Mix, Rows, fuse
-from trimix_gguf.mixing.sampling import Sampler
+from trimix_gguf.mixing.sampler import Sampler
+from trimix_gguf.mixing.sampling import Sampling
 from trimix_gguf.mixing.scoring import GRID, Float64, grid_nll
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.prefill import Window
@@ -75,7 +77,7 @@ class Repeat:
     alone: dict[str, Run]
     lockstep: Run
     speculative: Run
-    speed: dict[str, float]  # of an answer with weight selection
+    speed: Mapping[str, float]  # of an answer with weight selection
     grid: dict[str, float]
 
 
@@ -104,6 +106,7 @@ def measure(
     answer = generate(trio, prompt, max_tokens=n_tokens, temperature=0)
     memory = memory_of(trio)  # before this module's own arrays
     chosen = answer.selection if mix is None else Selection(mix, "fixed")
+    assert chosen is not None  # every answer has one
     runs = []
     for i in range(repeats):
         progress(f"repeat {i + 1} of {repeats}")
@@ -160,12 +163,9 @@ def measure_once(trio: Trio, prompt: Prompt, mix: Mix, n_tokens: int) -> Repeat:
 
 def decode(trio: Trio, prompt: Prompt, mix: Mix, *, drafting: Drafting, n_tokens: int) -> Run:
     """Greedy tokens after a prompt that the caches hold; none of them ends the text."""
-    sampler = Sampler(
-        trio.models["large_ins"].vocab,
-        trio.n_vocab,
-        temperature=0,
-        logit_bias=dict.fromkeys(trio.end_of_generation, -math.inf),
-    )
+    bias = dict.fromkeys(trio.end_of_generation, -math.inf)
+    sampling = Sampling(temperature=0, logit_bias=bias)
+    sampler = Sampler(trio.models["large_ins"].vocab, trio.n_vocab, sampling)
     trio.prefill(prompt)
     trio.rows()
     # Owe the newest token, as every later step does: n tokens cost n decodes.
@@ -173,7 +173,7 @@ def decode(trio: Trio, prompt: Prompt, mix: Mix, *, drafting: Drafting, n_tokens
     trio.advance(prompt.segments[-1].ids["large_ins"][-1])
     tokens: list[int] = []
     lengths: list[int] = []
-    steps = decode_steps(trio, mix, sampler, drafting=drafting, max_tokens=n_tokens)
+    steps = decode_steps(trio, Steady(mix), sampler, drafting=drafting, max_tokens=n_tokens)
     with decode_times(trio) as spans, closing(steps):
         started = time.perf_counter()
         for step in islice(steps, n_tokens):

@@ -1,4 +1,4 @@
-"""Many requests in one trio: read and answered together, a batch a model and step.
+"""Many requests in one trio: read and answered together, one batch per model and step.
 
 Each request is a sequence of its own. A step decodes the newest token of every answer, and
 with them a window of the prompt that is being read: one prompt at a time, so that the next one
@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from trimix_gguf.answering.request import Event, Request, Token, Work
+from trimix_gguf.answering.job import Job
+from trimix_gguf.answering.request import Event, Request
 from trimix_gguf.errors import ModelError, QueueFull, TrimixError
 from trimix_gguf.machine.memory import N_BATCH
 from trimix_gguf.mixing.fusion import Rows
@@ -21,8 +22,6 @@ from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.prompt import n_common
 from trimix_gguf.trio.sums import PrefixSums
 from trimix_gguf.trio.trio import Trio
-
-__all__ = ["Batcher", "Event", "Job", "Request", "Statistics", "Token"]
 
 
 @dataclass(frozen=True)
@@ -39,19 +38,6 @@ class Statistics:
 
 
 Wanted = dict[str, dict[int, list[int]]]  # role -> sequence -> its ids whose rows are wanted
-
-
-class Job:
-    """A request that was handed in."""
-
-    def __init__(self, work: Work) -> None:
-        self.work = work
-        self.sequence: int | None = None
-        self.cancelled = False
-
-    def cancel(self) -> None:
-        """Have it end before its next token; nothing where it has ended."""
-        self.cancelled = True
 
 
 class Batcher:
@@ -79,7 +65,7 @@ class Batcher:
 
         It must not raise. Raises QueueFull, PromptError, SamplerError.
         """
-        job = Job(Work(self.trio, request, on_event))
+        job = Job(self.trio, request, on_event)
         with self._changed:
             if self._closing is not None or not self._thread.is_alive():
                 raise QueueFull("the server is shutting down; try again later")
@@ -134,13 +120,13 @@ class Batcher:
 
     def _end_cancelled(self) -> None:
         for job in [j for j in (*self._waiting, *self._running) if j.cancelled]:
-            job.work.cancel()
+            job.tell_cancelled()
             self._release(job, "cancelled")
 
     def _let_in(self) -> None:
         """Start waiting requests in their order, for as long as there is room for all of each."""
         while self._waiting and len(self._running) < self._n_parallel:
-            need = self._waiting[0].work.n_cells
+            need = self._waiting[0].n_cells
             while not self._has_room(need) and self._kept:
                 self._forget_one()
             if not self._has_room(need):
@@ -153,7 +139,7 @@ class Batcher:
             to_come = 0
             for job in self._running:
                 held = 0 if job.sequence is None else len(self._sequences.ids(job.sequence)[role])
-                to_come += job.work.n_cells[role] - held
+                to_come += job.n_cells[role] - held
             if self._sequences.n_cells(role) + to_come + need[role] > model.n_ctx:
                 return False
         return True
@@ -167,13 +153,13 @@ class Batcher:
 
     def _step(self) -> None:
         """Decode a token of each answer and a window of one prompt; hand out the rows."""
-        answering = [job for job in self._running if job.work.stage == "answer"]
-        reading = next((job for job in self._running if job.work.stage != "answer"), None)
+        answering = [job for job in self._running if job.stage == "answer"]
+        reading = next((job for job in self._running if job.stage != "answer"), None)
         wanted: Wanted = {role: {} for role in ROLES}
         for job in answering:
             assert job.sequence is not None  # it was placed to be read
-            self._sequences.append(job.sequence, [job.work.newest])
-            for role in job.work.roles:
+            self._sequences.append(job.sequence, [job.newest])
+            for role in job.roles:
                 wanted[role][job.sequence] = [len(self._sequences.ids(job.sequence)[role]) - 1]
         end = 0 if reading is None else self._append_portion(reading, len(answering), wanted)
         roles = [role for role in ROLES if wanted[role]]
@@ -185,27 +171,27 @@ class Batcher:
 
     def _append_portion(self, job: Job, n_answering: int, wanted: Wanted) -> int:
         """Append units of a prompt to its sequence, and rows to `wanted`; says where they end."""
-        work, reading = job.work, job.work.prefill
+        reading = job.prefill
         if job.sequence is None:
-            job.sequence = self._place(work)
+            job.sequence = self._place(job)
         # A long pause between two tokens of the others would be felt; alone, bigger is faster.
         n_ids = self.trio.n_window if n_answering else N_BATCH
         end = reading.portion(n_ids - n_answering, self.trio.n_window - n_answering)
         self._sequences.rewind(job.sequence, reading.lengths())
         self._sequences.append(job.sequence, reading.ids(reading.at, end))
-        for role in work.roles:
+        for role in job.roles:
             wanted[role][job.sequence] = reading.wanted(end, role)
         return end
 
-    def _place(self, work: Work) -> int:
+    def _place(self, job: Job) -> int:
         """A sequence for a request: a fork of the one that begins most like its prompt."""
-        running = {job.sequence: job.work.sums for job in self._running if job.sequence}
+        running = {other.sequence: other.sums for other in self._running if other.sequence}
         known = {**self._kept, **running}
-        common = {s: n_common(work.prefill.units, self._sequences.ids(s)) for s in known}
+        common = {s: n_common(job.prefill.units, self._sequences.ids(s)) for s in known}
         source = max(common, key=lambda sequence: common[sequence], default=None)
         if source is not None:
-            work.start(common[source], known[source])
-        if source is None or work.prefill.at == 0:
+            job.start(common[source], known[source])
+        if source is None or job.prefill.at == 0:
             source = None
         elif source in self._kept:  # now the last to be forgotten
             self._kept[source] = self._kept.pop(source)
@@ -220,35 +206,35 @@ class Batcher:
         """Hand a request its rows; let it go once it has ended."""
         try:
             if end is None:
-                job.work.answer({role: matrix[0] for role, matrix in rows.items()})
+                job.answer({role: matrix[0] for role, matrix in rows.items()})
             else:
-                job.work.read(end, rows)
+                job.read(end, rows)
         except TrimixError as error:
-            job.work.fail(error)
+            job.fail(error)
             self._release(job, "error")
-        if job.work.finish_reason is not None:
-            self._release(job, job.work.finish_reason)
+        if job.finish_reason is not None:
+            self._release(job, job.finish_reason)
 
     def _release(self, job: Job, reason: str) -> None:
         """Let go of a request that has ended, and keep what was read for it."""
         with self._changed:
             (self._running if job in self._running else self._waiting).remove(job)
         if job.sequence is not None:
-            self._kept[job.sequence] = job.work.sums
-        work, finished = job.work, dict(self._statistics.finished)
+            self._kept[job.sequence] = job.sums
+        finished = dict(self._statistics.finished)
         finished[reason] = finished.get(reason, 0) + 1
         self._statistics = replace(
             self._statistics,
             finished=finished,
-            n_prompt_tokens=self._statistics.n_prompt_tokens + work.prefill.lengths()["large_ins"],
-            n_cached_tokens=self._statistics.n_cached_tokens + work.n_cached,
-            n_tokens=self._statistics.n_tokens + work.n_tokens,
+            n_prompt_tokens=self._statistics.n_prompt_tokens + job.prefill.lengths()["large_ins"],
+            n_cached_tokens=self._statistics.n_cached_tokens + job.n_cached,
+            n_tokens=self._statistics.n_tokens + job.n_tokens,
         )
 
     def _abandon(self, error: TrimixError) -> None:
         """End everything: after a failed decode no sequence can be trusted."""
         for job in (*self._waiting, *self._running):
-            job.work.fail(error)
+            job.fail(error)
             job.sequence = None
             self._release(job, "error")
         self._kept.clear()

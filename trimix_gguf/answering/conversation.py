@@ -1,8 +1,8 @@
 """Conversation: a chat over a Trio, whose turns go on from what its caches hold.
 
 Answers stay the ids that were generated, so a turn's prompt begins like the last one and its
-answer: only the new question is read. Weights are chosen anew for each, by what was written to
-the models so far; their own answers are not scored, and the sums over the beginning are kept.
+answer: only the new question is read. Weights are chosen again for each, by what was written to
+the models so far; their own answers are not scored, and the sums over the prefix are kept.
 """
 
 import hashlib
@@ -11,18 +11,21 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from trimix_gguf.answering.chat import PLAIN_STOPS, Message, chat_prompt, inner_ids
-from trimix_gguf.answering.generation import Response, stream_generate
+from trimix_gguf.answering.generation import OnSelection, Speculative, stream_generate
+from trimix_gguf.answering.request import Event, Options, Request, Token
 from trimix_gguf.choosing.selection import Selection
 from trimix_gguf.errors import PromptError, WeightsError
 from trimix_gguf.mixing.fusion import Mix, Weights
+from trimix_gguf.mixing.sampling import N_SEEDS
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.prompt import Prompt
+from trimix_gguf.trio.sequences import Progress
 from trimix_gguf.trio.trio import Trio
 
 
@@ -35,12 +38,20 @@ class Exchange:
     ids: tuple[int, ...] | None = None
 
 
+class Watch(TypedDict, total=False):
+    """Who is told while an answer is made: see stream_generate."""
+
+    on_selection: OnSelection | None
+    progress: Progress | None
+
+
 class Conversation:
     """Questions and answers so far, and how the next one is answered.
 
-    `weights`, or a whole Mix, are held for all answers; None chooses weights for each. `options` go
-    to stream_generate; a `plausibility_threshold` among them stays, whatever weights come. Where
-    the context is full the oldest exchanges are no longer read, and `notify` is told.
+    `options` are those of a Request, for all answers; `max_tokens` is 512 where it is not among
+    them. `weights`, or a whole Mix, are held; None chooses weights for each answer. A
+    `plausibility_threshold` stays, whatever weights come. Where the context is full the oldest
+    exchanges are no longer read, and `notify` is told.
     """
 
     def __init__(
@@ -48,20 +59,20 @@ class Conversation:
         trio: Trio,
         *,
         system: str = "",
-        weights: Weights | Mix | Selection | None = None,
-        max_tokens: int = 512,
-        stop: Sequence[str] = (),
         notify: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
-        **options: Any,
+        speculative: Speculative = "auto",
+        n_draft: int | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        self.trio, self.system = trio, system
-        self.weights: Weights | Mix | Selection | None = weights
+        self.trio, self.system, self._notify = trio, system, notify
+        request = Request.of(Request("", max_tokens=512, trace="mix"), **options)
+        self._request = Request.of(request, stop=(*PLAIN_STOPS, *request.stop))
+        self._speculative, self._n_draft = speculative, n_draft
+        self.weights = request.weights
         self.exchanges: list[Exchange] = []
         self.n_dropped = 0  # exchanges that are no longer read
-        self.last: Response | None = None  # the end of the newest answer
-        self.trace: list[dict[str, Any]] = []  # its tokens: see stream_generate
-        self._max_tokens, self._notify = max_tokens, notify
-        self._options = {**options, "stop": (*PLAIN_STOPS, *stop)}
+        self.last: Event | None = None  # the end of the newest answer
+        self.trace: list[Token] = []  # its tokens, the end-of-generation token included
 
     @property
     def messages(self) -> list[Message]:
@@ -70,55 +81,50 @@ class Conversation:
 
     # -- turns ------------------------------------------------------------------------------
 
-    def say(self, text: str, *, seed: int | None = None, **watch: Any) -> Iterator[Response]:
+    def say(self, text: str, *, seed: int | None = None, **watch: Unpack[Watch]) -> Iterator[Event]:
         """Answer `text`, streaming; what was said when this ends is kept, however it ends.
 
-        A question without an answer is not kept, unless the models chose to say nothing.
-        `watch` goes to stream_generate: `on_selection`, `progress`. Raises PromptError where the
-        question does not fit by itself.
+        A question without an answer is not kept, unless the models chose to say nothing. Raises
+        PromptError where the question does not fit by itself.
         """
         if not text.strip():
             raise PromptError("the message is empty; say something")
-        n_dropped, last = self.n_dropped, None
-        parts: list[str] = []
-        ids: list[int] = []
-        trace: list[dict[str, Any]] = []
-        options = self._options if seed is None else {**self._options, "seed": seed}
+        n_dropped, events = self.n_dropped, list[Event]()
+        request = replace(self._request, prompt=self._fitted(text), weights=self.weights)
+        if seed is not None:
+            request = Request.of(request, seed=seed)
         try:
             stream = stream_generate(
-                self.trio,
-                self._fitted(text),
-                weights=self.weights,
-                max_tokens=self._max_tokens,
-                trace=trace.append,
-                trace_roles=(),
-                **options,
-                **watch,
+                self.trio, request, speculative=self._speculative, n_draft=self._n_draft, **watch
             )
             with closing(stream):
-                for last in stream:
-                    parts.append(last.text)
-                    ids += [] if last.token is None else [last.token]
-                    yield last
+                for event in stream:
+                    events.append(event)
+                    yield event
         finally:
-            answer = "".join(parts)
-            if last is not None and (answer or last.finish_reason):
-                own = _ids_of_text(self.trio.models[ROLES[0]], ids, answer)
-                self.exchanges.append(Exchange(text, answer.strip(), own))
-                self.last, self.trace = last, trace
+            answer = "".join(event.text for event in events)
+            if events and (answer or events[-1].finish_reason):
+                self._keep(text, answer, events)
             else:
                 self.n_dropped = n_dropped
 
-    def retry(self, **watch: Any) -> Iterator[Response]:
+    def _keep(self, text: str, answer: str, events: Sequence[Event]) -> None:
+        tokens = [token for event in events for token in event.tokens]
+        ids = _ids_of_text(self.trio.models[ROLES[0]], [token.id for token in tokens], answer)
+        self.exchanges.append(Exchange(text, answer.strip(), ids))
+        self.last, end = events[-1], events[-1].end
+        self.trace = tokens if end is None else [*tokens, end]
+
+    def retry(self, **watch: Unpack[Watch]) -> Iterator[Event]:
         """Answer the last question once more, with another seed."""
         question = self._newest().question
-        seed = None if self.last is None else (self.last.seed + 1) % (2**32 - 1)
-        return self._instead(question, seed=seed, **watch)
+        seed = None if self.last is None else (self.last.seed + 1) % N_SEEDS
+        return self._instead(question, seed, **watch)
 
-    def edit(self, text: str, **watch: Any) -> Iterator[Response]:
+    def edit(self, text: str, **watch: Unpack[Watch]) -> Iterator[Event]:
         """Answer `text` in place of the last question."""
         self._newest()
-        return self._instead(text, **watch)
+        return self._instead(text, None, **watch)
 
     def undo(self) -> Exchange:
         """Take back the last question and its answer; the caches follow with the next one."""
@@ -135,7 +141,7 @@ class Conversation:
 
     def hold(self) -> Selection:
         """Answer with the last weights from now on. Raises WeightsError where there are none."""
-        if self.last is None:
+        if self.last is None or self.last.selection is None:
             raise WeightsError("no weights were chosen yet; say something first, or give a pair")
         self.weights = self.last.selection
         return self.last.selection
@@ -172,12 +178,12 @@ class Conversation:
             raise PromptError("nothing was said yet; say something first")
         return self.exchanges[-1]
 
-    def _instead(self, text: str, **options: Any) -> Iterator[Response]:
+    def _instead(self, text: str, seed: int | None, **watch: Unpack[Watch]) -> Iterator[Event]:
         """Say `text` in place of the last exchange, which comes back where that says nothing."""
         before = (self.n_dropped, self.last, self.trace)
         taken, n = self.undo(), len(self.exchanges)
         try:
-            yield from self.say(text, **options)
+            yield from self.say(text, seed=seed, **watch)
         finally:
             if len(self.exchanges) == n:
                 self.exchanges.append(taken)
@@ -186,10 +192,10 @@ class Conversation:
     def _fitted(self, text: str) -> Prompt:
         """The prompt for `text`, without the oldest exchanges where it leaves no room to answer.
 
-        They go until half of the context is free: each time the rest is read anew.
+        They go until half of the context is free, as the rest is read again each time.
         """
         prompt, n_ctx = self.prompt(text), self.trio.n_ctx
-        n_before, most = self.n_dropped, n_ctx - min(self._max_tokens, n_ctx // 4)
+        n_before, most = self.n_dropped, n_ctx - min(self._request.max_tokens, n_ctx // 4)
         if _longest(prompt) <= most:
             return prompt
         while self.n_dropped < len(self.exchanges) and _longest(prompt) > n_ctx // 2:
@@ -225,8 +231,8 @@ class Conversation:
     def load(self, path: Path) -> None:
         """Put a saved conversation in the place of this one; weights too, where it held some.
 
-        Of other models, its answers are tokenized anew, and `notify` is told. Raises PromptError
-        where the file is none, OSError; this conversation is then as before.
+        If other models saved it, its answers are tokenized again, and `notify` is told. Raises
+        PromptError where the file holds none, OSError; this conversation is then as before.
         """
         try:
             saved = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -245,16 +251,16 @@ class Conversation:
             self._notify(f"{path.name} was saved with other models; its answers are read as text")
 
 
-def pulls(row: Mapping[str, Any], n_vocab: int) -> dict[str, float]:
-    """How far each model that the mix reads drew it to a token of a trace, in nats.
+def pulls(probabilities: Mapping[str, float], weights: Weights, n_vocab: int) -> dict[str, float]:
+    """How far each model that the mix reads drew it to a token, in nats.
 
-    A model's coefficient times its log-probability over that of chance, ln(p · n_vocab).
+    `probabilities` are a traced token's. A pull is a model's coefficient times its log-probability
+    over that of chance, ln(p · n_vocab).
     """
-    coefficients = Weights(row["weights"]["alpha"], row["weights"]["beta"]).coefficients
     return {
-        role: coefficients[role] * math.log(max(p, 1e-30) * n_vocab)
-        for role, p in row["probabilities"].items()
-        if coefficients.get(role)
+        role: c * math.log(max(probabilities[role], 1e-30) * n_vocab)
+        for role, c in weights.coefficients.items()
+        if c and role in probabilities
     }
 
 
@@ -263,7 +269,7 @@ def _longest(prompt: Prompt) -> int:
 
 
 def _ids_of_text(model: Model, ids: Sequence[int], text: str) -> tuple[int, ...]:
-    """The first of `ids`, as far as they spell `text`; a piece of a token is tokenized anew.
+    """The first of `ids`, as far as they spell `text`; a piece of a token is tokenized again.
 
     A stop string, or a break, can end the text inside a token.
     """

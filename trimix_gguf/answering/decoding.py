@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from trimix_gguf.answering.drafting import DRAFTER, MOST_DRAFTED, Draft, Drafting, draft
 from trimix_gguf.answering.lookup import Lookup
-from trimix_gguf.mixing.fusion import Mix, Rows
-from trimix_gguf.mixing.sampling import Sampler
+from trimix_gguf.answering.steering import Steering
+from trimix_gguf.mixing.fusion import Rows
+from trimix_gguf.mixing.sampler import Sampler
 from trimix_gguf.trio.trio import Trio
 
 
@@ -34,7 +35,7 @@ class Step:
 
 def decode_steps(
     trio: Trio,
-    mix: Mix,
+    steering: Steering,
     sampler: Sampler,
     *,
     drafting: Drafting,
@@ -43,15 +44,16 @@ def decode_steps(
 ) -> Generator[Step, None, None]:
     """Yield the target's tokens one by one, for as long as it is asked.
 
-    The caller has `sampler` accept each token before it asks for the next, and asks for no more
-    than `max_tokens`. `also` are roles whose rows it wants though the mix does not. However it
+    The caller has `sampler` accept each token, and `steering` take it, before it asks for the
+    next, and asks for no more than `max_tokens`. `also` are roles whose rows it wants though the mix does not. However it
     ends, the trio then holds what it held, and the tokens yielded except for the last.
     """
-    needed = tuple(role for role in trio.models if role in {*mix.roles, *also})
+    needed = _needed(trio, steering, also)
     history = _History(trio, needed, drafting)
     n_ahead, n_left = 0, max_tokens  # tokens that the trio holds beyond the one yielded last
     try:
         while True:
+            needed = _needed(trio, steering, also)
             drafted = _next_draft(trio, sampler, drafting, history, needed, n_left)
             n_ahead = n = len(drafted.tokens)
             read = trio.tail_rows(_verifiers(drafted, needed), n + 1)
@@ -59,7 +61,7 @@ def decode_steps(
             # the first other pick is the target's own token, and ends the round.
             for i in range(n + 1):
                 rows = _rows_at(trio, drafted, read, needed, i)
-                fused = mix.fuse(rows, trio.unused)
+                fused = steering.mix.fuse(rows, trio.unused)
                 token = sampler.sample(fused)
                 accepted = i < n and token == drafted.tokens[i]
                 if not accepted:
@@ -72,6 +74,11 @@ def decode_steps(
                     break
     finally:
         trio.rewind(n_ahead)
+
+
+def _needed(trio: Trio, steering: Steering, also: Sequence[str]) -> tuple[str, ...]:
+    """Roles whose rows the next round wants."""
+    return tuple(role for role in trio.models if role in {*steering.roles, *also})
 
 
 class _History:

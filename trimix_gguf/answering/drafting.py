@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from trimix_gguf.answering.lookup import LONGEST, Match
 from trimix_gguf.mixing.fusion import probability
-from trimix_gguf.mixing.sampling import Sampler
+from trimix_gguf.mixing.sampler import Sampler
 from trimix_gguf.trio.trio import Trio
 
 DRAFTER = "small_cpt"

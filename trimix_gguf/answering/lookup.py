@@ -31,6 +31,7 @@ class Lookup:
             self.append(token)
 
     def append(self, token: int) -> None:
+        """Take in the newest id."""
         if len(self._ids) >= _SHORTEST:
             self._places.setdefault(self._newest, []).append(len(self._ids))
         self._ids.append(token)

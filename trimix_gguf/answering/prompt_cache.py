@@ -77,7 +77,8 @@ def load_prompt(trio: Trio, folder: Path) -> bool:
         trio.forget()
         raise
     trio.ids = ids
-    trio.sums = PrefixSums.from_json(sums) if sums is not None else None
+    # Sums of an earlier version are not read: the prompt is scored again.
+    trio.sums = PrefixSums.from_json(sums) if sums is not None and "points" in sums else None
     return True
 
 

@@ -27,12 +27,7 @@ def asks(prompt: Prompt, text_of: Callable[[Sequence[int]], str]) -> bool:
     It asks where it is a chat, where some of it is marked as answers, or where its last line ends
     as a question or a label does ("…?", "Answer:"). `text_of` ids gives their text.
     """
-    shared = [s for s in prompt.segments if s.shared and s.ids[ROLES[0]]]
-    own = [s for s in prompt.segments if not s.shared]
-    if any(len(set(s.ids.values())) > 1 for s in own):
-        return True
-    scored = [s.scored for s in shared[1:]]  # the first may be the mark of a text's beginning
-    if len(set(scored)) > 1:
+    if prompt.is_marked or any(len(set(s.ids.values())) > 1 for s in prompt.segments):
         return True
     tail = [i for s in prompt.segments for i in s.ids[ROLES[0]]][-_LABEL:]
     lines = text_of(tail).strip().splitlines()

@@ -8,6 +8,7 @@ from typing import Literal
 
 from trimix_gguf.mixing.fusion import METHODS
 
+AUTO = "auto"
 PPL = "ppl"
 ENT = "ent"
 ANSWERS = "ppl-answers"
@@ -19,7 +20,8 @@ MI_ANSWERS = "mi-answers"
 INFORMATIVE = "mi"
 ORACLE = "upper-bound"
 
-ChosenBy = Literal["ppl", "ent"]  # the runtime names of the table, for type hints
+# Those of the table that need no more than a prompt, for type hints.
+ChosenBy = Literal["auto", "ppl", "ent", "ppl-answers", "token"]
 
 
 @dataclass(frozen=True)
@@ -27,28 +29,34 @@ class Choosing:
     """A way to choose weights.
 
     `by` says in one line what decides. `where` it applies: 'runtime' for any prompt, also in
-    evaluation; 'task' only in evaluation, which has exemplars and samples; 'report' where the
-    answers of a finished run decide. `reads`: each prompt is first scored over the grid.
+    evaluation; 'file' for a file of exemplars and questions (--task), also in evaluation; 'task'
+    only in evaluation; 'report' where the answers of a finished run decide. `reads`: in
+    evaluation each prompt is first scored over the grid.
     """
 
     by: str
-    where: Literal["runtime", "task", "report"]
+    where: Literal["runtime", "file", "task", "report"]
     reads: bool = True
 
 
 CHOOSING = {
+    AUTO: Choosing(
+        "for questions what `trimix tune` measured, for text the lowest perplexity", "runtime"
+    ),
     PPL: Choosing("lowest perplexity of the prompt (TriMix-PPL)", "runtime"),
-    ANSWERS: Choosing("lowest perplexity of the exemplars' answers", "task"),
-    TASK: Choosing("one pair per task, lowest macro perplexity of 50 prompts", "task"),
     ENT: Choosing("lowest entropy of the first token (TriMix-ENT)", "runtime"),
+    ANSWERS: Choosing("lowest perplexity of the exemplars' answers", "runtime"),
+    TOKEN: Choosing(
+        "chosen at each token, by the perplexity of what lies just before it", "runtime"
+    ),
+    TASK: Choosing("one pair per task, lowest macro perplexity of 50 prompts", "task"),
     CONTINUOUS: Choosing("lowest perplexity of the prompt, as with --grid continuous", "task"),
     DECOUPLED: Choosing(
         "lowest perplexity of the prompt over (alpha, beta, gamma), by four models", "task"
     ),
-    TOKEN: Choosing("chosen at each token, by the perplexity of what lies just before it", "task"),
     MI_ANSWERS: Choosing(
         "one pair per task, most mutual information of the exemplars' answers and questions",
-        "task",
+        "file",
         reads=False,
     ),
     # MI_ANSWERS stands for it where a task has no choices.
@@ -65,9 +73,14 @@ CHOOSING = {
 
 
 def runtime_methods() -> tuple[str, ...]:
-    """Names that `generate`, `chat`, `serve` and trio files take: choosing ones, then fixed."""
+    """Names that a prompt and a trio file can ask for: choosing ones, then fixed."""
     choosing = (name for name, row in CHOOSING.items() if row.where == "runtime")
     return (*choosing, *METHODS)
+
+
+def file_methods() -> tuple[str, ...]:
+    """Names that `generate`, `chat` and `serve` take beside those, with a file of examples."""
+    return (*(name for name, row in CHOOSING.items() if row.where == "file"), INFORMATIVE)
 
 
 def selecting_methods() -> tuple[str, ...]:
@@ -87,4 +100,4 @@ def evaluated_methods() -> tuple[str, ...]:
 
 def compared_by_default() -> tuple[str, ...]:
     """What `trimix eval` compares where it is not told."""
-    return ("large_ins", "small_cpt", "small_base", "proxy-tuning", PPL, ANSWERS, ENT)
+    return ("large_ins", "small_cpt", "small_base", "proxy-tuning", AUTO, PPL, ANSWERS, ENT)

@@ -1,102 +1,41 @@
-"""Prompt -> Weights, without labels: streams prompts through a Trio into scoring."""
+"""Prompt -> Weights, without labels."""
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trimix_gguf.choosing.methods import ENT, PPL, ChosenBy
-from trimix_gguf.errors import PromptError, WeightsError
-from trimix_gguf.machine.threads import available_cores
+from trimix_gguf.choosing.auto import asks, on_a_leash
+from trimix_gguf.choosing.methods import ANSWERS, AUTO, ENT, TOKEN, ChosenBy
+from trimix_gguf.choosing.score import Average, Grid, Score, empty_score, score_prompts
+from trimix_gguf.errors import WeightsError
 from trimix_gguf.mixing.fusion import METHODS, Mix, Rows, Weights
-from trimix_gguf.mixing.scoring import (
-    GRID,
-    Float64,
-    chebyshev_nodes,
-    continuous_optimum,
-    grid_entropy,
-    grid_nll,
-    interpolate,
-    lowest,
-)
-from trimix_gguf.trio.prefill import Window
+from trimix_gguf.mixing.scoring import GRID, grid_entropy, lowest
 from trimix_gguf.trio.prompt import Prompt
-from trimix_gguf.trio.sums import PrefixSums
-from trimix_gguf.trio.trio import Progress, Trio
-
-Grid = tuple[Sequence[float], Sequence[float]] | Literal["continuous"]
-Average = Literal["micro", "macro"]
+from trimix_gguf.trio.sequences import Progress
+from trimix_gguf.trio.sums import Sum
+from trimix_gguf.trio.trio import Trio
 
 SINGLE = {name: METHODS[name].weights for name in ("large_ins", "small_cpt", "small_base")}
 PROXY_TUNING = METHODS["proxy-tuning"].weights
-
-
-@dataclass
-class Score:
-    """NLL of scored prompts over a grid, in nats; each single model is a point of the same grid.
-
-    `nll` float64 [n_prompts, n_alpha, n_beta] sums over the `n_tokens` [n_prompts] scored tokens;
-    so do `slopes` [n_prompts, 2], scoring.large_ins_slopes, where it is `sloped`.
-    """
-
-    alphas: tuple[float, ...]
-    betas: tuple[float, ...]
-    grid: tuple[tuple[float, ...], tuple[float, ...]]  # the part of it to choose from
-    continuous: bool = False
-    nll: list[Float64] = field(default_factory=list)
-    n_tokens: list[int] = field(default_factory=list)
-    sloped: bool = False
-    slopes: list[Float64] = field(default_factory=list)
-
-    def add(self, total: Sum) -> None:
-        """Take in what one prompt came to. Raises PromptError where nothing of it was scored."""
-        if total.n_tokens == 0:
-            raise PromptError(
-                "the prompt has no token to score: give more text, mark longer spans, or fix the "
-                "weights"
-            )
-        self.nll.append(total.nll)
-        self.n_tokens.append(total.n_tokens)
-        self.slopes.append(total.slopes)
-
-    def mean_nll(self, average: Average = "micro") -> Float64:
-        """[n_alpha, n_beta]: nats a token over all (micro), or mean over prompts of it (macro)."""
-        nll, n = np.stack(self.nll), np.asarray(self.n_tokens, dtype=float)
-        if average == "micro":
-            return np.asarray(nll.sum(0) / n.sum())
-        return np.asarray((nll / n[:, None, None]).mean(0))
-
-    def on_grid(self, average: Average = "micro") -> Float64:
-        """mean_nll at the points to choose from alone."""
-        rows = [self.alphas.index(a) for a in self.grid[0]]
-        columns = [self.betas.index(b) for b in self.grid[1]]
-        return self.mean_nll(average)[np.ix_(rows, columns)]
-
-    def best(self, average: Average = "micro") -> Weights:
-        """The weights with the lowest perplexity."""
-        if self.continuous:
-            return continuous_optimum(self.on_grid(average))
-        return lowest(self.on_grid(average), *self.grid)
-
-    def perplexity(self, weights: Weights, average: Average = "micro") -> float:
-        """exp of the mean nats at a point of the grid, or between its points where continuous."""
-        mean = self.mean_nll(average)
-        if weights.alpha in self.alphas and weights.beta in self.betas:
-            i, j = self.alphas.index(weights.alpha), self.betas.index(weights.beta)
-            return math.exp(mean[i, j])
-        return math.exp(interpolate(self.on_grid(average), weights))
+TOKEN_KEEP = 0.97  # what a token's evidence is worth one token later, for weights of each token
 
 
 @dataclass(frozen=True)
 class Selection:
-    """A mix, how it was chosen, and what the choice rests on."""
+    """A mix, how it was chosen, and what the choice rests on.
+
+    `reason` says in words why `auto` chose as it did. `follows` are the nats over the points of
+    `score`, newest tokens counting most, where the weights go on to follow the text.
+    """
 
     mix: Mix
     method: str
     score: Score | None = None
+    reason: str = ""
+    follows: Sum | None = None
 
     @property
     def weights(self) -> Weights:
@@ -104,90 +43,82 @@ class Selection:
         return self.mix.weights
 
     def to_json(self) -> dict[str, Any]:
-        """The mix, and `method`: what chose it."""
-        return {**self.mix.to_json(), "method": self.method}
+        """The mix, `method`: what chose it, and the `reason` if there is one."""
+        reason = {"reason": self.reason} if self.reason else {}
+        return {**self.mix.to_json(), "method": self.method, **reason}
 
     def perplexities(self, average: Average = "micro") -> dict[str, float] | None:
         """Each single model's and the mix's perplexity of the prompt, where it was scored."""
-        if self.score is None:
+        if self.score is None or self.follows is not None:
             return None
         table = {name: self.score.perplexity(w, average) for name, w in SINGLE.items()}
         return {**table, "fused": self.score.perplexity(self.weights, average)}
 
 
-def score(
-    trio: Trio,
-    prompts: Prompt | Sequence[Prompt],
-    *,
-    grid: Grid = (GRID, GRID),
-    also: Sequence[Weights] = (),
-    sloped: bool = False,
-    progress: Progress | None = None,
-    n_threads: int | None = None,
-) -> Score:
-    """Perplexity of each prompt under every mix of `grid`, of the single models and of `also`.
+class Chooser:
+    """How a method finds the weights of some prompts: what is read for it, and what it decides.
 
-    One pass a prompt and no stored logits; afterwards the caches hold the last prompt. Raises
-    PromptError where a prompt has no token that another one predicts.
+    `selection` is set where nothing need be read. Otherwise `score`, if any, takes in the scored
+    tokens of `prompts`; then decide() has the choice. Raises WeightsError, PromptError.
     """
-    result = empty_score(grid, also, sloped=sloped)
-    threads = available_cores() if n_threads is None else n_threads
-    for prompt in [prompts] if isinstance(prompts, Prompt) else prompts:
-        result.add(_prompt_sum(trio, prompt, result, progress, threads))
-    if not result.nll:
-        raise PromptError("there is no prompt to score; give some text")
-    return result
 
+    def __init__(
+        self,
+        trio: Trio,
+        prompts: Sequence[Prompt],
+        *,
+        method: ChosenBy = AUTO,
+        grid: Grid = (GRID, GRID),
+        last: int | None = None,
+    ) -> None:
+        check_last(last)
+        self.prompts = prompts if last is None else [p.score_last(last) for p in prompts]
+        self.selection: Selection | None = None
+        self.score: Score | None = None
+        self._trio, self._method, self._grid = trio, method, grid
+        self._leashed = False
+        if method == ANSWERS and not any(p.is_marked for p in prompts):
+            raise WeightsError(
+                f"{ANSWERS} needs the exemplars' answers: mark them (--spans), or give a task file"
+            )
+        if method == AUTO and any(asks(p, trio.text) for p in prompts):
+            self._for_questions()
+        if self.selection is None and method != ENT:
+            keep = TOKEN_KEEP if method == TOKEN else 1.0
+            self.score = empty_score(grid, sloped=self._leashed, keep=keep)
 
-def empty_score(
-    grid: Grid = (GRID, GRID), also: Sequence[Weights] = (), *, sloped: bool = False
-) -> Score:
-    """A Score of no prompt yet, over `grid`, the single models and `also`."""
-    chosen = (chebyshev_nodes(),) * 2 if grid == "continuous" else (tuple(grid[0]), tuple(grid[1]))
-    # Single models and Proxy Tuning are corners (0|1, 0|1): two more factor rows a side.
-    alphas = tuple(dict.fromkeys((*chosen[0], 0.0, 1.0, *(w.alpha for w in also))))
-    betas = tuple(dict.fromkeys((*chosen[1], 0.0, 1.0, *(w.beta for w in also))))
-    return Score(alphas, betas, chosen, continuous=grid == "continuous", sloped=sloped)
+    def _for_questions(self) -> None:
+        """What a measurement of the trio says; without one, the choice is on a leash."""
+        tuning = self._trio.tuning
+        self._leashed = tuning is None
+        if tuning is not None and tuning.weights is not None:
+            self.selection = Selection(Mix(tuning.weights), AUTO, reason=tuning.verdict)
 
-
-def add_window(
-    trio: Trio, sums: PrefixSums, window: Window, score: Score, n_threads: int
-) -> None:
-    """Add to `sums` what the rows of a window say of their targets, over the points of `score`."""
-    rows = {role: window.rows[role] for role in ROLES}
-    options: dict[str, Any] = {"unused": trio.unused, "n_threads": n_threads}
-    nll = grid_nll(
-        **rows, targets=window.targets, alphas=score.alphas, betas=score.betas, **options
-    )
-    slopes = np.zeros(2)
-    if score.sloped:
-        slopes = large_ins_slopes(**rows, targets=window.targets, **options)
-    sums.add(window.mark, nll, len(window.targets), slopes)
-
-
-def _prompt_sum(
-    trio: Trio, prompt: Prompt, score: Score, progress: Progress | None, n_threads: int
-) -> Sum:
-    """What one prompt comes to, in one pass."""
-    axes, units = (score.alphas, score.betas), prompt.units
-    kept = trio.sums or PrefixSums()
-    sums = kept.for_prompt(units, axes, trio.n_kept(units), sloped=score.sloped)
-    trio.sums = None  # until the caches hold what they are over
-    trio.prefill(
-        prompt,
-        consume=lambda window: add_window(trio, sums, window, score, n_threads),
-        progress=progress,
-        after=sums.newest.mark,
-    )
-    trio.sums = sums
-    return sums.newest
+    def decide(self, rows: Iterable[Rows], average: Average = "macro") -> Selection:
+        """The choice, once the prompts are read; `rows` [n_vocab] are those after each."""
+        if self.selection is not None:
+            return self.selection
+        if self.score is None:
+            return lowest_entropy(rows, self._grid, self._trio.unused)
+        scored = self.score
+        if self._leashed:
+            nll, slopes = np.sum(scored.nll, axis=0), np.sum(scored.slopes, axis=0)
+            weights = on_a_leash(nll, slopes, scored.alphas, scored.betas)
+            return Selection(Mix(weights), AUTO, scored, "a question; close to large_ins")
+        if self._method == AUTO:
+            reason = "a text that goes on; lowest perplexity"
+            return Selection(Mix(scored.best(average, corners=True)), AUTO, scored, reason)
+        follows = None
+        if self._method == TOKEN:
+            follows = Sum((0, 0), scored.nll[-1], scored.n_tokens[-1], scored.slopes[-1])
+        return Selection(Mix(scored.best(average)), self._method, scored, follows=follows)
 
 
 def select_weights(
     trio: Trio,
     prompts: Prompt | Sequence[Prompt],
     *,
-    method: ChosenBy = "ppl",
+    method: ChosenBy = "auto",
     grid: Grid = (GRID, GRID),
     average: Average = "macro",
     last: int | None = None,
@@ -195,19 +126,25 @@ def select_weights(
 ) -> Selection:
     """Choose (alpha, beta) for a prompt, or one pair for a task's prompts, without labels.
 
-    `ppl`: the lowest fused perplexity (TriMix-PPL); `average` over several prompts, `macro` as
-    published. `ent`: the lowest entropy of the first generated token (TriMix-ENT), averaged.
-    `last` scores only that many tokens at the end of each prompt, for slow machines.
+    `auto`: lowest perplexity for text that goes on, what `trimix tune` measured for questions
+    (auto.py). `ppl`: the lowest fused perplexity (TriMix-PPL); `average` over several prompts,
+    `macro` as published. `ent`: the lowest entropy of the first generated token (TriMix-ENT),
+    averaged. `ppl-answers`: the lowest perplexity of the marked answers. `token`: chosen again for
+    each token. `last` scores only that many tokens at the end of each prompt, for slow machines.
     """
-    if last is not None and last < 1:
-        raise WeightsError(f"the number of last tokens to score is {last}; expected 1 or more")
     listed = [prompts] if isinstance(prompts, Prompt) else list(prompts)
-    if method == ENT:
-        return lowest_entropy(_next_rows(trio, listed, progress), grid, trio.unused)
-    if last is not None:
-        listed = [p.score_last(last) for p in listed]
-    scored = score(trio, listed, grid=grid, progress=progress)
-    return Selection(Mix(scored.best(average)), PPL, scored)
+    chooser = Chooser(trio, listed, method=method, grid=grid, last=last)
+    if chooser.score is not None:
+        score_prompts(trio, chooser.prompts, chooser.score, progress=progress)
+    elif chooser.selection is not None and listed:
+        trio.prefill(listed[-1])
+    return chooser.decide(_next_rows(trio, listed, progress), average)
+
+
+def check_last(n: int | None) -> None:
+    """Raises WeightsError where a number of last tokens to score is below 1."""
+    if n is not None and n < 1:
+        raise WeightsError(f"the number of last tokens to score is {n}; expected 1 or more")
 
 
 def lowest_entropy(rows: Iterable[Rows], grid: Grid, unused: NDArray[np.bool_] | None) -> Selection:

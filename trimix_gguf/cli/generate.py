@@ -4,7 +4,7 @@ import json
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -58,10 +58,11 @@ def generate(prompt: str | None, file: str | None, **options: Any) -> None:
         segments = trio.prompt(text, special=special, spans=spans)
         if task is not None:
             settings["weights"] = _task_weights(trio, task, average, settings)
+        out = None
         if trace is not None:
             out = stack.enter_context(open(trace, "w", encoding="utf-8"))
-            settings["trace"] = lambda row: out.write(json.dumps(row, ensure_ascii=False) + "\n")
-        _run(trio, segments, settings, as_json)
+            settings["trace"] = "all"
+        _run(trio, segments, settings, as_json, out)
 
 
 def _own_settings(options: dict[str, Any]) -> dict[str, Any]:
@@ -88,11 +89,13 @@ def _task_weights(trio: Any, task: str, average: Any, settings: dict[str, Any]) 
         )
 
 
-def _run(trio: Any, prompt: Any, settings: dict[str, Any], as_json: bool) -> None:
+def _run(
+    trio: Any, prompt: Any, settings: dict[str, Any], as_json: bool, trace: TextIO | None
+) -> None:
     from trimix_gguf.answering.generation import stream_generate
+    from trimix_gguf.answering.request import join_events
 
-    parts: list[str] = []
-    last = None
+    events: list[Any] = []
     bar = ExitStack()
     progress = bar.enter_context(token_progress(prompt.n_tokens(), "Reading the prompt"))
 
@@ -102,36 +105,53 @@ def _run(trio: Any, prompt: Any, settings: dict[str, Any], as_json: bool) -> Non
 
     interrupted = False
     try:
-        for last in stream_generate(
+        for event in stream_generate(
             trio, prompt, on_selection=announce, progress=progress, **settings
         ):
-            parts.append(last.text)
+            events.append(event)
+            if trace is not None:
+                _write_trace(trio, event, trace)
             if not as_json:
-                sys.stdout.write(last.text)
+                sys.stdout.write(event.text)
                 sys.stdout.flush()
     except KeyboardInterrupt:
         interrupted = True
     finally:
         bar.close()
-    if as_json and last is not None:
-        print(json.dumps(_report(last, "".join(parts), interrupted), ensure_ascii=False))
-    elif parts:
+    if as_json and events:
+        print(json.dumps(_report(join_events(events), interrupted), ensure_ascii=False))
+    elif events:
         print()
     if interrupted:
         raise KeyboardInterrupt
-    if last is not None and last.finish_reason == "context":
+    if events and events[-1].finish_reason == "context":
         message = f"the context of {trio.n_ctx} tokens is full; the text is correct up to there"
         print(f"note: {message}; raise --n-ctx for more", file=sys.stderr)
 
 
-def _report(last: Any, text: str, interrupted: bool) -> dict[str, Any]:
+def _write_trace(trio: Any, event: Any, file: TextIO) -> None:
+    """A line for each token, and for the one that ended the text."""
+    tokens = event.tokens if event.end is None else (*event.tokens, event.end)
+    for token in tokens:
+        piece = trio.models["large_ins"].piece(token.id, special=True)
+        row = {
+            "id": token.id,
+            "piece": piece.decode("utf-8", "replace"),
+            "probabilities": token.probabilities,
+            "weights": event.selection.mix.to_json(),
+            "from_draft": token.from_draft,
+        }
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _report(whole: Any, interrupted: bool) -> dict[str, Any]:
     return {
-        "text": text,
-        "finish_reason": "interrupt" if interrupted else last.finish_reason,
-        "weights": last.selection.to_json(),
-        "n_prompt_tokens": last.n_prompt_tokens,
-        "n_tokens": last.n_tokens,
-        "perplexity": last.selection.perplexities(),
-        "speed": last.speed,
-        "seed": last.seed,
+        "text": whole.text,
+        "finish_reason": "interrupt" if interrupted else whole.finish_reason,
+        "weights": whole.selection.to_json(),
+        "n_prompt_tokens": whole.n_prompt,
+        "n_tokens": whole.n_tokens,
+        "perplexity": whole.selection.perplexities(),
+        "speed": whole.speed,
+        "seed": whole.seed,
     }

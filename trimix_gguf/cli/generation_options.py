@@ -1,107 +1,109 @@
 """What every command that lets a mix answer shares: how weights are chosen, how tokens are."""
 
-from collections.abc import Callable
+from dataclasses import Field, fields
 from typing import Any
 
 import click
 
 from trimix_gguf.choosing.methods import runtime_methods
-from trimix_gguf.cli.options import grid_option, named_trio, parse_grid_options, parse_mix
+from trimix_gguf.cli.options import (
+    Decorator,
+    grid_option,
+    named_trio,
+    option_group,
+    parse_grid_options,
+    parse_mix,
+)
 from trimix_gguf.mixing.fusion import METHODS
+from trimix_gguf.mixing.sampling import N_SEEDS, RANGES, Sampling
 
-_SAMPLING = {
-    "temperature": (float, "Higher: more varied. 0: greedy. Default 0.8."),
-    "top_k": (int, "Choose among the K most probable tokens; 0: all. Default 40."),
-    "top_p": (float, "Choose among the tokens that make up this probability. Default 0.95."),
-    "min_p": (float, "Drop tokens below this share of the best one's probability. Default 0.05."),
-    "repeat_penalty": (float, "Weaken earlier tokens by this factor. Default 1: off."),
-    "frequency_penalty": (float, "Subtract this for each earlier occurrence of a token."),
-    "presence_penalty": (float, "Subtract this once if a token occurred earlier."),
-    "penalty_last_n": (int, "Number of last tokens that penalties look at. Default 64."),
-    "dry_multiplier": (float, "Strength of DRY, against repeated sequences. Default 0: off."),
-    "xtc_probability": (float, "Chance to drop the most probable tokens (XTC). Default 0: off."),
-    "xtc_threshold": (float, "Probability above which XTC may drop a token. Default 0.1."),
-    "mirostat": (
-        click.IntRange(0, 2),
-        "Mirostat version, in place of top-k, top-p and min-p; 0: off.",
-    ),
-    "mirostat_tau": (float, "Mirostat's target surprise, in bits. Default 5."),
-    "mirostat_eta": (float, "Mirostat's learning rate. Default 0.1."),
-    "seed": (click.IntRange(0, 2**32 - 2), "The same seed gives the same text. Default: random."),
+# By the field of Sampling; {} is its default. Its text fields are files: see cli/generate.py.
+SAMPLING_HELP = {
+    "temperature": "Higher: more varied. 0: greedy. Default {}.",
+    "top_k": "Choose among the K most probable tokens; 0: all. Default {}.",
+    "top_p": "Choose among the tokens that make up this probability. Default {}.",
+    "min_p": "Drop tokens below this share of the best one's probability. Default {}.",
+    "repeat_penalty": "Weaken earlier tokens by this factor. Default {}: off.",
+    "frequency_penalty": "Subtract this for each earlier occurrence of a token.",
+    "presence_penalty": "Subtract this once if a token occurred earlier.",
+    "penalty_last_n": "Number of last tokens that penalties look at. Default {}.",
+    "dry_multiplier": "Strength of DRY, against repeated sequences. Default {}: off.",
+    "dry_base": "How fast DRY grows with the length of a repetition. Default {}.",
+    "dry_allowed_length": "Longest repetition that DRY does not weaken. Default {}.",
+    "dry_last_n": "Number of last tokens that DRY looks at. Default {}.",
+    "xtc_probability": "Chance to drop the most probable tokens (XTC). Default {}: off.",
+    "xtc_threshold": "Probability above which XTC may drop a token. Default {}.",
+    "mirostat": "Mirostat version, in place of top-k, top-p and min-p; 0: off.",
+    "mirostat_tau": "Mirostat's target surprise, in bits. Default {}.",
+    "mirostat_eta": "Mirostat's learning rate. Default {}.",
+    "seed": "The same seed gives the same text. Default: random.",
 }
 
 
-def mix_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say how weights are chosen."""
-    for option in reversed(
-        [
-            click.option(
-                "--method",
-                type=click.Choice(runtime_methods()),
-                help="Choose the weights by ppl (default) or ent, or take fixed ones.",
-            ),
-            click.option(
-                "--weights", metavar="ALPHA,BETA", help="Fixed weights in place of a method."
-            ),
-            grid_option,
-            click.option(
-                "--last",
-                type=click.IntRange(min=1),
-                help="Score only the last N tokens of the prompt.",
-            ),
-        ]
-    ):
-        command = option(command)
-    return command
+def _sampling_option(field: Field[Any]) -> Decorator:
+    kind: Any = field.type
+    if field.name == "seed":
+        kind = click.IntRange(0, N_SEEDS - 1)
+    elif kind is int and field.name in RANGES:
+        low, high = RANGES[field.name]
+        kind = click.IntRange(int(low), int(high))
+    text = SAMPLING_HELP[field.name]
+    if "{}" in text:
+        text = text.format(f"{field.default:g}")
+    return click.option(f"--{field.name.replace('_', '-')}", type=kind, help=text)
 
 
-def decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say how tokens are picked, and where an answer ends."""
-    options = [
-        click.option(
-            "-n",
-            "--max-tokens",
-            type=click.IntRange(min=0),
-            help="At most so many tokens. Default 128; in a chat, 512.",
-        ),
-        click.option(
-            "--stop",
-            multiple=True,
-            metavar="TEXT",
-            help="Stop before this text. Can be given several times.",
-        ),
-        click.option(
-            "--plausibility-threshold",
-            type=float,
-            metavar="P",
-            help="Drop tokens below this share of large_ins' best probability.",
-        ),
-        click.option(
-            "--speculative",
-            type=click.Choice(["auto", "on", "off"]),
-            help="Draft tokens; auto (default): where it pays. The text is the same.",
-        ),
-        click.option(
-            "--n-draft", metavar="auto|N", help="Tokens per draft; auto: the fastest number."
-        ),
-        *(
-            click.option(f"--{name.replace('_', '-')}", type=kind, help=text)
-            for name, (kind, text) in _SAMPLING.items()
-        ),
-        click.option(
-            "--logit-bias",
-            multiple=True,
-            metavar="ID=BIAS",
-            help="Add BIAS to the logit of token ID. Can be given several times.",
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+# The options that say how weights are chosen.
+mix_options = option_group(
+    click.option(
+        "--method",
+        type=click.Choice(runtime_methods()),
+        help="Choose the weights by ppl (default) or ent, or take fixed ones.",
+    ),
+    click.option("--weights", metavar="ALPHA,BETA", help="Fixed weights in place of a method."),
+    grid_option,
+    click.option(
+        "--last", type=click.IntRange(min=1), help="Score only the last N tokens of the prompt."
+    ),
+)
+# The options that say how tokens are picked, and where an answer ends.
+decoding_options = option_group(
+    click.option(
+        "-n",
+        "--max-tokens",
+        type=click.IntRange(min=0),
+        help="At most so many tokens. Default 128; in a chat, 512.",
+    ),
+    click.option(
+        "--stop",
+        multiple=True,
+        metavar="TEXT",
+        help="Stop before this text. Can be given several times.",
+    ),
+    click.option(
+        "--plausibility-threshold",
+        type=float,
+        metavar="P",
+        help="Drop tokens below this share of large_ins' best probability.",
+    ),
+    click.option(
+        "--speculative",
+        type=click.Choice(["auto", "on", "off"]),
+        help="Draft tokens; auto (default): where it pays. The text is the same.",
+    ),
+    click.option("--n-draft", metavar="auto|N", help="Tokens per draft; auto: the fastest number."),
+    *(_sampling_option(field) for field in fields(Sampling) if field.name in SAMPLING_HELP),
+    click.option(
+        "--logit-bias",
+        multiple=True,
+        metavar="ID=BIAS",
+        help="Add BIAS to the logit of token ID. Can be given several times.",
+    ),
+)
 
 
 def generation_settings(options: dict[str, Any]) -> dict[str, Any]:
-    """Take stream_generate's arguments out of the options above; unset flags stay out."""
+    """Take stream_generate's options out of those above; unset flags stay out."""
     settings: dict[str, Any] = {"stop": options.pop("stop")}
     method, weights = options.pop("method"), options.pop("weights")
     if weights is not None and method is not None:
@@ -114,8 +116,8 @@ def generation_settings(options: dict[str, Any]) -> dict[str, Any]:
     elif method is not None:
         settings["method"] = method
     settings["grid"] = parse_grid_options(options.pop("grid"))
-    names = ("last", "max_tokens", "plausibility_threshold", "speculative", "n_draft", *_SAMPLING)
-    for name in names:
+    names = ("last", "max_tokens", "plausibility_threshold", "speculative", "n_draft")
+    for name in (*names, *SAMPLING_HELP):
         if (value := options.pop(name)) is not None:
             settings[name] = value
     if settings.get("n_draft") is not None:

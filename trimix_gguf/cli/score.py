@@ -39,7 +39,7 @@ def score(files: tuple[str, ...], **options: Any) -> None:
 
     Reads files, or standard input. A blank line, or the end of a file, ends a text.
     """
-    from trimix_gguf.choosing.selection import score as score_prompts
+    from trimix_gguf.choosing.score import score as score_prompts
 
     plot, as_json = options.pop("plot"), options.pop("as_json")
     figure = None if plot is None else new_figure(figsize=(6.4, 5.2))

@@ -4,11 +4,33 @@ import re
 import secrets
 import signal
 import sys
+from dataclasses import fields
 from typing import Any
 
 import click
 
-from trimix_gguf.cli.options import named_trio, open_trio, trio_options
+from trimix_gguf.cli.options import Decorator, named_trio, open_trio, option_group, trio_options
+from trimix_gguf.server.limits import Limits
+
+# name -> type, help; the defaults are those of Limits.
+_LIMITS: dict[str, tuple[click.ParamType, str]] = {
+    "parallel": (click.IntRange(1, 31), "Answers at the same time; they share --n-ctx tokens."),
+    "queue": (click.IntRange(0), "Requests that may wait; further requests get status 429."),
+    "timeout": (click.FloatRange(0, min_open=True), "Most seconds for one answer."),
+    "read_timeout": (
+        click.FloatRange(0, min_open=True),
+        "Most seconds to receive one request.",
+    ),
+    "drain": (click.FloatRange(0), "Seconds for running answers to finish after Ctrl-C."),
+    "body_limit": (click.IntRange(1024), "Most bytes of one request."),
+}
+_FIELDS = {field.name.removesuffix("_s"): field for field in fields(Limits)}
+
+
+def _limit_option(name: str) -> Decorator:
+    kind, text = _LIMITS[name]
+    flag, default = f"--{name.replace('_', '-')}", _FIELDS[name].default
+    return click.option(flag, type=kind, default=default, show_default=True, help=text)
 
 
 @click.command()
@@ -21,48 +43,7 @@ from trimix_gguf.cli.options import named_trio, open_trio, trio_options
     show_default=True,
     help="Port to listen on; 0: any free port.",
 )
-@click.option(
-    "--parallel",
-    type=click.IntRange(1, 31),
-    default=8,
-    show_default=True,
-    help="Answers at the same time; they share --n-ctx tokens.",
-)
-@click.option(
-    "--queue",
-    type=click.IntRange(0),
-    default=32,
-    show_default=True,
-    help="Requests that may wait; further requests get status 429.",
-)
-@click.option(
-    "--timeout",
-    type=click.FloatRange(0, min_open=True),
-    default=600.0,
-    show_default=True,
-    help="Most seconds for one answer.",
-)
-@click.option(
-    "--read-timeout",
-    type=click.FloatRange(0, min_open=True),
-    default=30.0,
-    show_default=True,
-    help="Most seconds to receive one request.",
-)
-@click.option(
-    "--drain",
-    type=click.FloatRange(0),
-    default=10.0,
-    show_default=True,
-    help="Seconds for running answers to finish after Ctrl-C.",
-)
-@click.option(
-    "--body-limit",
-    type=click.IntRange(1024),
-    default=1 << 20,
-    show_default=True,
-    help="Most bytes of one request.",
-)
+@option_group(*map(_limit_option, _LIMITS))
 @click.option(
     "--api-key",
     envvar="TRIMIX_API_KEY",
@@ -93,7 +74,8 @@ def serve(**options: Any) -> None:
     if options.pop("new_key") and options["api_key"] is None:
         options["api_key"] = made_key = secrets.token_urlsafe(16)
     access = _access(listening["host"], options)
-    _run(listening, access, options, made_key)
+    limits = Limits(**{_FIELDS[name].name: options.pop(name) for name in _LIMITS})
+    _run(listening, access, limits, options, made_key)
 
 
 def _access(host: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -123,6 +105,7 @@ def _access(host: str, options: dict[str, Any]) -> dict[str, Any]:
 def _run(
     listening: dict[str, Any],
     access: dict[str, Any],
+    limits: Limits,
     options: dict[str, Any],
     made_key: str | None,
 ) -> None:
@@ -137,25 +120,17 @@ def _run(
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise click.ClickException(f"{host}:{port}: {reason}; choose another --port") from None
-    n_parallel, n_queue = options.pop("parallel"), options.pop("queue")
-    limits = {
-        "timeout_s": options.pop("timeout"),
-        "read_timeout_s": options.pop("read_timeout"),
-        "body_limit": options.pop("body_limit"),
-    }
-    drain_s, name = options.pop("drain"), options.pop("name")
-    trio_file = named_trio(options)
+    name, trio_file = options.pop("name"), named_trio(options)
     name = name or _name(trio_file, options)
     with listener, open_trio(options) as trio:
-        batcher = Batcher(trio, n_parallel=n_parallel, n_queue=n_queue)
+        batcher = Batcher(trio, n_parallel=limits.parallel, n_queue=limits.queue)
         api = Api(
             trio,
             batcher,
             name=name,
             mix=None if trio_file is None else mix_settings(trio_file.method, trio_file.weights),
-            max_tokens=max(16, trio.n_ctx // n_parallel),
-            most_answers=n_parallel + n_queue,
-            **limits,
+            max_tokens=max(16, trio.n_ctx // limits.parallel),
+            limits=limits,
         )
         address = f"[{host}]" if ":" in host else host
         url = f"http://{address}:{listener.getsockname()[1]}"
@@ -166,8 +141,8 @@ def _run(
                 listener,
                 stop=api.stop,
                 on_ready=lambda: print(ready, file=sys.stderr, flush=True),
-                drain_s=drain_s,
-                read_timeout_s=limits["read_timeout_s"],
+                drain_s=limits.drain_s,
+                read_timeout_s=limits.read_timeout_s,
             )
         finally:
             batcher.close()

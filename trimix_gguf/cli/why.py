@@ -19,28 +19,30 @@ def print_why(conversation: Any) -> None:
     from trimix_gguf.errors import PromptError
     from trimix_gguf.roles import ROLES
 
-    rows, n_vocab = conversation.trace, conversation.trio.n_vocab
-    if not rows:
+    tokens, n_vocab = conversation.trace, conversation.trio.n_vocab
+    if not tokens:
         raise PromptError("there is no answer to explain; say something first")
-    roles = [role for role in ROLES if role in rows[0]["probabilities"]]
+    roles = [role for role in ROLES if role in tokens[0].probabilities]
+    weights, model = conversation.last.selection.weights, conversation.trio.models[ROLES[0]]
     table = Table("token", *roles, "mix", "spoke", box=None, pad_edge=False, header_style="bold")
     for column in table.columns[1:-1]:
         column.justify = "right"
     n_led, drawn = dict.fromkeys(roles, 0), dict.fromkeys(roles, 0.0)
-    for row in rows:
-        pull = pulls(row, n_vocab)
+    for token in tokens:
+        pull = pulls(token.probabilities, weights, n_vocab)
         spoke = max(pull, key=lambda role: pull[role])
         n_led[spoke] += 1
         for role, nats in pull.items():
             drawn[role] += max(nats, 0.0)
-        values = (row["probabilities"][name] for name in (*roles, "fused"))
-        table.add_row(Text(_shown(row["piece"])), *(_percent(p) for p in values), spoke)
+        values = (token.probabilities[name] for name in (*roles, "fused"))
+        piece = model.piece(token.id, special=True).decode("utf-8", "replace")
+        table.add_row(Text(_shown(piece)), *(_percent(p) for p in values), spoke)
     Console(file=sys.stdout, highlight=False).print(table)
-    weights, total = rows[0]["weights"], sum(drawn.values()) or 1.0
-    print(f"alpha {weights['alpha']:.3g}, beta {weights['beta']:.3g}, {len(rows)} tokens")
+    total = sum(drawn.values()) or 1.0
+    print(f"alpha {weights.alpha:.3g}, beta {weights.beta:.3g}, {len(tokens)} tokens")
     for role in sorted(roles, key=lambda role: -drawn[role]):
         share = f"{100 * drawn[role] / total:.0f} % of the pull"
-        print(f"{role}: spoke {n_led[role]} of {len(rows)} tokens, {share}")
+        print(f"{role}: spoke {n_led[role]} of {len(tokens)} tokens, {share}")
     print("pull: a model's coefficient times ln(its probability / chance); the highest spoke")
     sys.stdout.flush()
 

@@ -20,9 +20,11 @@ from tqdm import tqdm
 from trimix_gguf.answering.chat import apply_template, template_of
 from trimix_gguf.answering.generation import generate
 from trimix_gguf.choosing.methods import PPL
-from trimix_gguf.choosing.selection import Grid, select_weights
+from trimix_gguf.choosing.score import Grid
+from trimix_gguf.choosing.selection import select_weights
 from trimix_gguf.errors import PromptError, SamplerError, TrimixError, WeightsError
 from trimix_gguf.mixing.fusion import Mix, Weights
+from trimix_gguf.mixing.sampling import DEFAULTS
 from trimix_gguf.mixing.scoring import GRID, Float64
 from trimix_gguf.trio.prompt import Prompt, Segment
 from trimix_gguf.trio.trio import Trio
@@ -52,14 +54,7 @@ Answer = tuple[float, bool]  # logprob of a continuation, and whether greedy dec
 Scored = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, context, continuation
 
 UNPROMPTED = Weights(0.1, 0.9)  # what real prompts choose nearly always
-_SAMPLER = {  # the harness's names, which are those of transformers, and Sampler's
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repetition_penalty": "repeat_penalty",
-    "frequency_penalty": "frequency_penalty",
-    "presence_penalty": "presence_penalty",
-}
+_RENAMED = {"repetition_penalty": "repeat_penalty"}  # transformers' name and Sampling's
 
 
 def run_harness(
@@ -329,8 +324,9 @@ class TrimixLM(TemplateLM):
             **{"top_k": 0, "top_p": 1.0, "min_p": 0.0},
         }
         for name, value in given.items():
-            if name in _SAMPLER:
-                settings[_SAMPLER[name]] = value
+            own = _RENAMED.get(name, name)
+            if own in DEFAULTS and own != "seed":
+                settings[own] = value
             elif (name, value) != ("num_beams", 1):
                 raise SamplerError(
                     f"a task wants {name} = {value!r} for generation, which a mix does not know; "

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from pathlib import Path
@@ -12,23 +12,25 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from trimix_gguf.answering import batching
 from trimix_gguf.answering.batching import Batcher
+from trimix_gguf.answering.request import Options, Request
 from trimix_gguf.errors import TrimixError
 from trimix_gguf.roles import ROLES
-from trimix_gguf.server.answers import Answer
 from trimix_gguf.server.errors import RequestError, as_request_error, error_json, error_response
+from trimix_gguf.server.events import Events, stopping
 from trimix_gguf.server.fields import Fields, read_json
 from trimix_gguf.server.guard import Guard
-from trimix_gguf.server.jobs import Jobs, stopping
+from trimix_gguf.server.limits import Limits
 from trimix_gguf.server.metrics import CONTENT_TYPE, Metrics
 from trimix_gguf.server.openai import Call, parse_chat, parse_completion
 from trimix_gguf.server.prompts import make_requests, prompt_texts
+from trimix_gguf.server.replies import Reply
 from trimix_gguf.trio.trio import Trio
 
 PAGE = Path(__file__).parent / "page.html"
@@ -44,9 +46,8 @@ _LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 class Api:
     """A trio and its engine behind OpenAI's routes, under the model name `name`.
 
-    `mix` (openai.mix_settings) is the trio's own, for requests that say nothing of it. Those that
-    name no max_tokens get `max_tokens`; `most_answers` is what the engine takes in at once. A body
-    may have `body_limit` bytes and `read_timeout_s` to come, an answer `timeout_s`.
+    `mix` (openai.mix_settings) is the trio's own, for calls that do not say how to mix. Calls
+    without max_tokens get `max_tokens`. `limits` are those of `batcher` too.
     """
 
     def __init__(
@@ -55,20 +56,16 @@ class Api:
         batcher: Batcher,
         *,
         name: str,
-        mix: Mapping[str, Any] | None = None,
+        limits: Limits,
+        mix: Options | None = None,
         max_tokens: int = 128,
-        most_answers: int = 40,
-        timeout_s: float = 600.0,
-        read_timeout_s: float = 30.0,
-        body_limit: int = 1 << 20,
     ) -> None:
         self._trio, self._batcher, self._name = trio, batcher, name
-        self._mix, self._max_tokens = mix or {}, max_tokens
-        self._most_answers, self._timeout_s = most_answers, timeout_s
-        self._read_timeout_s, self._body_limit = read_timeout_s, body_limit
+        self._limits = limits
+        self._defaults = Request.of(Request("", max_tokens=max_tokens), **(mix or {}))
         self._created = int(time.time())
         self._metrics = Metrics()
-        self._open: set[Jobs] = set()
+        self._open: set[Events] = set()
         # One thread: a second one would meet the first where a grammar's errors are silenced.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="prepare")
 
@@ -102,77 +99,76 @@ class Api:
 
     def stop(self) -> None:
         """End every answer that is not finished, and say why."""
-        for jobs in self._open:
-            jobs.end(stopping())
+        for events in self._open:
+            events.end(stopping())
 
-    # -- answers ----------------------------------------------------------------------------
+    # -- replies ----------------------------------------------------------------------------
 
-    async def chat(self, request: Request) -> Response:
-        return await self._answer(request, parse_chat(await self._read(request)))
+    async def chat(self, request: HttpRequest) -> Response:
+        """Answer a chat."""
+        return await self._reply(request, parse_chat(await self._read(request)))
 
-    async def completions(self, request: Request) -> Response:
-        return await self._answer(request, parse_completion(await self._read(request)))
+    async def completions(self, request: HttpRequest) -> Response:
+        """Continue one or more texts."""
+        return await self._reply(request, parse_completion(await self._read(request)))
 
-    async def _read(self, request: Request) -> Any:
-        return await read_json(request, most_bytes=self._body_limit, timeout_s=self._read_timeout_s)
+    async def _read(self, request: HttpRequest) -> object:
+        most_bytes, timeout_s = self._limits.body_limit, self._limits.read_timeout_s
+        return await read_json(request, most_bytes=most_bytes, timeout_s=timeout_s)
 
-    async def _answer(self, request: Request, call: Call) -> Response:
+    async def _reply(self, request: HttpRequest, call: Call) -> Response:
         self._check_model(call.model)
-        n = call.n * max(1, len(call.prompts))
-        if n > self._most_answers:
+        n, most = call.n * max(1, len(call.prompts)), self._limits.parallel + self._limits.queue
+        if n > most:
             raise RequestError(
-                f"{n} answers are asked for; this server takes {self._most_answers} at once",
+                f"{n} answers are asked for; this server takes {most} at once",
                 param="n",
                 code="invalid_value",
             )
-        answer = Answer(call, self._trio, model=self._name, echoes=prompt_texts(self._trio, call))
-        jobs = Jobs(
+        reply = Reply(call, self._trio, model=self._name, echoes=prompt_texts(self._trio, call))
+        events = Events(
             self._batcher,
-            lambda: self._requests(call),
+            lambda: make_requests(self._trio, call, defaults=self._defaults),
             executor=self._executor,
             receive=request.receive,
-            timeout_s=self._timeout_s,
+            timeout_s=self._limits.timeout_s,
         )
         if call.stream:
-            chunks = self._stream(jobs, call, answer)
+            chunks = self._stream(events, call, reply)
             # Headers go out once there is something to say: until then a failure has its status.
-            return _EventStream(await anext(chunks), chunks, stall_s=self._read_timeout_s)
-        async for _ in self._events(jobs, answer):
+            first = await anext(chunks)
+            return _EventStream(first, chunks, stall_s=self._limits.read_timeout_s)
+        async for _ in self._chunks(events, reply):
             pass
-        return JSONResponse(answer.body())
+        return JSONResponse(reply.body())
 
-    def _requests(self, call: Call) -> list[batching.Request]:
-        return make_requests(
-            self._trio,
-            call,
-            defaults={"max_tokens": self._max_tokens, **self._mix},
-        )
-
-    async def _events(self, jobs: Jobs, answer: Answer) -> AsyncGenerator[dict[str, Any], None]:
-        """The chunks of an answer as its events come; cancels the jobs however it ends."""
+    async def _chunks(self, events: Events, reply: Reply) -> AsyncGenerator[dict[str, Any], None]:
+        """The chunks of a reply as its events come; cancels its jobs however it ends."""
         started, seen = time.perf_counter(), set()
-        self._open.add(jobs)
+        self._open.add(events)
         try:
-            async for index, event in jobs.events():
+            async for index, event in events:
                 if event.tokens and index not in seen:
                     seen.add(index)
                     self._metrics.observe_first_token(time.perf_counter() - started)
-                for chunk in answer.take(index, event):
+                for chunk in reply.take(index, event):
                     yield chunk
         finally:
-            self._open.discard(jobs)
-            jobs.close()
+            self._open.discard(events)
+            events.close()
 
-    async def _stream(self, jobs: Jobs, call: Call, answer: Answer) -> AsyncGenerator[bytes, None]:
-        """Server-sent events; what fails after the first is itself one, and the last."""
+    async def _stream(
+        self, events: Events, call: Call, reply: Reply
+    ) -> AsyncGenerator[bytes, None]:
+        """Server-sent events; an error after the first one is the last of them."""
         begun = False
         try:
-            async with aclosing(self._events(jobs, answer)) as chunks:
+            async with aclosing(self._chunks(events, reply)) as chunks:
                 async for chunk in chunks:
                     yield _sse(chunk)
                     begun = True
             if call.include_usage:
-                yield _sse(answer.usage_chunk())
+                yield _sse(reply.usage_chunk())
             yield b"data: [DONE]\n\n"
         except RequestError as error:
             if not begun:
@@ -183,7 +179,7 @@ class Api:
                 raise
 
     def _check_model(self, name: str | None) -> None:
-        """The trio's name, "default", or none at all: there is but one."""
+        """Refuse a name other than the trio's and "default"; a call may leave it out."""
         if name not in (None, "", "default", self._name):
             raise RequestError(
                 f"model {name[:80]!r} is not here; this server has {self._name!r}",
@@ -194,10 +190,12 @@ class Api:
 
     # -- the rest ---------------------------------------------------------------------------
 
-    async def models(self, _: Request) -> Response:
+    async def models(self, _: HttpRequest) -> Response:
+        """The list of models: this trio."""
         return JSONResponse({"object": "list", "data": [self._model()]})
 
-    async def model(self, request: Request) -> Response:
+    async def model(self, request: HttpRequest) -> Response:
+        """One model of the list."""
         name = request.path_params["id"]
         if not name:
             raise HTTPException(404)
@@ -205,8 +203,8 @@ class Api:
         return JSONResponse(self._model())
 
     def _model(self) -> dict[str, Any]:
-        # Of requests that name none; without, each prompt chooses its own.
-        fixed = self._mix.get("mix")
+        # Of calls that name none; None where each prompt chooses its own.
+        fixed = self._defaults.fixed
         return {
             "id": self._name,
             "object": "model",
@@ -216,7 +214,8 @@ class Api:
             "trimix": {"weights": fixed and [fixed.weights.alpha, fixed.weights.beta]},
         }
 
-    async def tokenize(self, request: Request) -> Response:
+    async def tokenize(self, request: HttpRequest) -> Response:
+        """Text to token ids."""
         fields = Fields(await self._read(request))
         texts = [fields.text(name) for name in ("content", "prompt")]
         begin = [fields.boolean(name) for name in ("add_special", "add_special_tokens")]
@@ -230,7 +229,8 @@ class Api:
         ids = (model.bos if any(begin) else []) + ids
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self._trio.n_ctx})
 
-    async def detokenize(self, request: Request) -> Response:
+    async def detokenize(self, request: HttpRequest) -> Response:
+        """Token ids to text."""
         fields = Fields(await self._read(request))
         ids = fields.take("tokens")
         self._check_model(fields.text("model"))
@@ -246,16 +246,19 @@ class Api:
     async def _in_thread(self, call: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._executor, call)
 
-    async def health(self, _: Request) -> Response:
+    async def health(self, _: HttpRequest) -> Response:
+        """Whether the engine runs."""
         if not self._batcher.is_alive:
             raise RequestError("the engine has stopped", status=503, code="engine_stopped")
         return JSONResponse({"status": "ok"})
 
-    async def metrics(self, _: Request) -> Response:
+    async def metrics(self, _: HttpRequest) -> Response:
+        """Counts for Prometheus."""
         text = self._metrics.render(self._batcher.statistics())
         return Response(text, headers={"Content-Type": CONTENT_TYPE})
 
-    async def page(self, request: Request) -> Response:
+    async def page(self, request: HttpRequest) -> Response:
+        """The chat page."""
         if not PAGE.is_file():
             return await _no_such_route(request, HTTPException(404))
         headers = {"Content-Security-Policy": _PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
@@ -263,7 +266,7 @@ class Api:
 
 
 class _EventStream(Response):
-    """A response in parts that come one by one, for a client that reads some within `stall_s`."""
+    """A response in parts that come one by one; it ends if a client reads none for `stall_s`."""
 
     media_type = "text/event-stream"
 
@@ -308,12 +311,12 @@ def _sse(value: dict[str, Any]) -> bytes:
     return f"data: {text.translate(_LINE_ENDS)}\n\n".encode()
 
 
-async def _refused(_: Request, error: Exception) -> Response:
+async def _refused(_: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, TrimixError)
     return error_response(as_request_error(error))
 
 
-async def _no_such_route(request: Request, error: Exception) -> Response:
+async def _no_such_route(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path, method = request.url.path[:80], request.method
     message = {
@@ -328,10 +331,10 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
     )
 
 
-async def _left(_: Request, __: Exception) -> Response:
+async def _left(_: HttpRequest, __: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it; the count does
 
 
-async def _broken(_: Request, __: Exception) -> Response:
-    """For our own mistakes: the trace goes to stderr, and no client sees it."""
+async def _broken(_: HttpRequest, __: Exception) -> Response:
+    """For mistakes of this program: the trace goes to stderr, and no client sees it."""
     return error_response(RequestError("the server made a mistake", status=500, code="internal"))

@@ -1,4 +1,4 @@
-"""JSON from outside: a body read within limits, and its fields taken out one by one, by type."""
+"""JSON from clients: a body within limits, whose fields are taken out one by one, by type."""
 
 import asyncio
 import json
@@ -123,47 +123,52 @@ class Fields:
         self._known: list[str] = []
 
     def take(self, name: str) -> Any:
-        """Whatever stands there; None where nothing does."""
+        """The value, of any type; None where it is absent."""
         self._known.append(name)
         return self._left.pop(name, None)
 
     def integer(self, name: str, low: int, high: int) -> int | None:
+        """An integer within limits; None where it is absent."""
         value = self.take(name)
         if value is None or (type(value) is int and low <= value <= high):
             return value
         self.wrong(name, value, f"an integer from {low} to {high}")
 
     def number(self, name: str, low: float, high: float) -> float | None:
+        """A number within limits, as float; None where it is absent."""
         value = self.take(name)
         if value is None or (type(value) in (int, float) and low <= value <= high):
             return None if value is None else float(value)
         self.wrong(name, value, f"a number from {low:g} to {high:g}")
 
     def boolean(self, name: str) -> bool:
+        """true or false; false where it is absent."""
         value = self.take(name)
         if value is None or type(value) is bool:
             return bool(value)
         self.wrong(name, value, "true or false")
 
     def text(self, name: str) -> str | None:
+        """A string; None where it is absent."""
         value = self.take(name)
         if value is None or isinstance(value, str):
             return value
         self.wrong(name, value, "a string")
 
     def one_of(self, name: str, choices: Sequence[str]) -> str | None:
+        """One of some strings; None where it is absent."""
         value = self.take(name)
         if value is None or (isinstance(value, str) and value in choices):
             return value
         self.wrong(name, value, f"one of {', '.join(choices)}")
 
     def ignore(self, *names: str) -> None:
-        """Take these out whatever they say: they change nothing here."""
+        """Take these out, whatever their values: they change nothing here."""
         for name in names:
             self.take(name)
 
     def refuse(self, name: str, why: str, *, harmless: Sequence[Any] = ()) -> None:
-        """Raise where the field asks for what is not here; `harmless` values do not."""
+        """Raise where a field asks for what the server does not have; `harmless` values do not."""
         value = self.take(name)
         if value is not None and value not in harmless:
             raise RequestError(
@@ -181,7 +186,7 @@ class Fields:
         )
 
     def done(self) -> None:
-        """Raise for the first field that nobody took."""
+        """Raise for the first field that was not taken."""
         for name in self._left:
             near = get_close_matches(name, self._known, n=1)
             raise RequestError(

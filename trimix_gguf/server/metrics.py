@@ -19,9 +19,11 @@ class Metrics:
         self._first_token_sum = 0.0
 
     def count_response(self, path: str, status: int) -> None:
+        """Count one HTTP response."""
         self._responses[path, status] += 1
 
     def observe_first_token(self, seconds: float) -> None:
+        """Note how long a first token took."""
         self._first_token[bisect_left(_BOUNDS, seconds)] += 1
         self._first_token_sum += seconds
 

@@ -1,17 +1,18 @@
 """OpenAI's request bodies, checked: chat messages or prompts, and how to continue them.
 
-What is asked for and cannot be done is refused by name; fields of OpenAI's that change nothing
-here (user, metadata, …) are let through; any other field is refused, so that no typing error
-goes unnoticed.
+A field that asks for what the models cannot do is refused by name. Fields of OpenAI that change
+nothing here (user, metadata, …) are ignored. Any other field is refused, as it may be a typing
+error.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, cast
 
-from trimix_gguf.choosing.methods import runtime_methods
+from trimix_gguf.answering.request import Options
+from trimix_gguf.choosing.methods import ChosenBy, runtime_methods
 from trimix_gguf.errors import WeightsError
-from trimix_gguf.mixing.fusion import METHODS, Mix, Weights
+from trimix_gguf.mixing.fusion import METHODS, Weights
 from trimix_gguf.server.errors import RequestError
 from trimix_gguf.server.fields import Fields, describe
 from trimix_gguf.server.schemas import check_schema
@@ -25,14 +26,14 @@ _IGNORED = (
     "prediction",
 )  # fmt: skip
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_JSON_OBJECT: dict[str, Any] = {"type": "object"}
+_JSON_OBJECT: dict[str, object] = {"type": "object"}
 
 Source = str | tuple[int, ...]  # a prompt as text, or as token ids
 
 
 @dataclass(frozen=True)
 class Call:
-    """What one HTTP request asks for; `settings` are fields of batching.Request."""
+    """What one HTTP request asks for; `options` make the engine's Requests of it."""
 
     kind: Literal["chat", "completion"]
     model: str | None = None
@@ -42,51 +43,54 @@ class Call:
     stream: bool = False
     include_usage: bool = False
     seed: int | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=Options)
 
     @property
     def echo(self) -> bool:
-        return bool(self.settings.get("echo"))
+        """Whether the prompt is given back before the answer."""
+        return self.options.get("echo", False)
 
     @property
     def logprobs(self) -> bool:
-        return self.settings.get("n_top") is not None
+        """Whether log-probabilities are asked for."""
+        return self.options.get("n_top") is not None
 
     @property
     def trace(self) -> bool:
-        return bool(self.settings.get("trace"))
+        """Whether each model's probabilities are asked for."""
+        return self.options.get("trace") is not None
 
 
-def parse_chat(body: Any) -> Call:
+def parse_chat(body: object) -> Call:
     """The body of /v1/chat/completions; raises RequestError."""
     fields = Fields(body)
     messages = _messages(fields)
-    settings = _settings(fields)
+    options = _options(fields)
     with_logprobs, n_top = fields.boolean("logprobs"), fields.integer("top_logprobs", 0, MOST_TOP)
     if n_top is not None and not with_logprobs:
         raise RequestError("top_logprobs goes with logprobs: true", param="top_logprobs")
     if with_logprobs:
-        settings["n_top"] = n_top or 0
+        options["n_top"] = n_top or 0
     for name in ("tools", "functions"):
-        fields.refuse(name, "the models call no functions", harmless=([],))
+        fields.refuse(name, "the models do not call functions", harmless=([],))
     for name in ("tool_choice", "function_call"):
-        fields.refuse(name, "the models call no functions", harmless=("none", "auto"))
+        fields.refuse(name, "the models do not call functions", harmless=("none", "auto"))
     fields.refuse("modalities", "the models write only text", harmless=(["text"],))
     for name in ("audio", "web_search_options"):
         fields.refuse(name, "the models read and write only text")
     limit = fields.integer("max_completion_tokens", 1, _MOST_TOKENS)
-    return _call(fields, "chat", settings, limit, messages=messages)
+    return _call(fields, Call("chat", messages=messages, options=options), limit)
 
 
-def parse_completion(body: Any) -> Call:
+def parse_completion(body: object) -> Call:
     """The body of /v1/completions; raises RequestError."""
     fields = Fields(body)
     prompts = _prompts(fields)
-    settings = _settings(fields)
+    options = _options(fields)
     n_top = fields.integer("logprobs", 0, MOST_TOP)
     if n_top is not None:
-        settings["n_top"] = n_top
-    settings["echo"] = fields.boolean("echo")
+        options["n_top"] = n_top
+    options["echo"] = fields.boolean("echo")
     best_of = fields.take("best_of")
     if best_of is not None and (type(best_of) is not int or best_of != 1):
         raise RequestError(
@@ -94,44 +98,37 @@ def parse_completion(body: Any) -> Call:
             param="best_of",
             code="unsupported_parameter",
         )
-    fields.refuse("suffix", "the models continue a text and fill no gap", harmless=("",))
-    return _call(fields, "completion", settings, None, prompts=prompts)
+    fields.refuse("suffix", "the models continue a text and do not fill gaps", harmless=("",))
+    return _call(fields, Call("completion", prompts=prompts, options=options), None)
 
 
-def _call(
-    fields: Fields,
-    kind: Literal["chat", "completion"],
-    settings: dict[str, Any],
-    limit: int | None,
-    **source: Any,
-) -> Call:
-    """The parts that both kinds share, once their own are taken out."""
-    max_tokens = fields.integer("max_tokens", 0 if kind == "completion" else 1, _MOST_TOKENS)
+def _call(fields: Fields, call: Call, limit: int | None) -> Call:
+    """`call` with the fields that both kinds share, once its own are taken out."""
+    max_tokens = fields.integer("max_tokens", 0 if call.kind == "completion" else 1, _MOST_TOKENS)
     if limit is not None and max_tokens is not None and limit != max_tokens:
         raise RequestError(
             "max_tokens and max_completion_tokens differ; give one of them", param="max_tokens"
         )
-    if limit is not None or max_tokens is not None:
-        settings["max_tokens"] = max_tokens if limit is None else limit
+    max_tokens = max_tokens if limit is None else limit
+    if max_tokens is not None:
+        call = replace(call, options={**call.options, "max_tokens": max_tokens})
     stream = fields.boolean("stream")
-    options = fields.take("stream_options")
+    stream_options = fields.take("stream_options")
     include_usage = False
-    if options is not None:
+    if stream_options is not None:
         if not stream:
             raise RequestError("stream_options goes with stream: true", param="stream_options")
-        inner = Fields(options, "stream_options")
+        inner = Fields(stream_options, "stream_options")
         include_usage = inner.boolean("include_usage")
         inner.ignore("include_obfuscation")
         inner.done()
-    call = Call(
-        kind,
+    call = replace(
+        call,
         model=fields.text("model"),
         n=fields.integer("n", 1, 128) or 1,
         stream=stream,
         include_usage=include_usage,
         seed=fields.integer("seed", -(2**63), 2**63 - 1),
-        settings=settings,
-        **source,
     )
     fields.ignore(*_IGNORED)
     fields.done()
@@ -148,7 +145,7 @@ def _messages(fields: Fields) -> tuple[dict[str, str], ...]:
     return tuple(_message(item, f"messages[{i}]") for i, item in enumerate(value))
 
 
-def _message(value: Any, at: str) -> dict[str, str]:
+def _message(value: object, at: str) -> dict[str, str]:
     fields = Fields(value, at)
     role = fields.one_of("role", tuple(_ROLES))
     if role is None:
@@ -165,7 +162,7 @@ def _message(value: Any, at: str) -> dict[str, str]:
     return {"role": _ROLES[role], "content": content}
 
 
-def _part(value: Any, at: str) -> str:
+def _part(value: object, at: str) -> str:
     fields = Fields(value, at)
     kind = fields.take("type")
     if kind != "text":
@@ -198,16 +195,16 @@ def _prompts(fields: Fields) -> tuple[Source, ...]:
     )
 
 
-def _are_ids(value: list[Any]) -> bool:
+def _are_ids(value: list[object]) -> bool:
     return all(type(item) is int for item in value)
 
 
 # -- how to continue it ---------------------------------------------------------------------
 
 
-def _settings(fields: Fields) -> dict[str, Any]:
-    """Fields of batching.Request that both kinds of body set; absent ones keep its defaults."""
-    sampling: dict[str, Any] = {
+def _options(fields: Fields) -> Options:
+    """The options that both kinds of body set; absent ones keep their defaults."""
+    given: dict[str, object] = {
         "temperature": fields.number("temperature", 0, 2),
         "top_p": fields.number("top_p", 0, 1),
         "presence_penalty": fields.number("presence_penalty", -2, 2),
@@ -215,13 +212,15 @@ def _settings(fields: Fields) -> dict[str, Any]:
         "logit_bias": _logit_bias(fields),
         "json_schema": _json_schema(fields),
     }
-    settings, extra = _mix(fields)
-    sampling |= extra
-    return {
-        "sampling": {name: value for name, value in sampling.items() if value is not None},
-        "stop": _stops(fields),
-        **settings,
-    }
+    options: Options = {"stop": _stops(fields)}
+    options.update(_present(given))
+    options.update(_mix(fields))
+    return options
+
+
+def _present(given: dict[str, object]) -> Options:
+    """The options that a body names."""
+    return cast(Options, {name: value for name, value in given.items() if value is not None})
 
 
 def _stops(fields: Fields) -> tuple[str, ...]:
@@ -250,7 +249,7 @@ def _logit_bias(fields: Fields) -> dict[int, float] | None:
     return biases
 
 
-def _json_schema(fields: Fields) -> dict[str, Any] | None:
+def _json_schema(fields: Fields) -> dict[str, object] | None:
     value = fields.take("response_format")
     if value is None:
         return None
@@ -268,19 +267,19 @@ def _json_schema(fields: Fields) -> dict[str, Any] | None:
     return _JSON_OBJECT if kind == "json_object" else schema
 
 
-def _mix(fields: Fields) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The extension `trimix`, into fields of Request and settings of Sampler.
+def _mix(fields: Fields) -> Options:
+    """The extension `trimix`.
 
     {"weights": [alpha, beta] | "method": name, "trace": bool, "top_k", "min_p", "repeat_penalty"}
     """
     value = fields.take("trimix")
     if value is None:
-        return {}, {}
+        return {}
     inner = Fields(value, "trimix")
     weights = inner.take("weights")
     method = inner.one_of("method", runtime_methods())
-    settings: dict[str, Any] = {"trace": inner.boolean("trace")}
-    sampling = {
+    given: dict[str, object] = {
+        "trace": "mix" if inner.boolean("trace") else None,
         "top_k": inner.integer("top_k", 0, 2**31 - 1),
         "min_p": inner.number("min_p", 0, 1),
         "repeat_penalty": inner.number("repeat_penalty", 0.01, 100),
@@ -289,21 +288,21 @@ def _mix(fields: Fields) -> tuple[dict[str, Any], dict[str, Any]]:
     if weights is not None and method is not None:
         raise RequestError("give trimix.weights or trimix.method, not both", param="trimix.method")
     pair = None if weights is None else _weights(inner, weights)
-    return {**settings, **mix_settings(method, pair)}, sampling
+    return {**_present(given), **mix_settings(method, pair)}
 
 
-def mix_settings(method: str | None, weights: Weights | None) -> dict[str, Any]:
-    """Fields of Request for fixed weights or a method's name; none for neither."""
+def mix_settings(method: str | None, weights: Weights | None) -> Options:
+    """The options for fixed weights or a method's name; none for neither."""
     if weights is not None:
-        return {"mix": Mix(weights)}
+        return {"weights": weights}
     if method in METHODS:
-        return {"mix": METHODS[method]}
+        return {"weights": METHODS[method]}
     if method is not None:
-        return {"mix": None, "method": method}
+        return {"weights": None, "method": cast(ChosenBy, method)}
     return {}
 
 
-def _weights(fields: Fields, value: Any) -> Weights:
+def _weights(fields: Fields, value: object) -> Weights:
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
         fields.wrong("weights", value, "two numbers, alpha and beta")
     if not all(type(weight) in (int, float) for weight in value):

@@ -1,40 +1,38 @@
-"""What a request wants continued, as prompts and requests of the engine."""
+"""From a call to the requests of the engine: their prompts, settings and seeds."""
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
-from trimix_gguf.answering.batching import Request
 from trimix_gguf.answering.chat import PLAIN_STOPS, chat_prompt
+from trimix_gguf.answering.request import Request
 from trimix_gguf.errors import PromptError
+from trimix_gguf.mixing.sampling import N_SEEDS
 from trimix_gguf.roles import ROLES
 from trimix_gguf.server.errors import RequestError
 from trimix_gguf.server.openai import Call, Source
 from trimix_gguf.trio.prompt import Prompt, Segment
 from trimix_gguf.trio.trio import Trio
 
-_N_SEEDS = 2**32 - 1
 
-
-def make_requests(trio: Trio, call: Call, *, defaults: Mapping[str, Any]) -> list[Request]:
+def make_requests(trio: Trio, call: Call, *, defaults: Request) -> list[Request]:
     """`n` for each prompt; a seed counts up from one to the next. Raises RequestError."""
-    for token in call.settings["sampling"].get("logit_bias", ()):
+    for token in call.options.get("logit_bias") or ():
         _check_id(trio, token, "logit_bias")
     if call.kind == "chat":
         prompts = [_chat(trio, call)]
     else:
         prompts = [_plain(trio, source) for source in call.prompts]
-    settings = {**defaults, **call.settings}
+    base = Request.of(defaults, **call.options)
     if call.kind == "chat":
-        settings["stop"] = (*settings["stop"], *PLAIN_STOPS)
-    settings["echo"] = call.echo and call.logprobs  # without, the text is all there is to give
+        base = Request.of(base, stop=(*base.stop, *PLAIN_STOPS))
+    base = Request.of(base, echo=call.echo and call.logprobs)  # without, the text is all there is
     requests: list[Request] = []
     for prompt in prompts:
         _check_length(trio, prompt, "messages" if call.kind == "chat" else "prompt")
         for _ in range(call.n):
-            sampling = dict(settings["sampling"])
+            request = replace(base, prompt=prompt)
             if call.seed is not None:
-                sampling["seed"] = (call.seed + len(requests)) % _N_SEEDS
-            requests.append(Request(prompt, **{**settings, "sampling": sampling}))
+                request = Request.of(request, seed=(call.seed + len(requests)) % N_SEEDS)
+            requests.append(request)
     return requests
 
 

@@ -4,7 +4,7 @@ import asyncio
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -50,9 +50,9 @@ def run(
     Then nothing new is taken in, and what runs has `drain_s` seconds to end before `stop` is
     called; a second signal calls it at once.
     """
-    config = uvicorn.Config(
+    config = _Config(
         application,
-        http=_protocol(read_timeout_s),
+        http=_Protocol,
         loop="asyncio",
         ws="none",
         lifespan="off",
@@ -64,13 +64,20 @@ def run(
         timeout_keep_alive=75,
         h11_max_incomplete_event_size=_MOST_HEADERS,
     )
+    config.read_timeout_s = read_timeout_s
     server = _Server(config, stop=stop, on_ready=on_ready, drain_s=drain_s)
     server.run(sockets=[listener])
     return server.signal
 
 
+class _Config(uvicorn.Config):
+    """uvicorn's settings, and one for _Protocol."""
+
+    read_timeout_s: float
+
+
 class _Server(uvicorn.Server):
-    """uvicorn's server, with an end of our own."""
+    """uvicorn's server, which ends in another way: see run()."""
 
     def __init__(
         self,
@@ -92,10 +99,12 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
         await super().startup(sockets)
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let running answers end, within limits."""
         ending = asyncio.get_running_loop().create_task(self._end_answers())
         await super().shutdown(sockets)
         ending.cancel()
@@ -107,93 +116,98 @@ class _Server(uvicorn.Server):
         self._stop()
         await asyncio.sleep(_LAST_WORDS_S)
         for connection in list(self.server_state.connections):
-            connection.transport.abort()  # type: ignore[union-attr]  # it does not read
+            connection.transport.abort()  # it does not read
 
 
-def _protocol(read_timeout_s: float) -> type[H11Protocol]:
-    """uvicorn's HTTP/1.1, whose refusals are JSON, and which does not wait for ever."""
+class _Protocol(H11Protocol):
+    """uvicorn's HTTP/1.1, with refusals in JSON, and a limit on how long it waits for headers."""
 
-    class Protocol(H11Protocol):
-        _header_timer: asyncio.TimerHandle | None = None
-        _is_refused = False
+    config: _Config
+    _header_timer: asyncio.TimerHandle | None = None
+    _is_refused = False
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._watch_headers()
+    def connection_made(self, transport: Any) -> None:
+        """Begin to wait for headers."""
+        super().connection_made(transport)
+        self._watch_headers()
 
-        def data_received(self, data: bytes) -> None:
-            if self._is_refused:
-                return
-            super().data_received(data)
-            self._watch_headers()
+    def data_received(self, data: bytes) -> None:
+        """Take bytes in; nothing after a refusal."""
+        if self._is_refused:
+            return
+        super().data_received(data)
+        self._watch_headers()
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            if self._header_timer is not None:
-                self._header_timer.cancel()
-            super().connection_lost(exc)
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+        super().connection_lost(exc)
 
-        def shutdown(self) -> None:
-            super().shutdown()
-            if self.cycle is not None and self.cycle.more_body:  # it would come too late
-                self.transport.close()
+    def shutdown(self) -> None:
+        """End after what is being answered."""
+        super().shutdown()
+        if self.cycle is not None and self.cycle.more_body:  # it would come too late
+            self.transport.close()
 
-        def _watch_headers(self) -> None:
-            """Time runs from a request's first byte, or the connection, to its last header."""
-            waiting = self.conn.their_state is h11.IDLE and not self.transport.is_closing()
-            if not waiting and self._header_timer is not None:
-                self._header_timer.cancel()
-                self._header_timer = None
-            elif waiting and self._header_timer is None:
-                self._header_timer = self.loop.call_later(read_timeout_s, self._headers_are_late)
-
-        def _headers_are_late(self) -> None:
+    def _watch_headers(self) -> None:
+        """Time runs from a request's first byte, or the connection, to its last header."""
+        waiting = self.conn.their_state is h11.IDLE and not self.transport.is_closing()
+        if not waiting and self._header_timer is not None:
+            self._header_timer.cancel()
             self._header_timer = None
-            if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
-                return
-            if not self.conn.trailing_data[0]:
-                self.transport.close()  # it never asked for anything
-                return
-            self._refuse(
-                RequestError(
-                    f"the headers did not come within {read_timeout_s:g} seconds",
-                    status=408,
-                    code="too_slow",
-                )
+        elif waiting and self._header_timer is None:
+            self._header_timer = self.loop.call_later(
+                self.config.read_timeout_s, self._headers_are_late
             )
 
-        def send_400_response(self, msg: str) -> None:
-            """Called by uvicorn for what is not HTTP."""
-            if len(self.conn.trailing_data[0]) > _MOST_HEADERS:
-                message = f"the headers are longer than {_MOST_HEADERS} bytes"
-                self._refuse(RequestError(message, status=431, code="headers_too_long"))
-            else:
-                self._refuse(RequestError("this is not HTTP/1.1", code="invalid_http"))
+    def _headers_are_late(self) -> None:
+        self._header_timer = None
+        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+            return
+        if not self.conn.trailing_data[0]:
+            self.transport.close()  # it never asked for anything
+            return
+        self._refuse(
+            RequestError(
+                f"the headers did not come within {self.config.read_timeout_s:g} seconds",
+                status=408,
+                code="too_slow",
+            )
+        )
 
-        def _refuse(self, error: RequestError) -> None:
-            """Answer without the application, and hang up a moment later.
+    def send_400_response(self, msg: str) -> None:
+        """Called by uvicorn for what is not HTTP."""
+        if len(self.conn.trailing_data[0]) > _MOST_HEADERS:
+            message = f"the headers are longer than {_MOST_HEADERS} bytes"
+            self._refuse(RequestError(message, status=431, code="headers_too_long"))
+        else:
+            self._refuse(RequestError("this is not HTTP/1.1", code="invalid_http"))
 
-            Closed over unread bytes, the connection would be reset, and the answer lost.
-            """
-            self._is_refused = True
-            if self.cycle is not None and not self.cycle.response_complete:
-                self.cycle.disconnected = True  # what comes of the request is not sent
-                self.cycle.message_event.set()
-            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                body = json.dumps(error_json(error)).encode()
-                headers = {
-                    "content-type": "application/json",
-                    "content-length": str(len(body)),
-                    "connection": "close",
-                }
-                events = (
-                    h11.Response(status_code=error.status, headers=list(headers.items())),
-                    h11.Data(data=body),
-                    h11.EndOfMessage(),
-                )
-                for event in events:
-                    self.transport.write(self.conn.send(event))
-            if self.transport.can_write_eof():
-                self.transport.write_eof()
-            self.loop.call_later(_LAST_WORDS_S, self.transport.close)
+    def _refuse(self, error: RequestError) -> None:
+        """Answer without the application, and hang up a moment later.
 
-    return Protocol
+        Closed over unread bytes, the connection would be reset, and the answer lost.
+        """
+        self._is_refused = True
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # what comes of the request is not sent
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            for event in _whole_response(error):
+                self.transport.write(self.conn.send(event) or b"")
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(_LAST_WORDS_S, self.transport.close)
+
+
+def _whole_response(error: RequestError) -> Iterator[h11.Event]:
+    body = json.dumps(error_json(error)).encode()
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "connection": "close",
+    }
+    yield h11.Response(status_code=error.status, headers=list(headers.items()))
+    yield h11.Data(data=body)
+    yield h11.EndOfMessage()

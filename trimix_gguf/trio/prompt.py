@@ -72,6 +72,13 @@ class Prompt:
     def n_scored(self) -> int:
         return sum(len(s.ids["large_ins"]) for s in self.segments if s.scored)
 
+    @property
+    def is_marked(self) -> bool:
+        """Whether only parts of its text are scored, such as the answers of exemplars."""
+        # The first segment may be the mark of a text's beginning, which nothing predicts.
+        scored = [s.scored for s in self.segments[1:] if s.shared and s.ids[ROLES[0]]]
+        return len(set(scored)) > 1
+
     def score_last(self, n: int) -> "Prompt":
         """The same tokens with only the last `n` scored ones scored: a faster choice of weights."""
         left, kept = n, []

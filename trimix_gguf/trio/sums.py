@@ -4,7 +4,7 @@ They belong to whoever owns the cache that holds the prompt.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,19 @@ from trimix_gguf.mixing.scoring import Float64
 from trimix_gguf.trio.prefill import Mark
 from trimix_gguf.trio.prompt import Unit
 
-Axes = tuple[tuple[float, ...], tuple[float, ...]]  # alphas and betas that sums are over
+
+@dataclass(frozen=True)
+class Points:
+    """What is summed: nats over `alphas` × `betas`, which hold the points (0 | 1, 0 | 1).
+
+    A token counts `keep` times less one token later; 1 counts all alike. With `sloped`,
+    scoring.large_ins_slopes are summed too.
+    """
+
+    alphas: tuple[float, ...] = ()
+    betas: tuple[float, ...] = ()
+    sloped: bool = False
+    keep: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -31,10 +43,9 @@ class Sum:
 
 @dataclass
 class PrefixSums:
-    """The sums at each stop on the way through a prompt of `units`; `sloped`: slopes too."""
+    """The sums at each stop on the way through a prompt of `units`."""
 
-    axes: Axes = ((), ())
-    sloped: bool = False
+    points: Points = Points()
     units: Sequence[Unit] = ()
     sums: list[Sum] = field(default_factory=list)
 
@@ -43,41 +54,39 @@ class PrefixSums:
         """The last sum; zeros before the first."""
         if self.sums:
             return self.sums[-1]
-        return Sum((0, 0), np.zeros((len(self.axes[0]), len(self.axes[1]))), 0, np.zeros(2))
+        shape = len(self.points.alphas), len(self.points.betas)
+        return Sum((0, 0), np.zeros(shape), 0, np.zeros(2))
 
     def add(self, mark: Mark, nll: Float64, n_tokens: int, slopes: Float64) -> None:
-        """Take in what the next scored tokens give, up to a mark."""
-        before = self.newest
+        """Take in what the next scored tokens came to, up to a mark."""
+        before, kept = self.newest, self.points.keep**n_tokens
         n = before.n_tokens + n_tokens
-        self.sums.append(Sum(mark, before.nll + nll, n, before.slopes + slopes))
+        self.sums.append(Sum(mark, kept * before.nll + nll, n, before.slopes + slopes))
 
-    def for_prompt(
-        self, units: Sequence[Unit], axes: Axes, n_kept: int, *, sloped: bool = False
-    ) -> "PrefixSums":
-        """Those that hold for a prompt of `units` over `axes`, where `n_kept` are in the cache."""
-        if axes != self.axes or (sloped and not self.sloped):
-            return PrefixSums(axes, sloped, units)
+    def for_prompt(self, units: Sequence[Unit], points: Points, n_kept: int) -> "PrefixSums":
+        """Those that hold for a prompt of `units`, where `n_kept` are in the cache."""
+        if points != self.points:
+            return PrefixSums(points, units)
         pairs = enumerate(zip(self.units, units, strict=False))
         n_same = next((i for i, (a, b) in pairs if a != b), min(len(self.units), len(units)))
         held = [s for s in self.sums if s.mark[1] <= n_same and s.mark[0] <= n_kept]
-        return PrefixSums(axes, sloped, units, held)
+        return PrefixSums(points, units, held)
 
     def to_json(self) -> dict[str, Any]:
         """What from_json reads."""
-        marks = [
-            [s.mark, s.nll.tolist(), s.n_tokens, s.slopes.tolist()] for s in self.sums
-        ]
-        return {"key": self.axes, "sloped": self.sloped, "units": self.units, "marks": marks}
+        sums = [[s.mark, s.nll.tolist(), s.n_tokens, s.slopes.tolist()] for s in self.sums]
+        return {"points": asdict(self.points), "units": self.units, "sums": sums}
 
     @staticmethod
     def from_json(saved: dict[str, Any]) -> "PrefixSums":
-        """From what to_json gave, after JSON made lists of its tuples; of earlier versions too."""
+        """From what to_json gave, after JSON made lists of its tuples."""
+        points = saved["points"]
+        axes = {name: tuple(points[name]) for name in ("alphas", "betas")}
         return PrefixSums(
-            axes=(tuple(saved["key"][0]), tuple(saved["key"][1])),
-            sloped=saved.get("sloped", False),
+            points=Points(**{**points, **axes}),
             units=[(tuple(tuple(i) for i in ids), scored) for ids, scored in saved["units"]],
             sums=[
-                Sum((m[0], m[1]), np.asarray(nll), n, np.asarray(slopes[0] if slopes else [0, 0]))
-                for m, nll, n, *slopes in saved["marks"]
+                Sum((mark[0], mark[1]), np.asarray(nll), n, np.asarray(slopes))
+                for mark, nll, n, slopes in saved["sums"]
             ],
         )

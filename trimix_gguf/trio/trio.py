@@ -1,5 +1,6 @@
 """Trio: three Models kept on the same segments, and the rows that predict their next token."""
 
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -21,6 +22,7 @@ from trimix_gguf.trio.prefill import Mark, Prefill, Window
 from trimix_gguf.trio.prompt import Prompt, Unit, n_common, text_prompt
 from trimix_gguf.trio.sequences import Progress, Sequences
 from trimix_gguf.trio.sums import PrefixSums
+from trimix_gguf.trio.tuning import Tuning
 
 Consume = Callable[[Window], None]
 
@@ -41,6 +43,7 @@ class Trio:
         self.n_window = min(m.n_window for m in self.models.values())
         self.sequences = Sequences(self.models, self.n_vocab)
         self.sums: PrefixSums | None = None  # over the prompt in the caches, for who scored it
+        self.tuning: Tuning | None = None  # what `trimix tune` found out about these models
         self._rows: Rows = {}  # next-token rows [n_vocab] of the roles that are up to date
 
     @classmethod
@@ -53,6 +56,7 @@ class Trio:
         small_cpt_lora: Path | str | None = None,
         per_role: dict[str, dict[str, Any]] | None = None,
         chat_template: str | None = None,
+        tuning: Tuning | None = None,
         **options: Any,
     ) -> "Trio":
         """Open three GGUF files; `options` go to every Model, `per_role[role]` to one.
@@ -85,12 +89,16 @@ class Trio:
             )
         if chat_template is not None:
             models["large_ins"].chat_template = chat_template
-        return cls(**models)
+        trio = cls(**models)
+        trio.tuning = tuning
+        return trio
 
     @classmethod
     def nano(cls, **options: Any) -> "Trio":
         """The small Kazakh trio that ships with the package: for a first try and for tests."""
-        arguments: dict[str, Any] = {**trio_paths(NANO), "n_ctx": 512, **options}
+        table = tomllib.loads((NANO / "trio.toml").read_text(encoding="utf-8"))
+        tuning = Tuning.from_table(table["tuning"]) if "tuning" in table else None
+        arguments: dict[str, Any] = {**trio_paths(NANO), "n_ctx": 512, "tuning": tuning, **options}
         return cls.load(**arguments)
 
     # -- facts ------------------------------------------------------------------------------
@@ -134,6 +142,11 @@ class Trio:
             bos=model.bos,
             spans=spans,
         )
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of token ids, by large_ins' pieces."""
+        piece = self.models["large_ins"].piece
+        return b"".join(map(piece, ids)).decode("utf-8", "replace")
 
     # -- reading ----------------------------------------------------------------------------
 

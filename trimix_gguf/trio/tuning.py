@@ -30,11 +30,12 @@ class Kind:
 class Tuning:
     """The mix that answers questions best, and what that rests on.
 
+    `weights` is None where no model answers better than chance: there perplexity decides.
     `models` are the SHA-256 of each role's file, of the adapter where small_cpt is one: the
     result holds for these files only. `kinds` has each kind of exercise by name.
     """
 
-    weights: Weights
+    weights: Weights | None
     verdict: str
     models: Mapping[str, str]
     kinds: Mapping[str, Kind] = field(default_factory=dict)
@@ -49,9 +50,10 @@ class Tuning:
 
     def to_table(self) -> dict[str, Any]:
         """As the table [tuning] of trio.toml, with a checksum of the rest."""
+        w = self.weights
         table = {
             "version": self.version,
-            "weights": [self.weights.alpha, self.weights.beta],
+            "weights": [] if w is None else [w.alpha, w.beta],
             "verdict": self.verdict,
             "language": self.language,
             "seed": self.seed,
@@ -74,7 +76,7 @@ class Tuning:
             raise edited
         try:
             return Tuning(
-                weights=Weights(*(float(w) for w in rest["weights"])),
+                weights=Weights(*map(float, rest["weights"])) if rest["weights"] else None,
                 verdict=str(rest["verdict"]),
                 models={role: str(rest["models"][role]) for role in ROLES},
                 kinds={

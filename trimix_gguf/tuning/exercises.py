@@ -170,7 +170,9 @@ def _distractors(word: str, words: Sequence[str], rng: random.Random, n: int) ->
     found: list[str] = []
     while len(found) < n:
         drawn = rng.sample(words, min(len(words), 12))
-        near = min(drawn, key=lambda w: (w.lower() == word.lower() or w in found, abs(len(w) - len(word))))
+        near = min(
+            drawn, key=lambda w: (w.lower() == word.lower() or w in found, abs(len(w) - len(word)))
+        )
         found.append(near)
     return found
 

@@ -1,4 +1,4 @@
-"""The engine's jobs of one HTTP request: their events, and its end, in one queue."""
+"""From the engine's thread to the event loop: the events of one HTTP request, in one queue."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -9,13 +9,15 @@ from functools import partial
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from trimix_gguf.answering.batching import Batcher, Event, Job, Request
+from trimix_gguf.answering.batching import Batcher
+from trimix_gguf.answering.job import Job
+from trimix_gguf.answering.request import Event, Request
 from trimix_gguf.errors import TrimixError
 from trimix_gguf.server.errors import RequestError, as_request_error
 
 
-class Jobs:
-    """Answers that are made for one client, until they end, it leaves, or its time is up.
+class Events:
+    """The events of one client's jobs, until these end, it leaves, or its time is up.
 
     `prepare` makes the requests; it runs in `executor`, as it tokenizes and parses grammars.
     """
@@ -69,11 +71,11 @@ class Jobs:
         self.end(ClientDisconnect())
 
     def end(self, error: Exception) -> None:
-        """Cancel the jobs; have events() raise `error` after what has come so far."""
-        self._cancel()  # here, for who reads the events may wait for a client that reads nothing
+        """Cancel the jobs; the iteration raises `error` after what has come so far."""
+        self._cancel()  # here, as whoever iterates may wait for a client that reads nothing
         self._queue.put_nowait(error)
 
-    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
         """(index of the request, event) as they come; raises RequestError, ClientDisconnect."""
         is_submitted, n_ended = False, 0
         while not is_submitted or n_ended < len(self._jobs):
@@ -109,5 +111,5 @@ def _raise_failure(event: Event) -> None:
 
 
 def stopping() -> RequestError:
-    """What those are told whose answers the server does not finish."""
+    """What a client is told whose answer the server does not finish."""
     return RequestError("the server is shutting down", status=503, code="shutting_down")

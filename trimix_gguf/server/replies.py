@@ -1,4 +1,4 @@
-"""Events of the engine -> OpenAI's response objects, whole or in chunks."""
+"""Events of the engine -> what a client gets: OpenAI's response objects, whole or in chunks."""
 
 import codecs
 import math
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from trimix_gguf.answering.batching import Event, Token
+from trimix_gguf.answering.request import Event, Token
 from trimix_gguf.choosing.selection import Selection
 from trimix_gguf.server.openai import Call
 from trimix_gguf.trio.trio import Trio
@@ -17,8 +17,8 @@ _LOWEST = -9999.0  # OpenAI's own stand-in for a log-probability of minus infini
 _REASONS = {"stop": "stop", "length": "length", "context": "length"}
 
 
-class Answer:
-    """What one request gets back: a choice for each of its prompts, `n` times.
+class Reply:
+    """What a client gets for one call: a choice for each of its prompts, `n` times.
 
     `echoes` are the prompts' texts, for completions that give them back; else empty.
     """
@@ -40,7 +40,7 @@ class Answer:
         }
 
     def take(self, index: int, event: Event) -> Iterator[dict[str, Any]]:
-        """Keep an event of a choice; the chunks that say what it brought."""
+        """Keep an event of a choice; yield the chunks that tell it, if the call streams."""
         choice = self._choices[index]
         begins = choice.take(event)
         if not self._call.stream:
@@ -52,7 +52,7 @@ class Answer:
             yield self._chunk(index, piece, self._extension(choice, event.tokens) or None)
 
     def _extension(self, choice: "_Choice", tokens: Sequence[Token]) -> dict[str, Any]:
-        """What the extension `trimix` says of tokens, and of an end that "length" does not tell."""
+        """The extension `trimix`: traced tokens, and an end that OpenAI has no word for."""
         said: dict[str, Any] = {}
         if self._call.trace:
             said["tokens"] = choice.traced(tokens)
@@ -73,11 +73,11 @@ class Answer:
         return chunk
 
     def usage_chunk(self) -> dict[str, Any]:
-        """The last chunk where usage was asked for: no choice."""
+        """The last chunk, where usage was asked for; it has no choice."""
         return {**self._chunk(0, {}, None), "choices": [], "usage": self.usage()}
 
     def body(self) -> dict[str, Any]:
-        """The whole answer, once every choice has ended."""
+        """The whole reply, once every choice has ended."""
         choices, mixes = [], []
         for i, choice in enumerate(self._choices):
             choices.append({"index": i, **choice.whole()})
@@ -87,7 +87,7 @@ class Answer:
         return {**self._head, "choices": choices, "usage": self.usage(), "trimix": mixes[0]}
 
     def usage(self) -> dict[str, Any]:
-        """Tokens so far; a prompt that is answered n times counts once."""
+        """Tokens so far; a prompt with n answers counts once."""
         firsts = [choice.newest for choice in self._choices[:: self._call.n]]
         n_prompt = sum(event.n_prompt for event in firsts)
         n_tokens = sum(choice.newest.n_tokens for choice in self._choices)
@@ -114,7 +114,7 @@ class _Choice:
         self._offsets, self._traced = _Characters(), _Characters()
 
     def take(self, event: Event) -> bool:
-        """Keep an event; whether it was the first."""
+        """Keep an event; True if it is the first."""
         begins = self._selection is None
         if begins:
             self._selection, self._prompt_tokens = event.selection, event.prompt_tokens
@@ -124,7 +124,7 @@ class _Choice:
         return begins
 
     def opening(self) -> dict[str, Any]:
-        """What the first chunk says: who speaks, or the prompt that is given back."""
+        """The first chunk: who speaks, or the prompt that is given back."""
         if self._chat:
             delta = {"role": "assistant", "content": ""}
             return {"delta": delta, "logprobs": None, "finish_reason": None}
@@ -132,7 +132,7 @@ class _Choice:
         return {"text": self._echo, "logprobs": logprobs, "finish_reason": None}
 
     def piece(self, event: Event) -> dict[str, Any] | None:
-        """What a chunk says of an event; None where there is nothing to tell yet."""
+        """The chunk of an event; None where there is nothing to tell yet."""
         reason = _REASONS.get(event.finish_reason or "")
         if not (event.text or event.tokens or reason):
             return None
@@ -144,6 +144,7 @@ class _Choice:
         return {**said, "finish_reason": reason}
 
     def whole(self) -> dict[str, Any]:
+        """The choice with all of its text."""
         text = self._echo + "".join(self._text)
         tokens = [*self._prompt_tokens, *self.tokens]
         said: dict[str, Any] = {"logprobs": self._logprobs_of(tokens)}
@@ -209,6 +210,7 @@ class _Characters:
         self._n = 0
 
     def push(self, piece: bytes) -> tuple[int, str]:
+        """Where the next token begins, and the characters that it completes."""
         at, whole = self._n, self._decoder.decode(piece)
         self._n += len(whole)
         return at, whole
@@ -240,7 +242,7 @@ def _finite(value: float) -> float:
 
 
 def _name(piece: bytes) -> str:
-    """A token as a string; bytes that are no whole characters are spelled out."""
+    """A token as a string; bytes that are not whole characters are written in hexadecimal."""
     try:
         return piece.decode("utf-8")
     except UnicodeDecodeError:

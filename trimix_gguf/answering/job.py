@@ -1,0 +1,142 @@
+"""A request in the batch engine: which units of its prompt are read next, and what the rows say.
+
+It is served in up to three stages: its prompt is scored, unless its weights are fixed; read again
+for its tokens' own probabilities, if it wants them; and answered, token after token.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+from trimix_gguf.answering.answer import Answer
+from trimix_gguf.answering.request import Event, FinishReason, Request
+from trimix_gguf.choosing.score import add_window
+from trimix_gguf.errors import TrimixError
+from trimix_gguf.machine.threads import available_cores
+from trimix_gguf.mixing.fusion import Rows
+from trimix_gguf.trio.prefill import Prefill, is_scored
+from trimix_gguf.trio.prompt import Unit, is_shared
+from trimix_gguf.trio.sums import PrefixSums
+from trimix_gguf.trio.trio import Trio
+
+Stage = Literal["score", "echo", "read", "answer"]
+
+
+class Job:
+    """The state of a request: where it stands in its prompt, or in its answer.
+
+    `prefill` says where it stands in its prompt; `newest` is the token picked last, which is to
+    be read next; `sequence` is where it is read, once it is. Raises PromptError for a prompt that
+    fits no context, SamplerError for a setting that llama.cpp refuses.
+    """
+
+    def __init__(self, trio: Trio, request: Request, on_event: Callable[[Event], None]) -> None:
+        self._answer = Answer(trio, request)
+        self._trio, self._request, self._on_event = trio, request, on_event
+        self._prompt = self._answer.prompt
+        self._chooser = self._answer.choose()
+        self.stage: Stage = "read"
+        if self._chooser is not None and self._chooser.score is not None:
+            self.stage = "score"
+            self._prompt = self._chooser.prompts[0]
+        elif request.echo and self._answer.selection is not None:
+            self.stage = "echo"
+        self.prefill = Prefill(self._prompt, predicts=_PREDICTED[self.stage])
+        most = min(self._answer.room, request.max_tokens)
+        self.n_cells = {role: n + most for role, n in self._answer.n_prompt.items()}
+        self.newest = 0
+        self.sequence: int | None = None
+        self.cancelled = False
+        scored = None if self._chooser is None else self._chooser.score
+        self._sums = PrefixSums() if scored is None else PrefixSums(scored.points)
+
+    def cancel(self) -> None:
+        """Have it end before its next token; does nothing once it has ended."""
+        self.cancelled = True
+
+    @property
+    def sums(self) -> PrefixSums:
+        """What it has read so far, and the sums over it."""
+        return replace(self._sums, units=self.prefill.units[: self.prefill.at])
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Models that it reads now."""
+        return self._answer.roles
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why its answer ended; None before."""
+        return self._answer.finish_reason if self.stage == "answer" else None
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of its answer so far."""
+        return self._answer.n_tokens
+
+    @property
+    def n_cached(self) -> int:
+        """Tokens of its prompt that it did not read again."""
+        return self._answer.n_cached
+
+    # -- reading ----------------------------------------------------------------------------
+
+    def start(self, n_kept: int, known: PrefixSums) -> None:
+        """Begin where the first `n_kept` units are read already; `known` are the sums over them."""
+        if self.stage == "score":
+            self._sums = known.for_prompt(self.prefill.units, self._sums.points, n_kept)
+        # The last unit's row is wanted, so it is read again; an echo wants all rows.
+        most = 0 if self.stage == "echo" else min(n_kept, len(self.prefill.units) - 1)
+        self.prefill.start(most, self._sums.newest.mark[1])
+        self._answer.n_cached = self.prefill.lengths()["large_ins"]
+
+    def read(self, end: int, rows: Rows) -> None:
+        """Take in the rows [n_wanted, n_vocab] of the units up to `end`; raises TrimixError."""
+        window = self.prefill.take(end, rows)
+        if self.stage == "score" and len(window.targets):
+            add_window(self._sums, self._trio, window, available_cores())
+        elif self.stage == "echo":
+            self._answer.echo(window)
+        if end == len(self.prefill.units):
+            self._finish_prompt({role: matrix[-1] for role, matrix in rows.items()})
+
+    def _finish_prompt(self, rows: Rows) -> None:
+        """The prompt is read to its end, whose rows [n_vocab] these are."""
+        if self._answer.selection is None:
+            assert self._chooser is not None
+            if self._chooser.score is not None:
+                self._chooser.score.add(self._sums.newest)
+            self._answer.select(self._chooser.decide([rows]))
+            if self._request.echo:
+                self.stage = "echo"
+                self.prefill = Prefill(self._prompt, predicts=_PREDICTED["echo"])
+                return
+        self.stage = "answer"
+        if self.finish_reason is not None:  # no token was asked for
+            self._on_event(self._answer.event())
+        else:
+            self.answer(rows)
+
+    # -- answering --------------------------------------------------------------------------
+
+    def answer(self, rows: Rows) -> None:
+        """Pick the next token after rows [n_vocab], and tell of it. Raises SamplerError."""
+        fused = self._answer.fuse(rows)
+        self.newest = self._answer.sampler.sample(fused)
+        self._on_event(self._answer.take(self.newest, fused, rows))
+
+    def tell_cancelled(self) -> None:
+        """Say that it ends before its time."""
+        self._on_event(self._answer.cancel())
+
+    def fail(self, error: TrimixError) -> None:
+        """Say that it cannot be answered."""
+        self._on_event(self._answer.event(error=error))
+
+
+# What a stage wants predicted: the scored tokens, or all that the models share.
+_PREDICTED: dict[Stage, Callable[[Unit], bool]] = {
+    "score": is_scored,
+    "echo": lambda unit: is_shared(unit[0]),
+    "read": lambda unit: False,
+}

@@ -1,0 +1,136 @@
+"""What an answer's next token is picked from: one mix, or one that follows what was written."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimix_gguf.choosing.methods import AUTO
+from trimix_gguf.choosing.score import Score
+from trimix_gguf.choosing.selection import TOKEN_KEEP, Selection
+from trimix_gguf.machine.threads import available_cores
+from trimix_gguf.mixing.fusion import METHODS, Mix, Rows
+from trimix_gguf.mixing.scoring import Float64, grid_nll, lowest
+from trimix_gguf.roles import ROLES
+
+LARGE_INS = METHODS["large_ins"].weights
+SPAN = 8  # tokens that come again: two words or so of a language that the tokenizer cuts small
+_EXPECTED = math.log(0.5)  # large_ins expects a token this close to its likeliest one
+_ENOUGH = 6  # tokens of a span that it must expect
+
+
+class Steering(Protocol):
+    """Says what the next token is picked from, and is told what was picked."""
+
+    mix: Mix
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Models that it reads."""
+
+    def take(self, token: int, rows: Rows) -> None:
+        """Take in a token, and the rows [n_vocab] by role that it was picked from."""
+
+
+def steering_of(selection: Selection, unused: NDArray[np.bool_] | None) -> Steering:
+    """How a choice of weights goes on while an answer is written."""
+    if selection.follows is not None and selection.score is not None:
+        return Following(selection.mix, selection.score, selection.follows.nll, unused)
+    if selection.method == AUTO and selection.weights != LARGE_INS:
+        return Guard(selection.mix)
+    return Steady(selection.mix)
+
+
+class Steady:
+    """One mix from the first token to the last."""
+
+    def __init__(self, mix: Mix) -> None:
+        self.mix = mix
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Models that it reads."""
+        return self.mix.roles
+
+    def take(self, token: int, rows: Rows) -> None:
+        """Nothing changes."""
+
+
+class Guard:
+    """The collapse guard: where a mix repeats itself and large_ins would not, large_ins goes on.
+
+    A small model that read much text and few answers falls into loops, and each round makes the
+    next one likelier (Xu et al. 2022, "Learning to Break the Loop", arXiv 2206.02369). Lists,
+    songs and code repeat themselves too, but there large_ins expects it. `stepped_in` is the
+    number of tokens after which large_ins went on by itself, or None.
+    """
+
+    def __init__(self, mix: Mix) -> None:
+        self.mix = mix
+        self.stepped_in: int | None = None
+        self._ids: list[int] = []
+        self._expected: list[bool] = []
+        self._seen: set[tuple[int, ...]] = set()
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Those of the mix, and large_ins."""
+        reads = {*self.mix.roles, ROLES[0]}
+        return tuple(role for role in ROLES if role in reads)
+
+    def take(self, token: int, rows: Rows) -> None:
+        """Let large_ins go on after a span that came again and that it did not expect."""
+        if self.stepped_in is not None:
+            return
+        large_ins = rows[ROLES[0]]
+        self._ids.append(token)
+        self._expected.append(bool(large_ins[token] >= large_ins.max() + _EXPECTED))
+        span = tuple(self._ids[-SPAN:])
+        if len(span) < SPAN:
+            return
+        if span in self._seen and sum(self._expected[-SPAN:]) < _ENOUGH:
+            self.stepped_in = len(self._ids)
+            self.mix = replace(self.mix, weights=LARGE_INS)
+        self._seen.add(span)
+
+
+class Following:
+    """Weights of each token: lowest NLL of prompt and answer, where older tokens count less."""
+
+    def __init__(
+        self, mix: Mix, score: Score, nll: Float64, unused: NDArray[np.bool_] | None
+    ) -> None:
+        self.mix = mix
+        self._score, self._nll, self._unused = score, nll, unused
+        at = [
+            [axis.index(w) for w in grid] for axis, grid in zip(self._axes, score.grid, strict=True)
+        ]
+        self._on_grid = np.ix_(*at)
+
+    @property
+    def _axes(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return self._score.alphas, self._score.betas
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """All: each is a part of what is compared."""
+        return ROLES
+
+    def take(self, token: int, rows: Rows) -> None:
+        """Choose again, with this token's NLL over the grid."""
+        one: Mapping[str, NDArray[np.float32]] = {role: rows[role][None] for role in ROLES}
+        alphas, betas = self._axes
+        newest = grid_nll(
+            **one,
+            targets=[token],
+            alphas=alphas,
+            betas=betas,
+            unused=self._unused,
+            n_threads=available_cores(),
+        )
+        self._nll = TOKEN_KEEP * self._nll + newest
+        weights = lowest(self._nll[self._on_grid], *self._score.grid)
+        self.mix = replace(self.mix, weights=weights)

@@ -1,0 +1,19 @@
+"""How much a server takes on, and for how long it waits."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of answers: `parallel` at a time, `queue` more that wait, `timeout_s` for each.
+
+    A body may have `body_limit` bytes, and `read_timeout_s` to come. At the end of the server,
+    running answers have `drain_s` to finish.
+    """
+
+    parallel: int = 8
+    queue: int = 32
+    timeout_s: float = 600.0
+    read_timeout_s: float = 30.0
+    drain_s: float = 10.0
+    body_limit: int = 1 << 20

@@ -56,8 +56,13 @@ class Answer:
         request = self.request
         if self.selection is not None:
             return None
-        own = {"method": request.method, "grid": request.grid, "last": request.last}
-        return Chooser(self.trio, [self.prompt], **own)
+        return Chooser(
+            self.trio,
+            [self.prompt],
+            method=request.method,
+            grid=request.grid,
+            last=request.last,
+        )
 
     def select(self, selection: Selection) -> None:
         """Take a choice of weights, masked as the request wants it."""

@@ -45,8 +45,9 @@ def decode_steps(
     """Yield the target's tokens one by one, for as long as it is asked.
 
     The caller has `sampler` accept each token, and `steering` take it, before it asks for the
-    next, and asks for no more than `max_tokens`. `also` are roles whose rows it wants though the mix does not. However it
-    ends, the trio then holds what it held, and the tokens yielded except for the last.
+    next, and asks for no more than `max_tokens`. `also` are roles whose rows it wants though the
+    mix does not. However it ends, the trio then holds what it held, and the tokens yielded except
+    for the last.
     """
     needed = _needed(trio, steering, also)
     history = _History(trio, needed, drafting)

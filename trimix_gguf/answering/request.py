@@ -58,8 +58,8 @@ class Request:
 
     `weights` fixes (alpha, beta), fixes a whole Mix, or holds an earlier choice. Without it
     `method` (choosing/methods.py) chooses them from the prompt over `grid`; where it scores, all of
-    the prompt, or its `last` tokens. A `plausibility_threshold` replaces that of the mix. The answer
-    ends after `max_tokens`, before a `stop` string, at an end-of-generation token of any model, or
+    the prompt, or its `last` tokens. A `plausibility_threshold` replaces that of the mix. It ends
+    after `max_tokens`, before a `stop` string, at an end-of-generation token of any model, or
     where the context is full.
 
     `n_top` asks for the log-probability of each token under the mix, and of that many likeliest

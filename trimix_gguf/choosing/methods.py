@@ -4,11 +4,11 @@ Commands, server, trio files and evaluation take the names of methods from these
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from trimix_gguf.mixing.fusion import METHODS
 
-AUTO = "auto"
+AUTO: Final = "auto"
 PPL = "ppl"
 ENT = "ent"
 ANSWERS = "ppl-answers"

@@ -41,11 +41,11 @@ def decode_steps(
     max_tokens: int,
     also: Sequence[str] = (),
 ) -> Generator[Step, None, None]:
-    """Yield the target's tokens one by one, for as long as it is asked.
+    """Yield the target's tokens one by one, without end.
 
-    The caller has `sampler` accept each token before it asks for the next, and asks for no more
-    than `max_tokens`. `also` are roles whose rows it wants though the mix does not. However it
-    ends, the trio then holds what it held, and the tokens yielded except for the last.
+    The caller has `sampler` accept each token before it asks for the next, and asks for at most
+    `max_tokens`. `also` are further roles whose rows it wants. However this ends, the trio then
+    holds what it held, and all yielded tokens except the last.
     """
     needed = tuple(role for role in trio.models if role in {*mix.roles, *also})
     history = _History(trio, needed, drafting)
@@ -75,7 +75,7 @@ def decode_steps(
 
 
 class _History:
-    """The tokens so far, in which what repeats earlier text is looked up.
+    """The tokens so far, to find what repeats earlier text.
 
     Nothing is looked up where the length of drafts is fixed.
     """
@@ -103,7 +103,7 @@ def _next_draft(
     needed: Sequence[str],
     n_left: int,
 ) -> Draft:
-    """Append a draft to the trio: from earlier text, or small_cpt's; maybe none.
+    """Append a draft to the trio, from earlier text or by small_cpt; it may be empty.
 
     It leaves room for the target's own token in the window, the context and `n_left`.
     """
@@ -140,7 +140,7 @@ def _end_round(
     token: int,
     drafter_row: NDArray[np.float32] | None,
 ) -> None:
-    """Forget what was drafted in vain before the target's own `token`, and tell `drafting`."""
+    """Forget the drafted tokens that were not accepted, and tell `drafting`."""
     if not drafted.tokens:
         drafting.watch(drafter_row, token)
         return

@@ -183,7 +183,7 @@ def test_a_masked_mix_is_decoded_with_its_mask(trio):
     endless = dict.fromkeys(trio.end_of_generation, -1e9)
     options = {"temperature": 0, "max_tokens": 16, "logit_bias": endless, "speculative": "off"}
     stream = stream_generate(trio, prompt, weights=contrastive, **options)
-    assert masked == [chunk.token for chunk in stream] != unmasked
+    assert masked == [t.id for event in stream for t in event.tokens] != unmasked
 
 
 def run(tokens, seconds=1.0, inside=1.0, n_drafted=(0,)):

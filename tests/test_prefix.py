@@ -166,7 +166,7 @@ def test_a_saved_prompt_of_other_models_or_damaged_is_refused(trimix, nano_files
     state.write_bytes(state.read_bytes()[:-50])
     assert "is damaged" in one_line_error(trimix(*command))
     (saved / "prompt.json").write_text("{}")
-    assert "no saved prompt" in one_line_error(trimix(*command))
+    assert "is not a saved prompt" in one_line_error(trimix(*command))
 
 
 @pytest.mark.parametrize("n", [5, 32, 40])

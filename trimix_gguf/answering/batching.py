@@ -1,9 +1,9 @@
 """Many requests in one trio: read and answered together, one batch per model and step.
 
 Each request is a sequence of its own. A step decodes the newest token of every answer, and
-with them a window of the prompt that is being read: one prompt at a time, so that the next one
-finds what they share. Sequences of finished requests are kept, for prompts that go on from them,
-for as long as nobody needs their room; whoever is let in has its room reserved to the end.
+with them a window of the prompt that is being read. Prompts are read one at a time, so that the
+next one finds the prefix that they share. Sequences of finished requests are kept for later prompts
+with the same prefix, until their room is needed. A request starts once there is room for all of it.
 """
 
 import itertools
@@ -26,7 +26,7 @@ from trimix_gguf.trio.trio import Trio
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a Batcher does now, and has done: requests by how they ended, tokens, seconds."""
+    """What a Batcher does now, and has done: requests by their end, tokens, seconds."""
 
     n_running: int = 0
     n_waiting: int = 0
@@ -41,9 +41,9 @@ Wanted = dict[str, dict[int, list[int]]]  # role -> sequence -> its ids whose ro
 
 
 class Batcher:
-    """Answers requests with `trio`, which nobody else may use meanwhile, in a thread of its own.
+    """Answers requests in a thread of its own; until it is closed, only it may use `trio`.
 
-    `n_parallel` at once, at most a trio's n_window − 1; `n_queue` more may wait.
+    It answers `n_parallel` at once, at most a trio's n_window − 1; `n_queue` more may wait.
     """
 
     def __init__(self, trio: Trio, *, n_parallel: int = 8, n_queue: int = 32) -> None:
@@ -53,17 +53,17 @@ class Batcher:
         self._n_parallel, self._n_queue = min(n_parallel, self._sequences.most), n_queue
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
-        self._kept: dict[int, PrefixSums] = {}  # of the finished, longest unused first
+        self._kept: dict[int, PrefixSums] = {}  # of finished requests, the longest unused first
         self._statistics = Statistics()
         self._changed = threading.Condition()
-        self._closing: float | None = None  # when what still runs is cancelled
+        self._closing: float | None = None  # when requests that still run are cancelled
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
 
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> Job:
-        """Queue a request; `on_event` gets what comes of it, from this Batcher's thread.
+        """Queue a request; this Batcher's thread calls `on_event`, which must not raise.
 
-        It must not raise. Raises QueueFull, PromptError, SamplerError.
+        Raises QueueFull, PromptError, SamplerError.
         """
         job = Job(self.trio, request, on_event)
         with self._changed:
@@ -77,15 +77,15 @@ class Batcher:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it can still answer: not closed, nor stopped by a mistake."""
+        """Whether it can still answer: it was not closed, and no mistake has ended its thread."""
         return self._thread.is_alive()
 
     def statistics(self) -> Statistics:
-        """As of now; from any thread."""
+        """The numbers of this moment; any thread may ask."""
         return replace(self._statistics, n_running=len(self._running), n_waiting=len(self._waiting))
 
     def close(self, *, drain_s: float = 0.0) -> None:
-        """Take no more; cancel what has not ended after `drain_s` seconds. The trio stays open."""
+        """Take no more requests; cancel those that run after `drain_s`. The trio stays open."""
         with self._changed:
             self._closing = time.monotonic() + drain_s
             self._changed.notify()
@@ -101,7 +101,7 @@ class Batcher:
                 started = time.perf_counter()
                 try:
                     self._step()
-                except TrimixError as error:  # of a decode: it cannot be told whose it was
+                except TrimixError as error:  # of a decode: no one request is at fault
                     self._abandon(error)
                 took = self._statistics.step_seconds + time.perf_counter() - started
                 self._statistics = replace(self._statistics, step_seconds=took)
@@ -124,7 +124,7 @@ class Batcher:
             self._release(job, "cancelled")
 
     def _let_in(self) -> None:
-        """Start waiting requests in their order, for as long as there is room for all of each."""
+        """Start waiting requests in their order, while there is room for all of each."""
         while self._waiting and len(self._running) < self._n_parallel:
             need = self._waiting[0].n_cells
             while not self._has_room(need) and self._kept:
@@ -170,11 +170,11 @@ class Batcher:
             self._take(reading, _rows_of(reading.sequence, rows, wanted), end)
 
     def _append_portion(self, job: Job, n_answering: int, wanted: Wanted) -> int:
-        """Append units of a prompt to its sequence, and rows to `wanted`; says where they end."""
+        """Append units of a prompt to its sequence, and rows to `wanted`; returns their end."""
         reading = job.prefill
         if job.sequence is None:
             job.sequence = self._place(job)
-        # A long pause between two tokens of the others would be felt; alone, bigger is faster.
+        # Others wait while a portion is read, so it is short; alone, a longer one is faster.
         n_ids = self.trio.n_window if n_answering else N_BATCH
         end = reading.portion(n_ids - n_answering, self.trio.n_window - n_answering)
         self._sequences.rewind(job.sequence, reading.lengths())
@@ -193,17 +193,17 @@ class Batcher:
             job.start(common[source], known[source])
         if source is None or job.prefill.at == 0:
             source = None
-        elif source in self._kept:  # now the last to be forgotten
+        elif source in self._kept:  # used now, so it is forgotten last
             self._kept[source] = self._kept.pop(source)
         if self._sequences.n_free == 0:
             if source is not None and list(self._kept) == [source]:
-                del self._kept[source]  # the last one to spare: it goes on itself
+                del self._kept[source]  # no other is free, so it is continued itself
                 return source
             self._forget_one()
         return self._sequences.fork(source or 0)
 
     def _take(self, job: Job, rows: Rows, end: int | None) -> None:
-        """Hand a request its rows; let it go once it has ended."""
+        """Give a request its rows; release it once it has ended."""
         try:
             if end is None:
                 job.answer({role: matrix[0] for role, matrix in rows.items()})
@@ -216,7 +216,7 @@ class Batcher:
             self._release(job, job.finish_reason)
 
     def _release(self, job: Job, reason: str) -> None:
-        """Let go of a request that has ended, and keep what was read for it."""
+        """Remove a request that has ended, and keep what was read for it."""
         with self._changed:
             (self._running if job in self._running else self._waiting).remove(job)
         if job.sequence is not None:

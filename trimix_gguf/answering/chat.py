@@ -1,8 +1,8 @@
-"""Chat: messages -> prompt, by the template that a GGUF brings.
+"""Chat: messages -> prompt, by the chat template of a GGUF.
 
-large_ins reads its own template around each message, the small models, who never saw its control
-tokens, a plain one; what people wrote is the same ids for all three. Messages never pass through
-a template: it is rendered with placeholders for them, and cut there.
+large_ins reads its own template around each message. The small models never saw its control
+tokens, so they read a plain template. The messages are the same ids for all three. They never pass
+through a template: it is rendered with placeholders for them, and cut there.
 """
 
 import json
@@ -25,13 +25,13 @@ from trimix_gguf.trio.trio import Trio
 
 Message = dict[str, str]  # role, content
 _HERE = "<the message goes on here>"
-# Each role has its line: the space of "User: " would be a token that no text has before a word.
+# A line for each role: the space of "User: " would be a token that texts do not have there.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{{ message.role | capitalize }}:{{ '\n' }}{{ message.content }}{{ '\n\n' }}"
     "{% endfor %}{% if add_generation_prompt %}Assistant:{{ '\n' }}{% endif %}"
 )
-PLAIN_STOPS = ("\n\nUser:", "\nUser:")  # where a model goes on to ask itself
+PLAIN_STOPS = ("\n\nUser:", "\nUser:")  # where a model begins to write the next question
 
 
 def chat_prompt(
@@ -42,14 +42,14 @@ def chat_prompt(
     add_generation_prompt: bool = True,
     answers: Mapping[int, Sequence[int] | None] | None = None,
 ) -> Prompt:
-    """Messages {"role": system | user | assistant, "content": text} as a prompt for three.
+    """Messages {"role": system | user | assistant, "content": text} as a prompt for three models.
 
-    What stands around a message is each role's own and not scored: large_ins reads `template`,
-    else its model's, else the plain one, which the small models always read. Each content is
-    shared and scored; control tokens in it are only text. `answers` are contents that were
-    generated, by the message's index: they are not scored, and keep these ids, if any. Without
-    the generation prompt the last message stays open, to be continued. A system message that the
-    template does not take goes before the first user's. Raises PromptError where it refuses them.
+    The text around a message is each role's own and not scored: large_ins reads `template`, or its
+    model's, or the plain one, which the small models always read. Each content is shared and
+    scored; control tokens in it are only text. `answers` are contents that were generated, by the
+    message's index: they are not scored, and keep these ids, if any. Without the generation prompt
+    the last message stays open, to be continued. A system message that the template does not take
+    is put before the first user message. Raises PromptError where the template refuses them.
     """
     model = trio.models[ROLES[0]]
     turns = _checked(messages, answers or {}, model)
@@ -101,7 +101,7 @@ def apply_template(
 
 
 def around_message(model: Model) -> tuple[list[int], list[int]]:
-    """Ids that the template puts before a user's message, without BOS, and after it."""
+    """Ids that the template puts before a user message (without BOS) and after it."""
     text = apply_template(model, [{"role": "user", "content": _HERE}])
     before, _, after = text.partition(_HERE)
     begin = model.tokenize(before, special=True)
@@ -179,7 +179,7 @@ def _checked(
 
 
 def _fold_system(turns: list[_Turn]) -> list[_Turn]:
-    """The system's text before the first user's, for templates that know no such role."""
+    """The system's text before the first user's, for templates without a system role."""
     system, *rest = turns
     if rest and rest[0].role == "user":
         text = "\n\n".join(t for t in (system.text, rest[0].text) if t)
@@ -198,7 +198,7 @@ def _renderer(template: str, add_generation_prompt: bool, tokens: Mapping[str, s
 def _stripped(turns: list[_Turn], render: _Render) -> list[_Turn]:
     """The messages without the outer white space that a template takes off them.
 
-    What it leaves of some shows beside a placeholder that has this white space around it.
+    A placeholder with the same white space around it shows what the template leaves of it.
     """
     outer = [_outer_space(turn) for turn in turns]
     if not any(before or after for before, after in outer):
@@ -227,7 +227,7 @@ def _stripped(turns: list[_Turn], render: _Render) -> list[_Turn]:
 
 
 def _outer_space(turn: _Turn) -> tuple[str, str]:
-    """White space before and after a message; one that is nothing else has it on both sides."""
+    """White space before and after a message; an empty one has it on both sides."""
     text, core = turn.text, turn.text.strip()
     if turn.ids is not None or not core:
         return ("", "") if turn.ids is not None else (text, text)
@@ -236,7 +236,7 @@ def _outer_space(turn: _Turn) -> tuple[str, str]:
 
 
 def _cut(turns: list[_Turn], render: _Render, is_open: bool) -> _Layout:
-    """Where a template puts the messages. Empty ones it gets as they are."""
+    """Where a template puts the messages; it gets empty ones as they are."""
     last = turns[-1]
     marks = [
         secrets.token_hex(12) if turn.text or turn.ids or (is_open and turn is last) else ""
@@ -253,7 +253,7 @@ def _cut(turns: list[_Turn], render: _Render, is_open: bool) -> _Layout:
 
 
 def _split(text: str, marks: Sequence[str]) -> tuple[list[int], list[str]]:
-    """Indices of the marks as they follow each other, and the texts around them."""
+    """Indices of the marks in the order of the text, and the texts around them."""
     if any(mark and text.count(mark) != 1 for mark in marks):
         raise TemplateError("it leaves a message out, or says one twice")
     order = sorted((i for i, m in enumerate(marks) if m), key=lambda i: text.index(marks[i]))
@@ -310,7 +310,7 @@ def _text(model: Model, ids: Sequence[int]) -> str:
 def _render(
     template: str, messages: list[Message], add_generation_prompt: bool, tokens: Mapping[str, str]
 ) -> str:
-    """Raises TemplateError, whatever it was in the template that failed."""
+    """Raises TemplateError for any failure in the template."""
     try:
         text = _compile(template).render(
             messages=messages,
@@ -339,7 +339,7 @@ def _refusal(model: Model, error: Exception) -> str:
 
 
 class _Generation(Extension):
-    """{% generation %}, which marks what to train on, and says nothing here."""
+    """{% generation %} marks what to train on; it has no effect here."""
 
     tags = {"generation"}
 

@@ -31,7 +31,7 @@ from trimix_gguf.trio.trio import Trio
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question and its answer; `ids` of the answer where these models generated it."""
+    """A question and its answer, with the answer's `ids` where these models generated it."""
 
     question: str
     answer: str
@@ -76,16 +76,16 @@ class Conversation:
 
     @property
     def messages(self) -> list[Message]:
-        """All of it, the system's message first."""
+        """All messages so far, the system message first."""
         return self._messages(self.exchanges)
 
     # -- turns ------------------------------------------------------------------------------
 
     def say(self, text: str, *, seed: int | None = None, **watch: Unpack[Watch]) -> Iterator[Event]:
-        """Answer `text`, streaming; what was said when this ends is kept, however it ends.
+        """Answer `text`, streaming; what was said is kept, also where this is stopped.
 
         A question without an answer is not kept, unless the models chose to say nothing. Raises
-        PromptError where the question does not fit by itself.
+        PromptError where the question alone does not fit.
         """
         if not text.strip():
             raise PromptError("the message is empty; say something")
@@ -116,7 +116,7 @@ class Conversation:
         self.trace = tokens if end is None else [*tokens, end]
 
     def retry(self, **watch: Unpack[Watch]) -> Iterator[Event]:
-        """Answer the last question once more, with another seed."""
+        """Answer the last question again, with another seed."""
         question = self._newest().question
         seed = None if self.last is None else (self.last.seed + 1) % N_SEEDS
         return self._instead(question, seed, **watch)
@@ -127,7 +127,7 @@ class Conversation:
         return self._instead(text, None, **watch)
 
     def undo(self) -> Exchange:
-        """Take back the last question and its answer; the caches follow with the next one."""
+        """Remove the last question and its answer; the caches follow with the next question."""
         taken = self._newest()
         self.exchanges.pop()
         self.last, self.trace = None, []
@@ -136,11 +136,11 @@ class Conversation:
         return taken
 
     def reset(self) -> None:
-        """Forget all but the system's message."""
+        """Forget everything except the system message."""
         self.exchanges, self.n_dropped, self.last, self.trace = [], 0, None, []
 
     def hold(self) -> Selection:
-        """Answer with the last weights from now on. Raises WeightsError where there are none."""
+        """Keep the last weights for all answers. Raises WeightsError where there are none."""
         if self.last is None or self.last.selection is None:
             raise WeightsError("no weights were chosen yet; say something first, or give a pair")
         self.weights = self.last.selection
@@ -154,7 +154,7 @@ class Conversation:
         return self.weights.mix if isinstance(self.weights, Selection) else Mix.of(self.weights)
 
     def prompt(self, text: str) -> Prompt:
-        """What would be read for `text`, all that the caches hold of it included."""
+        """The whole prompt for `text`, with what the caches hold of it."""
         exchanges = self.exchanges[self.n_dropped :]
         messages = [*self._messages(exchanges), {"role": "user", "content": text}]
         first = len(messages) - 2 * len(exchanges)  # the first answer
@@ -162,7 +162,7 @@ class Conversation:
         return chat_prompt(self.trio, messages, answers=answers)
 
     def n_new(self, text: str) -> int:
-        """How many tokens of large_ins the caches do not hold of the prompt for `text`."""
+        """How many tokens of the prompt for `text` large_ins has not read yet."""
         units = self.prompt(text).units
         return sum(len(ids[0]) for ids, _ in units[self.trio.n_kept(units) :])
 
@@ -179,7 +179,7 @@ class Conversation:
         return self.exchanges[-1]
 
     def _instead(self, text: str, seed: int | None, **watch: Unpack[Watch]) -> Iterator[Event]:
-        """Say `text` in place of the last exchange, which comes back where that says nothing."""
+        """Say `text` in place of the last exchange, which comes back if nothing is said."""
         before = (self.n_dropped, self.last, self.trace)
         taken, n = self.undo(), len(self.exchanges)
         try:
@@ -192,7 +192,7 @@ class Conversation:
     def _fitted(self, text: str) -> Prompt:
         """The prompt for `text`, without the oldest exchanges where it leaves no room to answer.
 
-        They go until half of the context is free, as the rest is read again each time.
+        They are dropped until half of the context is free, as the rest is then read again.
         """
         prompt, n_ctx = self.prompt(text), self.trio.n_ctx
         n_before, most = self.n_dropped, n_ctx - min(self._request.max_tokens, n_ctx // 4)
@@ -212,7 +212,7 @@ class Conversation:
     # -- files ------------------------------------------------------------------------------
 
     def save(self, path: Path) -> None:
-        """Write messages, answers' ids and weights as JSON, and which models they are of."""
+        """Write messages, ids of answers, weights and the names of the models as JSON."""
         messages: list[dict[str, Any]] = [dict(m) for m in self.messages]
         answers = [m for m in messages if m["role"] == "assistant"]
         for message, exchange in zip(answers, self.exchanges, strict=True):
@@ -229,7 +229,7 @@ class Conversation:
         path.write_text(text + "\n", encoding="utf-8")
 
     def load(self, path: Path) -> None:
-        """Put a saved conversation in the place of this one; weights too, where it held some.
+        """Replace this conversation by a saved one, and the weights if it held some.
 
         If other models saved it, its answers are tokenized again, and `notify` is told. Raises
         PromptError where the file holds none, OSError; this conversation is then as before.
@@ -269,7 +269,7 @@ def _longest(prompt: Prompt) -> int:
 
 
 def _ids_of_text(model: Model, ids: Sequence[int], text: str) -> tuple[int, ...]:
-    """The first of `ids`, as far as they spell `text`; a piece of a token is tokenized again.
+    """The first of `ids` that spell `text`; what is left of it is tokenized again.
 
     A stop string, or a break, can end the text inside a token.
     """
@@ -282,7 +282,7 @@ def _ids_of_text(model: Model, ids: Sequence[int], text: str) -> tuple[int, ...]
 
 
 def _vocabulary_digest(trio: Trio) -> str:
-    """What ids mean: two quantizations of one model agree on it."""
+    """A digest of the tokens; two quantizations of one model have the same."""
     tokens = trio.models[ROLES[0]].file.array("tokenizer.ggml.tokens") or []
     return hashlib.sha256(b"\0".join(tokens[: trio.n_vocab])).hexdigest()
 

@@ -1,10 +1,9 @@
 """What decoding cost in earlier runs, so that drafts are planned from the first round on.
 
 One JSON file in the user's cache: a model on a machine -> ids decoded at once -> median seconds.
-They are kept whatever the context held: a longer one costs a little more, as attention reads
-it all. A machine also runs hotter or busier than last time. So of a stored profile the shape
-counts, brought to the pace of what this run has already measured; and as one value a size, which
-two new ones outvote.
+The length of the context is left out: a longer one costs a little more, as attention reads all of
+it. A machine may also be hotter or busier than last time. So only the shape of a stored profile is
+used, scaled to what this run has measured; and each size is one value, which two new ones outvote.
 """
 
 import json
@@ -24,14 +23,14 @@ from trimix_gguf.machine.folders import cache_folder
 from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.trio import Trio
 
-_MOST = MOST_DRAFTED + 1  # ids decoded at once that drafts may come to
+_MOST = MOST_DRAFTED + 1  # ids decoded at once: the longest draft and one more
 # No such file or no room; not JSON; no home directory, or JSON nested too deep.
 _UNUSABLE = (OSError, ValueError, RuntimeError)
 
 
 @contextmanager
 def kept_costs(trio: Trio, wanted: bool = True) -> Iterator[None]:
-    """Start from the stored costs and leave this run's, where `wanted`; however it ends."""
+    """Start from the stored costs, if `wanted`, and store this run's, however it ends."""
     if wanted:
         load_costs(trio)
     try:
@@ -42,12 +41,12 @@ def kept_costs(trio: Trio, wanted: bool = True) -> Iterator[None]:
 
 
 def load_costs(trio: Trio) -> None:
-    """Give each model what is stored of the sizes that it has not decoded yet."""
+    """Give each model the stored times of sizes that it has not decoded yet."""
     stored, machine = _read(), _machine()
     for model in trio.models.values():
         times = model.decode_seconds
         known = _profile(stored.get(_key(model, machine)))
-        # The first decode of a size is slow: its one time is no pace.
+        # The first decode of a size is slow, so one time says nothing about the pace.
         both = [n for n in known if len(times.get(n, ())) > 1]
         ratios = [statistics.median(times[n]) / known[n] for n in both]
         pace = statistics.median(ratios) if ratios else 1.0
@@ -56,7 +55,7 @@ def load_costs(trio: Trio) -> None:
 
 
 def save_costs(trio: Trio) -> None:
-    """Merge the models' medians into the file, whole or not at all; of two at once the last."""
+    """Merge the models' medians into the file; of two runs at once, the last one counts."""
     stored, machine = _read(), _machine()
     for model in trio.models.values():
         new = {n: statistics.median(t) for n, t in model.decode_seconds.items() if n <= _MOST}
@@ -74,7 +73,7 @@ def _path() -> Path:
 
 
 def _read() -> dict[str, Any]:
-    """The file's contents; empty where it is none of ours."""
+    """The file's contents; empty where it cannot be used."""
     try:
         stored = json.loads(_path().read_text(encoding="utf-8"))
     except _UNUSABLE:
@@ -83,7 +82,7 @@ def _read() -> dict[str, Any]:
 
 
 def _profile(entry: Any) -> dict[int, float]:
-    """One model's entry: ids decoded at once -> seconds, of what can be read as that."""
+    """One model's entry: ids decoded at once -> seconds; what is not that is left out."""
     named = entry if isinstance(entry, dict) else {}
     times = {n: named.get(str(n)) for n in range(1, _MOST + 1)}
     return {n: s for n, s in times.items() if isinstance(s, float) and 0 < s < math.inf}
@@ -95,7 +94,7 @@ def _machine() -> list[str]:
 
 
 def _key(model: Model, machine: list[str]) -> str:
-    """All that a cost hangs on. Of the file its size will do: other weights decode as fast."""
+    """All that a cost depends on; of the file only the size, as other weights are as fast."""
     file = [model.path.name, model.file.file_size, model.lora.name if model.lora else None]
     attention = [*model.kv_types, model.flash_attn]
     return json.dumps([*file, *attention, model.device, model.n_threads, *machine])

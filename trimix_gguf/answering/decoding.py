@@ -42,7 +42,7 @@ def decode_steps(
     max_tokens: int,
     also: Sequence[str] = (),
 ) -> Generator[Step, None, None]:
-    """Yield the target's tokens one by one, for as long as it is asked.
+    """Yield the target's tokens one by one, without end.
 
     The caller has `sampler` accept each token, and `steering` take it, before it asks for the
     next, and asks for no more than `max_tokens`. `also` are roles whose rows it wants though the
@@ -83,7 +83,7 @@ def _needed(trio: Trio, steering: Steering, also: Sequence[str]) -> tuple[str, .
 
 
 class _History:
-    """The tokens so far, in which what repeats earlier text is looked up.
+    """The tokens so far, to find what repeats earlier text.
 
     Nothing is looked up where the length of drafts is fixed.
     """
@@ -111,7 +111,7 @@ def _next_draft(
     needed: Sequence[str],
     n_left: int,
 ) -> Draft:
-    """Append a draft to the trio: from earlier text, or small_cpt's; maybe none.
+    """Append a draft to the trio, from earlier text or by small_cpt; it may be empty.
 
     It leaves room for the target's own token in the window, the context and `n_left`.
     """
@@ -148,7 +148,7 @@ def _end_round(
     token: int,
     drafter_row: NDArray[np.float32] | None,
 ) -> None:
-    """Forget what was drafted in vain before the target's own `token`, and tell `drafting`."""
+    """Forget the drafted tokens that were not accepted, and tell `drafting`."""
     if not drafted.tokens:
         drafting.watch(drafter_row, token)
         return

@@ -1,9 +1,9 @@
 """Drafts: tokens that are likely to be the mix's own choice, and how many of them are worth it.
 
-The weights that a prompt's perplexity picks lean on small_cpt, so its own choice is mostly the
-mix's: it drafts a few tokens. What repeats earlier text is drafted from there instead. How many
-follows from what the models' decodes cost and from the share of drafted tokens that were kept.
-decoding.py verifies them.
+The weights with the lowest perplexity are mostly small_cpt's, so its choice is mostly that of the
+mix: it drafts a few tokens. Where earlier text repeats, the draft is copied from there. The length
+of a draft follows from what the models' decodes cost and from the share of drafted tokens that were
+kept. decoding.py verifies them.
 """
 
 import math
@@ -22,19 +22,19 @@ DRAFTER = "small_cpt"
 MOST_DRAFTED = 31
 _LEAST_STEP = 0.005  # seconds of lockstep: below this, drafting overhead exceeds its gain
 _MIN_GAIN = 1.1  # expected over lockstep's speed, or nothing is drafted: costs are estimates
-_MEMORY = 0.9  # weight of what was known, as the fate of each drafted token comes in
+_MEMORY = 0.9  # weight of the old value when a drafted token was accepted or not
 _PLAN_EVERY = 8  # rounds
 _WATCH_EVERY = 3  # rounds of lockstep
 _BANDS = 4  # of the drafter's confidence, each with its own share of accepted tokens
-_MATCH_MEMORY, _MATCH_PRIOR = 0.8, 0.6  # as _MEMORY, and before anything is known: of lookups
+_MATCH_MEMORY, _MATCH_PRIOR = 0.8, 0.6  # of lookups: as _MEMORY, and the first value
 
 
 @dataclass(frozen=True)
 class Draft:
     """Drafted tokens, which the trio then holds.
 
-    Of small_cpt's own: its confidence in each, and the rows [n_vocab] it picked them from. Those
-    that are `looked_up` have neither.
+    small_cpt's own come with its confidence in each and the rows [n_vocab] it picked them from;
+    those that are `looked_up` have neither.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class DraftPlan:
-    """A length of draft, and what it rests on; without costs it is drafted whole.
+    """A length of draft, and the costs behind it; without costs all of it is drafted.
 
     Seconds: `step` of one drafted token, `verify[k]` of k drafted tokens, `read[k]` of k that no
     model drafted, `token` of one token of the answer. `acceptance` is the chance of each.
@@ -59,9 +59,9 @@ class DraftPlan:
     token: float = math.inf
 
     def pays(self, n: int, reach: float) -> bool:
-        """Whether to go on from `n` drafted tokens, the next one picked and good with `reach`.
+        """Whether to draft more than `n` tokens, if the next one is kept with chance `reach`.
 
-        To some length at least: batches have sizes that cost little more than smaller ones.
+        It is worth it if some longer draft pays: some batches cost little more than smaller ones.
         """
         if not self.verify:
             return True
@@ -75,12 +75,12 @@ class DraftPlan:
 
 
 class Drafting:
-    """How far to draft: as far as gives the most expected tokens a second; and what came of it.
+    """How many tokens to draft for the most expected tokens per second, and how that went.
 
     Costs are what the models' decodes of n tokens took so far, prefill included. Acceptance is a
     running share, for each band of the drafter's confidence in its token, and for each length of
-    a lookup's match. `n_draft` fixes the length of what the drafter drafts instead, and rules out
-    lookups; `always` rules out lockstep, `never` everything else.
+    a lookup's match. `n_draft` fixes the length of drafts and rules out lookups; `always` rules out
+    lockstep, `never` rules out drafts.
     """
 
     def __init__(
@@ -101,12 +101,12 @@ class Drafting:
         return self.n_accepted / self.n_drafted if self.n_drafted else None
 
     def plan(self, trio: Trio, needed: Sequence[str], most: int) -> DraftPlan:
-        """What is worth drafting now, `most` tokens at most; `needed` are the roles in the mix."""
+        """What is worth drafting now, up to `most` tokens; `needed` are the roles in the mix."""
         if self.n_draft is not None:
             return DraftPlan(min(self.n_draft, most))
         if self.n_rounds >= self._next_plan:
             self._plan = self._best(trio, needed, min(MOST_DRAFTED, trio.n_window - 1))
-            # Costs change little; thinking about them costs too, beside a very small model.
+            # Costs change little; with very small models, planning costs time too.
             self._next_plan = self.n_rounds + (self.n_rounds > _PLAN_EVERY) * _PLAN_EVERY
         return replace(self._plan, n_draft=min(self._plan.n_draft, most))
 
@@ -134,9 +134,9 @@ class Drafting:
         return DraftPlan(n_draft, step, tuple(verify), tuple(read), p, 1 / best_speed)
 
     def n_found(self, plan: DraftPlan, match: Match | None, most: int) -> int:
-        """How many tokens from a lookup's match on to verify; 0 where `plan` gives more a second.
+        """How many tokens after a lookup's match to verify; 0 where `plan` is faster.
 
-        Each that comes true makes the match longer by one.
+        Each accepted token makes the match longer by one.
         """
         if match is None or not plan.read:
             return 0
@@ -150,7 +150,7 @@ class Drafting:
         return best
 
     def chance(self, confidence: float) -> float:
-        """That a token which the drafter gives this probability will be accepted."""
+        """The chance that a token with this probability under the drafter is accepted."""
         return self._by_confidence[_band(confidence)]
 
     def count(self, n_drafted: int, n_accepted: int) -> None:
@@ -166,9 +166,9 @@ class Drafting:
             self._notice(confidence, i < n_accepted)
 
     def watch(self, row: NDArray[np.float32] | None, token: int) -> None:
-        """Take in a step of lockstep: whether the drafter's row, if any, would have led to `token`.
+        """Take in a step of lockstep: whether the drafter, if it has a row, would pick `token`.
 
-        One step in some: beside a very small model, looking costs too.
+        Only every few steps: with very small models, looking costs time too.
         """
         self.n_rounds += 1
         looks = self.n_draft is None and not self._idle and self.n_rounds % _WATCH_EVERY == 0
@@ -177,7 +177,7 @@ class Drafting:
             self._notice(probability(row, top), top == token)
 
     def check(self, match: Match, token: int) -> None:
-        """Take in what came where a lookup had found `match`, whether it was drafted or not."""
+        """Take in the token that came after a lookup's `match`, drafted or not."""
         share = self._by_match[match.length]
         self._by_match[match.length] += (1 - _MATCH_MEMORY) * ((match.token == token) - share)
 
@@ -191,8 +191,8 @@ def draft(trio: Trio, sampler: Sampler, drafting: Drafting, plan: DraftPlan) -> 
     """Append what `plan` says of small_cpt's own choice to the trio.
 
     A copy of the target's sampler picks, with the same random stream: where the two models'
-    probabilities agree, so do the picks, at any temperature. Stops where its own doubt makes
-    going on a loss.
+    probabilities agree, so do the picks, at any temperature. It stops where it is too unsure for
+    another token to pay.
     """
     drafted = Draft()
     if plan.n_draft == 0:

@@ -1,20 +1,20 @@
-"""Prompt lookup: where the newest ids stood before, what followed them may follow again.
+"""Prompt lookup: where the newest ids stood before, the same ids may follow again.
 
-Names, quotations and loops come again word for word, so this drafts for nothing what a model
-would be asked for one id at a time. Source: Saxena 2023, "Prompt Lookup Decoding".
+Names, quotations and loops repeat word for word, so this drafts them at no cost.
+Source: Saxena 2023, "Prompt Lookup Decoding".
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-LONGEST = 8  # ids that are compared: a longer match says no more
+LONGEST = 8  # ids that are compared: a longer match does not say more
 _SHORTEST = 2
-_MOST_PLACES = 32  # that are compared, the newest: a space stands in thousands
+_MOST_PLACES = 32  # the newest places are compared: a space stands in thousands
 
 
 @dataclass(frozen=True)
 class Match:
-    """The newest `length` ids stood before; `token` came then, at `place`."""
+    """The newest `length` ids stood before, and `token` followed them at `place`."""
 
     length: int
     place: int
@@ -22,7 +22,7 @@ class Match:
 
 
 class Lookup:
-    """The ids of a prompt and its answer so far, by the pairs that they end in."""
+    """The ids of a prompt and its answer so far, indexed by pairs of ids."""
 
     def __init__(self, ids: Iterable[int]) -> None:
         self._ids: list[int] = []
@@ -41,7 +41,7 @@ class Lookup:
         return tuple(self._ids[-_SHORTEST:])
 
     def find(self) -> Match | None:
-        """The longest match, and of these the newest."""
+        """The longest match; the newest of several."""
         length = found = 0
         for place in reversed(self._places.get(self._newest, [])[-_MOST_PLACES:]):
             here = self._length(place)
@@ -52,7 +52,7 @@ class Lookup:
         return Match(length, found, self._ids[found]) if length else None
 
     def following(self, match: Match, n: int) -> list[int]:
-        """The `n` ids from the match on; where they reach the newest id, they come round again."""
+        """The `n` ids after the match; where they reach the newest id, they repeat."""
         period = len(self._ids) - match.place
         return [self._ids[match.place + i % period] for i in range(n)]
 

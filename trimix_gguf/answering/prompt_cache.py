@@ -1,6 +1,6 @@
 """A prompt that was read, on disk: the three caches, what is owed, and the running sums.
 
-A folder with one llama.cpp state a role and `prompt.json`. States hold no logits: the last token
+A folder with one llama.cpp state per role and `prompt.json`. States hold no logits: the last token
 is read again when its row is asked for.
 """
 
@@ -23,7 +23,7 @@ _ENDS = 1 << 20  # bytes hashed at either end of a model file, which holds gigab
 
 
 def save_prompt(trio: Trio, folder: Path) -> None:
-    """Write what the trio has read to `folder`, whole or not at all; an older one is replaced.
+    """Write what the trio has read to `folder`, completely or not at all, over an older one.
 
     Raises ModelError where llama.cpp cannot write a state, OSError.
     """
@@ -48,7 +48,7 @@ def save_prompt(trio: Trio, folder: Path) -> None:
 
 
 def load_prompt(trio: Trio, folder: Path) -> bool:
-    """Put back what save_prompt wrote; False, and an empty trio, where there is nothing of it.
+    """Restore what save_prompt wrote; False, and an empty trio, where there is none.
 
     Raises ModelError where the folder was written with other models or settings, or is damaged.
     """
@@ -61,7 +61,7 @@ def load_prompt(trio: Trio, folder: Path) -> bool:
         # llama.cpp ends the process on a damaged state.
         damaged = states != _state_digests(folder)
     except (OSError, ValueError, KeyError, TypeError):
-        raise ModelError(f"{folder} is no saved prompt; remove it, or name another") from None
+        raise ModelError(f"{folder} is not a saved prompt; remove it, or name another") from None
     if damaged:
         raise ModelError(f"{folder} is damaged; remove it, or name another")
     if known != _fingerprints(trio):

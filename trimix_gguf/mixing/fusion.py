@@ -67,12 +67,12 @@ class Mix:
 
     @staticmethod
     def of(given: "Weights | Mix") -> "Mix":
-        """A mix as it is; weights as one that masks nothing."""
+        """A Mix as it is; weights as a Mix without a mask."""
         return given if isinstance(given, Mix) else Mix(given)
 
     @property
     def is_masked(self) -> bool:
-        """Whether some tokens get probability 0."""
+        """Whether it has a mask, which gives some tokens probability 0."""
         return self.plausibility_threshold > 0.0
 
     @property

@@ -43,7 +43,7 @@ class Sampler:
         self._candidates = np.zeros(n_vocab, dtype=_CANDIDATE)
 
     def sample(self, fused: NDArray[np.float32]) -> int:
-        """Pick from one fused row [n_vocab]; the caller tells by accept() what it took."""
+        """Pick from one fused row [n_vocab]; accept() then tells which token was taken."""
         token = self._pick(fused, constrained=False)
         if self._grammar is not None and not self._allowed(token):
             token = self._pick(fused, constrained=True)
@@ -56,7 +56,7 @@ class Sampler:
             lib.llama_sampler_accept(self._grammar, token)
 
     def clone(self) -> "Sampler":
-        """A copy in the same state, random stream included, that goes its own way."""
+        """An independent copy in the same state, random stream included."""
         twin = object.__new__(Sampler)
         twin.__dict__.update(self.__dict__)
         twin._chain = lib.llama_sampler_clone(self._chain)

@@ -1,1 +1,1 @@
-"""`trimix serve`: the engine of batching.py behind HTTP, as OpenAI's clients speak it."""
+"""`trimix serve`: the batch engine behind HTTP, with OpenAI's API."""

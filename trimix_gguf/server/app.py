@@ -1,4 +1,4 @@
-"""The routes: what each path answers, from a body to the engine and back."""
+"""The routes: from a request body to the engine, and back to a reply."""
 
 import asyncio
 import json
@@ -34,12 +34,12 @@ from trimix_gguf.server.replies import Reply
 from trimix_gguf.trio.trio import Trio
 
 PAGE = Path(__file__).parent / "page.html"
-# The page is one file that asks this server alone, and no other page may hold it in a frame.
+# The page is one file that asks only this server, and no other page may show it in a frame.
 _PAGE_POLICY = (
     "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-# Clients that cut a stream into lines may cut it here too; JSON lets these stand unescaped.
+# Some clients cut a stream into lines at these too, and JSON does not escape them.
 _LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 
@@ -66,7 +66,7 @@ class Api:
         self._created = int(time.time())
         self._metrics = Metrics()
         self._open: set[Events] = set()
-        # One thread: a second one would meet the first where a grammar's errors are silenced.
+        # One thread: two at once must not silence the errors of a grammar.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="prepare")
 
     def application(
@@ -135,7 +135,7 @@ class Api:
         )
         if call.stream:
             chunks = self._stream(events, call, reply)
-            # Headers go out once there is something to say: until then a failure has its status.
+            # Headers are sent with the first chunk: a failure before it has its own status.
             first = await anext(chunks)
             return _EventStream(first, chunks, stall_s=self._limits.read_timeout_s)
         async for _ in self._chunks(events, reply):
@@ -332,7 +332,7 @@ async def _no_such_route(request: HttpRequest, error: Exception) -> Response:
 
 
 async def _left(_: HttpRequest, __: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it; the count does
+    return Response(status_code=499)  # nobody reads it, but it is counted
 
 
 async def _broken(_: HttpRequest, __: Exception) -> Response:

@@ -1,4 +1,4 @@
-"""What a client is told when its request is refused or fails: OpenAI's error object."""
+"""OpenAI's error object, for requests that are refused or fail."""
 
 import asyncio
 import json
@@ -11,15 +11,15 @@ from starlette.types import Receive, Scope, Send
 
 from trimix_gguf.errors import PromptError, QueueFull, SamplerError, TrimixError, WeightsError
 
-_LINGER_S = 2.0  # how long what a client still sends is taken in and dropped
+_LINGER_S = 2.0  # how long a client's bytes are read and dropped
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _RETRY_S = 5
 
 
 class RequestError(TrimixError):
-    """A request that is refused: HTTP's `status`, the field `param` that is at fault, a `code`.
+    """A request that is refused: HTTP `status`, the wrong field `param`, and a `code`.
 
-    `is_read` is whether its body had come by then.
+    `is_read` says whether its whole body has come.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class RequestError(TrimixError):
 
 
 def as_request_error(error: TrimixError) -> RequestError:
-    """What the engine raised, with the status that says whose fault it is."""
+    """An error of the engine, with the HTTP status that says whose fault it is."""
     if isinstance(error, RequestError):
         return error
     text = " ".join(str(error).split())
@@ -63,7 +63,7 @@ def error_json(error: RequestError) -> dict[str, Any]:
 
 
 def error_response(error: RequestError) -> Response:
-    """The whole answer to a request that is refused."""
+    """The response to a request that is refused."""
     kind = Response if error.is_read else _LastWords
     headers = dict(error.headers)
     if error.status in (408, 413):  # the rest is not waited for
@@ -77,10 +77,10 @@ def error_response(error: RequestError) -> Response:
 
 
 class _LastWords(Response):
-    """An answer given while the client still sends.
+    """A response while the client still sends.
 
-    What it sends is dropped for a moment: a connection that is closed over unread bytes is reset,
-    and the client would never see why.
+    What it sends is read and dropped for a moment: closing with unread bytes would reset the
+    connection, and the client would not see why.
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -15,9 +15,9 @@ MOST_NESTED = 64
 
 
 async def read_json(request: Request, *, most_bytes: int, timeout_s: float) -> Any:
-    """A request's body, parsed; raises RequestError, also where it is too long or comes too slowly.
+    """A request's body, parsed; raises RequestError, also where it is too long or too slow.
 
-    The limit holds while it comes: no more than `most_bytes` of it are ever kept.
+    At most `most_bytes` of it are kept at any time.
     """
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise RequestError(
@@ -106,9 +106,9 @@ def describe(value: Any) -> str:
 
 
 class Fields:
-    """An object's fields; each is taken once, null counts as absent, and what is left is unknown.
+    """An object's fields: each is taken once, null counts as absent, and the rest is unknown.
 
-    `at` is where the object stands in the body, for messages. Every method raises RequestError.
+    `at` is the object's place in the body, for messages. Every method raises RequestError.
     """
 
     def __init__(self, value: Any, at: str = "") -> None:

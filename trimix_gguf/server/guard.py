@@ -1,4 +1,4 @@
-"""Who may ask: the key, the Host and Origin that a browser sends, and what other pages may read."""
+"""Who may use the server: the key, a browser's Host and Origin, and pages of other origins."""
 
 import hmac
 import ipaddress
@@ -26,9 +26,9 @@ def is_loopback(host: str) -> bool:
 class Guard:
     """ASGI middleware that refuses with 401 or 403, and tells browsers what `cors` allows.
 
-    With `local`, a Host that is not this machine's is refused: a web page whose name was made to
-    lead here (DNS rebinding) would pass for our own. A page of another origin is refused unless
-    `cors` names it, for it could make the machine work even where it cannot read the answer.
+    With `local`, a Host that is not this machine's is refused: else a web page whose name leads
+    here (DNS rebinding) would count as ours. A page of another origin is refused unless `cors`
+    names it, as it could make the machine work even if it cannot read the answer.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Guard:
         if self._key is None:
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        # Compared in constant time: how long it takes tells nothing of the key.
+        # Compared in constant time, so that the time does not tell anything about the key.
         same = hmac.compare_digest(key.strip().encode("latin-1", "replace"), self._key)
         if scheme.lower() != "bearer" or not same:
             raise RequestError(

@@ -28,7 +28,7 @@ class Metrics:
         self._first_token_sum += seconds
 
     def render(self, engine: Statistics) -> str:
-        """Everything, with what the engine says of itself."""
+        """The whole text, with the numbers of the engine."""
         parts = [
             _gauge("requests_running", "Requests being answered.", engine.n_running),
             _gauge("requests_waiting", "Requests waiting for their turn.", engine.n_waiting),

@@ -24,7 +24,7 @@ def make_requests(trio: Trio, call: Call, *, defaults: Request) -> list[Request]
     base = Request.of(defaults, **call.options)
     if call.kind == "chat":
         base = Request.of(base, stop=(*base.stop, *PLAIN_STOPS))
-    base = Request.of(base, echo=call.echo and call.logprobs)  # without, the text is all there is
+    base = Request.of(base, echo=call.echo and call.logprobs)  # else only the text is given back
     requests: list[Request] = []
     for prompt in prompts:
         _check_length(trio, prompt, "messages" if call.kind == "chat" else "prompt")
@@ -37,7 +37,7 @@ def make_requests(trio: Trio, call: Call, *, defaults: Request) -> list[Request]
 
 
 def prompt_texts(trio: Trio, call: Call) -> list[str]:
-    """The prompts as text, where a completion gives them back; else none."""
+    """The prompts as text, where a completion gives them back; else an empty list."""
     if not call.echo:
         return []
     return [source if isinstance(source, str) else _text(trio, source) for source in call.prompts]
@@ -58,7 +58,7 @@ def _chat(trio: Trio, call: Call) -> Prompt:
 
 
 def _plain(trio: Trio, source: Source) -> Prompt:
-    """Text as Trio.prompt reads it, or ids as they are, BOS included where they have it."""
+    """Text as Trio.prompt reads it, or ids as they are, with BOS if they have it."""
     if isinstance(source, str):
         try:
             return trio.prompt(source)

@@ -13,7 +13,7 @@ from trimix_gguf.choosing.selection import Selection
 from trimix_gguf.server.openai import Call
 from trimix_gguf.trio.trio import Trio
 
-_LOWEST = -9999.0  # OpenAI's own stand-in for a log-probability of minus infinity
+_LOWEST = -9999.0  # what OpenAI writes for a log-probability of minus infinity
 _REASONS = {"stop": "stop", "length": "length", "context": "length"}
 
 
@@ -155,7 +155,7 @@ class _Choice:
         return {**said, "finish_reason": _REASONS.get(self.newest.finish_reason or "")}
 
     def mix(self) -> dict[str, Any]:
-        """The extension `trimix`: chosen weights, and what the choice rests on."""
+        """The extension `trimix`: the chosen weights, and what they were chosen by."""
         assert self._selection is not None  # the first event brings it
         return mix_json(self._selection)
 

@@ -1,4 +1,4 @@
-"""The life of the server: its socket, slow and broken connections, and how it ends."""
+"""How the server runs: its socket, slow and broken connections, and its end."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from trimix_gguf.server.errors import RequestError, error_json
 
 _MOST_HEADERS = 1 << 16  # bytes
-_LAST_WORDS_S = 1.0  # for what is cut off to say so
+_LAST_WORDS_S = 1.0  # for answers that are cut off to say so
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -27,7 +27,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):  # Windows would let two servers share a port
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        else:  # or a port stays taken for a minute after its server has ended
+        else:  # else a port stays taken for a minute after its server has ended
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError:
@@ -45,9 +45,9 @@ def run(
     drain_s: float,
     read_timeout_s: float,
 ) -> int:
-    """Serve until SIGINT or SIGTERM, which it returns.
+    """Serve until SIGINT or SIGTERM; returns the signal.
 
-    Then nothing new is taken in, and what runs has `drain_s` seconds to end before `stop` is
+    Then no new request is taken, and running ones have `drain_s` seconds to end before `stop` is
     called; a second signal calls it at once.
     """
     config = _Config(
@@ -93,7 +93,7 @@ class _Server(uvicorn.Server):
         self._hurry = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal came. uvicorn's own raises it again in the end, and exits by it."""
+        """Begin to end. (uvicorn's own method would raise the signal again afterwards.)"""
         self._hurry = self.should_exit
         self.signal = self.signal or sig
         self.should_exit = True
@@ -151,7 +151,7 @@ class _Protocol(H11Protocol):
             self.transport.close()
 
     def _watch_headers(self) -> None:
-        """Time runs from a request's first byte, or the connection, to its last header."""
+        """Start or stop the timer, which runs until the last header of a request has come."""
         waiting = self.conn.their_state is h11.IDLE and not self.transport.is_closing()
         if not waiting and self._header_timer is not None:
             self._header_timer.cancel()
@@ -185,13 +185,13 @@ class _Protocol(H11Protocol):
             self._refuse(RequestError("this is not HTTP/1.1", code="invalid_http"))
 
     def _refuse(self, error: RequestError) -> None:
-        """Answer without the application, and hang up a moment later.
+        """Answer without the application, and close the connection a moment later.
 
-        Closed over unread bytes, the connection would be reset, and the answer lost.
+        Closing with unread bytes would reset the connection, and the answer would be lost.
         """
         self._is_refused = True
         if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.disconnected = True  # what comes of the request is not sent
+            self.cycle.disconnected = True  # no answer of the application is sent
             self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             for event in _whole_response(error):

@@ -1,7 +1,7 @@
-"""JSON schemas from outside, held within what llama.cpp's grammars bear.
+"""JSON schemas from clients, within the limits of llama.cpp's grammars.
 
-llama-cpp-python's converter never comes back from some patterns, and llama.cpp crashes on
-repetitions by the ten thousand: both are refused before they get there.
+llama-cpp-python's converter does not end on some patterns, and llama.cpp crashes on tens of
+thousands of repetitions: both are refused here.
 """
 
 import json
@@ -22,7 +22,7 @@ _QUANTIFIER = re.compile(r"\{\s*(\d*)\s*(?:,\s*(\d*)\s*)?\}")
 
 
 def check_schema(schema: Any, at: str) -> dict[str, Any]:
-    """The schema, if it is one and within limits; raises RequestError, which names `at`."""
+    """The schema, if it is valid and within limits; raises RequestError, which names `at`."""
     if not isinstance(schema, dict):
         _refuse(at, "it is not an object")
     if len(json.dumps(schema)) > _MOST_BYTES:
@@ -36,7 +36,7 @@ def _refuse(at: str, why: str) -> NoReturn:
 
 
 class _Walk:
-    """A way over all parts of a schema, as the converter goes: references are followed."""
+    """Visits all parts of a schema as the converter does: references are followed."""
 
     def __init__(self, root: dict[str, Any], at: str) -> None:
         self.root, self.at = root, at
@@ -84,7 +84,7 @@ class _Walk:
         for pair in _QUANTIFIER.findall(bare):
             for n in filter(None, pair):
                 self._repeat(f"a number of repetitions in pattern {pattern!r}", int(n))
-        if re.search(r"\)\s*\{", bare):  # llama.cpp never ends where such a group may be empty
+        if re.search(r"\)\s*\{", bare):  # llama.cpp does not end where such a group may be empty
             _refuse(self.at, f"pattern {pattern!r} repeats a group by {{}}; write it out, or use *")
         if re.search(r"[\[\]{}]", _QUANTIFIER.sub("", bare)):
             _refuse(self.at, f"the brackets of pattern {pattern!r} do not pair; escape bare ones")
@@ -95,6 +95,6 @@ class _Walk:
         target: Any = self.root
         for step in reference[2:].split("/"):
             if not isinstance(target, dict) or step not in target:
-                _refuse(self.at, f"$ref {reference!r} leads nowhere")
+                _refuse(self.at, f"$ref {reference!r} is not in the schema")
             target = target[step]
         return target

@@ -3,11 +3,13 @@
 import glob
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+
+ByteProgress = Callable[[str, int, int], None]  # what is worked at, bytes done, bytes in all
 
 _PAUSES = (0.05, 0.1, 0.2, 0.4)  # seconds: a virus scanner is done by then
 

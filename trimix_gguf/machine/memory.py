@@ -9,6 +9,7 @@ from typing import Any
 
 from trimix_gguf.errors import MemoryNeededError, ModelError
 from trimix_gguf.machine.gguf_file import GGUFFile, TensorInfo
+from trimix_gguf.machine.quantization import FLOATS, WEIGHT_TYPES
 from trimix_gguf.roles import ROLES
 
 N_CTX = 2048  # positions of a context, where none are asked for
@@ -22,16 +23,7 @@ _TOKEN, _MERGE = 240, 270
 # Types that llama.cpp's CPU code rearranges for products, by ggml-cpu/repack.cpp: on ARM more.
 _REPACKED = {"Q2_K", "Q4_0", "Q4_K", "IQ4_NL", "MXFP4"}
 _REPACKED_ON_ARM = {"Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "MXFP4"}
-# Bits a weight of llama.cpp's quantized files: in rows of whole 256s, and in other rows.
-QUANTIZED = {
-    "q8_0": (8.5, 8.5),
-    "q6_k": (6.5625, 8.5),
-    "q5_k_m": (5.67, 6.0),
-    "q4_k_m": (4.8, 5.5),
-    "q4_0": (4.5, 4.5),
-}
 _RANK = 64  # of an adapter that is not there yet
-WIDE_KV = ("f32", "f16", "bf16")  # types of a KV cache that are not quantized
 _INPUTS = ("token_embd", "position_embd", "token_types", "per_layer_token_embd")
 
 
@@ -180,7 +172,7 @@ def flash_attention(own: Mapping[str, Any], *, offloaded: bool) -> bool:
     """
     asked: bool | None = own.get("flash_attn")
     if asked is None:
-        return offloaded or own.get("type_v", "f16") not in WIDE_KV
+        return offloaded or own.get("type_v", "f16") not in FLOATS
     return asked
 
 
@@ -280,8 +272,8 @@ def as_quantized(file: GGUFFile, name: str) -> GGUFFile:
     def smaller(tensor: TensorInfo) -> TensorInfo:
         if len(tensor.shape) < 2:
             return tensor
-        bits = QUANTIZED["q6_k" if tensor.name == table and name != "q8_0" else name]
-        n_bits = bits[0] if tensor.shape[0] % 256 == 0 else bits[1]
+        kind = "q6_k" if tensor.name == table and name != "q8_0" else name
+        n_bits = WEIGHT_TYPES[kind].bits[tensor.shape[0] % 256 != 0]
         return replace(tensor, n_bytes=int(math.prod(tensor.shape) * n_bits / 8))
 
     stem = re.sub(r"[-._]?(i?q\d\w*|b?f\d\d)$", "", file.path.stem, flags=re.IGNORECASE)

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from trimix_gguf.errors import ModelFileError
 from trimix_gguf.machine import self_test
+from trimix_gguf.machine.quantization import FLOATS
 
-KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+KV_TYPES = (*FLOATS, "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 QUANTIZE_BUFFER = 256 << 20  # bytes of a tensor's rows that the quantizer holds at once
 
 

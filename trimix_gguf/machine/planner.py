@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from trimix_gguf.errors import MemoryNeededError, ModelError
 from trimix_gguf.machine import memory, native
 from trimix_gguf.machine.gguf_file import GGUFFile
-from trimix_gguf.machine.memory import CTX_STEP, N_CTX, QUANTIZED, WIDE_KV, adapter_of, as_quantized
+from trimix_gguf.machine.memory import CTX_STEP, N_CTX, adapter_of, as_quantized
 from trimix_gguf.machine.native import Device
 from trimix_gguf.machine.placement import AUTO, RAM, Case, Change, Files, Options, Plan, arrange
+from trimix_gguf.machine.quantization import FLOATS, QUANTIZED
 from trimix_gguf.roles import ROLES
 
 
@@ -140,7 +141,7 @@ def _flash_attention(case: Case) -> _Made | None:
 def _narrow_kv(case: Case) -> _Made | None:
     """KV caches in q8_0; None where they are, or cannot be, that narrow."""
     kinds = {case.option(role, key, "f16") for role in ROLES for key in ("type_k", "type_v")}
-    if not kinds & set(WIDE_KV) or False in (case.option(r, "flash_attn", None) for r in ROLES):
+    if not kinds & set(FLOATS) or False in (case.option(r, "flash_attn", None) for r in ROLES):
         return None
     try:
         for file in case.files.values():
@@ -178,7 +179,7 @@ def _smaller_model(case: Case) -> _Made | None:
         files = {r: smaller if f.path == file.path else f for r, f in case.files.items()}
         source, out = (shlex.quote(str(f.path)) for f in (file, smaller))
         command = f"trimix convert quantize {source} {out} --type {name}"
-        if any(tensor.type not in ("F32", "F16", "BF16") for tensor in file.tensors):
+        if any(tensor.type.lower() not in FLOATS for tensor in file.tensors):
             command += " --requantize"
         changed = replace(case, files=files)
         made = _Made(changed, f"{role} in {name}", _file_options(changed), command)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from trimix_gguf.errors import TrioFileError
-from trimix_gguf.machine.files import put_in_place, whole_file
+from trimix_gguf.machine.files import ByteProgress, put_in_place, whole_file
 from trimix_gguf.trios.bundle_files import (
     FLAWS,
     TAR,
@@ -33,7 +33,6 @@ from trimix_gguf.trios.bundle_files import (
 )
 from trimix_gguf.trios.store import (
     SHIPPED,
-    Progress,
     clear_leftovers,
     installed_folder,
     resolve,
@@ -56,7 +55,7 @@ _MARK = ".trio-export"  # in a folder: an export to it is under way, or was cut 
 # -- export -----------------------------------------------------------------------------------
 
 
-def export_trio(trio: TrioFile, target: Path, *, progress: Progress | None = None) -> None:
+def export_trio(trio: TrioFile, target: Path, *, progress: ByteProgress | None = None) -> None:
     """Write a trio to `target`: a tar where it is called FILE.tar, else a folder of its own.
 
     An older or unfinished export of the trio there is brought up to date. Raises TrioFileError
@@ -179,7 +178,7 @@ def _member(name: str, n_bytes: int) -> tarfile.TarInfo:
 
 
 def import_trio(
-    source: Path, *, name: str | None = None, progress: Progress | None = None
+    source: Path, *, name: str | None = None, progress: ByteProgress | None = None
 ) -> TrioFile:
     """Install the trio of a bundle, under `name` or its own; the installed one's trio file.
 

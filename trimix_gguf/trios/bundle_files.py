@@ -13,8 +13,8 @@ from typing import IO, NoReturn
 import psutil
 
 from trimix_gguf.errors import TrioFileError
-from trimix_gguf.machine.files import whole_file
-from trimix_gguf.trios.store import CHUNK, Progress
+from trimix_gguf.machine.files import ByteProgress, whole_file
+from trimix_gguf.trios.store import CHUNK
 from trimix_gguf.trios.triofile import FILENAME
 
 TAR = ".tar"
@@ -88,7 +88,7 @@ def write_file(file: BundleFile, out: Path, advance: Advance) -> None:
         reader.check()
 
 
-def advancing(progress: Progress | None, total: int) -> Advance:
+def advancing(progress: ByteProgress | None, total: int) -> Advance:
     done = 0
 
     def advance(what: str, n: int) -> None:

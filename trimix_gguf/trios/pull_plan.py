@@ -17,6 +17,7 @@ from typing import Any
 
 from trimix_gguf.errors import HubError, MemoryNeededError, TrioFileError
 from trimix_gguf.machine import memory
+from trimix_gguf.machine.quantization import DIRECT, FLOATS, WEIGHT_TYPES
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trios.hub import Notify, RemoteFile, Repository, check_access, read_repository
 from trimix_gguf.trios.store import SHIPPED, installed, installed_folder, presets
@@ -35,18 +36,6 @@ CHECKPOINT_FILES = (
     "model.safetensors.index.json",
 )
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-# About what a weight takes in a GGUF, and what of the types may be asked for.
-BYTES_PER_WEIGHT = {
-    "f32": 4.0,
-    "f16": 2.0,
-    "bf16": 2.0,
-    "q8_0": 1.07,
-    "q6_k": 0.83,
-    "q5_k_m": 0.73,
-    "q4_k_m": 0.63,
-    "q4_0": 0.58,
-}
-FLOATS = ("f32", "f16", "bf16")  # what an adapter can be converted to
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors$")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -153,7 +142,7 @@ class Plan:
                 most = max(most, kept)
             elif not self.ready(part) and not self.staged(part).exists():
                 # llama.cpp's quantizer reads a whole GGUF in the checkpoint's own type.
-                between = 0 if part.type in (*FLOATS, "q8_0") else part.n_weight_bytes
+                between = 0 if part.type in DIRECT else part.n_weight_bytes
                 most = max(most, kept + missing + part.n_bytes + between)
                 kept += part.n_bytes
         return most
@@ -275,9 +264,9 @@ def _requantized(trio: TrioFile, quantization: str) -> TrioFile:
 
 
 def _check_type(quantization: str) -> None:
-    if quantization not in BYTES_PER_WEIGHT:
+    if quantization not in WEIGHT_TYPES:
         raise TrioFileError(
-            f"quantization {quantization!r} is unknown; one of {', '.join(BYTES_PER_WEIGHT)}"
+            f"quantization {quantization!r} is unknown; one of {', '.join(WEIGHT_TYPES)}"
         )
 
 
@@ -370,6 +359,5 @@ def _plan_checkpoint(role: str, type: str, repository: Repository) -> Part:
     files = tuple(repository.file(name) for name in [*small, *weights])
     n_bytes = sum(names[name].n_bytes for name in weights)
     n_weights = sum(repository.n_weights.values()) or n_bytes // 2
-    return Part(
-        role, "checkpoint", repository, files, type, int(n_weights * BYTES_PER_WEIGHT[type])
-    )
+    n_bytes = int(n_weights * WEIGHT_TYPES[type].bytes_in_file)
+    return Part(role, "checkpoint", repository, files, type, n_bytes)

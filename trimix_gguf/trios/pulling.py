@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from trimix_gguf.errors import HubError, TrioFileError
-from trimix_gguf.machine.files import put_in_place, write_text
+from trimix_gguf.machine.files import ByteProgress, put_in_place, write_text
 from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.machine.locking import alone
 from trimix_gguf.machine.vocabulary import check_contract
-from trimix_gguf.trios.hub import Notify, Progress, fetch, read_repository
+from trimix_gguf.trios.hub import Notify, fetch, read_repository
 from trimix_gguf.trios.pull_plan import WORK, Part, Plan
 from trimix_gguf.trios.store import sha256_of
 from trimix_gguf.trios.triofile import TrioFile
@@ -25,7 +25,7 @@ from trimix_gguf.trios.triofile import TrioFile
 def pull(
     plan: Plan,
     *,
-    progress: Progress = lambda what, done, total: None,
+    progress: ByteProgress = lambda what, done, total: None,
     notify: Notify = lambda text: None,
 ) -> TrioFile:
     """Fetch what a plan names, and write its trio.toml; returns the trio as it then is.
@@ -97,7 +97,7 @@ def _fetch_small_files(part: Part, plan: Plan, notify: Notify) -> None:
         read_tokenizer(folder, config)
 
 
-def _make_ready(part: Part, plan: Plan, progress: Progress, notify: Notify) -> dict[str, Any]:
+def _make_ready(part: Part, plan: Plan, progress: ByteProgress, notify: Notify) -> dict[str, Any]:
     """Stage a model, and note its sha256; nothing is done that was done before."""
     noted = plan.ready(part)
     if noted is not None:
@@ -119,7 +119,7 @@ def _make_ready(part: Part, plan: Plan, progress: Progress, notify: Notify) -> d
     return noted
 
 
-def _convert(part: Part, plan: Plan, progress: Progress, notify: Notify) -> None:
+def _convert(part: Part, plan: Plan, progress: ByteProgress, notify: Notify) -> None:
     from trimix_gguf.convert.hf import convert_hf
     from trimix_gguf.convert.lora import convert_lora
 

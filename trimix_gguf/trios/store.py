@@ -14,13 +14,11 @@ from typing import Any
 import psutil
 
 from trimix_gguf.errors import TrioFileError
-from trimix_gguf.machine.files import put_in_place
+from trimix_gguf.machine.files import ByteProgress, put_in_place
 from trimix_gguf.machine.folders import home_folder
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.trio import NANO, trio_paths
 from trimix_gguf.trios.triofile import FILENAME, ModelEntry, TrioFile, check_name
-
-Progress = Callable[[str, int, int], None]  # what is read, bytes done, bytes in all
 
 SHIPPED = "nano"
 PRESETS = Path(__file__).parent / "presets.toml"
@@ -140,7 +138,7 @@ def _alive(pid: int, started: int) -> bool:
 # -- whether files are what they were ---------------------------------------------------------
 
 
-def verify(trio: TrioFile, progress: Progress | None = None) -> dict[str, str]:
+def verify(trio: TrioFile, progress: ByteProgress | None = None) -> dict[str, str]:
     """Each model's state: 'whole', 'altered', 'missing', or 'no sha256' to compare with."""
     states = dict.fromkeys(trio.models, "missing")
     here = {role: path for role in trio.models if (path := trio.path(role)).is_file()}

@@ -27,6 +27,7 @@ from typing import Any
 import peers
 from common import cpu_name, files, machine, parser, report, spread
 
+from trimix_gguf.machine.loading import Loading
 from trimix_gguf.machine.threads import available_cores
 from trimix_gguf.mixing.scoring import GRID
 from trimix_gguf.trio.model import Model
@@ -104,7 +105,7 @@ def is_torch(peer: str) -> bool:
 
 def make_job(options: argparse.Namespace) -> peers.Job:
     """What every child reads; ids are those that trio.prompt would give."""
-    model = Model(options.large_ins, n_ctx=64, mmap=True)
+    model = Model(options.large_ins, Loading(n_ctx=64, mmap=True))
     text = (options.prompt or options.text).read_text(encoding="utf-8")
     ids = model.bos + model.tokenize(model.normalize(text))
     model.close()

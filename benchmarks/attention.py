@@ -12,7 +12,7 @@ from typing import Any
 
 from common import files, load, machine, parser, report, spread, text_ids
 
-from trimix_gguf.machine.memory import N_WINDOW
+from trimix_gguf.machine.loading import N_WINDOW, Loading
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.model import Model
 
@@ -38,7 +38,9 @@ def main() -> None:
         path, lora = paths[role], None
         if path is None:  # small_cpt as an adapter
             path, lora = paths["small_base"], paths["small_cpt_lora"]
-        flash, plain = (Model(path, n_ctx=n_ctx, lora=lora, flash_attn=f) for f in (True, False))
+        flash, plain = (
+            Model(path, Loading(n_ctx=n_ctx, flash_attn=f), lora=lora) for f in (True, False)
+        )
         for n, costs in compared(flash, plain, ids, options):
             result.setdefault(role, {})[str(n)] = costs
             lines += described(role, n, costs)

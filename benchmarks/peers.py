@@ -240,10 +240,11 @@ def trimix(job: Job, meter: Meter, *, speculative: str) -> None:
 
 def large_ins(job: Job, meter: Meter) -> None:
     """large_ins alone: nothing to choose, nothing to mix."""
+    from trimix_gguf.machine.loading import Loading
     from trimix_gguf.trio.model import Model
 
     # llama.cpp's own batch.
-    model = Model(job["files"]["large_ins"], n_ctx=job["n_ctx"], n_batch=512)
+    model = Model(job["files"]["large_ins"], Loading(n_ctx=job["n_ctx"], n_batch=512))
     ids, size = job["ids"], model.n_batch
     meter.start()
     for start in range(0, len(ids), size):

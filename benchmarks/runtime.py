@@ -20,7 +20,7 @@ from typing import Any
 from common import load, machine, parser, report, spread, text_ids
 
 from trimix_gguf.choosing import selection
-from trimix_gguf.machine.memory import N_WINDOW
+from trimix_gguf.machine.loading import N_WINDOW
 from trimix_gguf.machine.threads import available_cores
 from trimix_gguf.mixing.fusion import Weights, fuse
 from trimix_gguf.roles import ROLES

@@ -5,16 +5,13 @@ import platform
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from trimix_gguf.errors import MemoryNeededError, ModelError
 from trimix_gguf.machine.gguf_file import GGUFFile, TensorInfo
-from trimix_gguf.machine.quantization import FLOATS, WEIGHT_TYPES
+from trimix_gguf.machine.loading import Loading
+from trimix_gguf.machine.quantization import WEIGHT_TYPES
 from trimix_gguf.roles import ROLES
 
-N_CTX = 2048  # positions of a context, where none are asked for
-N_WINDOW = 64  # most rows of logits held at once: half as many read a prompt a fifth slower
-N_BATCH = 128  # tokens read at once where only the last row is wanted
 CTX_STEP = 256  # llama.cpp rounds a context up to a multiple of it
 # Python, NumPy, llama.cpp's code and what scoring works with: about 50 MiB in four trios.
 _BASE = 52 << 20
@@ -87,14 +84,14 @@ class ModelMemory:
 
 def by_role(
     files: Mapping[str, GGUFFile],
-    options: Mapping[str, Mapping[str, Any]],
+    loadings: Mapping[str, Loading],
     lora: GGUFFile | None = None,
 ) -> dict[str, ModelMemory]:
     """Each role's bytes; weights that roles share are the first one's, an adapter small_cpt's."""
     memories, seen = {}, set()
     for role in sorted(files, key=ROLES.index):
         file = files[role]
-        found = _model_memory(file, options.get(role, {}))
+        found = _model_memory(file, loadings.get(role, Loading()))
         if file.path in seen:
             none = (0,) * len(found.layers)
             found = replace(found, embedding=0, layers=none, output=0, tied=0, tied_ram=0)
@@ -119,10 +116,10 @@ def program(large_ins: GGUFFile) -> int:
 
 
 def estimate(
-    files: Mapping[str, GGUFFile], options: Mapping[str, dict[str, Any]], lora: GGUFFile | None
+    files: Mapping[str, GGUFFile], loadings: Mapping[str, Loading], lora: GGUFFile | None
 ) -> dict[str, int]:
     """Bytes for 'weights' (each file once), 'kv' caches and 'buffers' of a trio on the CPU."""
-    needs = [m.in_ram(0) for m in by_role(files, options, lora).values()]
+    needs = [m.in_ram(0) for m in by_role(files, loadings, lora).values()]
     need = sum(needs, Need(buffers=program(files[ROLES[0]])))
     return {"weights": need.weights, "kv": need.kv, "buffers": need.buffers}
 
@@ -135,12 +132,12 @@ def available() -> int:
 
 
 def check_fits(
-    files: Mapping[str, GGUFFile], options: Mapping[str, dict[str, Any]], lora: GGUFFile | None
+    files: Mapping[str, GGUFFile], loadings: Mapping[str, Loading], lora: GGUFFile | None
 ) -> None:
     """Raise MemoryNeededError, saying how much is needed and what to turn down."""
-    if any(own.get("n_gpu_layers") for own in options.values()):
+    if any(loading.n_gpu_layers for loading in loadings.values()):
         return  # part of it goes to a device; llama.cpp says what does not fit there
-    need, have = estimate(files, options, lora), available()
+    need, have = estimate(files, loadings, lora), available()
     if sum(need.values()) > have:
         parts = ", ".join(f"{name} {in_gib(n)}" for name, n in need.items())
         mend = (
@@ -152,11 +149,11 @@ def check_fits(
         )
 
 
-def check_fits_beside(file: GGUFFile, own: Mapping[str, Any]) -> None:
+def check_fits_beside(file: GGUFFile, loading: Loading) -> None:
     """Raise MemoryNeededError where one more model does not fit beside what is open."""
-    if own.get("n_gpu_layers"):
+    if loading.n_gpu_layers:
         return
-    need, have = _model_memory(file, own).in_ram(0).total, available()
+    need, have = _model_memory(file, loading).in_ram(0).total, available()
     if need > have:
         raise MemoryNeededError(
             f"{file.path.name} needs {in_gib(need)} beside the trio and {in_gib(have)} is free; "
@@ -164,32 +161,20 @@ def check_fits_beside(file: GGUFFile, own: Mapping[str, Any]) -> None:
         )
 
 
-def flash_attention(own: Mapping[str, Any], *, offloaded: bool) -> bool:
-    """Whether a context by these options of Model has flash attention, as far as can be told.
-
-    Not on the CPU, where it takes up to three times as long (benchmarks/attention.py), unless a
-    quantized V cache needs it; what is asked for goes first.
-    """
-    asked: bool | None = own.get("flash_attn")
-    if asked is None:
-        return offloaded or own.get("type_v", "f16") not in FLOATS
-    return asked
-
-
 def in_gib(n_bytes: int) -> str:
+    """'1.50 GiB'."""
     return f"{n_bytes / (1 << 30):.2f} GiB"
 
 
 # -- one model --------------------------------------------------------------------------------
 
 
-def _model_memory(file: GGUFFile, own: Mapping[str, Any]) -> ModelMemory:
-    n_ctx = -(-own.get("n_ctx", N_CTX) // CTX_STEP) * CTX_STEP
-    n_window = own.get("n_window", N_WINDOW)
-    n_batch = max(own.get("n_batch", N_BATCH), n_window)
+def _model_memory(file: GGUFFile, loading: Loading) -> ModelMemory:
+    n_ctx = -(-loading.n_ctx // CTX_STEP) * CTX_STEP
+    n_batch = max(loading.n_batch, loading.n_window)
     embedding, layers, output = _weights(file.tensors, file.n_layer)
     try:
-        kv = file.kv_bytes(n_ctx, own.get("type_k", "f16"), own.get("type_v", "f16"))
+        kv = file.kv_bytes(n_ctx, loading.type_k, loading.type_v)
     except ValueError as error:
         raise ModelError(f"{file.path.name}: {error}") from None
     n_heads = max(sum(file.n_head_kv), 1)
@@ -197,10 +182,10 @@ def _model_memory(file: GGUFFile, own: Mapping[str, Any]) -> ModelMemory:
     table = tensors.get("token_embd.weight")
     tied = table.n_bytes if table is not None and "output.weight" not in tensors else 0
     repacked = _REPACKED_ON_ARM if platform.machine().lower() in ("arm64", "aarch64") else _REPACKED
-    rows = 4 * file.n_items("tokenizer.ggml.tokens") * n_window
+    rows = 4 * file.n_items("tokenizer.ggml.tokens") * loading.n_window
 
     def compute(offloaded: bool) -> int:
-        flash = flash_attention(own, offloaded=offloaded)
+        flash = loading.has_flash_attention(offloaded=offloaded)
         output = rows + 16 * n_batch * file.n_embd
         return max(output, n_batch * _token_bytes(file, n_ctx, flash))
 

@@ -11,11 +11,11 @@ from typing import Any
 from trimix_gguf.errors import ModelError
 from trimix_gguf.machine import memory
 from trimix_gguf.machine.gguf_file import GGUFFile
+from trimix_gguf.machine.loading import AUTO, Loading, LoadingOptions
 from trimix_gguf.machine.memory import ModelMemory, Need
 from trimix_gguf.machine.native import Device
 from trimix_gguf.roles import ROLES
 
-AUTO = "auto"  # as n_gpu_layers: left open
 CPU, RAM = "CPU", "RAM"
 _CARDS = ("GPU", "integrated GPU")  # kinds of device that layers can go to
 # Left free on a device beside what is counted: the driver's context and kernels (some 300 MiB
@@ -24,7 +24,6 @@ MARGIN = 512 << 20
 _LOADED = ("large_ins", "small_base", "small_cpt")  # who loads weights that roles share
 
 Files = Mapping[str, GGUFFile]
-Options = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -32,18 +31,15 @@ class Case:
     """A trio, and the machine that it is to be arranged on."""
 
     files: Files
-    options: Options
+    loadings: Mapping[str, Loading]  # of every role
     lora: GGUFFile | None
     devices: Sequence[Device]
     free_ram: int
 
-    def option(self, role: str, name: str, otherwise: Any) -> Any:
-        return self.options.get(role, {}).get(name, otherwise)
-
     def using(self, **changed: Any) -> "Case":
-        """The same with other options, for every role."""
-        options = {role: {**self.options.get(role, {}), **changed} for role in ROLES}
-        return replace(self, options=options)
+        """The same with some of Loading's fields changed, for every role."""
+        changed_loadings = {r: replace(one, **changed) for r, one in self.loadings.items()}
+        return replace(self, loadings=changed_loadings)
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ class Plan:
         on_devices = all(room.need.total <= room.usable for room in self.rooms.values())
         return on_devices and self.ram_needed <= self.rooms[RAM].free
 
-    def load_options(self, role: str) -> dict[str, Any]:
+    def load_options(self, role: str) -> LoadingOptions:
         """n_gpu_layers and device for Model. Without layers on it, a device is not opened."""
         own = self.models[role]
         if len(self.rooms) == 1:
@@ -133,7 +129,7 @@ class Plan:
 
 def arrange(case: Case) -> Plan:
     """The plan without advice: planner.plan says by which rules."""
-    memories = memory.by_role(case.files, case.options, case.lora)
+    memories = memory.by_role(case.files, case.loadings, case.lora)
     program = memory.program(case.files[ROLES[0]])
     groups: dict[Any, list[str]] = {}
     for role in ROLES:
@@ -223,7 +219,7 @@ def _is_ram(device: Device) -> bool:
 def _fixed(roles: Sequence[str], case: Case) -> int | None:
     """Layers that the user fixed for weights that `roles` share; None where he left it open."""
     for role in sorted(roles, key=_LOADED.index):
-        if (layers := case.option(role, "n_gpu_layers", AUTO)) != AUTO:
+        if (layers := case.loadings[role].n_gpu_layers) != AUTO:
             return int(layers)
     return None
 
@@ -232,7 +228,7 @@ def _named(roles: Sequence[str], case: Case) -> str | None:
     """The device that the user named for weights that `roles` share."""
     names = [device.name for device in case.devices]
     for role in sorted(roles, key=_LOADED.index):
-        if (wanted := case.option(role, "device", None)) is not None:
+        if (wanted := case.loadings[role].device) is not None:
             for name in (*names, CPU):
                 if name.lower() == wanted.lower():
                     return name

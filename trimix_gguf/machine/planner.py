@@ -1,17 +1,18 @@
 """A plan for a trio on a machine, and what to change where it fits nowhere."""
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from trimix_gguf.errors import MemoryNeededError, ModelError
 from trimix_gguf.machine import memory, native
 from trimix_gguf.machine.gguf_file import GGUFFile
-from trimix_gguf.machine.memory import CTX_STEP, N_CTX, adapter_of, as_quantized
+from trimix_gguf.machine.loading import AUTO, Loading, LoadingOptions
+from trimix_gguf.machine.memory import CTX_STEP, adapter_of, as_quantized
 from trimix_gguf.machine.native import Device
-from trimix_gguf.machine.placement import AUTO, RAM, Case, Change, Files, Options, Plan, arrange
+from trimix_gguf.machine.placement import RAM, Case, Change, Files, Plan, arrange
 from trimix_gguf.machine.quantization import FLOATS, QUANTIZED
 from trimix_gguf.roles import ROLES
 
@@ -21,7 +22,7 @@ def plan(
     *,
     devices: Sequence[Device],
     free_ram: int,
-    options: Options | None = None,
+    options: Mapping[str, LoadingOptions] | None = None,
     lora: GGUFFile | None = None,
 ) -> Plan:
     """Decide how many layers of which model go to which device.
@@ -32,36 +33,38 @@ def plan(
     holds a part of one takes no other. Where it fits nowhere, `advice` says what would help.
     Raises ModelError for a device that is not there.
     """
-    case = Case(files, options or {}, lora, devices, free_ram)
+    loadings = {}
+    for role in ROLES:
+        asked: LoadingOptions = {"n_gpu_layers": AUTO, **(options or {}).get(role, {})}
+        loadings[role] = Loading(**asked)
+    case = Case(files, loadings, lora, devices, free_ram)
     found = arrange(case)
     return found if found.fits else replace(found, advice=tuple(_advise(case, found)))
 
 
-def place(files: Files, options: Options, lora: GGUFFile | None) -> dict[str, dict[str, Any]]:
+def place(
+    files: Files, options: Mapping[str, LoadingOptions], lora: GGUFFile | None
+) -> dict[str, LoadingOptions]:
     """`options` with every n_gpu_layers "auto" decided for this machine; others as they are.
 
     Raises MemoryNeededError where a trio that asks for it fits nowhere.
     """
-    own = {role: dict(options.get(role, {})) for role in ROLES}
-    asked = [o["n_gpu_layers"] for o in own.values() if isinstance(o.get("n_gpu_layers"), str)]
-    if not asked:
-        return own
-    if set(asked) != {AUTO}:
-        raise ModelError(f"n_gpu_layers is {asked[0]!r}; expected a number or {AUTO!r}")
-    open_files = {files[role].path for role, o in own.items() if o.get("n_gpu_layers") == AUTO}
-    found = plan(
-        files,
-        devices=native.devices(),
-        free_ram=memory.available(),
-        options={
-            role: {"n_gpu_layers": AUTO if files[role].path in open_files else 0, **one}
-            for role, one in own.items()
-        },
-        lora=lora,
-    )
+    by_role = {role: options.get(role, {}) for role in ROLES}
+    layers = {role: one.get("n_gpu_layers", 0) for role, one in by_role.items()}
+    if wrong := [n for n in layers.values() if isinstance(n, str) and n != AUTO]:
+        raise ModelError(f"n_gpu_layers is {wrong[0]!r}; expected a number or {AUTO!r}")
+    open_files = {files[role].path for role, n in layers.items() if n == AUTO}
+    if not open_files:
+        return by_role
+    asked: dict[str, LoadingOptions] = {
+        role: {"n_gpu_layers": AUTO if files[role].path in open_files else 0, **one}
+        for role, one in by_role.items()
+    }
+    devices, free_ram = native.devices(), memory.available()
+    found = plan(files, devices=devices, free_ram=free_ram, options=asked, lora=lora)
     if not found.fits:
         raise MemoryNeededError(found.refusal())
-    return {role: {**one, **found.load_options(role)} for role, one in own.items()}
+    return {role: {**one, **found.load_options(role)} for role, one in by_role.items()}
 
 
 # -- advice -----------------------------------------------------------------------------------
@@ -122,7 +125,7 @@ def _missing(found: Plan) -> int:
 
 def _open_layers(case: Case) -> _Made | None:
     """Layers that the user fixed, left to the planner."""
-    if all(case.option(role, "n_gpu_layers", AUTO) in (AUTO, 0) for role in ROLES):
+    if all(one.n_gpu_layers in (AUTO, 0) for one in case.loadings.values()):
         return None
     opened = case.using(n_gpu_layers=AUTO)
     return _Made(opened, "layers where there is room for them", "--gpu-layers auto")
@@ -130,7 +133,7 @@ def _open_layers(case: Case) -> _Made | None:
 
 def _flash_attention(case: Case) -> _Made | None:
     """Flash attention; None where it saves nothing, or it was decided."""
-    if any(case.option(role, "flash_attn", None) is not None for role in ROLES):
+    if any(one.flash_attn is not None for one in case.loadings.values()):
         return None
     changed = case.using(flash_attn=True)
     if _total(arrange(changed)) >= _total(arrange(case)):
@@ -140,8 +143,9 @@ def _flash_attention(case: Case) -> _Made | None:
 
 def _narrow_kv(case: Case) -> _Made | None:
     """KV caches in q8_0; None where they are, or cannot be, that narrow."""
-    kinds = {case.option(role, key, "f16") for role in ROLES for key in ("type_k", "type_v")}
-    if not kinds & set(FLOATS) or False in (case.option(r, "flash_attn", None) for r in ROLES):
+    loadings = case.loadings.values()
+    kinds = {kind for one in loadings for kind in (one.type_k, one.type_v)}
+    if not kinds & set(FLOATS) or any(one.flash_attn is False for one in loadings):
         return None
     try:
         for file in case.files.values():
@@ -154,7 +158,7 @@ def _narrow_kv(case: Case) -> _Made | None:
 
 def _smaller_context(case: Case) -> _Made | None:
     """The largest context that fits, in whole steps; the smallest where none does."""
-    n_ctx = max(case.option(role, "n_ctx", N_CTX) for role in ROLES)
+    n_ctx = max(one.n_ctx for one in case.loadings.values())
     fits, too_large = 1, -(-n_ctx // CTX_STEP)
     if too_large == 1:
         return None

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from trimix_gguf.machine.loading import Loading
 from trimix_gguf.machine.self_test import WRONG
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.model import Model
@@ -47,7 +48,7 @@ def keep() -> None:
 def _rows() -> Iterator[tuple[str, NDArray[np.float32]]]:
     """Role and size, and the last row [n_vocab], for every nano model and size."""
     for role in ROLES:
-        model = Model(_NANO / f"{role}.gguf", n_ctx=128, device="CPU")
+        model = Model(_NANO / f"{role}.gguf", Loading(n_ctx=128, device="CPU"))
         for size in SIZES:
             print(f"reading {size} token{'s' * (size > 1)}", flush=True)
             model.rewind(0)

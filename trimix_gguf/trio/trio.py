@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import ModelFileError, PromptError
 from trimix_gguf.machine.gguf_file import read_gguf
+from trimix_gguf.machine.loading import Loading, LoadingOptions
 from trimix_gguf.machine.memory import check_fits
 from trimix_gguf.machine.planner import place
 from trimix_gguf.machine.vocabulary import check_contract
@@ -51,11 +52,11 @@ class Trio:
         small_base: Path | str,
         small_cpt: Path | str | None = None,
         small_cpt_lora: Path | str | None = None,
-        per_role: dict[str, dict[str, Any]] | None = None,
+        per_role: Mapping[str, LoadingOptions] | None = None,
         chat_template: str | None = None,
-        **options: Any,
+        **options: Unpack[LoadingOptions],
     ) -> "Trio":
-        """Open three GGUF files; `options` go to every Model, `per_role[role]` to one.
+        """Open three GGUF files; `options` are fields of Loading, `per_role[role]` those of one.
 
         Without `small_cpt`, `small_cpt_lora` is applied over small_base, whose weights the two
         then share. `chat_template` stands for that of large_ins' file. `n_gpu_layers` "auto" leaves
@@ -72,16 +73,17 @@ class Trio:
         files = {role: read_gguf(path) for role, path in paths.items()}
         check_contract(files)
         adapter = read_gguf(Path(small_cpt_lora)) if small_cpt_lora else None
-        asked = {role: {**options, **(per_role or {}).get(role, {})} for role in ROLES}
-        own = place(files, asked, adapter)
-        check_fits(files, own, adapter)
+        given = per_role or {}
+        asked: dict[str, LoadingOptions] = {r: {**options, **given.get(r, {})} for r in ROLES}
+        loadings = {r: Loading(**one) for r, one in place(files, asked, adapter).items()}
+        check_fits(files, loadings, adapter)
         models: dict[str, Model] = {}
         for role in ("large_ins", "small_base", "small_cpt"):
             share = next((m for m in models.values() if m.path == paths[role]), None)
             lora = small_cpt_lora if role == "small_cpt" else None
             tokenizer = role == ROLES[0]  # large_ins' serves all three
             models[role] = Model(
-                paths[role], lora=lora, share=share, tokenizer=tokenizer, **own[role]
+                paths[role], loadings[role], lora=lora, share=share, tokenizer=tokenizer
             )
         if chat_template is not None:
             models["large_ins"].chat_template = chat_template

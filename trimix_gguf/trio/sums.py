@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from trimix_gguf.mixing.scoring import Float64
-from trimix_gguf.trio.prefill import Mark
+from trimix_gguf.trio.prefill import PromptMark
 from trimix_gguf.trio.prompt import Unit
 
 Axes = tuple[tuple[float, ...], tuple[float, ...]]  # alphas and betas that sums are over
@@ -20,7 +20,7 @@ Axes = tuple[tuple[float, ...], tuple[float, ...]]  # alphas and betas that sums
 class Sum:
     """Nats [n_alpha, n_beta] of the first `n_tokens` scored tokens, at a mark of the prompt."""
 
-    mark: Mark
+    mark: PromptMark
     nll: Float64
     n_tokens: int
 
@@ -40,7 +40,7 @@ class PrefixSums:
             return self.sums[-1]
         return Sum((0, 0), np.zeros((len(self.axes[0]), len(self.axes[1]))), 0)
 
-    def add(self, mark: Mark, nll: Float64, n_tokens: int) -> None:
+    def add(self, mark: PromptMark, nll: Float64, n_tokens: int) -> None:
         """Take in nats of the next scored tokens, up to a mark."""
         before = self.newest
         self.sums.append(Sum(mark, before.nll + nll, before.n_tokens + n_tokens))

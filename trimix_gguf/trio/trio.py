@@ -18,7 +18,7 @@ from trimix_gguf.machine.vocabulary import check_contract
 from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.model import Model
-from trimix_gguf.trio.prefill import Mark, Prefill, Window
+from trimix_gguf.trio.prefill import PromptMark, Prefill, Window
 from trimix_gguf.trio.prompt import Prompt, Unit, n_common, text_prompt
 from trimix_gguf.trio.sequences import Progress, Sequences
 from trimix_gguf.trio.sums import PrefixSums
@@ -145,7 +145,7 @@ class Trio:
         *,
         consume: Consume | None = None,
         progress: Progress | None = None,
-        after: Mark | None = None,
+        after: PromptMark | None = None,
     ) -> None:
         """Replace what the caches hold by `prompt`; of what they hold, its prefix is kept.
 

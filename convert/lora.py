@@ -46,7 +46,7 @@ class MergedCheckpoint(Checkpoint):
             return weight
         pair = self.adapter.pairs[module]
         a, b = self.adapter.read_pair(module)
-        merged = b[rows] @ a
+        merged: np.ndarray = b[rows] @ a
         merged *= pair.alpha / pair.rank
         merged += weight
         if pair.magnitude is not None:

@@ -33,6 +33,7 @@ from trimix_gguf.mixing.fusion import METHODS, Mix, Rows, fuse
 from trimix_gguf.mixing.sampling import Sampler
 from trimix_gguf.mixing.scoring import GRID, Float64, grid_nll
 from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.model import Logits
 from trimix_gguf.trio.prefill import Window
 from trimix_gguf.trio.prompt import Prompt, Segment
 from trimix_gguf.trio.trio import Trio
@@ -254,10 +255,19 @@ def grid_scoring(trio: Trio, prompt: Prompt, prefill_s: float) -> dict[str, floa
 def nll_seconds(
     form: Callable[..., Float64], rows: Rows, targets: NDArray[np.int64], **settings: Any
 ) -> float:
+    """Seconds that `form` takes to score rows at every point of GRID²."""
     return _timed(lambda: form(**rows, targets=targets, alphas=GRID, betas=GRID, **settings))
 
 
-def naive_nll(*, large_ins, small_cpt, small_base, targets, alphas, betas) -> Float64:
+def naive_nll(
+    *,
+    large_ins: Logits,
+    small_cpt: Logits,
+    small_base: Logits,
+    targets: NDArray[np.int64],
+    alphas: Sequence[float],
+    betas: Sequence[float],
+) -> Float64:
     """grid_nll as one would write it: a mix and a float32 log-softmax a point, on whole arrays."""
     nll, at = np.empty((len(alphas), len(betas))), np.arange(len(targets))
     for i, a in enumerate(np.asarray(alphas, np.float32)):

@@ -21,7 +21,8 @@ from trimix_gguf.mixing.sampling import Sampler
 from trimix_gguf.mixing.scoring import GRID
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.prompt import Prompt
-from trimix_gguf.trio.trio import Progress, Trio
+from trimix_gguf.trio.sequences import TokenProgress
+from trimix_gguf.trio.trio import Trio
 
 Trace = Callable[[dict[str, Any]], None]
 
@@ -60,7 +61,7 @@ def stream_generate(
     trace: Trace | None = None,
     trace_roles: Sequence[str] = ROLES,
     on_selection: Callable[[Selection], None] | None = None,
-    progress: Progress | None = None,
+    progress: TokenProgress | None = None,
     **sampling: Any,
 ) -> Generator[Response, None, None]:
     """Answer `prompt`, yielding text as it comes; `sampling` goes to Sampler.

@@ -24,8 +24,9 @@ from trimix_gguf.mixing.scoring import (
 )
 from trimix_gguf.trio.prefill import Window
 from trimix_gguf.trio.prompt import Prompt
+from trimix_gguf.trio.sequences import TokenProgress
 from trimix_gguf.trio.sums import PrefixSums
-from trimix_gguf.trio.trio import Progress, Trio
+from trimix_gguf.trio.trio import Trio
 
 Grid = tuple[Sequence[float], Sequence[float]] | Literal["continuous"]
 Average = Literal["micro", "macro"]
@@ -107,7 +108,7 @@ def score(
     *,
     grid: Grid = (GRID, GRID),
     also: Sequence[Weights] = (),
-    progress: Progress | None = None,
+    progress: TokenProgress | None = None,
     n_threads: int | None = None,
 ) -> Score:
     """Perplexity of each prompt under every mix of `grid`, of the single models and of `also`.
@@ -155,7 +156,7 @@ def _prompt_nll(
     trio: Trio,
     prompt: Prompt,
     score: Score,
-    progress: Progress | None,
+    progress: TokenProgress | None,
     n_threads: int,
 ) -> tuple[Float64, int]:
     """One prompt's summed nats [n_alpha, n_beta] and its scored tokens, in one pass."""
@@ -184,7 +185,7 @@ def select_weights(
     grid: Grid = (GRID, GRID),
     average: Average = "macro",
     last: int | None = None,
-    progress: Progress | None = None,
+    progress: TokenProgress | None = None,
 ) -> Selection:
     """Choose (alpha, beta) for a prompt, or one pair for a task's prompts, without labels.
 
@@ -213,7 +214,9 @@ def lowest_entropy(rows: Iterable[Rows], grid: Grid, unused: NDArray[np.bool_] |
     return Selection(Mix(lowest(total, *grid)), ENT)
 
 
-def _next_rows(trio: Trio, prompts: Sequence[Prompt], progress: Progress | None) -> Iterator[Rows]:
+def _next_rows(
+    trio: Trio, prompts: Sequence[Prompt], progress: TokenProgress | None
+) -> Iterator[Rows]:
     for prompt in prompts:
         trio.prefill(prompt)
         yield trio.rows(progress=progress)

@@ -24,71 +24,66 @@ ROLE_OPTIONS: dict[str, Callable[[str], Any]] = {
 _FILES = ("large_ins", "small_base", "small_cpt", "small_cpt_lora")
 
 
+_TRIO_OPTIONS = (
+    click.option(
+        "--trio", metavar="NAME|FILE|DIR", help="A trio; see `trimix list`. Default: nano."
+    ),
+    click.option("--large-ins", metavar="FILE", help="GGUF of the large instruct model."),
+    click.option("--small-base", metavar="FILE", help="GGUF of the small base model."),
+    click.option(
+        "--small-cpt",
+        metavar="FILE",
+        help="GGUF of the small model that knows the language.",
+    ),
+    click.option(
+        "--small-cpt-lora",
+        metavar="FILE",
+        help="LoRA adapter over small_base, in place of small_cpt.",
+    ),
+    click.option("--n-ctx", type=click.IntRange(min=8), help="Length of the context, in tokens."),
+    click.option(
+        "--gpu-layers",
+        multiple=True,
+        metavar="[ROLE=]N|auto",
+        help="Layers on the device; -1: all. See `trimix plan`.",
+    ),
+    click.option(
+        "--device",
+        multiple=True,
+        metavar="[ROLE=]NAME",
+        help="Device by name; see `trimix doctor`.",
+    ),
+    click.option(
+        "--threads",
+        multiple=True,
+        metavar="[ROLE=]N",
+        help="CPU threads. Default: all cores.",
+    ),
+    click.option(
+        "--kv-type",
+        multiple=True,
+        metavar="[ROLE=]TYPE",
+        help="Type of the KV cache: f16, q8_0, …",
+    ),
+    click.option("--mmap/--no-mmap", default=None, help="Map the files instead of reading them."),
+    click.option(
+        "--mlock",
+        is_flag=True,
+        default=None,
+        help="Lock the weights in memory, out of swap.",
+    ),
+    click.option(
+        "--flash-attn/--no-flash-attn",
+        default=None,
+        help="Default: only on a device or for a quantized KV cache (slower on the CPU).",
+    ),
+    click.option("--verbose", is_flag=True, help="Show llama.cpp's log, and where layers went."),
+)
+
+
 def trio_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that name a trio and how each of its models is loaded."""
-    for option in reversed(
-        [
-            click.option(
-                "--trio", metavar="NAME|FILE|DIR", help="A trio; see `trimix list`. Default: nano."
-            ),
-            click.option("--large-ins", metavar="FILE", help="GGUF of the large instruct model."),
-            click.option("--small-base", metavar="FILE", help="GGUF of the small base model."),
-            click.option(
-                "--small-cpt",
-                metavar="FILE",
-                help="GGUF of the small model that knows the language.",
-            ),
-            click.option(
-                "--small-cpt-lora",
-                metavar="FILE",
-                help="LoRA adapter over small_base, in place of small_cpt.",
-            ),
-            click.option(
-                "--n-ctx", type=click.IntRange(min=8), help="Length of the context, in tokens."
-            ),
-            click.option(
-                "--gpu-layers",
-                multiple=True,
-                metavar="[ROLE=]N|auto",
-                help="Layers on the device; -1: all. See `trimix plan`.",
-            ),
-            click.option(
-                "--device",
-                multiple=True,
-                metavar="[ROLE=]NAME",
-                help="Device by name; see `trimix doctor`.",
-            ),
-            click.option(
-                "--threads",
-                multiple=True,
-                metavar="[ROLE=]N",
-                help="CPU threads. Default: all cores.",
-            ),
-            click.option(
-                "--kv-type",
-                multiple=True,
-                metavar="[ROLE=]TYPE",
-                help="Type of the KV cache: f16, q8_0, …",
-            ),
-            click.option(
-                "--mmap/--no-mmap", default=None, help="Map the files instead of reading them."
-            ),
-            click.option(
-                "--mlock",
-                is_flag=True,
-                default=None,
-                help="Lock the weights in memory, out of swap.",
-            ),
-            click.option(
-                "--flash-attn/--no-flash-attn",
-                default=None,
-                help="Default: only on a device or for a quantized KV cache (slower on the CPU).",
-            ),
-            click.option(
-                "--verbose", is_flag=True, help="Show llama.cpp's log, and where layers went."
-            ),
-        ]
-    ):
+    for option in reversed(_TRIO_OPTIONS):
         command = option(command)
     return command
 

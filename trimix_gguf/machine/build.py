@@ -225,7 +225,8 @@ def requirement() -> str:
     if project.is_file():
         import tomllib
 
-        named = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
+        table = tomllib.loads(project.read_text(encoding="utf-8"))
+        named: list[str] = table["project"]["dependencies"]
     else:
         from importlib.metadata import requires
 

@@ -49,7 +49,6 @@ _errors: deque[str] = deque(maxlen=8)
 _verbose = False
 
 
-@lib.llama_log_callback
 def _log(level: int, text: bytes, _: Any) -> None:
     line = text.decode("utf-8", errors="replace")
     if _verbose and sys.stderr is not None:
@@ -58,9 +57,12 @@ def _log(level: int, text: bytes, _: Any) -> None:
         _errors.append(line.strip())
 
 
+_log_callback = lib.llama_log_callback(_log)
+
+
 def listen() -> None:
     """Have llama.cpp log to us; importing llama_cpp whole, as others may, takes its log over."""
-    lib.llama_log_set(_log, ctypes.c_void_p(0))
+    lib.llama_log_set(_log_callback, ctypes.c_void_p(0))
 
 
 listen()

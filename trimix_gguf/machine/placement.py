@@ -76,7 +76,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayerPlan:
     """Models by role, RAM and devices by name; `program` is the process's own part of RAM."""
 
     models: dict[str, Placement]
@@ -127,7 +127,7 @@ class Plan:
         return f"this trio needs {over}; {mend}"
 
 
-def arrange(case: Case) -> Plan:
+def arrange(case: Case) -> LayerPlan:
     """The plan without advice: planner.plan says by which rules."""
     memories = memory.by_role(case.files, case.loadings, case.lora)
     program = memory.program(case.files[ROLES[0]])
@@ -152,7 +152,7 @@ def arrange(case: Case) -> Plan:
             need = _sum(own.on_device for own in models.values() if own.device == card.name)
             usable = max(card.free - MARGIN, 0)
             rooms[card.name] = Room(card.free, usable, need, _is_ram(card))
-    return Plan({role: models[role] for role in ROLES}, rooms, program)
+    return LayerPlan({role: models[role] for role in ROLES}, rooms, program)
 
 
 def _choose(

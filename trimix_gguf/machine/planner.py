@@ -12,7 +12,7 @@ from trimix_gguf.machine.gguf_file import GGUFFile
 from trimix_gguf.machine.loading import AUTO, Loading, LoadingOptions
 from trimix_gguf.machine.memory import CTX_STEP, adapter_of, as_quantized
 from trimix_gguf.machine.native import Device
-from trimix_gguf.machine.placement import RAM, Case, Change, Files, Plan, arrange
+from trimix_gguf.machine.placement import RAM, Case, Change, Files, LayerPlan, arrange
 from trimix_gguf.machine.quantization import FLOATS, QUANTIZED
 from trimix_gguf.roles import ROLES
 
@@ -24,7 +24,7 @@ def plan(
     free_ram: int,
     options: Mapping[str, LoadingOptions] | None = None,
     lora: GGUFFile | None = None,
-) -> Plan:
+) -> LayerPlan:
     """Decide how many layers of which model go to which device.
 
     `options` are Trio.load's by role: n_gpu_layers is a number, or "auto" (as where it is not
@@ -79,7 +79,7 @@ class _Made(NamedTuple):
     command: str | None = None
 
 
-def _advise(case: Case, now: Plan) -> Iterator[Change]:
+def _advise(case: Case, now: LayerPlan) -> Iterator[Change]:
     """Changes from the least harm to the most; then several at once, where none suffices alone."""
 
     def change(what: str, made: _Made, command: str | None) -> Change:
@@ -113,11 +113,11 @@ def _advise(case: Case, now: Plan) -> Iterator[Change]:
                 return
 
 
-def _total(found: Plan) -> int:
+def _total(found: LayerPlan) -> int:
     return sum(room.need.total for room in found.rooms.values())
 
 
-def _missing(found: Plan) -> int:
+def _missing(found: LayerPlan) -> int:
     """Bytes over what there is, of RAM and of devices."""
     over = [r.need.total - r.usable for name, r in found.rooms.items() if name != RAM]
     return sum(max(n, 0) for n in (*over, found.ram_needed - found.rooms[RAM].free))

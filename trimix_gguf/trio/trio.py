@@ -18,9 +18,9 @@ from trimix_gguf.machine.vocabulary import check_contract
 from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.model import Model
-from trimix_gguf.trio.prefill import PromptMark, Prefill, Window
+from trimix_gguf.trio.prefill import Prefill, PromptMark, Window
 from trimix_gguf.trio.prompt import Prompt, Unit, n_common, text_prompt
-from trimix_gguf.trio.sequences import Progress, Sequences
+from trimix_gguf.trio.sequences import Sequences, TokenProgress
 from trimix_gguf.trio.sums import PrefixSums
 
 Consume = Callable[[Window], None]
@@ -144,7 +144,7 @@ class Trio:
         prompt: Prompt,
         *,
         consume: Consume | None = None,
-        progress: Progress | None = None,
+        progress: TokenProgress | None = None,
         after: PromptMark | None = None,
     ) -> None:
         """Replace what the caches hold by `prompt`; of what they hold, its prefix is kept.
@@ -176,7 +176,7 @@ class Trio:
             for model in self.models.values() if rows else ():
                 model.drop_rows()
 
-    def _read_window(self, reading: Prefill, progress: Progress | None) -> tuple[Window, Rows]:
+    def _read_window(self, reading: Prefill, progress: TokenProgress | None) -> tuple[Window, Rows]:
         n_batch = min(model.n_batch for model in self.models.values())
         end = reading.portion(n_batch, self.n_window)
         self.sequences.append(0, reading.ids(reading.at, end))
@@ -193,7 +193,7 @@ class Trio:
         self.sequences.append(0, [token])
         self._rows = {}
 
-    def rows(self, roles: Sequence[str] = ROLES, progress: Progress | None = None) -> Rows:
+    def rows(self, roles: Sequence[str] = ROLES, progress: TokenProgress | None = None) -> Rows:
         """Next-token logits [n_vocab] of `roles`, after all tokens so far.
 
         Zero-copy: valid until the next call that reads. A role that owes tokens reads them now.
@@ -282,7 +282,9 @@ class Trio:
         self._rows = {}
         self.sequences.rewind(0, lengths)
 
-    def _read_tail(self, roles: Sequence[str], n: int, progress: Progress | None = None) -> Rows:
+    def _read_tail(
+        self, roles: Sequence[str], n: int, progress: TokenProgress | None = None
+    ) -> Rows:
         """Rows [n, n_vocab] after each of the last `n` ids, which are read now."""
         for role in roles:
             if not self._ids[role]:

@@ -163,7 +163,7 @@ def _write_tar(trio: TrioFile, files: Sequence[BundleFile], target: Path, advanc
         tar.addfile(_member(FILENAME, len(text)), io.BytesIO(text))
         for file in files:
             with Reader.of(file, advance) as reader:
-                tar.addfile(_member(file.name, file.n_bytes), reader)  # type: ignore[arg-type]
+                tar.addfile(_member(file.name, file.n_bytes), reader)
                 reader.check()
 
 
@@ -291,7 +291,7 @@ def _plain_members(tar: tarfile.TarFile, file: Path) -> dict[str, tarfile.TarInf
         raise TrioFileError(f"{file} is truncated or altered ({error}); copy it again") from None
     members: dict[str, tarfile.TarInfo] = {}
     for member in listed:
-        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:  # type: ignore[attr-defined]
+        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
             raise TrioFileError(f"{file}: {member.name!r} is not a plain file; refused")
         if not is_inside(member.name):
             raise TrioFileError(f"{file}: {member.name!r} leads out of the bundle; refused")

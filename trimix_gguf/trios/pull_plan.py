@@ -68,7 +68,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PullPlan:
     """A trio as it will be written, what of it is to be fetched, and what is the user's own."""
 
     trio: TrioFile
@@ -179,7 +179,7 @@ def plan_pull(
     name: str | None = None,
     quantization: str | None = None,
     notify: Notify = lambda text: None,
-) -> Plan:
+) -> PullPlan:
     """Find out what a pull must fetch; asks the hub unless everything is here.
 
     `quantization` takes the place of the manifest's for what is converted. Raises TrioFileError,
@@ -208,10 +208,10 @@ def plan_pull(
         for role, entry in trio.models.items()
         if entry.repo is not None and role not in here
     )
-    return Plan(trio, parts, own)
+    return PullPlan(trio, parts, own)
 
 
-def check_room(plan: Plan, *, force: bool = False) -> None:
+def check_room(plan: PullPlan, *, force: bool = False) -> None:
     """Raise MemoryNeededError where the machine's memory is too small, unless `force`; HubError
     where the disk is."""
     import psutil

@@ -17,13 +17,13 @@ from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.machine.locking import alone
 from trimix_gguf.machine.vocabulary import check_contract
 from trimix_gguf.trios.hub import Notify, fetch, read_repository
-from trimix_gguf.trios.pull_plan import WORK, Part, Plan
+from trimix_gguf.trios.pull_plan import WORK, Part, PullPlan
 from trimix_gguf.trios.store import sha256_of
 from trimix_gguf.trios.triofile import TrioFile
 
 
 def pull(
-    plan: Plan,
+    plan: PullPlan,
     *,
     progress: ByteProgress = lambda what, done, total: None,
     notify: Notify = lambda text: None,
@@ -69,7 +69,7 @@ def clear_work(trio: TrioFile) -> None:
     shutil.rmtree(trio.folder / WORK, ignore_errors=True)
 
 
-def _tidy(plan: Plan) -> None:
+def _tidy(plan: PullPlan) -> None:
     """Remove what no part goes on from: of other versions, and of conversions cut short."""
     kept = {"lock"} | {plan.note(part).name for part in plan.parts}
     for part in plan.parts:
@@ -79,7 +79,7 @@ def _tidy(plan: Plan) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _fetch_small_files(part: Part, plan: Plan, notify: Notify) -> None:
+def _fetch_small_files(part: Part, plan: PullPlan, notify: Notify) -> None:
     if part.kind == "gguf" or plan.ready(part) or plan.staged(part).exists():
         return
     for file in part.files:
@@ -97,7 +97,9 @@ def _fetch_small_files(part: Part, plan: Plan, notify: Notify) -> None:
         read_tokenizer(folder, config)
 
 
-def _make_ready(part: Part, plan: Plan, progress: ByteProgress, notify: Notify) -> dict[str, Any]:
+def _make_ready(
+    part: Part, plan: PullPlan, progress: ByteProgress, notify: Notify
+) -> dict[str, Any]:
     """Stage a model, and note its sha256; nothing is done that was done before."""
     noted = plan.ready(part)
     if noted is not None:
@@ -119,7 +121,7 @@ def _make_ready(part: Part, plan: Plan, progress: ByteProgress, notify: Notify) 
     return noted
 
 
-def _convert(part: Part, plan: Plan, progress: ByteProgress, notify: Notify) -> None:
+def _convert(part: Part, plan: PullPlan, progress: ByteProgress, notify: Notify) -> None:
     from trimix_gguf.convert.hf import convert_hf
     from trimix_gguf.convert.lora import convert_lora
 
@@ -143,7 +145,7 @@ def _convert(part: Part, plan: Plan, progress: ByteProgress, notify: Notify) -> 
     notify(f"{part.role}: converted {repo} to {part.type}")
 
 
-def _base_folder(adapter_dir: Path, plan: Plan) -> Path:
+def _base_folder(adapter_dir: Path, plan: PullPlan) -> Path:
     """A folder with the config.json of what a PEFT adapter adapts."""
     from trimix_gguf.convert.checkpoint import read_json
 
@@ -186,7 +188,7 @@ def _pinned(trio: TrioFile, part: Part, noted: dict[str, Any], notify: Notify) -
     )
 
 
-def _take_own(trio: TrioFile, role: str, path: Path, plan: Plan) -> TrioFile:
+def _take_own(trio: TrioFile, role: str, path: Path, plan: PullPlan) -> TrioFile:
     """Copy the user's own model to its place, unless it is there, and note its hash."""
     target, expected, sha256 = trio.path(role), trio.models[role].sha256, sha256_of(path)
     if expected not in (None, sha256):
@@ -206,7 +208,7 @@ def _other_bytes(role: str, expected: str | None, came: str) -> TrioFileError:
     )
 
 
-def _check_contract(trio: TrioFile, plan: Plan) -> None:
+def _check_contract(trio: TrioFile, plan: PullPlan) -> None:
     """The models speak the same tokens, or the trio is not written."""
     staged = {part.role: plan.staged(part) for part in plan.parts}
     files = {}

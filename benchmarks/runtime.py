@@ -217,10 +217,10 @@ def lockstep_cost(trio: Trio, n_steps: int) -> dict[str, Any]:
     for model in trio.models.values():
         del model.decode  # the class's own again
     steps = steps[1:]  # the first step's rows were there already
-    own = [sum(s[role] for role in ROLES) for s in steps]
+    decodes = [sum(s[role] for role in ROLES) for s in steps]
     return {
         "ms": {key: statistics.median(s[key] for s in steps) * 1e3 for key in ("step", *ROLES)},
-        "ratio": spread([s["step"] / o for s, o in zip(steps, own, strict=True)]),
+        "ratio": spread([s["step"] / o for s, o in zip(steps, decodes, strict=True)]),
         "tokens_per_s": 1 / statistics.median(s["step"] for s in steps),
     }
 
@@ -284,10 +284,10 @@ def described(result: dict[str, Any], n_tokens: int) -> list[str]:
             f"(from {ratio['min']:.2f} to {ratio['max']:.2f})"
         )
     lock = result["lockstep"]
-    own = ", ".join(f"{role} {lock['ms'][role]:.1f}" for role in ROLES)
+    each = ", ".join(f"{role} {lock['ms'][role]:.1f}" for role in ROLES)
     lines += [
         f"\nlockstep at {WEIGHTS.alpha}, {WEIGHTS.beta}: {lock['ms']['step']:.1f} ms a token "
-        f"({lock['tokens_per_s']:.1f} tokens/s); models' own ms: {own}",
+        f"({lock['tokens_per_s']:.1f} tokens/s); models' own ms: {each}",
         f"  a step over the models' own decodes: {lock['ratio']['median']:.4f}",
     ]
     took = result["help_s"]

@@ -112,11 +112,11 @@ def compare(rows: Rows, targets: np.ndarray, grid: tuple[float, ...], repeats: i
             start = time.perf_counter()
             form(rows, targets, grid)
             times[name].append((time.perf_counter() - start) / len(targets) * 1e3)
-    own = times["grid_nll"]
+    ours = times["grid_nll"]
     return {
         "ms_per_row": {name: spread(t) for name, t in times.items()},
         "ratio": {
-            name: spread([t / o for t, o in zip(times[name], own, strict=True)])
+            name: spread([t / o for t, o in zip(times[name], ours, strict=True)])
             for name in ("plain", "tuned")
         },
     }

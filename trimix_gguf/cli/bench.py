@@ -78,10 +78,10 @@ def _machine(options: dict[str, Any]) -> dict[str, Any]:
     from trimix_gguf.machine import native
     from trimix_gguf.machine.threads import available_cores
 
-    own = trio_arguments(dict(options))["per_role"]
+    per_role = trio_arguments(dict(options))["per_role"]
     return {
         "cores": available_cores(),
-        "threads": {r: own.get(r, {}).get("n_threads") or available_cores() for r in _ROLES},
+        "threads": {r: per_role.get(r, {}).get("n_threads") or available_cores() for r in _ROLES},
         **native.build_info(),
         **{name: importlib.metadata.version(name) for name in ("trimix-gguf", "numpy")},
         "python": platform.python_version(),

@@ -68,15 +68,15 @@ def _report(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     from trimix_gguf.trio.trio import concurrency
 
     options.pop("verbose", None)
-    files, own, lora = trio_files(trio_arguments(options))
+    files, asked, lora = trio_files(trio_arguments(options))
     have, devices, info = memory.available(), native.devices(), native.build_info()
     machine: dict[str, Any] = {"devices": devices, "free_ram": have, "lora": lora}
-    asked: dict[str, Any] = {r: {"n_gpu_layers": 0, **one} for r, one in own.items()}
-    found = plan(files, options=asked, **machine)
-    all_auto: dict[str, Any] = {r: {**one, "n_gpu_layers": AUTO} for r, one in own.items()}
+    on_cpu: dict[str, Any] = {r: {"n_gpu_layers": 0, **one} for r, one in asked.items()}
+    found = plan(files, options=on_cpu, **machine)
+    all_auto: dict[str, Any] = {r: {**one, "n_gpu_layers": AUTO} for r, one in asked.items()}
     auto = plan(files, options=all_auto, **machine)
     places = {role: model.device for role, model in found.models.items()}
-    loadings = {role: Loading(**one) for role, one in own.items()}
+    loadings = {role: Loading(**one) for role, one in asked.items()}
     need = memory.estimate(files, loadings, lora)
     return {
         "llama.cpp": {**info, "python": platform.python_version()},

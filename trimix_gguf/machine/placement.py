@@ -97,20 +97,20 @@ class LayerPlan:
 
     def load_options(self, role: str) -> LoadingOptions:
         """n_gpu_layers and device for Model. Without layers on it, a device is not opened."""
-        own = self.models[role]
+        placement = self.models[role]
         if len(self.rooms) == 1:
             return {"n_gpu_layers": 0}
-        return {"n_gpu_layers": own.n_layers, "device": own.device}
+        return {"n_gpu_layers": placement.n_layers, "device": placement.device}
 
     def in_words(self) -> str:
         """'large_ins 29 of 29 layers on CUDA0, …', or 'all on CPU'."""
-        if not any(own.n_layers for own in self.models.values()):
+        if not any(placement.n_layers for placement in self.models.values()):
             return "all on CPU"
         return ", ".join(
-            f"{role} {own.n_layers} of {own.most} layers on {own.device}"
-            if own.n_layers
+            f"{role} {placement.n_layers} of {placement.most} layers on {placement.device}"
+            if placement.n_layers
             else f"{role} on CPU"
-            for role, own in self.models.items()
+            for role, placement in self.models.items()
         )
 
     def refusal(self) -> str:
@@ -135,21 +135,22 @@ def arrange(case: Case) -> LayerPlan:
     for role in ROLES:
         groups.setdefault(case.files[role].path, []).append(role)
     wishes = {tuple(roles): (_fixed(roles, case), _named(roles, case)) for roles in groups.values()}
-    spare = case.free_ram - program - _sum(own.in_ram(0) for own in memories.values()).total
+    spare = case.free_ram - program - _sum(needed.in_ram(0) for needed in memories.values()).total
     chosen = _choose(memories, case.devices, wishes, spare)
     models = {}
     for roles in groups.values():
         for role in roles:
             name, n = chosen[tuple(roles)]
-            own, shares = memories[role], None if role == roles[0] else roles[0]
-            models[role] = Placement(name, n, own.n_layers, own.on_device(n), own.in_ram(n), shares)
-    in_ram = _sum(own.in_ram for own in models.values()) + Need(buffers=program)
-    rooms = {RAM: Room(case.free_ram, case.free_ram, in_ram)}
-    used = {own.device for own in models.values()}
+            needed, shares = memories[role], None if role == roles[0] else roles[0]
+            on_device, in_ram = needed.on_device(n), needed.in_ram(n)
+            models[role] = Placement(name, n, needed.n_layers, on_device, in_ram, shares)
+    ram = _sum(placement.in_ram for placement in models.values()) + Need(buffers=program)
+    rooms = {RAM: Room(case.free_ram, case.free_ram, ram)}
+    used = {placement.device for placement in models.values()}
     usual = _usual(case.devices)
     for card in case.devices:
         if card.name in usual or (card.name in used and card.kind in _CARDS):
-            need = _sum(own.on_device for own in models.values() if own.device == card.name)
+            need = _sum(m.on_device for m in models.values() if m.device == card.name)
             usable = max(card.free - MARGIN, 0)
             rooms[card.name] = Room(card.free, usable, need, _is_ram(card))
     return LayerPlan({role: models[role] for role in ROLES}, rooms, program)
@@ -242,12 +243,12 @@ def _holds(group: Sequence[ModelMemory], n: int, room: int, spare: int | None) -
 
 def _there(group: Sequence[ModelMemory], n: int) -> int:
     """Bytes that `n` layers take on a device."""
-    return _sum(own.on_device(n) for own in group).total
+    return _sum(model.on_device(n) for model in group).total
 
 
 def _added(group: Sequence[ModelMemory], n: int) -> int:
     """Of these, the bytes that RAM is not relieved of."""
-    relieved = sum(own.in_ram(0).total - own.in_ram(n).total for own in group)
+    relieved = sum(model.in_ram(0).total - model.in_ram(n).total for model in group)
     return _there(group, n) - relieved
 
 

@@ -83,8 +83,8 @@ def _cause(code: int) -> str:
 
 def library_folder() -> Path:
     """Where llama-cpp-python takes its libraries from; raises BuildError where it is not."""
-    if own := os.environ.get("LLAMA_CPP_LIB_PATH"):
-        return Path(own)
+    if chosen := os.environ.get("LLAMA_CPP_LIB_PATH"):
+        return Path(chosen)
     spec = find_spec("llama_cpp")
     if spec is None or not spec.submodule_search_locations:
         raise BuildError(

@@ -133,23 +133,23 @@ class Model:
         lives. Raises ContextFullError where the cells of all sequences are used up, ModelError;
         sequence 0 and `n_past` are then as before, others that the call names are to be dropped.
         """
-        own = sum(sequence == 0 for _, _, sequence, _ in entries)
-        if own and self.n_past + own > self.n_ctx:
+        n_first = sum(sequence == 0 for _, _, sequence, _ in entries)  # of sequence 0
+        if n_first and self.n_past + n_first > self.n_ctx:
             raise ContextFullError(
-                f"{self.path.name}: {self.n_past + own} tokens do not fit in a context of "
+                f"{self.path.name}: {self.n_past + n_first} tokens do not fit in a context of "
                 f"{self.n_ctx}; raise --n-ctx or shorten the prompt"
             )
         started = time.perf_counter()
         try:
             rows = self._decode(entries)
         except ModelError:
-            if own:
+            if n_first:
                 self.rewind(self.n_past)
             raise
-        self.n_past += own
-        if own == len(entries):  # what drafts are planned by
+        self.n_past += n_first
+        if n_first == len(entries):  # what drafts are planned by
             took = time.perf_counter() - started
-            self.decode_seconds.setdefault(own, deque(maxlen=5)).append(took)
+            self.decode_seconds.setdefault(n_first, deque(maxlen=5)).append(took)
         return rows
 
     def _decode(self, entries: Iterable[Entry]) -> Logits:

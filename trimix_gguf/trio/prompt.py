@@ -48,10 +48,10 @@ def n_common(units: Sequence[Unit], ids: Mapping[str, Sequence[int]]) -> int:
     """How many of the first `units` stand in `ids`, by role, at its beginning."""
     known, at = [ids[role] for role in ROLES], [0] * len(ROLES)
     for n, (own_ids, _) in enumerate(units):
-        for i, own in enumerate(own_ids):
-            if tuple(known[i][at[i] : at[i] + len(own)]) != own:
+        for i, of_role in enumerate(own_ids):
+            if tuple(known[i][at[i] : at[i] + len(of_role)]) != of_role:
                 return n
-            at[i] += len(own)
+            at[i] += len(of_role)
     return len(units)
 
 

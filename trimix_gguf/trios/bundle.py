@@ -137,8 +137,8 @@ def _check_folder(trio: TrioFile, target: Path) -> None:
         if other != trio.name:
             raise TrioFileError(f"{target} holds the trio {other}; name another folder")
     elif any(target.iterdir()) and not (target / _MARK).exists():
-        own = target / trio.name
-        raise TrioFileError(f"{target} holds other files; name an empty folder, such as {own}")
+        example = target / trio.name
+        raise TrioFileError(f"{target} holds other files; name an empty folder, such as {example}")
 
 
 def _write_folder(

@@ -80,10 +80,10 @@ def export_program(
             (folder / name).unlink(missing_ok=True)
         stick = WheelFolder(program / "wheels", notify)
         notify("packing trimix-gguf")
-        own = stick.add(wheels.own_wheel)
+        own_wheel = stick.add(wheels.own_wheel)
         _bring_llama(stick, notify)
         for version in versions:
-            complete(stick, own, version, notify)
+            complete(stick, own_wheel, version, notify)
         stick.drop_damaged()
         _write_texts(folder, trio, target, versions)
     except OSError as error:

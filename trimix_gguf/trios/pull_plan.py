@@ -73,7 +73,7 @@ class PullPlan:
 
     trio: TrioFile
     parts: tuple[Part, ...]
-    own: dict[str, Path]
+    own_files: dict[str, Path]
 
     @property
     def work(self) -> Path:
@@ -127,13 +127,13 @@ class PullPlan:
         """About the bytes that the models take when they are loaded."""
         fetched = {part.role: part.n_bytes for part in self.parts}
         for role in self.trio.models.keys() - fetched.keys():
-            fetched[role] = (self.own.get(role) or self.trio.path(role)).stat().st_size
+            fetched[role] = (self.own_files.get(role) or self.trio.path(role)).stat().st_size
         return sum(n for role, n in fetched.items() if role in ROLES)
 
     @property
     def n_disk(self) -> int:
         """About the most free bytes that are taken while models are fetched and converted."""
-        kept = sum(path.stat().st_size for path in self.own.values())
+        kept = sum(path.stat().st_size for path in self.own_files.values())
         most = kept
         for part in self.parts:
             missing = self.n_missing(part)
@@ -197,7 +197,7 @@ def plan_pull(
     if trio.file.is_file():
         trio = _same_trio(trio, TrioFile.read(trio.file), notify)
         here = [role for role in trio.models if _is_whole(trio, role)]
-    own = {
+    own_files = {
         role: _own_path(manifest, trio, role)
         for role, entry in trio.models.items()
         if entry.repo is None and role not in here
@@ -208,7 +208,7 @@ def plan_pull(
         for role, entry in trio.models.items()
         if entry.repo is not None and role not in here
     )
-    return PullPlan(trio, parts, own)
+    return PullPlan(trio, parts, own_files)
 
 
 def check_room(plan: PullPlan, *, force: bool = False) -> None:

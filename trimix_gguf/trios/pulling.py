@@ -47,7 +47,7 @@ def pull(
             for part in plan.parts:
                 noted = _make_ready(part, plan, progress, notify)
                 trio = _pinned(trio, part, noted, notify)
-            for role, path in plan.own.items():
+            for role, path in plan.own_files.items():
                 trio = _take_own(trio, role, path, plan)
             _check_contract(trio, plan)
             for part in plan.parts:

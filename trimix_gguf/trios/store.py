@@ -208,17 +208,17 @@ def presets() -> dict[str, Preset]:
 
 def _preset(table: dict[str, Any], pair: str, code: str) -> Preset:
     small, large = table["pairs"][pair]
-    language, own = table["languages"][code], table["models"]
+    language, models = table["languages"][code], table["models"]
     repo = table["cpt"].get(small, {}).get(code)
     published = {
-        "large_ins": {**own[large]},
+        "large_ins": {**models[large]},
         # Trained further from small_base: its licence and its size.
-        "small_cpt": {**own[small], "repo": repo},
-        "small_base": {**own[small]},
+        "small_cpt": {**models[small], "repo": repo},
+        "small_base": {**models[small]},
     }
     n_bytes = sum(int(entry.pop("gb") * 1e9) for entry in published.values())
     if repo is None:
-        base = own[small]["repo"]
+        base = models[small]["repo"]
         description = f"{language}; needs your own small_cpt: {base} trained further on {language}"
     else:
         description = " ".join([language, table["scripts"].get(code, "")]).strip()

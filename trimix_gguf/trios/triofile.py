@@ -137,9 +137,9 @@ class TrioFile:
         """Arguments of Trio.load: files, context, template, each model's settings in `per_role`."""
         shared = {} if self.gpu_layers is None else {"n_gpu_layers": self.gpu_layers}
         per_role = {role: {**shared, **self.models[role].load_settings()} for role in ROLES}
-        own = {"n_ctx": self.n_ctx, "chat_template": self.chat_template}
-        own = {name: value for name, value in own.items() if value is not None}
-        return {**self.paths(), **own, "per_role": per_role}
+        given = {"n_ctx": self.n_ctx, "chat_template": self.chat_template}
+        given = {name: value for name, value in given.items() if value is not None}
+        return {**self.paths(), **given, "per_role": per_role}
 
     def with_model(self, role: str, **changes: Any) -> "TrioFile":
         """The same with some of a model's entry changed: its hash, once that is known."""

@@ -33,7 +33,7 @@ def check_trio(
 ) -> dict[str, Any]:
     """What the three files are, share and need; `small_cpt` may be an adapter over `small_base`.
 
-    Keys: models (one object a role), n_common ids, n_ctx_max, tokens_per_character by script,
+    Keys: models (one object per role), n_common ids, n_ctx_max, tokens_per_character by script,
     memory (bytes, and whether they fit), notes (lines worth reading that stop nothing). Raises
     ModelFileError, VocabularyMismatch with the first thing that is wrong.
     """

@@ -15,7 +15,7 @@ from trimix_gguf.roles import ROLES
 CTX_STEP = 256  # llama.cpp rounds a context up to a multiple of it
 # Python, NumPy, llama.cpp's code and what scoring works with: about 50 MiB in four trios.
 _BASE = 52 << 20
-# llama.cpp's tokenizer: a token in three tables, a merge in one. Fitted to those trios too.
+# Bytes of llama.cpp's tokenizer per token and per merge, fitted to those trios too.
 _TOKEN, _MERGE = 240, 270
 # Types that llama.cpp's CPU code rearranges for products, by ggml-cpu/repack.cpp: on ARM more.
 _REPACKED = {"Q2_K", "Q4_0", "Q4_K", "IQ4_NL", "MXFP4"}
@@ -34,6 +34,7 @@ class Need:
 
     @property
     def total(self) -> int:
+        """All of it."""
         return self.weights + self.kv + self.buffers
 
     def __add__(self, other: "Need") -> "Need":
@@ -203,7 +204,7 @@ def _model_memory(file: GGUFFile, loading: Loading) -> ModelMemory:
 
 
 def _token_bytes(file: GGUFFile, n_ctx: int, flash: bool) -> int:
-    """Work space that a token read takes in the feed-forward layer, beside the mask.
+    """Work space per token in the feed-forward layer and the attention.
 
     As llama.cpp laid out five models' graphs, to 1 %; without flash attention every head's row
     of attention is there at once. A sliding-window model has two masks.

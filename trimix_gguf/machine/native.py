@@ -78,7 +78,7 @@ def set_verbose(verbose: bool) -> None:
 
 
 def last_error() -> str:
-    """llama.cpp's newest error line, for the message of ours that follows it."""
+    """llama.cpp's newest error line, to put into an error of this package."""
     line = _errors.pop() if _errors else "llama.cpp gave no reason"
     _errors.clear()
     return line
@@ -111,7 +111,7 @@ def return_freed() -> None:
 
 
 def drop_pages(array: NDArray[Any]) -> None:
-    """Give the system the memory under `array`, which reads as zeros until it is written anew."""
+    """Give the system the memory under `array`, which reads as zeros until it is written again."""
     page = mmap.PAGESIZE
     start = -(-array.ctypes.data // page) * page
     size = (array.ctypes.data + array.nbytes) // page * page - start
@@ -128,7 +128,7 @@ def _c_library() -> Any:
 
 
 def without_tokenizer(params: Any, architecture: str, n_vocab: int) -> Any:
-    """Have a model loaded without its tokenizer, some 200 bytes a token; keep what is returned."""
+    """Load a model without its tokenizer, about 200 bytes per token; keep what is returned."""
     overrides: Any = (lib.llama_model_kv_override * 3)()  # ends with an empty key
     overrides[0].tag = lib.LLAMA_KV_OVERRIDE_TYPE_STR
     overrides[0].key = b"tokenizer.ggml.model"

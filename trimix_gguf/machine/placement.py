@@ -14,14 +14,13 @@ from trimix_gguf.machine.gguf_file import GGUFFile
 from trimix_gguf.machine.loading import AUTO, Loading, LoadingOptions
 from trimix_gguf.machine.memory import ModelMemory, Need
 from trimix_gguf.machine.native import Device
-from trimix_gguf.roles import ROLES
+from trimix_gguf.roles import LOADING_ORDER, ROLES
 
 CPU, RAM = "CPU", "RAM"
 _CARDS = ("GPU", "integrated GPU")  # kinds of device that layers can go to
 # Left free on a device beside what is counted: the driver's context and kernels (some 300 MiB
-# on CUDA), the weights of a layer on their way from RAM, and what a screen takes meanwhile.
+# on CUDA), the weights of a layer on their way from RAM, and what a screen takes.
 MARGIN = 512 << 20
-_LOADED = ("large_ins", "small_base", "small_cpt")  # who loads weights that roles share
 
 Files = Mapping[str, GGUFFile]
 
@@ -92,6 +91,7 @@ class LayerPlan:
 
     @property
     def fits(self) -> bool:
+        """Whether every device and the RAM have room for what goes there."""
         on_devices = all(room.need.total <= room.usable for room in self.rooms.values())
         return on_devices and self.ram_needed <= self.rooms[RAM].free
 
@@ -172,7 +172,7 @@ def _choose(
     usual = _usual(devices)
     full: set[str] = set()
     chosen = {}
-    # What the user fixed is there whatever the others do.
+    # First what the user fixed: it takes its room in any case.
     for roles, (fixed, named) in sorted(wishes.items(), key=lambda wish: wish[1][0] is None):
         group = [memories[role] for role in roles]
         most = group[0].n_layers
@@ -194,7 +194,7 @@ def _choose(
 
 
 def _usual(devices: Sequence[Device]) -> list[str]:
-    """Graphics cards; those inside the processor where there is no other, as llama.cpp has it.
+    """Graphics cards; those inside the processor only where there are no others, as in llama.cpp.
 
     A card that two backends offer, by its description, is the first one's.
     """
@@ -219,7 +219,7 @@ def _is_ram(device: Device) -> bool:
 
 def _fixed(roles: Sequence[str], case: Case) -> int | None:
     """Layers that the user fixed for weights that `roles` share; None where he left it open."""
-    for role in sorted(roles, key=_LOADED.index):
+    for role in sorted(roles, key=LOADING_ORDER.index):
         if (layers := case.loadings[role].n_gpu_layers) != AUTO:
             return int(layers)
     return None
@@ -228,7 +228,7 @@ def _fixed(roles: Sequence[str], case: Case) -> int | None:
 def _named(roles: Sequence[str], case: Case) -> str | None:
     """The device that the user named for weights that `roles` share."""
     names = [device.name for device in case.devices]
-    for role in sorted(roles, key=_LOADED.index):
+    for role in sorted(roles, key=LOADING_ORDER.index):
         if (wanted := case.loadings[role].device) is not None:
             for name in (*names, CPU):
                 if name.lower() == wanted.lower():

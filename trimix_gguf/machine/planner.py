@@ -30,7 +30,7 @@ def plan(
     `options` are Trio.load's by role: n_gpu_layers is a number, or "auto" (as where it is not
     given), and device keeps a role to one. large_ins chooses first, then small_cpt, then
     small_base: each goes to the device with the most room, whole where it can, and a device that
-    holds a part of one takes no other. Where it fits nowhere, `advice` says what would help.
+    holds a part of one takes no other. If the trio does not fit, `advice` says what would help.
     Raises ModelError for a device that is not there.
     """
     loadings = {}
@@ -80,7 +80,7 @@ class _Made(NamedTuple):
 
 
 def _advise(case: Case, now: LayerPlan) -> Iterator[Change]:
-    """Changes from the least harm to the most; then several at once, where none suffices alone."""
+    """Changes, the least harmful first; then several together, where no single one is enough."""
 
     def change(what: str, made: _Made, command: str | None) -> Change:
         then = arrange(made.case)
@@ -173,7 +173,7 @@ def _smaller_context(case: Case) -> _Made | None:
 
 
 def _smaller_model(case: Case) -> _Made | None:
-    """The largest file in the best type that suffices, else in the smallest; None if it is."""
+    """The largest file in the best type that fits, else in the smallest; None if it is so."""
     role = max(ROLES, key=lambda role: case.files[role].weight_bytes)
     file, made = case.files[role], None
     for name in QUANTIZED:

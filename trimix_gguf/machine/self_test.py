@@ -36,7 +36,7 @@ def require() -> None:
 
 
 def run() -> None:
-    """Try llama.cpp in a child, and keep a good verdict; raises BuildError with the mend."""
+    """Try llama.cpp in a child, and remember that it passed; raises BuildError with the repair."""
     import subprocess  # 5 ms that a start with a kept verdict has no use for
 
     program = f"import sys; sys.path[:] = {sys.path!r}; from {TRIAL} import main; main()"

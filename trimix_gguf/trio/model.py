@@ -303,7 +303,7 @@ class _Weights:
             if not chosen:
                 names = ", ".join(d.name for d in native.devices())
                 raise ModelError(f"device {device!r} is not here; this build has {names}")
-            # The CPU is always there: named alone, it stands for an empty list.
+            # The CPU is always used: if it is the one named, the list is empty.
             handle = None if chosen[0].kind == "CPU" else chosen[0].handle
             self._devices = (ctypes.c_void_p * 2)(handle, None)
             params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
@@ -338,5 +338,5 @@ def _free(context: Any, batch: Any, _weights: _Weights) -> None:
 
 
 def device_of(n_gpu_layers: int = 0, device: str | None = None) -> str:
-    """Where a model's layers are, by the options of Model: 'CPU', or the other device's name."""
+    """Where a model's layers are: 'CPU', or the other device's name."""
     return (device or "GPU") if n_gpu_layers and native.gpu_offload() else "CPU"

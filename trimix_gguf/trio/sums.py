@@ -1,4 +1,4 @@
-"""Running sums over a prompt, so that one with the same prefix need not be scored again.
+"""Running sums over a prompt: a prompt with the same prefix is not scored again from its start.
 
 They belong to whoever owns the cache that holds the prompt.
 """

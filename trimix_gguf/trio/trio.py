@@ -16,7 +16,7 @@ from trimix_gguf.machine.memory import check_fits
 from trimix_gguf.machine.planner import place
 from trimix_gguf.machine.vocabulary import check_contract
 from trimix_gguf.mixing.fusion import Rows
-from trimix_gguf.roles import ROLES
+from trimix_gguf.roles import LOADING_ORDER, ROLES
 from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.prefill import Prefill, PromptMark, Window
 from trimix_gguf.trio.prompt import Prompt, Unit, n_common, text_prompt
@@ -78,7 +78,7 @@ class Trio:
         loadings = {r: Loading(**one) for r, one in place(files, asked, adapter).items()}
         check_fits(files, loadings, adapter)
         models: dict[str, Model] = {}
-        for role in ("large_ins", "small_base", "small_cpt"):
+        for role in LOADING_ORDER:
             share = next((m for m in models.values() if m.path == paths[role]), None)
             lora = small_cpt_lora if role == "small_cpt" else None
             tokenizer = role == ROLES[0]  # large_ins' serves all three
@@ -99,6 +99,7 @@ class Trio:
 
     @property
     def n_ctx(self) -> int:
+        """Positions of the smallest of the three contexts."""
         return min(m.n_ctx for m in self.models.values())
 
     @property
@@ -205,7 +206,7 @@ class Trio:
     def tail_rows(self, roles: Sequence[str], n: int) -> Rows:
         """Logits [n, n_vocab] of `roles` after each of the last `n` ≤ n_window tokens.
 
-        One batch a role, zero-copy: valid until the next call that reads that role.
+        One batch per role, zero-copy: valid until the next call that reads that role.
         """
         if n == 1:
             return {role: row[None, :] for role, row in self.rows(roles).items()}
@@ -256,6 +257,7 @@ class Trio:
             self._rows = {}
 
     def close(self) -> None:
+        """Free the three models."""
         for model in self.models.values():
             model.close()
 
@@ -275,7 +277,7 @@ class Trio:
         except BaseException:
             self.forget()
             for model in self.models.values():
-                model.rewind(0)  # whatever Ctrl-C kept it from counting
+                model.rewind(0)  # it may hold ids that Ctrl-C kept it from counting
             raise
 
     def _rewind(self, lengths: Mapping[str, int]) -> None:

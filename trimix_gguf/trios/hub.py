@@ -133,7 +133,7 @@ def fetch(
 ) -> None:
     """Bring a file to `out`, which is there only once its hash, read from the disk, is right.
 
-    Until then it grows as `out`.part, which a later call goes on from; wrong bytes are removed
+    Until then it grows as `out`.part, which a later call continues; wrong bytes are removed
     and fetched once more. Raises HubError, which says so where the disk is full.
     """
     part = out.with_name(f"{out.name}.part")

@@ -2,7 +2,7 @@
 
 A trio's folder holds `.pull` while it is fetched. Whatever stands there under its final name is
 whole: it got the name once its hash was right, and the name holds the hashes of what it was made
-from. So a pull that was killed is gone on from by looking at what is there.
+from. So a pull after one that was killed continues with what is there.
 """
 
 import hashlib
@@ -64,6 +64,7 @@ class Part:
 
     @property
     def n_weight_bytes(self) -> int:
+        """Bytes of its safetensors files."""
         return sum(f.n_bytes for f in self.files if f.name.endswith(".safetensors"))
 
 
@@ -77,6 +78,7 @@ class PullPlan:
 
     @property
     def work(self) -> Path:
+        """The folder of what is fetched but not yet in its place."""
         return self.trio.folder / WORK
 
     def staged(self, part: Part) -> Path:
@@ -91,7 +93,7 @@ class PullPlan:
         return folder / PurePosixPath(file.name).name
 
     def note(self, part: Part) -> Path:
-        """What is noted of a role's model once it is staged, before it leaves for its place."""
+        """The file that holds a staged model's hash and size, until it is in its place."""
         return self.work / f"{part.role}.json"
 
     def ready(self, part: Part) -> dict[str, Any] | None:
@@ -120,6 +122,7 @@ class PullPlan:
 
     @property
     def n_to_fetch(self) -> int:
+        """Bytes that are still to be fetched."""
         return sum(self.n_missing(part) for part in self.parts)
 
     @property

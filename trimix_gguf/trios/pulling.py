@@ -4,7 +4,6 @@ However it ends, what is in the trio's folder is not a trio, or is whole.
 """
 
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trimix_gguf.errors import HubError, TrioFileError
-from trimix_gguf.machine.files import ByteProgress, put_in_place, write_text
+from trimix_gguf.machine.files import ByteProgress, place_flushed, put_in_place, write_text
 from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.machine.locking import alone
 from trimix_gguf.machine.vocabulary import check_contract
@@ -31,7 +30,7 @@ def pull(
     """Fetch what a plan names, and write its trio.toml; returns the trio as it then is.
 
     `progress` gets (what is worked at, bytes done, bytes in all), `notify` a line for each file.
-    A call after one that failed, or was killed, goes on from there. Raises HubError,
+    A call after one that failed, or was killed, continues there. Raises HubError,
     ConversionError, TrioFileError, VocabularyMismatch.
     """
     trio = plan.trio
@@ -70,7 +69,7 @@ def clear_work(trio: TrioFile) -> None:
 
 
 def _tidy(plan: PullPlan) -> None:
-    """Remove what no part goes on from: of other versions, and of conversions cut short."""
+    """Remove what no part can use: files of other versions, and unfinished conversions."""
     kept = {"lock"} | {plan.note(part).name for part in plan.parts}
     for part in plan.parts:
         kept |= {part.key, f"{part.key}.gguf", f"{part.key}.gguf.part"}
@@ -100,7 +99,7 @@ def _fetch_small_files(part: Part, plan: PullPlan, notify: Notify) -> None:
 def _make_ready(
     part: Part, plan: PullPlan, progress: ByteProgress, notify: Notify
 ) -> dict[str, Any]:
-    """Stage a model, and note its sha256; nothing is done that was done before."""
+    """Stage a model, and note its sha256; what an earlier pull did is not done again."""
     noted = plan.ready(part)
     if noted is not None:
         return noted
@@ -138,9 +137,7 @@ def _convert(part: Part, plan: PullPlan, progress: ByteProgress, notify: Notify)
             convert_hf(folder, out, type=part.type, progress=show)
         else:
             convert_lora(folder, _base_folder(folder, plan), out, type=part.type, progress=show)
-        with out.open("r+b") as file:
-            os.fsync(file.fileno())
-        put_in_place(out, plan.staged(part))
+        place_flushed(out, plan.staged(part))
     shutil.rmtree(plan.work / part.key)
     notify(f"{part.role}: converted {repo} to {part.type}")
 

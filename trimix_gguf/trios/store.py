@@ -43,7 +43,7 @@ def installed() -> list[str]:
 
 
 def installed_folder(name: str) -> Path:
-    """Where a trio of that name is, or would be; raises TrioFileError for what is no name."""
+    """Where a trio of that name is, or would be; raises TrioFileError for what cannot be a name."""
     return trios_folder() / check_name(name)
 
 
@@ -106,7 +106,7 @@ def remove(name: str) -> None:
 
 
 def temporary_folder(kind: str, name: str) -> Path:
-    """A path in the store, of this process alone, for a trio that is not there yet or any more.
+    """A path in the store, only for this process, for a trio that is not there yet or any more.
 
     `kind` is 'import' or 'remove'. It is a hidden name, so no trio has it.
     """

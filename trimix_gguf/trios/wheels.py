@@ -199,6 +199,7 @@ def download(requirement: Requirement, python: str, folder: Path) -> Path:
 
 
 def check_pip() -> None:
+    """Raise ProgramError where this Python has no pip."""
     if importlib.util.find_spec("pip") is None:
         raise ProgramError(
             f"this Python environment has no pip; `{sys.executable} -m ensurepip` adds it"

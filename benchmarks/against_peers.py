@@ -51,6 +51,7 @@ Runs = dict[str, list[dict[str, Any]]]  # peer -> its figures, repeat by repeat
 
 
 def main() -> None:
+    """Measure, and print; the last line is JSON."""
     options = parse_options()
     job = make_job(options)
     runs = measure(options, job)
@@ -73,6 +74,7 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
+    """The command line."""
     options = parser(__doc__)
     options.formatter_class = argparse.RawDescriptionHelpFormatter
     for role in ("large-ins", "small-base"):
@@ -100,6 +102,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def is_torch(peer: str) -> bool:
+    """Whether a peer runs on PyTorch."""
     return peer.startswith("transformers")
 
 
@@ -158,6 +161,7 @@ def measure(options: argparse.Namespace, job: peers.Job) -> Runs:
 
 
 def in_fresh_process(options: argparse.Namespace, peer: str, job: Path) -> dict[str, Any]:
+    """Figures of one peer, from a process of its own."""
     python = options.torch_python if is_torch(peer) else sys.executable
     done = subprocess.run(
         [python, peers.__file__, peer, str(job)],
@@ -174,6 +178,7 @@ def in_fresh_process(options: argparse.Namespace, peer: str, job: Path) -> dict[
 
 
 def read_saved(out: Path | None, job: peers.Job) -> dict[tuple[str, int], dict[str, Any]]:
+    """Figures that an earlier run left in `out`, by peer and repeat."""
     lines = out.read_text(encoding="utf-8").splitlines() if out and out.exists() else []
     saved = {}
     for line in map(json.loads, lines):
@@ -184,6 +189,7 @@ def read_saved(out: Path | None, job: peers.Job) -> dict[tuple[str, int], dict[s
 
 
 def save(out: Path | None, line: dict[str, Any]) -> None:
+    """Append one line of figures to `out`."""
     if out is not None:
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -220,10 +226,12 @@ def ratios(runs: Runs) -> dict[str, dict[str, float]]:
 
 
 def versions(runs: Runs) -> dict[str, str]:
+    """Versions of all that the peers use."""
     return {name: v for rs in runs.values() for name, v in rs[0]["versions"].items()}
 
 
 def described(result: dict[str, Any]) -> list[str]:
+    """The table, as lines."""
     units = "select s   first token s   tokens/s   total s   peak MiB   extra MiB   weights"
     lines = [f"{'':20}{units}      tokens"]
     for name, figures in result["peers"].items():
@@ -249,6 +257,7 @@ def described(result: dict[str, Any]) -> list[str]:
 
 
 def same_tokens(figures: dict[str, Any]) -> str:
+    """Where the tokens of a peer differ from ours, in words."""
     if "first_difference" not in figures:
         return "-"
     at = figures["first_difference"]

@@ -20,6 +20,7 @@ LENGTHS = (128, 512, 1536)
 
 
 def main() -> None:
+    """Measure, and print; the last line is JSON."""
     options = parser(__doc__)
     options.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N")
     options.add_argument("--branches", type=int, default=16)
@@ -78,11 +79,13 @@ def compared(
 
 
 def one_token(model: Model, token: int) -> None:
+    """One id on sequence 0."""
     model.decode([token])
     model.rewind(model.n_past - 1)
 
 
 def one_each(model: Model, token: int, n: int) -> None:
+    """One id on each of `n` branches."""
     branches = range(1, n + 1)
     for branch in branches:
         model.fork(0, branch)
@@ -92,17 +95,20 @@ def one_each(model: Model, token: int, n: int) -> None:
 
 
 def one_window(model: Model, ids: list[int]) -> None:
+    """A window of ids, with every row."""
     model.decode(ids, every_row=True)
     model.rewind(model.n_past - len(ids))
 
 
 def milliseconds(model: Model, step: Callable[[Model], None]) -> float:
+    """The time of one step."""
     start = time.perf_counter()
     step(model)
     return (time.perf_counter() - start) * 1e3
 
 
 def described(role: str, n: int, costs: dict[str, Any]) -> list[str]:
+    """The figures of one role, as a line."""
     parts = (
         f"{name} {cost['flash']:.0f} ms, {cost['ratio']['median']:.2f} × "
         f"({cost['ratio']['min']:.2f} to {cost['ratio']['max']:.2f})"

@@ -24,6 +24,7 @@ Job = dict[str, Any]  # ids, n_tokens, n_ctx, n_threads, grid, files (GGUF) and 
 
 
 def main() -> None:
+    """Measure, and print; the last line is JSON."""
     name, path = sys.argv[1:]
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     meter = Meter()
@@ -49,9 +50,11 @@ class Meter:
         self.started = time.perf_counter()
 
     def choose(self, alpha: float, beta: float) -> None:
+        """The weights, and when they were chosen."""
         self.weights, self.chosen = (alpha, beta), time.perf_counter()
 
     def token(self, token: int) -> None:
+        """One more token, and when it came."""
         self.tokens.append(token)
         self.times.append(time.perf_counter())
 

@@ -111,6 +111,7 @@ def speeds(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measure, and print; the last line is JSON."""
     import importlib.metadata
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

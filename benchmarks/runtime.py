@@ -35,6 +35,7 @@ _MIB = 1 << 20
 
 
 def main() -> None:
+    """Measure, and print; the last line is JSON."""
     options = parser(__doc__)
     options.add_argument("--tokens", type=int, default=512, help="of the prompt")
     options.add_argument("--steps", type=int, default=64, help="tokens decoded in lockstep")
@@ -73,6 +74,7 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def in_fresh_process(options: argparse.Namespace, n_tokens: int, *, mmap: bool) -> dict[str, int]:
+    """Memory of scoring so many tokens, from a process of its own."""
     arguments = ["--text", str(options.text), "--child", str(n_tokens), str(int(mmap))]
     for name in ("large_ins", "small_base", "small_cpt", "small_cpt_lora"):
         if path := getattr(options, name):
@@ -226,6 +228,8 @@ def lockstep_cost(trio: Trio, n_steps: int) -> dict[str, Any]:
 
 
 def timed_decode(decode: Any, inside: dict[str, float], role: str) -> Any:
+    """A decode that adds its time to `inside[role]`."""
+
     def timed(*arguments: Any, **options: Any) -> Any:
         start = time.perf_counter()
         rows = decode(*arguments, **options)
@@ -255,6 +259,7 @@ def help_time(repeats: int = 7) -> dict[str, float] | None:
 
 
 def described(result: dict[str, Any], n_tokens: int) -> list[str]:
+    """The figures, as lines."""
     lines = [f"memory, n_ctx {N_CTX}:"]
     for m in result["memory"].values():
         resident, expected = m["resident"], m["files"] + m["kv"]

@@ -7,7 +7,6 @@ turn, and a ratio is of one repeat's times: a machine that slows down slows both
 
 import math
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +26,7 @@ from trimix_gguf.answering.generation import generate
 from trimix_gguf.choosing.selection import Selection
 from trimix_gguf.errors import PromptError
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
+from trimix_gguf.machine.memory import peak_rss
 from trimix_gguf.machine.threads import available_cores
 from trimix_gguf.mixing.fusion import METHODS, Mix, Rows, fuse
 from trimix_gguf.mixing.sampling import Sampler
@@ -378,24 +377,6 @@ def memory_of(trio: Trio) -> dict[str, int]:
         "files": sum(sizes.values()),
         "kv": sum(m.file.kv_bytes(m.n_ctx, *m.kv_types) for m in models),
     }
-
-
-def peak_rss() -> int:
-    """Bytes that this process had resident at most."""
-    status = Path("/proc/self/status")
-    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
-    # Not ru_maxrss on Linux: a process inherits its parent's.
-    for line in lines:
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _timed(work: Callable[[], Any]) -> float:

@@ -3,8 +3,10 @@
 import math
 import platform
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from trimix_gguf.errors import MemoryNeededError, ModelError
 from trimix_gguf.machine.gguf_file import GGUFFile, TensorInfo
@@ -130,6 +132,24 @@ def available() -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
+
+
+def peak_rss() -> int:
+    """Bytes that this process had resident at most."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+    # Not ru_maxrss on Linux: a process inherits its parent's.
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def check_fits(

@@ -1,7 +1,8 @@
 """The loop that trains a model: learning rate, saved state, and how far it has come.
 
-A step's batch must be a function of its number: then a run that was stopped goes on as if it had
-not been. PyTorch is in the `train` extra, and is imported here only when a model is trained.
+A step's batch must be a function of its number: then a run that was stopped and started again
+gives the same model as one that was not. PyTorch is in the `train` extra; it is imported only when
+a model is trained.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from trimix_gguf.machine.files import whole_file
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is trained, and until when: `n_steps`, `seconds`, or what ends first.
+    """How a model is trained, and until when: `n_steps` or `seconds`, whichever ends first.
 
     The learning rate rises to `learning_rate` in `n_warm_up` steps. From step `decay_from` on, a
     cosine takes it down to `final_share` of that. `weight_decay` is for matrices only.
     """
 
     learning_rate: float
-    state: Path  # the file that a stopped run goes on from
+    state: Path  # the file that a stopped run continues from
     n_steps: int | None = None
     seconds: float | None = None  # of training, in all runs together
     n_warm_up: int = 20
@@ -33,7 +34,7 @@ class Settings:
     final_share: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.0
-    clip: float = 1.0  # the longest gradient
+    clip: float = 1.0  # most of the gradient's norm
     smoothing: float = 0.95  # share of earlier steps in the loss that is shown
     save_every_s: float = 300
 
@@ -51,15 +52,15 @@ class Settings:
             angles.append(math.pi * seconds / self.seconds)
         cosine = 0.5 * (1 + math.cos(min(max(angles), math.pi)))
         slope = self.final_share + (1 - self.final_share) * cosine
-        return self.learning_rate * min(1.0, (step + 1) / self.n_warm_up) * slope
+        return self.learning_rate * min(1.0, (step + 1) / max(self.n_warm_up, 1)) * slope
 
     def is_over(self, step: int, seconds: float) -> bool:
-        """Whether no step is left after `step` of them, and so many seconds."""
+        """Whether training ends after `step` steps and so many seconds."""
         steps_over = self.n_steps is not None and step >= self.n_steps
         return steps_over or (self.seconds is not None and seconds >= self.seconds)
 
     def left(self, step: int, seconds: float, step_s: float) -> float:
-        """Seconds until it is over, if each step goes on to take `step_s`."""
+        """Seconds until it is over, if each further step takes `step_s`."""
         by_steps = math.inf if self.n_steps is None else (self.n_steps - step) * step_s
         by_seconds = math.inf if self.seconds is None else self.seconds - seconds
         return max(0.0, min(by_steps, by_seconds))
@@ -88,11 +89,11 @@ def train(
     *,
     progress: Callable[[Standing], None] = lambda standing: None,
 ) -> None:
-    """Train what of a torch.nn.Module requires a gradient, in place, by AdamW.
+    """Train the parameters of a torch.nn.Module that require a gradient, in place, by AdamW.
 
-    `loss_of(step)` gives the loss of that step's batch, by the model as it then is. After Ctrl-C,
-    which is passed on, and after a kill the next call goes on from `settings.state`. The caller
-    removes that file once the trained model is kept.
+    `loss_of(step)` gives the loss of that step's batch. After Ctrl-C, which is raised again, and
+    after a kill, the next call continues from `settings.state`. The caller seeds PyTorch before it
+    builds the model, and removes the state once the trained model is saved.
     """
     run = _Run(model, settings)
     started = saved = time.monotonic()
@@ -120,7 +121,7 @@ class _Run:
     def __init__(self, model: Any, settings: Settings) -> None:
         import torch
 
-        self._model, self._settings = model, settings
+        self._settings = settings
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         matrices = [p for p in self._trained.values() if p.dim() > 1]
         others = [p for p in self._trained.values() if p.dim() <= 1]

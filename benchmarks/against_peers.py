@@ -27,6 +27,7 @@ from typing import Any
 import peers
 from common import cpu_name, files, machine, parser, report, spread
 
+from trimix_gguf.machine.loading import Loading
 from trimix_gguf.machine.threads import available_cores
 from trimix_gguf.mixing.scoring import GRID
 from trimix_gguf.trio.model import Model
@@ -50,6 +51,7 @@ Runs = dict[str, list[dict[str, Any]]]  # peer -> its figures, repeat by repeat
 
 
 def main() -> None:
+    """Measure, and print; the last line is JSON."""
     options = parse_options()
     job = make_job(options)
     runs = measure(options, job)
@@ -72,6 +74,7 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
+    """The command line."""
     options = parser(__doc__)
     options.formatter_class = argparse.RawDescriptionHelpFormatter
     for role in ("large-ins", "small-base"):
@@ -99,12 +102,13 @@ def parse_options() -> argparse.Namespace:
 
 
 def is_torch(peer: str) -> bool:
+    """Whether a peer runs on PyTorch."""
     return peer.startswith("transformers")
 
 
 def make_job(options: argparse.Namespace) -> peers.Job:
     """What every child reads; ids are those that trio.prompt would give."""
-    model = Model(options.large_ins, n_ctx=64, mmap=True)
+    model = Model(options.large_ins, Loading(n_ctx=64, mmap=True))
     text = (options.prompt or options.text).read_text(encoding="utf-8")
     ids = model.bos + model.tokenize(model.normalize(text))
     model.close()
@@ -157,6 +161,7 @@ def measure(options: argparse.Namespace, job: peers.Job) -> Runs:
 
 
 def in_fresh_process(options: argparse.Namespace, peer: str, job: Path) -> dict[str, Any]:
+    """Figures of one peer, from a process of its own."""
     python = options.torch_python if is_torch(peer) else sys.executable
     done = subprocess.run(
         [python, peers.__file__, peer, str(job)],
@@ -173,6 +178,7 @@ def in_fresh_process(options: argparse.Namespace, peer: str, job: Path) -> dict[
 
 
 def read_saved(out: Path | None, job: peers.Job) -> dict[tuple[str, int], dict[str, Any]]:
+    """Figures that an earlier run left in `out`, by peer and repeat."""
     lines = out.read_text(encoding="utf-8").splitlines() if out and out.exists() else []
     saved = {}
     for line in map(json.loads, lines):
@@ -183,6 +189,7 @@ def read_saved(out: Path | None, job: peers.Job) -> dict[tuple[str, int], dict[s
 
 
 def save(out: Path | None, line: dict[str, Any]) -> None:
+    """Append one line of figures to `out`."""
     if out is not None:
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -219,10 +226,12 @@ def ratios(runs: Runs) -> dict[str, dict[str, float]]:
 
 
 def versions(runs: Runs) -> dict[str, str]:
+    """Versions of all that the peers use."""
     return {name: v for rs in runs.values() for name, v in rs[0]["versions"].items()}
 
 
 def described(result: dict[str, Any]) -> list[str]:
+    """The table, as lines."""
     units = "select s   first token s   tokens/s   total s   peak MiB   extra MiB   weights"
     lines = [f"{'':20}{units}      tokens"]
     for name, figures in result["peers"].items():
@@ -248,6 +257,7 @@ def described(result: dict[str, Any]) -> list[str]:
 
 
 def same_tokens(figures: dict[str, Any]) -> str:
+    """Where the tokens of a peer differ from ours, in words."""
     if "first_difference" not in figures:
         return "-"
     at = figures["first_difference"]

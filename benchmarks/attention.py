@@ -12,7 +12,7 @@ from typing import Any
 
 from common import files, load, machine, parser, report, spread, text_ids
 
-from trimix_gguf.machine.memory import N_WINDOW
+from trimix_gguf.machine.loading import N_WINDOW, Loading
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.model import Model
 
@@ -20,6 +20,7 @@ LENGTHS = (128, 512, 1536)
 
 
 def main() -> None:
+    """Measure, and print; the last line is JSON."""
     options = parser(__doc__)
     options.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N")
     options.add_argument("--branches", type=int, default=16)
@@ -38,7 +39,9 @@ def main() -> None:
         path, lora = paths[role], None
         if path is None:  # small_cpt as an adapter
             path, lora = paths["small_base"], paths["small_cpt_lora"]
-        flash, plain = (Model(path, n_ctx=n_ctx, lora=lora, flash_attn=f) for f in (True, False))
+        flash, plain = (
+            Model(path, Loading(n_ctx=n_ctx, flash_attn=f), lora=lora) for f in (True, False)
+        )
         for n, costs in compared(flash, plain, ids, options):
             result.setdefault(role, {})[str(n)] = costs
             lines += described(role, n, costs)
@@ -76,11 +79,13 @@ def compared(
 
 
 def one_token(model: Model, token: int) -> None:
+    """One id on sequence 0."""
     model.decode([token])
     model.rewind(model.n_past - 1)
 
 
 def one_each(model: Model, token: int, n: int) -> None:
+    """One id on each of `n` branches."""
     branches = range(1, n + 1)
     for branch in branches:
         model.fork(0, branch)
@@ -90,17 +95,20 @@ def one_each(model: Model, token: int, n: int) -> None:
 
 
 def one_window(model: Model, ids: list[int]) -> None:
+    """A window of ids, with every row."""
     model.decode(ids, every_row=True)
     model.rewind(model.n_past - len(ids))
 
 
 def milliseconds(model: Model, step: Callable[[Model], None]) -> float:
+    """The time of one step."""
     start = time.perf_counter()
     step(model)
     return (time.perf_counter() - start) * 1e3
 
 
 def described(role: str, n: int, costs: dict[str, Any]) -> list[str]:
+    """The figures of one role, as a line."""
     parts = (
         f"{name} {cost['flash']:.0f} ms, {cost['ratio']['median']:.2f} × "
         f"({cost['ratio']['min']:.2f} to {cost['ratio']['max']:.2f})"

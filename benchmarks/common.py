@@ -15,6 +15,7 @@ VERSIONS = ("trimix-gguf", "llama-cpp-python", "numpy")
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
+    """Options that all benchmarks share: a trio's files and a text."""
     result = argparse.ArgumentParser(description=description)
     for role in ("large-ins", "small-base"):
         result.add_argument(f"--{role}", type=Path, required=True, metavar="GGUF")
@@ -27,11 +28,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def files(options: argparse.Namespace) -> dict[str, Path | None]:
+    """The GGUF files, as arguments of Trio.load."""
     names = ("large_ins", "small_base", "small_cpt", "small_cpt_lora")
     return {name: getattr(options, name) for name in names}
 
 
 def load(options: argparse.Namespace, **more: Any) -> Trio:
+    """Open the trio that the options name."""
     return Trio.load(**files(options), **more)
 
 
@@ -44,6 +47,7 @@ def text_ids(trio: Trio, options: argparse.Namespace, n_tokens: int) -> list[int
 
 
 def cpu_name() -> str:
+    """The processor's name."""
     return processor.describe()[0] or "?"
 
 
@@ -72,4 +76,5 @@ def report(options: argparse.Namespace, result: dict[str, Any], lines: list[str]
 
 
 def spread(values: list[float]) -> dict[str, float]:
+    """Median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}

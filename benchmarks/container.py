@@ -78,6 +78,7 @@ def build(options: argparse.Namespace) -> tuple[Rootfs, dockerfile.Stage, dict[s
 def step(
     root: Rootfs, instruction: dockerfile.Instruction, roots: dict[str, Rootfs], wheel: Path | None
 ) -> None:
+    """Do one instruction of the Dockerfile."""
     name, rest = instruction.name, instruction.rest
     if name == "RUN":
         found = BUILD.search(rest)
@@ -169,12 +170,14 @@ def use(image: Rootfs, stage: dockerfile.Stage, work: Path) -> dict[str, object]
 
 
 def timed(work: object) -> float:
+    """Seconds that `work` takes."""
     started = time.monotonic()
     work()  # type: ignore[operator]
     return time.monotonic() - started
 
 
 def main() -> None:
+    """Measure, and print; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--work", type=Path, required=True, help="folder for the roots, 2 GB")
     parser.add_argument("--mirror", help="Debian mirror; default: that of this machine's apt")

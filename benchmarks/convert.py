@@ -26,6 +26,7 @@ _MIB = 1 << 20
 
 
 def main() -> None:
+    """Measure, and print; the last line is JSON."""
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     options.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     options.add_argument("--llama-cpp", type=Path, help="leave out to measure ours alone")
@@ -51,6 +52,7 @@ def main() -> None:
 
 
 def measure(folder: Path, options: argparse.Namespace, bare: int) -> dict[str, Any]:
+    """Time and memory of both converters on one checkpoint."""
     runs: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out.gguf"
@@ -87,6 +89,7 @@ def run(command: list[str]) -> dict[str, Any]:
 
 
 def described(figures: dict[str, Any]) -> list[str]:
+    """The figures, as lines."""
     lines = [
         f"{name}: {s['median']:.1f} s (from {s['min']:.1f} to {s['max']:.1f}), "
         f"peak {figures['peak'][name] / _MIB:.0f} MiB"

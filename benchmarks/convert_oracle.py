@@ -120,6 +120,7 @@ def first_difference(ours: Any, theirs: Any) -> str:
 
 
 def main(script: str) -> int:
+    """Measure, and print; the last line is JSON."""
     import transformers
     from tiny_checkpoints import MODELS, save_model, save_tokenizer
 

@@ -74,9 +74,11 @@ class Costs:
         return k * self.draft + lead + self.verify(k + 1) + python
 
     def tps(self, k: int, p: float) -> float:
+        """Expected tokens per second with drafts of `k`, each accepted with probability `p`."""
         return expected_tokens(k, p) / self.round(k, p)
 
     def best(self, p: float, lengths: Sequence[int]) -> int:
+        """The length of draft with the most tokens per second."""
         return max(lengths, key=lambda k: self.tps(k, p))
 
 
@@ -165,6 +167,7 @@ class Watched(Drafting):
         self.n_tried = 0
 
     def learn(self, confidences: Sequence[float], n_accepted: int) -> None:
+        """As Drafting.learn; counts the tokens that were tried."""
         super().learn(confidences, n_accepted)
         self.n_tried += min(n_accepted + 1, len(confidences))
 
@@ -236,10 +239,12 @@ def checked(times: Times, runs: Runs, weights: Weights, n_tokens: int) -> dict[s
 
 
 def medians(times: Times) -> dict[str, dict[int, float]]:
+    """The median time by role and size."""
     return {r: {n: statistics.median(t) for n, t in of.items()} for r, of in times.items()}
 
 
 def outside(run: Run) -> float:
+    """Seconds of a run outside llama.cpp."""
     return run.seconds - run.inside
 
 
@@ -302,6 +307,7 @@ def timed(owner: Any, name: str, spent: dict[str, float], part: Callable) -> Ite
 
 
 def main() -> None:
+    """Measure, and print; the last line is JSON."""
     options = parser(__doc__)
     options.add_argument("--context", type=int, default=256, help="tokens of each prompt")
     options.add_argument("--tokens", type=int, default=96, help="decoded after it")
@@ -354,6 +360,7 @@ def sizes_of(trio: Trio) -> dict[str, Size]:
 
 
 def described(result: dict[str, Any]) -> list[str]:
+    """The figures, as lines."""
     p, ms = result["acceptance"], result["ms"]
     lines = [f"{'ms of a batch of':<20}" + "".join(f"{n:>8}" for n in SIZES)]
     lines += [f"{role:<20}" + "".join(f"{ms[role][n]:8.2f}" for n in SIZES) for role in ROLES]

@@ -40,6 +40,7 @@ def prompts(text: str, n_chars: int) -> list[tuple[str, str]]:
 
 
 def compare(trio: Trio, prompt: Prompt, n_tokens: int, repeats: int) -> dict[str, Any]:
+    """Lockstep and drafting in turn, on one prompt."""
     trio.forget()
     mix = select_weights(trio, prompt).mix
     lockstep, drafts, accepted = [], [], []
@@ -76,6 +77,7 @@ def parting(
 
 
 def main() -> None:
+    """Measure, and print; the last line is JSON."""
     options = parser(__doc__)
     options.add_argument("--chars", type=int, default=350, help="of each passage")
     options.add_argument("--tokens", type=int, default=96, help="decoded after each prompt")

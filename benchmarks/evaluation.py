@@ -21,6 +21,7 @@ N_SET = 204
 
 
 def main() -> None:
+    """Measure, and print; the last line is JSON."""
     options = parser(__doc__)
     options.add_argument("--lang", default="kk")
     options.add_argument("--items", type=int, default=4, help="timed each way")
@@ -56,6 +57,7 @@ def main() -> None:
 def summary(
     options: argparse.Namespace, anew: list[float], kept: list[float], same: bool
 ) -> dict[str, Any]:
+    """The figures as JSON has them."""
     first, later = statistics.median(anew), statistics.median(kept)
     return {
         "machine": machine(options) | {"text": Path(options.text).name, "lang": options.lang},
@@ -67,6 +69,7 @@ def summary(
 
 
 def describe(result: dict[str, Any]) -> list[str]:
+    """The figures, as lines."""
     seconds = result["seconds"]
     return [
         f"an item read from scratch {seconds['anew']:.2f} s, with the exemplars kept "

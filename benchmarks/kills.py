@@ -151,6 +151,7 @@ def kill_many(form: str, trio: str, folder: Path, n: int, seed: int) -> Counter[
 
 
 def main() -> None:
+    """Measure, and print; the last line is JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

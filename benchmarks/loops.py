@@ -23,6 +23,7 @@ class Watch(Loop):
     foretold: tuple[int, list[int]] | None = None  # how many ids were there, and all of them
 
     def rest(self, n: int) -> list[int]:
+        """What a loop would fill in; it is kept to compare, and nothing is filled in."""
         filled = super().rest(n)
         if self.foretold is None and filled:
             self.foretold = len(self._ids), [*self._ids, *filled]
@@ -30,6 +31,7 @@ class Watch(Loop):
 
 
 def main() -> None:
+    """Measure, and print; the last line is JSON."""
     options = parser(__doc__)
     options.add_argument("--tasks", nargs="+", default=["flores-to-en", "flores-from-en"])
     options.add_argument("--questions", type=int, default=1, help="of each task")

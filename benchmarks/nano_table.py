@@ -36,6 +36,7 @@ def held_out(data: Path, n: int) -> dict[str, list[str]]:
 
 
 def main() -> None:
+    """Measure, and print; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("-n", type=int, default=100, help="texts a set")

@@ -24,6 +24,7 @@ Job = dict[str, Any]  # ids, n_tokens, n_ctx, n_threads, grid, files (GGUF) and 
 
 
 def main() -> None:
+    """Measure, and print; the last line is JSON."""
     name, path = sys.argv[1:]
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     meter = Meter()
@@ -49,9 +50,11 @@ class Meter:
         self.started = time.perf_counter()
 
     def choose(self, alpha: float, beta: float) -> None:
+        """The weights, and when they were chosen."""
         self.weights, self.chosen = (alpha, beta), time.perf_counter()
 
     def token(self, token: int) -> None:
+        """One more token, and when it came."""
         self.tokens.append(token)
         self.times.append(time.perf_counter())
 
@@ -241,10 +244,11 @@ def trimix(job: Job, meter: Meter, *, speculative: str) -> None:
 
 def large_ins(job: Job, meter: Meter) -> None:
     """large_ins alone: nothing to choose, nothing to mix."""
+    from trimix_gguf.machine.loading import Loading
     from trimix_gguf.trio.model import Model
 
     # llama.cpp's own batch.
-    model = Model(job["files"]["large_ins"], n_ctx=job["n_ctx"], n_batch=512)
+    model = Model(job["files"]["large_ins"], Loading(n_ctx=job["n_ctx"], n_batch=512))
     ids, size = job["ids"], model.n_batch
     meter.start()
     for start in range(0, len(ids), size):

@@ -37,9 +37,10 @@ print(json.dumps({"loaded": sorted(set(re.findall(r"libggml-cpu[\\w-]*", maps)))
 
 SPEED = """
 import json, sys, time
+from trimix_gguf.machine.loading import Loading
 from trimix_gguf.trio.model import Model
 path, n_prompt, n_tokens, text = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-model = Model(path, n_ctx=n_prompt + n_tokens + 1, n_batch=512)
+model = Model(path, Loading(n_ctx=n_prompt + n_tokens + 1, n_batch=512))
 ids = model.tokenize(open(text, encoding="utf-8").read(100_000))[:n_prompt]
 assert len(ids) == n_prompt
 model.decode(ids[:64])
@@ -110,6 +111,7 @@ def speeds(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measure, and print; the last line is JSON."""
     import importlib.metadata
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

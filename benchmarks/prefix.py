@@ -14,6 +14,7 @@ from trimix_gguf.trio.prompt import Prompt, Segment
 
 
 def main() -> None:
+    """Measure, and print; the last line is JSON."""
     options = parser(__doc__)
     options.add_argument("--shared", type=int, default=600, help="tokens of the shared beginning")
     options.add_argument("--own", type=int, default=30, help="tokens of each prompt's own")
@@ -52,6 +53,7 @@ def main() -> None:
 
 
 def timed(call) -> float:
+    """Seconds that `call` takes."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

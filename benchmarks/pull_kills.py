@@ -25,6 +25,7 @@ from killed_pulls import Pulls  # noqa: E402
 
 
 def main() -> None:
+    """Measure, and print; the last line is JSON."""
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     options.add_argument("--n", type=int, default=100, help="kills")
     options.add_argument("--seed", type=int, default=0)

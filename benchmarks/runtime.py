@@ -20,7 +20,7 @@ from typing import Any
 from common import load, machine, parser, report, spread, text_ids
 
 from trimix_gguf.choosing import selection
-from trimix_gguf.machine.memory import N_WINDOW
+from trimix_gguf.machine.loading import N_WINDOW
 from trimix_gguf.machine.threads import available_cores
 from trimix_gguf.mixing.fusion import Weights, fuse
 from trimix_gguf.roles import ROLES
@@ -35,6 +35,7 @@ _MIB = 1 << 20
 
 
 def main() -> None:
+    """Measure, and print; the last line is JSON."""
     options = parser(__doc__)
     options.add_argument("--tokens", type=int, default=512, help="of the prompt")
     options.add_argument("--steps", type=int, default=64, help="tokens decoded in lockstep")
@@ -73,6 +74,7 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def in_fresh_process(options: argparse.Namespace, n_tokens: int, *, mmap: bool) -> dict[str, int]:
+    """Memory of scoring so many tokens, from a process of its own."""
     arguments = ["--text", str(options.text), "--child", str(n_tokens), str(int(mmap))]
     for name in ("large_ins", "small_base", "small_cpt", "small_cpt_lora"):
         if path := getattr(options, name):
@@ -217,15 +219,17 @@ def lockstep_cost(trio: Trio, n_steps: int) -> dict[str, Any]:
     for model in trio.models.values():
         del model.decode  # the class's own again
     steps = steps[1:]  # the first step's rows were there already
-    own = [sum(s[role] for role in ROLES) for s in steps]
+    decodes = [sum(s[role] for role in ROLES) for s in steps]
     return {
         "ms": {key: statistics.median(s[key] for s in steps) * 1e3 for key in ("step", *ROLES)},
-        "ratio": spread([s["step"] / o for s, o in zip(steps, own, strict=True)]),
+        "ratio": spread([s["step"] / o for s, o in zip(steps, decodes, strict=True)]),
         "tokens_per_s": 1 / statistics.median(s["step"] for s in steps),
     }
 
 
 def timed_decode(decode: Any, inside: dict[str, float], role: str) -> Any:
+    """A decode that adds its time to `inside[role]`."""
+
     def timed(*arguments: Any, **options: Any) -> Any:
         start = time.perf_counter()
         rows = decode(*arguments, **options)
@@ -255,6 +259,7 @@ def help_time(repeats: int = 7) -> dict[str, float] | None:
 
 
 def described(result: dict[str, Any], n_tokens: int) -> list[str]:
+    """The figures, as lines."""
     lines = [f"memory, n_ctx {N_CTX}:"]
     for m in result["memory"].values():
         resident, expected = m["resident"], m["files"] + m["kv"]
@@ -284,10 +289,10 @@ def described(result: dict[str, Any], n_tokens: int) -> list[str]:
             f"(from {ratio['min']:.2f} to {ratio['max']:.2f})"
         )
     lock = result["lockstep"]
-    own = ", ".join(f"{role} {lock['ms'][role]:.1f}" for role in ROLES)
+    each = ", ".join(f"{role} {lock['ms'][role]:.1f}" for role in ROLES)
     lines += [
         f"\nlockstep at {WEIGHTS.alpha}, {WEIGHTS.beta}: {lock['ms']['step']:.1f} ms a token "
-        f"({lock['tokens_per_s']:.1f} tokens/s); models' own ms: {own}",
+        f"({lock['tokens_per_s']:.1f} tokens/s); models' own ms: {each}",
         f"  a step over the models' own decodes: {lock['ratio']['median']:.4f}",
     ]
     took = result["help_s"]

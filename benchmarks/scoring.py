@@ -28,6 +28,7 @@ _EVERY = 4  # rows kept of a text: neighbours tell little more
 
 
 def main() -> None:
+    """Measure, and print; the last line is JSON."""
     options = parser(__doc__)
     options.add_argument("--rows", type=int, default=16, help="rows of logits timed")
     options.add_argument("--repeats", type=int, default=7)
@@ -63,6 +64,7 @@ def kept_rows(trio: Trio, ids: list[int]) -> tuple[Rows, np.ndarray]:
 
 
 def plain_nll(rows: Rows, targets: np.ndarray, grid: tuple[float, ...]) -> np.ndarray:
+    """The naive form."""
     return naive_nll(**rows, targets=targets, alphas=grid, betas=grid)
 
 
@@ -92,6 +94,7 @@ def cross_entropy(fused: np.ndarray, target: int) -> float:
 
 
 def separable_nll(rows: Rows, targets: np.ndarray, grid: tuple[float, ...]) -> np.ndarray:
+    """grid_nll on one thread."""
     return grid_nll(**rows, targets=targets, alphas=grid, betas=grid, n_threads=1)
 
 
@@ -112,11 +115,11 @@ def compare(rows: Rows, targets: np.ndarray, grid: tuple[float, ...], repeats: i
             start = time.perf_counter()
             form(rows, targets, grid)
             times[name].append((time.perf_counter() - start) / len(targets) * 1e3)
-    own = times["grid_nll"]
+    ours = times["grid_nll"]
     return {
         "ms_per_row": {name: spread(t) for name, t in times.items()},
         "ratio": {
-            name: spread([t / o for t, o in zip(times[name], own, strict=True)])
+            name: spread([t / o for t, o in zip(times[name], ours, strict=True)])
             for name in ("plain", "tuned")
         },
     }
@@ -136,6 +139,7 @@ def distance(rows: Rows, targets: np.ndarray, grid: tuple[float, ...]) -> dict[s
 
 
 def exact_nll(rows: Rows, t: int, target: int, grid: tuple[float, ...]) -> np.ndarray:
+    """One row in float64."""
     large, cpt, base = (rows[r][t].astype(np.float64) for r in ROLES)
     nll = np.empty((len(grid), len(grid)))
     for i, a in enumerate(grid):
@@ -147,6 +151,7 @@ def exact_nll(rows: Rows, t: int, target: int, grid: tuple[float, ...]) -> np.nd
 
 
 def described(name: str, figures: dict) -> list[str]:
+    """The figures of one size, as lines."""
     lines = [f"{name}:"]
     for form, time_ in figures["ms_per_row"].items():
         ratio = figures["ratio"].get(form)

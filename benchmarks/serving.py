@@ -36,6 +36,7 @@ _WARM_UP = [5, 6, 7, 8]
 
 
 def main() -> None:
+    """Measure, and print; the last line is JSON."""
     options = parse_options()
     n_prompts = max(options.requests, options.repeats)
     ids, bias = read_prompts(options, n_prompts)
@@ -69,6 +70,7 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     for role in ("large-ins", "small-base", "small-cpt"):
         parser.add_argument(f"--{role}", type=Path, metavar="GGUF")
@@ -90,6 +92,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def name_of_text(options: argparse.Namespace) -> Path:
+    """The file of the text, or the name of the one that is built in."""
     return options.text or Path("trimix_gguf.bench.TEXT")
 
 
@@ -132,6 +135,7 @@ def serving(options: argparse.Namespace) -> Iterator[int]:
 
 
 def ask(port: int, body: dict[str, Any]) -> dict[str, Any]:
+    """The answer to one request over HTTP."""
     connection = http.client.HTTPConnection("127.0.0.1", port)
     connection.request("POST", "/v1/completions", json.dumps(body))
     response = connection.getresponse()
@@ -165,6 +169,7 @@ def first_tokens(
 
 
 def over_http(port: int, body: dict[str, Any]) -> float:
+    """Seconds to the first token over HTTP."""
     connection = http.client.HTTPConnection("127.0.0.1", port)
     started = time.perf_counter()
     connection.request("POST", "/v1/completions", json.dumps(body))
@@ -180,6 +185,7 @@ def over_http(port: int, body: dict[str, Any]) -> float:
 
 
 def by_engine(trio: Trio, ids: list[int]) -> float:
+    """Seconds to the first token by the engine, without HTTP."""
     batcher, events = Batcher(trio), queue.Queue()
     started = time.perf_counter()
     batcher.submit(Request(Prompt((Segment.of(ids),)), max_tokens=1), events.put)
@@ -190,6 +196,7 @@ def by_engine(trio: Trio, ids: list[int]) -> float:
 
 
 def by_stream_generate(trio: Trio, ids: list[int]) -> float:
+    """Seconds to the first token by stream_generate."""
     trio.forget()
     started = time.perf_counter()
     next(stream_generate(trio, Prompt((Segment.of(ids),)), max_tokens=1))
@@ -199,6 +206,7 @@ def by_stream_generate(trio: Trio, ids: list[int]) -> float:
 
 
 def describe(result: dict[str, Any]) -> list[str]:
+    """The figures, as lines."""
     rates, first, n = result["tokens_per_s"], result["first_token_s"], result["n"]
     added = result["http_adds_ms"]
     return [

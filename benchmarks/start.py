@@ -30,12 +30,14 @@ print(statistics.median(once() for _ in range(50)) * 1e3)
 
 
 def seconds(environment: dict[str, str]) -> float:
+    """Seconds that a process takes to load llama.cpp."""
     started = time.perf_counter()
     subprocess.run(LOAD, env=environment, check=True)
     return time.perf_counter() - started
 
 
 def main() -> None:
+    """Measure, and print; the last line is JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     rounds = parser.parse_args().rounds

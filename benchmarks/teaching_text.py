@@ -43,6 +43,7 @@ def documents(data: Path, rng: random.Random, share: float) -> Iterator[Pieces]:
 
 
 def around(texts: Sequence[str], rng: random.Random) -> Iterator[Pieces]:
+    """The texts in random order, again and again."""
     while True:
         for text in rng.sample(texts, len(texts)):
             yield [(text, 1.0)]
@@ -52,6 +53,7 @@ def around(texts: Sequence[str], rng: random.Random) -> Iterator[Pieces]:
 
 
 def lines_of(files: Sequence[Path]) -> list[str]:
+    """Lines of more than three words."""
     return [
         line.strip()
         for file in files
@@ -61,10 +63,12 @@ def lines_of(files: Sequence[Path]) -> list[str]:
 
 
 def paragraphs(lines: Sequence[str]) -> list[str]:
+    """Six lines each, joined."""
     return [" ".join(lines[i : i + 6])[:1500] for i in range(0, len(lines), 6)]
 
 
 def good_pairs(file: Path) -> list[Pair]:
+    """Aligned sentences of 4 to 40 words."""
     with file.open(encoding="utf-8", newline="") as opened:
         rows = list(csv.DictReader(opened, delimiter="\t", quoting=csv.QUOTE_NONE))
     return [

@@ -9,13 +9,11 @@ forgotten, and on exercises made of them (teaching_text.py), so that it goes on 
 exemplars do. A run that was stopped goes on where it was. OUT gets `base`, a checkpoint folder, and
 `adapter`: `trimix convert lora OUT/adapter --base OUT/base -o kk.gguf`. The batches are large:
 with glibc, MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 keep their
-memory, which some machines take long to give anew.
+memory, which some machines are slow to give again.
 """
 
 import argparse
-import math
 import random
-import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -25,12 +23,14 @@ from peft import PeftModel
 from teaching_text import Pieces, documents
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trimix_gguf.convert import training
+
 BLOCK = 512  # tokens in a step's row, which holds most exercises whole
 LEARNING_RATE = 3e-4
-SAVE_EVERY_S = 300
 
 
 def main() -> None:
+    """Prepare base, adapter and text, then train."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", type=Path, required=True, metavar="GGUF")
     parser.add_argument("--start", type=Path, required=True, metavar="PEFT_DIR")
@@ -84,58 +84,21 @@ def train(
     ids, targets = torch.unique(rows, return_inverse=True)
     inner = model.get_base_model()
     unembedding = inner.lm_head.weight.detach()[ids].T.contiguous()
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        trained.values(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0
-    )
-    n_steps, state_file = len(rows), options.out / "state.pt"
-    first = 0
-    if state_file.exists():
-        state = torch.load(state_file)
-        model.load_state_dict(state["trained"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
+    settings = training.Settings(LEARNING_RATE, state=options.out / "state.pt", n_steps=len(rows))
 
-    def save(step: int) -> None:
-        part = state_file.with_suffix(".part")
-        state = {"trained": trained, "optimizer": optimizer.state_dict(), "step": step}
-        torch.save(state, part)
-        part.replace(state_file)
-
-    started = saved = time.monotonic()
-    running = None
-    for step in range(first, n_steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, n_steps)
+    def loss_of(step: int) -> torch.Tensor:
         hidden = inner.model(input_ids=rows[step : step + 1]).last_hidden_state[0]
         logits = hidden[:-1] @ unembedding
         nll = torch.nn.functional.cross_entropy(logits, targets[step, 1:], reduction="none")
-        loss = nll @ counts[step, 1:] / counts[step, 1:].sum()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        optimizer.step()
-        value = loss.item()
-        running = value if running is None else 0.95 * running + 0.05 * value
-        now = time.monotonic()
-        if step % 5 == 0:
-            rate = (step + 1 - first) / (now - started)
-            left = (n_steps - step - 1) / rate / 60
-            print(
-                f"step {step}/{n_steps} loss {running:.3f} "
-                f"{rate * BLOCK:.0f} tokens/s, {left:.0f} min left",
-                flush=True,
-            )
-        if now - saved > SAVE_EVERY_S:
-            save(step + 1)
-            saved = now
+        return nll @ counts[step, 1:] / counts[step, 1:].sum()
+
+    def show(standing: training.Standing) -> None:
+        if standing.step % 5 == 0:
+            print(standing.in_words(BLOCK, len(rows)), flush=True)
+
+    training.train(model, loss_of, settings, progress=show)
     model.save_pretrained(options.out / "adapter")
-    state_file.unlink(missing_ok=True)
-
-
-def learning_rate(step: int, n_steps: int) -> float:
-    """Linear warm-up over 20 steps, then a cosine down to 5 %."""
-    slope = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / n_steps))
-    return LEARNING_RATE * min(1, (step + 1) / 20) * slope
+    settings.state.unlink()
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ class Architecture:
 
     @property
     def has_experts(self) -> bool:
+        """Whether its layers have experts, of which a router picks some."""
         return any("{}" in module for module in self.layer_modules)
 
 
@@ -214,7 +215,7 @@ def read_sizes(architecture: Architecture, config: dict[str, Any]) -> dict[str, 
                 "expected no more than there are; download it again"
             )
     if architecture.gguf == "gemma3":
-        # llama.cpp scales queries by this alone; it knows the 27B by its 62 layers.
+        # llama.cpp scales queries only by this; it knows the 27B by its 62 layers.
         scalar = n_embd // n_head if sizes["n_layer"] == 62 else head_dim
         if config["query_pre_attn_scalar"] != scalar:
             raise ConversionError(

@@ -11,6 +11,7 @@ from gguf import LlamaFileType
 from trimix_gguf.errors import ModelFileError, VocabularyMismatch
 from trimix_gguf.machine import memory, native
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
+from trimix_gguf.machine.loading import N_CTX, Loading
 from trimix_gguf.machine.vocabulary import check_contract
 
 # Sentences in the scripts that the method is for, and in English.
@@ -28,11 +29,11 @@ PROBES = {
 
 
 def check_trio(
-    *, large_ins: Path, small_cpt: Path, small_base: Path, n_ctx: int = memory.N_CTX
+    *, large_ins: Path, small_cpt: Path, small_base: Path, n_ctx: int = N_CTX
 ) -> dict[str, Any]:
     """What the three files are, share and need; `small_cpt` may be an adapter over `small_base`.
 
-    Keys: models (one object a role), n_common ids, n_ctx_max, tokens_per_character by script,
+    Keys: models (one object per role), n_common ids, n_ctx_max, tokens_per_character by script,
     memory (bytes, and whether they fit), notes (lines worth reading that stop nothing). Raises
     ModelFileError, VocabularyMismatch with the first thing that is wrong.
     """
@@ -44,7 +45,7 @@ def check_trio(
         _check_adapter(adapter, files["small_base"])
     n_common = check_contract(files)
     _check_sizes(files)
-    need = memory.estimate(files, {role: {"n_ctx": n_ctx} for role in files}, adapter)
+    need = memory.estimate(files, dict.fromkeys(files, Loading(n_ctx=n_ctx)), adapter)
     free = memory.available()
     models = {role: _describe(file) for role, file in files.items()}
     if adapter is not None:

@@ -36,6 +36,7 @@ class StoredTensor:
 
     @property
     def n_bytes(self) -> int:
+        """Bytes of its data."""
         return math.prod(self.shape) * np.dtype(STORED_DTYPES[self.dtype]).itemsize
 
 
@@ -43,7 +44,7 @@ class TensorSource(Protocol):
     """Where a conversion reads: a checkpoint, or one with an adapter's changes made."""
 
     tensors: dict[str, StoredTensor]
-    own_head: bool  # the output head is stored apart, whatever the config says of tied ones
+    own_head: bool  # the output head is stored apart, even if the config says that it is tied
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """Return one tensor as float32, or some `rows` of it."""
@@ -51,7 +52,7 @@ class TensorSource(Protocol):
 
 
 class Checkpoint:
-    """The tensors of a folder, listed from the headers alone; data is mapped only in `read`."""
+    """The tensors of a folder, listed from the headers; data is mapped only in `read`."""
 
     own_head = False
 

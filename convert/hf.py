@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFWriter
 
 from trimix_gguf.errors import ConversionError
-from trimix_gguf.machine.files import temporary_file
+from trimix_gguf.machine.files import ByteProgress, temporary_file
+from trimix_gguf.machine.quantization import DIRECT, FLOATS, WEIGHT_TYPES
 
 from .architectures import Architecture, read_config, read_sizes, sliding_layers
 from .checkpoint import Checkpoint, TensorSource
 from .output import refuse_existing, whole_output
 from .plan import plan_tensors
-from .quantize import TYPES as QUANTIZED
 from .quantize import quantize_gguf
 from .rope import llama3_rope_factors, read_rope, write_rope
 from .tokenizer import read_tokenizer
 from .writer import NO_FACTORS, QUANTIZATION_VERSION, write_gguf
-
-TYPES = {
-    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
-    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-}
-# What a K-quant is made from: what the checkpoint holds, unrounded.
-INTERMEDIATE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 
 def convert_hf(
@@ -40,7 +30,7 @@ def convert_hf(
     name: str | None = None,
     checkpoint: TensorSource | None = None,
     force: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: ByteProgress | None = None,
 ) -> None:
     """Write the checkpoint in `model_dir` to `out` as GGUF; nothing is left there on failure.
 
@@ -51,33 +41,39 @@ def convert_hf(
     two in turn. Memory stays below the largest tensor in float32. Raises ConversionError.
     """
     model_dir, out = Path(model_dir), Path(out)
-    if type in QUANTIZED and type not in TYPES:
-        source = checkpoint or Checkpoint(model_dir)
-        dtypes = {stored.dtype for stored in source.tensors.values()} & INTERMEDIATE.keys()
-        whole = INTERMEDIATE[dtypes.pop()] if len(dtypes) == 1 else "f32"
-        refuse_existing(out, force)
-        with temporary_file(out, whole) as path:
-            convert_hf(
-                model_dir,
-                path,
-                type=whole,
-                pre=pre,
-                name=name or model_dir.resolve().name,
-                checkpoint=source,
-                force=True,
-                progress=progress,
-            )
-            quantize_gguf(path, out, type=type, force=force, progress=progress)
+    if type not in WEIGHT_TYPES:
+        raise ConversionError(f"unknown type {type!r}; choose one of {', '.join(WEIGHT_TYPES)}")
+    name = name or model_dir.resolve().name
+    if type in DIRECT:
+        _write(model_dir, out, checkpoint, type, pre=pre, name=name, force=force, progress=progress)
         return
-    if type not in TYPES:
-        known = ", ".join(dict.fromkeys((*TYPES, *QUANTIZED)))
-        raise ConversionError(f"unknown type {type!r}; choose one of {known}")
-    stored_as, file_type = TYPES[type]
+    source = checkpoint or Checkpoint(model_dir)
+    refuse_existing(out, force)
+    dtypes = {stored.dtype for stored in source.tensors.values()}
+    unrounded = [kind for kind in FLOATS if kind.upper() in dtypes]  # what the checkpoint holds
+    whole = unrounded[0] if len(unrounded) == 1 else "f32"
+    with temporary_file(out, whole) as path:
+        _write(model_dir, path, source, whole, pre=pre, name=name, force=True, progress=progress)
+        quantize_gguf(path, out, type=type, force=force, progress=progress)
+
+
+def _write(
+    model_dir: Path,
+    out: Path,
+    checkpoint: TensorSource | None,
+    type: str,
+    *,
+    pre: str | None,
+    name: str,
+    force: bool,
+    progress: ByteProgress | None,
+) -> None:
+    """Write a checkpoint as GGUF in one of the types that need no quantizer."""
+    stored_as = GGMLQuantizationType[type.upper()]
     architecture, config = read_config(model_dir)
     sizes, rope = read_sizes(architecture, config), read_rope(config, architecture.rope_types)
     sliding = sliding_layers(architecture, config, sizes["n_layer"])
-    if checkpoint is None:
-        checkpoint = Checkpoint(model_dir)
+    checkpoint = checkpoint or Checkpoint(model_dir)
     plan = plan_tensors(architecture, config, sizes, checkpoint, stored_as)
     tokenizer = read_tokenizer(model_dir, config, pre=pre)
 
@@ -87,8 +83,8 @@ def convert_hf(
     n_bytes += sum(file.stat().st_size for file in files if file.is_file())
     with whole_output(out, n_bytes=n_bytes, force=force) as path:
         writer = GGUFWriter(None, architecture.gguf)
-        writer.add_name(name or model_dir.resolve().name)
-        writer.add_file_type(file_type)
+        writer.add_name(name)
+        writer.add_file_type(WEIGHT_TYPES[type].file_type)
         writer.add_quantization_version(QUANTIZATION_VERSION)
         _add_hyperparameters(writer, architecture, config, sizes, sliding)
         write_rope(writer, rope, sizes["head_dim"])

@@ -7,23 +7,22 @@ alpha / √r for rank-stabilised LoRA. llama.cpp applies one file-wide alpha ove
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFType, GGUFWriter, Keys
 
 from trimix_gguf.errors import ConversionError
+from trimix_gguf.machine.files import ByteProgress
+from trimix_gguf.machine.quantization import FLOATS
 
 from .adapter import Adapter
 from .architectures import OUTER, read_config, read_sizes
 from .checkpoint import Checkpoint
-from .hf import TYPES, convert_hf
+from .hf import convert_hf
 from .output import whole_output
 from .plan import PlannedTensor
 from .writer import QUANTIZATION_VERSION, write_gguf
-
-ADAPTER_TYPES = ("f32", "f16", "bf16")  # a rank is seldom a whole number of q8_0 blocks
 
 
 class MergedCheckpoint(Checkpoint):
@@ -47,7 +46,7 @@ class MergedCheckpoint(Checkpoint):
             return weight
         pair = self.adapter.pairs[module]
         a, b = self.adapter.read_pair(module)
-        merged = b[rows] @ a
+        merged: np.ndarray = b[rows] @ a
         merged *= pair.alpha / pair.rank
         merged += weight
         if pair.magnitude is not None:
@@ -105,7 +104,7 @@ def convert_lora(
     *,
     type: str = "f16",
     force: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: ByteProgress | None = None,
 ) -> None:
     """Write the PEFT adapter in `adapter_dir` to `out` as a GGUF adapter for llama.cpp.
 
@@ -113,8 +112,8 @@ def convert_lora(
     name, bytes done, bytes in all). Raises ConversionError, where `merge_lora` may still work.
     """
     adapter_dir, base_dir, out = Path(adapter_dir), Path(base_dir), Path(out)
-    if type not in ADAPTER_TYPES:
-        raise ConversionError(f"unknown type {type!r}; choose one of {', '.join(ADAPTER_TYPES)}")
+    if type not in FLOATS:  # a rank is seldom a whole number of q8_0 blocks
+        raise ConversionError(f"unknown type {type!r}; choose one of {', '.join(FLOATS)}")
     adapter = Adapter(adapter_dir)
     for module in adapter.replaced:
         raise ConversionError(
@@ -131,7 +130,7 @@ def convert_lora(
             "llama.cpp would apply the pair at both, and ends its process: use merge-lora"
         )
     architecture, _ = read_config(base_dir)
-    plan = _plan_pairs(adapter, base_dir, TYPES[type][0])
+    plan = _plan_pairs(adapter, base_dir, GGMLQuantizationType[type.upper()])
     # The first pair's, which for most adapters is everyone's.
     alpha = next(iter(adapter.pairs.values())).alpha
     n_bytes = sum(tensor.n_bytes for tensor in plan) + 256 * len(plan)
@@ -154,7 +153,7 @@ def merge_lora(
     pre: str | None = None,
     name: str | None = None,
     force: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: ByteProgress | None = None,
 ) -> None:
     """Write the base in `base_dir` with the adapter merged into it to `out`, as `convert_hf` does.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from trimix_gguf.errors import ConversionError
-from trimix_gguf.machine.files import put_in_place
+from trimix_gguf.machine.files import ByteProgress, put_in_place
 
 from .checkpoint import (
     INDEX,
@@ -123,7 +123,7 @@ def merge_checkpoints(
     density: float = 0.2,
     dtype: str | None = None,
     force: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: ByteProgress | None = None,
 ) -> None:
     """Merge the checkpoints in `folders` into the new checkpoint folder `out_dir`.
 
@@ -282,7 +282,7 @@ def _write_shards(
     folder: Path,
     tensors: dict[str, StoredTensor],
     load: Callable[[str], np.ndarray],
-    progress: Callable[[str, int, int], None] | None,
+    progress: ByteProgress | None,
 ) -> None:
     """Write the files that save_pretrained would: one, or numbered shards and their index."""
     shards = _split(tensors)

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Outputs of a conversion: complete or absent, and refused early where they cannot be written."""
 
 from __future__ import annotations
 

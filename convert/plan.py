@@ -33,10 +33,12 @@ class PlannedTensor:
 
     @property
     def source_shape(self) -> tuple[int, ...]:
+        """The shape of each of its sources."""
         return self.shape[-2:]
 
     @property
     def n_bytes(self) -> int:
+        """Bytes that it takes in the output."""
         return math.prod(quant_shape_to_byte_shape(self.shape, self.stored_as))
 
 

@@ -10,27 +10,16 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from gguf import LlamaFileType
-
 from trimix_gguf.errors import ConversionError
+from trimix_gguf.machine.files import ByteProgress
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
+from trimix_gguf.machine.quantization import FLOATS, QUANTIZED, WEIGHT_TYPES
 
 from .output import whole_output
 
-TYPES = {
-    "q8_0": LlamaFileType.MOSTLY_Q8_0,
-    "q6_k": LlamaFileType.MOSTLY_Q6_K,
-    "q5_k_m": LlamaFileType.MOSTLY_Q5_K_M,
-    "q4_k_m": LlamaFileType.MOSTLY_Q4_K_M,
-    "q4_0": LlamaFileType.MOSTLY_Q4_0,
-}
-FLOATS = ("F32", "F16", "BF16")
-# About the most that a whole file takes: q8_0's blocks, and below it a mix of up to q6_k.
-BYTES_PER_WEIGHT = {"q8_0": 34 / 32}
-MOST_BELOW_Q8_0 = 0.85
+MOST_BELOW_Q8_0 = 0.85  # bytes per weight of a whole file, about: a mix of types up to q6_k
 _TENSOR = re.compile(r"\[ *\d+/ *\d+\] +(\S+) +- ")
 
 
@@ -41,21 +30,22 @@ def quantize_gguf(
     type: str,
     requantize: bool = False,
     force: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: ByteProgress | None = None,
 ) -> None:
-    """Write `source` to `out` with its matrices as `type`, one of TYPES.
+    """Write `source` to `out` with its matrices as `type`, one of QUANTIZED.
 
     A source that is quantized already is refused unless `requantize`: it loses twice. `progress`
     gets (tensor name, bytes read, bytes in all). Raises ConversionError, ModelFileError.
     """
-    if type not in TYPES:
-        raise ConversionError(f"unknown type {type!r}; choose one of {', '.join(TYPES)}")
+    if type not in QUANTIZED:
+        raise ConversionError(f"unknown type {type!r}; choose one of {', '.join(QUANTIZED)}")
     file = read_gguf(source)
     if not requantize:
         _refuse_quantized(file)
     n_weights = sum(math.prod(tensor.shape) for tensor in file.tensors)
     head = file.file_size - file.weight_bytes
-    n_bytes = int(n_weights * BYTES_PER_WEIGHT.get(type, MOST_BELOW_Q8_0)) + head
+    per_weight = WEIGHT_TYPES[type].bits[0] / 8 if type == "q8_0" else MOST_BELOW_Q8_0
+    n_bytes = int(n_weights * per_weight) + head
     if out.exists() and out.samefile(source):
         raise ConversionError(f"{out} is the file to be read; choose another name")
     with whole_output(out, n_bytes=n_bytes, force=force) as partial:
@@ -63,7 +53,7 @@ def quantize_gguf(
 
 
 def _refuse_quantized(file: GGUFFile) -> None:
-    found = next((t for t in file.tensors if t.type not in FLOATS), None)
+    found = next((t for t in file.tensors if t.type.lower() not in FLOATS), None)
     if found is not None:
         raise ConversionError(
             f"{file.path} is quantized already ({found.name} is {found.type}); "
@@ -76,10 +66,10 @@ def _run_child(
     out: Path,
     type: str,
     requantize: bool,
-    progress: Callable[[str, int, int], None] | None,
+    progress: ByteProgress | None,
 ) -> None:
     sizes = {tensor.name: tensor.n_bytes for tensor in file.tensors}
-    arguments = [str(file.path), str(out), str(int(TYPES[type])), str(int(requantize))]
+    arguments = [str(file.path), str(out), str(WEIGHT_TYPES[type].file_type), str(int(requantize))]
     # UTF-8 mode: elsewhere than on Linux its stderr would have another encoding.
     command = [sys.executable, "-X", "utf8", "-m", "trimix_gguf.convert.quantize", *arguments]
     n_done, last = 0, "it gave no reason"

@@ -101,4 +101,5 @@ def llama3_rope_factors(rope: dict[str, Any], head_dim: int) -> np.ndarray:
     frequencies = rope["rope_theta"] ** (-np.arange(0, head_dim, 2) / head_dim)
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (1.0 / ((1.0 - kept) / factor + kept)).astype(np.float32)
+    factors: np.ndarray = (1.0 / ((1.0 - kept) / factor + kept)).astype(np.float32)
+    return factors

@@ -36,22 +36,27 @@ class TokenizerMetadata:
 
     @property
     def pre(self) -> str:
+        """llama.cpp's name of the pre-tokenizer."""
         return self.vocabulary.pre
 
     @property
     def merges(self) -> list[str] | None:
+        """BPE merges, the first ones first; None where there are none."""
         return self.vocabulary.merges
 
     @property
     def tokens(self) -> list[str]:
+        """The text of every id."""
         return [token.text for token in self.vocabulary.tokens]
 
     @property
     def types(self) -> list[TokenType]:
+        """The type of every id."""
         return [token.type for token in self.vocabulary.tokens]
 
     @property
     def eos_id(self) -> int:
+        """The id that ends a text."""
         return self.special_ids["eos"]
 
     def write(self, writer: GGUFWriter) -> None:
@@ -117,7 +122,7 @@ def _read_vocabulary(
 ) -> Vocabulary:
     """Choose the reader: tokenizer.model comes first, except beside byte-level BPE.
 
-    Llama 3's tokenizer.model is no SentencePiece model, but another form of its tokenizer.json.
+    Llama 3's tokenizer.model is not a SentencePiece model, but another form of its tokenizer.json.
     """
     path, model_path = folder / "tokenizer.json", folder / "tokenizer.model"
     model = tokenizer.get("model") or {}

@@ -14,7 +14,7 @@ from trimix_gguf.errors import ConversionError
 from .checkpoint import read_json
 
 SPACE = "▁"  # how SentencePiece spells a space
-# Added tokens that are not marked special, yet are no text: as llama.cpp's converter has it.
+# Added tokens that are not marked special, but are not text either, as in llama.cpp's converter.
 CONTROL_TEXTS = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 CONTROL_AFFIXES = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from trimix_gguf.errors import ConversionError
+from trimix_gguf.machine.files import ByteProgress
 
 from .checkpoint import TensorSource, to_bfloat16
 from .plan import Q8_0_BLOCK, PlannedTensor
@@ -36,7 +37,7 @@ def write_gguf(
     plan: list[PlannedTensor],
     *,
     factors: np.ndarray = NO_FACTORS,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: ByteProgress | None = None,
 ) -> None:
     """Write metadata and tensors to `path`; `factors` are rope's, if any. Closes `writer`.
 
@@ -76,7 +77,7 @@ def _write_tensors(
     plan: list[PlannedTensor],
     factors: np.ndarray,
     alignment: int,
-    progress: Callable[[str, int, int], None] | None,
+    progress: ByteProgress | None,
 ) -> None:
     def align() -> None:
         file.write(bytes(-file.tell() % alignment))

@@ -1,10 +1,8 @@
 """A trio on a stick: what is exported is imported byte for byte, or refused and not seen."""
 
 import hashlib
-import io
 import json
 import os
-import random
 import subprocess
 import sys
 import tarfile
@@ -15,65 +13,15 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import KAZAKH
+from small_trio import contents, refused, snapshot
 
 from trimix_gguf.errors import TrioFileError
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trios import bundle_files, store
 from trimix_gguf.trios.bundle import export_trio, import_trio
-from trimix_gguf.trios.triofile import ModelEntry, TrioFile, to_toml
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from kills import FORMS, kill_many  # noqa: E402
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRIMIX_HOME", str(tmp_path / "home"))
-    return tmp_path / "home" / "trios"
-
-
-@pytest.fixture
-def small(tmp_path):
-    """A trio of a few kilobytes, where only its bytes count; large_ins is elsewhere."""
-    draw = random.Random(0)
-    folder = tmp_path / "small"
-    folder.mkdir()
-    models = {}
-    for role in ROLES:
-        path = tmp_path / "elsewhere.bin" if role == "large_ins" else folder / f"{role}.bin"
-        path.write_bytes(draw.randbytes(draw.randrange(3000, 5000)))
-        name = str(path) if role == "large_ins" else path.name
-        models[role] = ModelEntry(path=name, licence="CC0", adapter_of=None)
-    trio = TrioFile(folder, "small", models, languages=("kk",), n_ctx=64)
-    trio.write()
-    return trio
-
-
-@pytest.fixture(params=["bundle.tar", "bundle"])
-def bundle(request, small, tmp_path):
-    export_trio(small, tmp_path / request.param)
-    return tmp_path / request.param
-
-
-def contents(trio):
-    return {role: trio.path(role).read_bytes() for role in trio.models}
-
-
-def snapshot(folder):
-    """Every file under a folder, with its bytes."""
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def refused(source, words, home, **options):
-    """The import is refused in one line, and nothing of it is in the store."""
-    before = snapshot(home)
-    with pytest.raises(TrioFileError) as caught:
-        import_trio(source, **options)
-    assert words in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
-    assert snapshot(home) == before
-    assert not home.exists() or not any(p.name.startswith(".") for p in home.iterdir())
-    return str(caught.value)
-
 
 # -- as a user does ---------------------------------------------------------------------------
 
@@ -217,147 +165,6 @@ def test_ctrl_c_leaves_nothing(home, small, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         export_trio(small, tmp_path / "y.tar", progress=interrupt)
     assert not list(tmp_path.glob("*y.tar*"))
-
-
-# -- what others may hand over ----------------------------------------------------------------
-
-
-def member(name, content=b"", kind=tarfile.REGTYPE, link=""):
-    info = tarfile.TarInfo(name)
-    info.type, info.size, info.linkname = kind, len(content), link
-    return info, io.BytesIO(content)
-
-
-def crafted(small, path, *more, text=None, without=()):
-    """A tar of the small trio, with more members, another trio.toml, or some left out."""
-    models = {}
-    for role, content in contents(small).items():
-        digest = hashlib.sha256(content).hexdigest()
-        models[role] = replace(small.models[role], path=f"{role}.gguf", sha256=digest)
-    text = to_toml(replace(small, models=models)) if text is None else text
-    with tarfile.open(path, "w") as tar:
-        own = {"trio.toml": text.encode()}
-        own |= {f"{role}.gguf": content for role, content in contents(small).items()}
-        for name in own.keys() - set(without):
-            tar.addfile(*member(name, own[name]))
-        for info, content in more:
-            tar.addfile(info, content)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        (member("../evil", b"x"), "leads out"),
-        (member("a/../../evil", b"x"), "leads out"),
-        (member("/tmp/evil", b"x"), "leads out"),
-        (member("C:\\evil", b"x"), "leads out"),
-        (member("evil", kind=tarfile.SYMTYPE, link="/etc/passwd"), "not a plain file"),
-        (member("evil", kind=tarfile.LNKTYPE, link="trio.toml"), "not a plain file"),
-        (member("evil", kind=tarfile.CHRTYPE), "not a plain file"),
-        (member("evil", kind=tarfile.BLKTYPE), "not a plain file"),
-        (member("evil", kind=tarfile.FIFOTYPE), "not a plain file"),
-        (member("evil", kind=tarfile.DIRTYPE), "not a plain file"),
-        (member("large_ins.gguf", b"x"), "twice"),
-        (member("evil", b"x"), "does not name"),
-    ],
-)
-def test_a_tar_with_anything_but_its_files_is_refused(home, small, tmp_path, more, words):
-    refused(crafted(small, tmp_path / "x.tar", more), words, home)
-    assert not (tmp_path / "evil").exists() and not Path("/tmp/evil").exists()
-
-
-def test_a_sparse_member_is_refused(home, small, tmp_path):
-    info, content = member("evil")
-    info.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.size": "9", "GNU.sparse.map": "0,9"}
-    refused(crafted(small, tmp_path / "x.tar", (info, content)), "not a plain file", home)
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "words"),
-    [
-        ("version = 1", "version = 2", "update trimix-gguf"),
-        ('name = "small"', 'name = "nano"', "ships in the package"),
-        ('name = "small"', 'name = "../small"', "name"),
-        ('path = "small_cpt.gguf"', 'path = "../small_cpt.gguf"', "leads out"),
-        ('path = "small_cpt.gguf"', 'path = "/etc/passwd"', "leads out"),
-        ('path = "small_cpt.gguf"', 'path = "other.gguf"', "ends before other.gguf"),
-        ('licence = "CC0"\nsha256', 'licence = "CC0"\nn_bytes = 7\nsha256', "altered"),
-        ("[models.small_cpt]", "[models.large_base]", "models.small_cpt is missing"),
-    ],
-)
-def test_a_trio_file_that_asks_for_more_is_refused(home, small, tmp_path, old, new, words):
-    whole = crafted(small, tmp_path / "whole.tar")
-    with tarfile.open(whole) as tar:
-        text = tar.extractfile("trio.toml").read().decode()
-    assert old in text
-    refused(crafted(small, tmp_path / "x.tar", text=text.replace(old, new, 1)), words, home)
-    bare = "\n".join(line for line in text.splitlines() if not line.startswith("sha256"))
-    refused(crafted(small, tmp_path / "x.tar", text=bare), "sha256 is missing", home)
-
-
-def test_what_is_no_bundle_is_refused(home, small, tmp_path, nano_files):
-    refused(crafted(small, tmp_path / "x.tar", without=["trio.toml"]), "no trio.toml", home)
-    refused(crafted(small, tmp_path / "x.tar", without=["small_cpt.gguf"]), "small_cpt.gguf", home)
-    refused(tmp_path / "nowhere.tar", "no such file", home)
-    refused(nano_files["small_cpt"], "not a plain tar", home)
-    refused(tmp_path, "trio.toml", home)
-    (tmp_path / "empty.tar").touch()
-    refused(tmp_path / "empty.tar", "not a plain tar", home)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="signals, limits or pipes as POSIX has them")
-def test_links_and_pipes_in_a_folder_are_refused(home, small, tmp_path):
-    folder = tmp_path / "x"
-    export_trio(small, folder)
-    path = folder / "small_cpt.gguf"
-    path.rename(tmp_path / "moved")
-    refused(folder, "is missing", home)
-    path.symlink_to(tmp_path / "moved")
-    refused(folder, "is a link", home)
-    path.unlink()
-    os.mkfifo(path)
-    refused(folder, "not a plain file", home)
-
-
-def test_a_cut_or_altered_tar_is_refused_or_whole(home, small, tmp_path):
-    """Any byte turned, any length: one line and nothing seen, or just the trio it was."""
-    whole, x = tmp_path / "whole.tar", tmp_path / "x.tar"
-    export_trio(small, whole)
-    good, draw = whole.read_bytes(), random.Random(0)
-    n_refused = 0
-    for i in range(400):
-        bad = bytearray(good)
-        if i % 4 == 0:
-            del bad[draw.randrange(len(good)) :]
-        elif i % 4 == 1:  # in a header
-            starts = [
-                at for at in range(0, len(good), 512) if good[at + 257 : at + 262] == b"ustar"
-            ]
-            bad[draw.choice(starts) + draw.randrange(512)] = draw.randrange(256)
-        else:
-            bad[draw.randrange(len(good))] ^= 1 << draw.randrange(8)
-        x.write_bytes(bad)
-        try:
-            there = import_trio(x, name="x")
-        except TrioFileError as error:
-            n_refused += 1
-            assert "\n" not in str(error)
-            assert store.installed() == [] and not any(home.glob("*"))
-        else:
-            assert contents(there) == contents(small)
-            store.remove("x")
-    assert n_refused > 200
-
-
-def test_an_altered_folder_is_refused(home, small, tmp_path):
-    export_trio(small, tmp_path / "x")
-    path = tmp_path / "x" / "small_base.gguf"
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    refused(tmp_path / "x", f"{path} is not what trio.toml says", home)
-    path.write_bytes(content[:-1])
-    refused(tmp_path / "x", f"{path} is not what trio.toml says", home)
 
 
 # -- disks ------------------------------------------------------------------------------------

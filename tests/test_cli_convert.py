@@ -6,10 +6,12 @@ import shutil
 import numpy as np
 import pytest
 from conftest import KAZAKH
+from gguf import LlamaFileType
 from hf_checkpoint import checkpoint_folder
 from test_cli import one_line_error
 
 from trimix_gguf.machine.gguf_file import read_gguf
+from trimix_gguf.machine.quantization import WEIGHT_TYPES
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +148,12 @@ def test_check_names_what_is_wrong(trimix, nano_files, real_files, tmp_path):
     report = json.loads(real.stdout)
     assert report["n_common"] == 151936 and report["models"]["small_cpt"]["type"] == "adapter"
     assert len(report["tokens_per_character"]) >= 8
+
+
+def test_the_table_of_types_has_llama_cpps_numbers_and_goes_from_large_to_small():
+    for name, kind in WEIGHT_TYPES.items():
+        named = "ALL_F32" if name == "f32" else f"MOSTLY_{name.upper()}"
+        assert LlamaFileType[named] == kind.file_type
+        assert kind.bits[0] / 8 <= kind.bytes_in_file < 1.05 * kind.bits[0] / 8 + 0.01
+    sizes = [kind.bits[0] for kind in WEIGHT_TYPES.values()]
+    assert sizes == sorted(sizes, reverse=True)

@@ -14,6 +14,7 @@ from trimix_gguf.evaluation.continuing import continue_decoupled
 from trimix_gguf.evaluation.decoupled import FourthModel, check_fourth
 from trimix_gguf.evaluation.reading import AXIS, Reader
 from trimix_gguf.machine import memory
+from trimix_gguf.machine.loading import Loading
 from trimix_gguf.mixing.scoring import GRID
 from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.prompt import Prompt, Segment
@@ -28,7 +29,8 @@ def trio():
 @pytest.fixture
 def fourth(nano_files, trio):
     """small_cpt's file as large_base: a model unlike its neighbours in the formula."""
-    with closing(Model(nano_files["small_cpt"], n_ctx=512, n_threads=1, tokenizer=False)) as model:
+    loading = Loading(n_ctx=512, n_threads=1)
+    with closing(Model(nano_files["small_cpt"], loading, tokenizer=False)) as model:
         yield FourthModel(model, trio)
 
 

@@ -24,6 +24,7 @@ from trimix_gguf import Trio, Weights, generate, select_weights  # noqa: E402
 from trimix_gguf.errors import PromptError, SamplerError, WeightsError  # noqa: E402
 from trimix_gguf.evaluation import harness  # noqa: E402
 from trimix_gguf.evaluation.harness import TrimixLM  # noqa: E402
+from trimix_gguf.machine.loading import Loading  # noqa: E402
 from trimix_gguf.mixing.fusion import METHODS, Mix, fuse  # noqa: E402
 from trimix_gguf.trio.model import Model  # noqa: E402
 from trimix_gguf.trio.prompt import Prompt, Segment  # noqa: E402
@@ -47,7 +48,7 @@ def short():
 
 
 def test_weights_of_one_model_give_its_log_softmax(trio, nano_files):
-    model = Model(nano_files["large_ins"], n_ctx=128, n_threads=1)
+    model = Model(nano_files["large_ins"], Loading(n_ctx=128, n_threads=1))
     ids = encode(trio, KAZAKH)
     rows = np.stack([log_softmax(model.decode([token])[0]) for token in ids])
     cut = KAZAKH.index(" бүгін")

@@ -227,8 +227,8 @@ GUARDED = {
     ("trimix_gguf/cli/chat.py", "locale.CODESET"): "AttributeError is suppressed",
     ("trimix_gguf/cli/chat.py", "import readline"): "ImportError is suppressed",
     ("trimix_gguf/machine/processor.py", "'/proc/cpuinfo'"): "on Linux only",
-    ("trimix_gguf/bench.py", "import resource"): "not on Windows",
-    ("trimix_gguf/bench.py", "'/proc/self/status'"): "where it exists",
+    ("trimix_gguf/machine/memory.py", "import resource"): "not on Windows",
+    ("trimix_gguf/machine/memory.py", "'/proc/self/status'"): "where it exists",
 }
 METHODS = {
     "add_signal_handler",

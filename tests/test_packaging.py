@@ -22,6 +22,7 @@ PLACES = {
     "trimix_gguf/evaluation": ("eval", "lm-eval"),
     "trimix_gguf/cli/options.py": ("plot",),
     "convert/nano": ("train",),
+    "convert/training.py": ("train",),
     "tests": ("dev", "eval", "lm-eval", "oracle"),
     "benchmarks": ("dev", "eval", "oracle"),
 }

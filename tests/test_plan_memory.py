@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from typing import get_type_hints
 
 import pytest
 from conftest import KAZAKH
@@ -13,7 +14,7 @@ from trimix_gguf import Trio
 from trimix_gguf.errors import MemoryNeededError, ModelError
 from trimix_gguf.machine import memory, native
 from trimix_gguf.machine.gguf_file import read_gguf
-from trimix_gguf.machine.placement import AUTO
+from trimix_gguf.machine.loading import AUTO, Loading, LoadingOptions
 from trimix_gguf.machine.planner import place
 from trimix_gguf.roles import ROLES
 
@@ -34,7 +35,7 @@ def measured_over_estimate(files, **options):
     """Peak resident memory of a process that scored a prompt, over the estimate."""
     lora = read_gguf(files["small_cpt_lora"]) if "small_cpt_lora" in files else None
     read = {role: read_gguf(files.get(role) or files["small_base"]) for role in ROLES}
-    need = memory.estimate(read, dict.fromkeys(ROLES, options), lora)
+    need = memory.estimate(read, dict.fromkeys(ROLES, Loading(**options)), lora)
     arguments = {**{role: str(path) for role, path in files.items()}, **options}
     command = [sys.executable, "-c", PEAK, json.dumps(arguments), KAZAKH]
     peak = int(subprocess.run(command, capture_output=True, check=True).stdout) * 1024
@@ -168,3 +169,9 @@ def test_a_device_that_is_not_here_is_one_line(trimix):
     assert "NoSuchGPU" in one_line_error(trimix("plan", "--device", "NoSuchGPU"))
     kinds = one_line_error(trimix("plan", "--kv-type", "q9"))
     assert "q9" in kinds
+
+
+def test_options_of_loading_are_its_fields():
+    assert get_type_hints(LoadingOptions) == get_type_hints(Loading)
+    with pytest.raises(TypeError, match="n_threds"):
+        Trio.nano(n_threds=2)

@@ -9,8 +9,9 @@ import pytest
 from trimix_gguf.errors import ModelError
 from trimix_gguf.machine import memory
 from trimix_gguf.machine.gguf_file import GGUFFile, TensorInfo, read_gguf
+from trimix_gguf.machine.loading import AUTO, Loading
 from trimix_gguf.machine.native import Device
-from trimix_gguf.machine.placement import AUTO, MARGIN, RAM
+from trimix_gguf.machine.placement import MARGIN, RAM
 from trimix_gguf.machine.planner import plan
 from trimix_gguf.roles import ROLES
 
@@ -98,6 +99,10 @@ def tight_machines(n, seed):
         yield files, options, devices, int(need * rng.uniform(0.4, 1.05)), rng
 
 
+def loadings(options):
+    return {role: Loading(**given) for role, given in options.items()}
+
+
 def layers(found):
     return {role: own.n_layers for role, own in found.models.items()}
 
@@ -108,7 +113,7 @@ def layers(found):
 def test_without_cards_all_is_on_the_cpu_and_is_the_estimate():
     for files, options, _, ram, _ in machines(60, seed=1):
         found = plan(files, devices=[card("CPU", 0, "CPU")], free_ram=ram, options=options)
-        need = memory.estimate(files, options, None)
+        need = memory.estimate(files, loadings(options), None)
         assert list(found.rooms) == [RAM] and set(layers(found).values()) == {0}
         room = found.rooms[RAM].need
         assert need == {"weights": room.weights, "kv": room.kv, "buffers": room.buffers}
@@ -119,8 +124,8 @@ def test_without_cards_all_is_on_the_cpu_and_is_the_estimate():
 def test_what_is_placed_sums_to_the_estimate_and_what_offloading_doubles():
     for files, options, devices, ram, _ in machines(200, seed=2):
         found = plan(files, devices=devices, free_ram=ram, options=options)
-        need = memory.estimate(files, options, None)
-        facts = memory.by_role(files, options)
+        need = memory.estimate(files, loadings(options), None)
+        facts = memory.by_role(files, loadings(options))
         rooms = [room.need for room in found.rooms.values()]
         away = [role for role, n in layers(found).items() if n]
         doubled = sum(facts[role].tied - facts[role].tied_ram for role in away)
@@ -179,7 +184,7 @@ def test_large_ins_is_never_below_the_small_ones():
 def test_a_model_goes_whole_to_a_card_that_holds_it_and_else_as_far_as_it_fits():
     for files, options, devices, ram, _ in machines(200, seed=6):
         found = plan(files, devices=devices, free_ram=ram, options=options)
-        facts = memory.by_role(files, options)["large_ins"]
+        facts = memory.by_role(files, loadings(options))["large_ins"]
         rooms = [d.free - MARGIN for d in devices if d.kind == "GPU"]
         if not rooms or any(room.is_ram for room in found.rooms.values()):
             continue

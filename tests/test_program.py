@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from test_bundle import snapshot
+from small_trio import snapshot
 
 from trimix_gguf.errors import ProgramError
 from trimix_gguf.trios import wheels

@@ -210,3 +210,32 @@ def test_what_architecture_says_where_to_find_is_there():
             found = [node for node in body if getattr(node, "name", None) == name]
             assert found, f"ARCHITECTURE.md: there is no {dotted} in {path}"
             body = found[0].body
+
+
+# -- size and description of the code -------------------------------------------------------
+
+
+def functions(body, prefix=""):
+    """(dotted name, node) of functions and methods, those in functions left out."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield prefix + node.name, node
+        elif isinstance(node, ast.ClassDef):
+            yield from functions(node.body, f"{prefix}{node.name}.")
+
+
+CHECKED = [*(ROOT / "convert").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+for checked_room in ("roles", "machine", "trio", "trios", "bench", "cli"):
+    CHECKED += files_of(checked_room)
+
+
+@pytest.mark.parametrize("path", CHECKED, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_and_functions_are_short_and_public_ones_are_described(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 400
+    for name, node in functions(ast.parse(text).body):
+        assert node.end_lineno - node.lineno < 60, f"{name} has more than 60 lines"
+        n_parameters = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
+        assert n_parameters <= 12, f"{name} has {n_parameters} parameters"
+        is_public = not any(part.startswith("_") for part in name.split("."))
+        assert not is_public or ast.get_docstring(node), f"{name} has no docstring"

@@ -10,6 +10,7 @@ from trimix_gguf import Trio, Weights, generate, score, select_weights, stream_g
 from trimix_gguf.answering.answer import TextStream
 from trimix_gguf.errors import ContextFullError, ModelError, PromptError
 from trimix_gguf.machine import native
+from trimix_gguf.machine.loading import Loading
 from trimix_gguf.mixing.fusion import fuse
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.model import Model
@@ -176,20 +177,20 @@ def test_options_per_role_and_quantized_kv(nano_files):
     with Trio.load(**nano_files, n_ctx=64, per_role=per_role, mmap=True) as opened:
         assert generate(opened, "Ол", max_tokens=3, seed=1).n_tokens > 0
     with pytest.raises(ModelError, match="KV-cache type"):
-        Model(nano_files["small_base"], type_k="q9")
+        Model(nano_files["small_base"], Loading(type_k="q9"))
 
 
 def test_shared_weights_are_loaded_once(nano_files):
-    first = Model(nano_files["small_base"], n_ctx=64)
-    second = Model(nano_files["small_base"], n_ctx=64, share=first)
+    first = Model(nano_files["small_base"], Loading(n_ctx=64))
+    second = Model(nano_files["small_base"], Loading(n_ctx=64), share=first)
     assert first._weights is second._weights
     first.close()  # the second still works
     assert second.decode([5]).shape == (1, second.n_vocab)
 
 
 def test_a_model_without_its_tokenizer_reads_the_same(nano_files):
-    whole = Model(nano_files["small_base"], n_ctx=64)
-    bare = Model(nano_files["small_base"], n_ctx=64, tokenizer=False)
+    whole = Model(nano_files["small_base"], Loading(n_ctx=64))
+    bare = Model(nano_files["small_base"], Loading(n_ctx=64), tokenizer=False)
     assert bare.n_vocab == whole.n_vocab
     assert np.array_equal(bare.decode([5, 6, 7]), whole.decode([5, 6, 7]))
     assert int(bare.file.metadata["tokenizer.ggml.eos_token_id"]) in bare.end_of_generation()

@@ -1,13 +1,12 @@
 """How fast a trio is on this machine, and why: every form within one run, figures medians.
 
 Reading a prompt is bound by compute, decoding by memory bandwidth: a token costs at least the
-time to read the weights of each model that the mix asks. The forms take turns within a repeat,
-and a ratio is of one repeat's times, so that a machine which slows down slows both its sides.
+time to read the weights of each model that the mix asks. Within a repeat the forms run in
+turn, and a ratio is of one repeat's times: a machine that slows down slows both of its sides.
 """
 
 import math
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,12 +27,14 @@ from trimix_gguf.answering.steering import Steady
 from trimix_gguf.choosing.selection import Selection
 from trimix_gguf.errors import PromptError
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
+from trimix_gguf.machine.memory import peak_rss
 from trimix_gguf.machine.threads import available_cores
 from trimix_gguf.mixing.fusion import METHODS, Mix, Rows, fuse
 from trimix_gguf.mixing.sampler import Sampler
 from trimix_gguf.mixing.sampling import Sampling
 from trimix_gguf.mixing.scoring import GRID, Float64, grid_nll
-from trimix_gguf.roles import ROLES
+from trimix_gguf.roles import LOADING_ORDER, ROLES
+from trimix_gguf.trio.model import Logits
 from trimix_gguf.trio.prefill import Window
 from trimix_gguf.trio.prompt import Prompt, Segment
 from trimix_gguf.trio.trio import Trio
@@ -52,7 +52,7 @@ TEXT = """Read the text and write one more paragraph of it, in Kazakh and in the
 N_PROMPT = 256  # tokens of TEXT
 _BANDWIDTH_BYTES = 256 << 20  # read at once: more than any last-level cache in common use
 _GRID_ROWS = 16  # rows of logits that both forms score, from all over the prompt
-_TRIES = 5  # of what takes milliseconds, so that one interruption tells little
+_TRIES = 5  # of what takes milliseconds, so that one interruption changes little
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Run:
 
     @property
     def tps(self) -> float:
+        """Tokens per second."""
         return len(self.tokens) / self.seconds
 
 
@@ -92,7 +93,7 @@ def measure(
 ) -> dict[str, Any]:
     """Measure a trio on `prompt` and `n_tokens` after it; without `mix`, as it chooses.
 
-    Times in seconds or milliseconds, speeds in tokens a second, sizes in bytes. Raises
+    Times in seconds or milliseconds, speeds in tokens per second, sizes in bytes. Raises
     PromptError where the two do not fit in the context together.
     """
     n_prompt = prompt.n_tokens()
@@ -218,9 +219,9 @@ def covered(spans: Sequence[tuple[float, float]]) -> float:
 
 
 def grid_scoring(trio: Trio, prompt: Prompt, prefill_s: float) -> dict[str, float]:
-    """Scoring the prompt at GRID², beside reading it, and beside the naive form on rows of it.
+    """Scoring the prompt at GRID²: against reading it, and against the naive form on some rows.
 
-    `share_of_prefill` is over the three models' reading with the last row of logits alone;
+    `share_of_prefill` is over the three models' reading with only the last row of logits;
     `over_naive` compares one thread with one.
     """
     spent, seen, kept = 0.0, 0, []
@@ -254,11 +255,20 @@ def grid_scoring(trio: Trio, prompt: Prompt, prefill_s: float) -> dict[str, floa
 def nll_seconds(
     form: Callable[..., Float64], rows: Rows, targets: NDArray[np.int64], **settings: Any
 ) -> float:
+    """Seconds that `form` takes to score rows at every point of GRID²."""
     return _timed(lambda: form(**rows, targets=targets, alphas=GRID, betas=GRID, **settings))
 
 
-def naive_nll(*, large_ins, small_cpt, small_base, targets, alphas, betas) -> Float64:
-    """grid_nll as one would write it: a mix and a float32 log-softmax a point, on whole arrays."""
+def naive_nll(
+    *,
+    large_ins: Logits,
+    small_cpt: Logits,
+    small_base: Logits,
+    targets: NDArray[np.int64],
+    alphas: Sequence[float],
+    betas: Sequence[float],
+) -> Float64:
+    """grid_nll in plain form: per point a mix and a float32 log-softmax, on whole arrays."""
     nll, at = np.empty((len(alphas), len(betas))), np.arange(len(targets))
     for i, a in enumerate(np.asarray(alphas, np.float32)):
         for j, b in enumerate(np.asarray(betas, np.float32)):
@@ -273,7 +283,7 @@ def naive_nll(*, large_ins, small_cpt, small_base, targets, alphas, betas) -> Fl
 
 
 def speeds(runs: Sequence[Repeat], n_prompt: int) -> dict[str, Any]:
-    """Tokens a second of each form, and what speculation drafted."""
+    """Tokens per second of each form, and what speculation drafted."""
     drafted = [n for r in runs for n in r.speculative.n_drafted]
     n_tokens = sum(len(r.speculative.tokens) for r in runs)
     n_accepted = n_tokens - len(drafted)  # each round ends with one token of the target's own
@@ -284,7 +294,7 @@ def speeds(runs: Sequence[Repeat], n_prompt: int) -> dict[str, Any]:
                 "prefill_tps": _median(n_prompt / r.prefill[role] for r in runs),
                 "decode_tps": _median(r.alone[role].tps for r in runs),
             }
-            for role in ("large_ins", "small_base", "small_cpt")
+            for role in LOADING_ORDER
         },
         "lockstep": {
             "decode_tps": _median(r.lockstep.tps for r in runs),
@@ -306,7 +316,7 @@ def speeds(runs: Sequence[Repeat], n_prompt: int) -> dict[str, Any]:
 def same_text(
     trio: Trio, prompt: Prompt, mix: Mix, runs: Sequence[Repeat]
 ) -> bool | dict[str, float]:
-    """True, or where lockstep and speculation first part, and by how little: the logit gap."""
+    """True, or where lockstep and speculation first differ, and the gap between the two logits."""
     for run in runs:
         ours, theirs = run.lockstep.tokens, run.speculative.tokens
         i = first_difference(ours, theirs)
@@ -318,7 +328,7 @@ def same_text(
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """Index of the first token where two texts of one length part."""
+    """Index of the first token where two texts of one length differ; None where they do not."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
 
 
@@ -326,7 +336,7 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
 
 
 def floor(trio: Trio, mix: Mix, seconds: float) -> dict[str, float | None]:
-    """What reading the active weights once a token takes at least, beside the `seconds` measured.
+    """The time to read the active weights once per token, beside the `seconds` measured.
 
     None where some of them are not in the CPU's memory. Weights that fit in its cache beat it.
     """
@@ -343,7 +353,7 @@ def floor(trio: Trio, mix: Mix, seconds: float) -> dict[str, float | None]:
 
 
 def bandwidth() -> float:
-    """Bytes a second that all cores together read from memory: the best of a few large sums."""
+    """Bytes per second that all cores together read from memory: the best of a few large sums."""
     n = available_cores()
     parts = [np.ones(_BANDWIDTH_BYTES // 8 // n, np.uint64) for _ in range(n)]
     with ThreadPoolExecutor(n) as pool:  # NumPy releases the GIL
@@ -367,24 +377,6 @@ def memory_of(trio: Trio) -> dict[str, int]:
         "files": sum(sizes.values()),
         "kv": sum(m.file.kv_bytes(m.n_ctx, *m.kv_types) for m in models),
     }
-
-
-def peak_rss() -> int:
-    """Bytes that this process had resident at most."""
-    status = Path("/proc/self/status")
-    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
-    # Not ru_maxrss on Linux: a process inherits its parent's.
-    for line in lines:
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _timed(work: Callable[[], Any]) -> float:

@@ -40,6 +40,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def english(data: Path, seed: int) -> list[str]:
+    """Documents of a few English lines each, without the held-out text."""
     rng = random.Random(seed)
     lines = []
     for path in sorted((data / "corpus" / "en").glob("*.txt")):
@@ -49,11 +50,12 @@ def english(data: Path, seed: int) -> list[str]:
 
 
 def kazakh(data: Path, seed: int) -> list[str]:
+    """Documents of a few Kazakh lines each."""
     return _group(_lines(data / "corpus" / "kk" / "train.txt"), random.Random(seed), 2, 8)
 
 
 def parallel(data: Path, *, heldout: bool = False) -> list[tuple[str, str]]:
-    """Aligned (Kazakh, English) sentence pairs; the held-out tail is for measuring alone."""
+    """Aligned (Kazakh, English) sentence pairs; the held-out tail is only for measuring."""
     with open(data / "parallel" / "kk-en.tsv", encoding="utf-8") as f:
         rows = list(csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE))
     pairs = [(r["kk"], r["en"]) for r in rows if float(r["score"]) >= MIN_ALIGNMENT]
@@ -78,6 +80,7 @@ def render(instruction: str, text: str, answer: str, chat: bool) -> str:
 
 
 def instructions(data: Path, seed: int) -> list[str]:
+    """Translations, topics, continuations and copies: a request and its answer, some as chats."""
     rng = random.Random(seed)
     examples: list[tuple[str, str, str]] = []
     for kk, en in parallel(data):

@@ -6,14 +6,12 @@
     python convert/nano/train.py large_base --data DATA --work WORK   # may run beside the two
     python convert/nano/train.py large_ins  --data DATA --work WORK   # continues large_base
 
-Each model trains on `--threads` cores, saves its state every few minutes, and picks up there
-after Ctrl-C or a kill. `make nano` runs all of it and converts the result to GGUF.
+Each model trains on `--threads` cores. After Ctrl-C it goes on where it was, after a kill where it
+was a few minutes before. `make nano` runs all of it and converts the result to GGUF.
 """
 
 import argparse
 import json
-import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +20,8 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from trimix_gguf.convert import training
 
 N_VOCAB = 6144
 N_CTX = 512
@@ -123,6 +123,7 @@ def token_stream(role: str, data: Path, work: Path) -> np.ndarray:
 
 
 def build(role: str, work: Path) -> LlamaForCausalLM:
+    """The model of a role before its training: of random weights, or what it continues."""
     recipe = RECIPES[role]
     if recipe.start is not None:
         return LlamaForCausalLM.from_pretrained(work / recipe.start, dtype=torch.float32)
@@ -143,16 +144,8 @@ def build(role: str, work: Path) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def learning_rate(step: int, n_steps: int, peak: float) -> float:
-    """Linear warm-up over 2 %, then a cosine down to 3 %."""
-    warm = max(1, n_steps // 50)
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * (step - warm) / (n_steps - warm))))
-
-
 def batch(stream: np.ndarray, step: int, n_rows: int) -> torch.Tensor:
-    """int64 [n_rows, N_CTX]: blocks shuffled anew each epoch, a function of the step alone."""
+    """int64 [n_rows, N_CTX]: blocks, shuffled again each epoch: a function of the step only."""
     n_blocks = len(stream) // N_CTX
     rows = []
     for k in range(step * n_rows, (step + 1) * n_rows):
@@ -163,73 +156,47 @@ def batch(stream: np.ndarray, step: int, n_rows: int) -> torch.Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def train(
-    role: str,
-    data: Path,
-    work: Path,
-    scale: float = 1,
-    n_rows: int = 8,
-    save_every_s: float = 180,
-) -> None:
-    recipe, state_file = RECIPES[role], work / f"{role}.state.pt"
+def train(role: str, data: Path, work: Path, scale: float = 1, n_rows: int = 8) -> None:
+    """Train one model, and publish it."""
+    recipe = RECIPES[role]
     stream = token_stream(role, data, work)
     n_steps = int(recipe.n_tokens * scale) // (n_rows * N_CTX)
     model = build(role, work)
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
-    first = 0
-    if state_file.exists():
-        state = torch.load(state_file)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
     n_params = sum(p.numel() for p in model.parameters())
     print(
         f"{role}: {n_params:,} parameters, {len(stream):,} tokens of text, {n_steps} steps",
         flush=True,
     )
+    n_warm_up = max(1, n_steps // 50)
+    settings = training.Settings(
+        recipe.learning_rate,
+        state=work / f"{role}.state.pt",
+        n_steps=n_steps,
+        n_warm_up=n_warm_up,
+        decay_from=n_warm_up,
+        final_share=0.03,
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+        smoothing=0.98,
+        save_every_s=180,
+    )
 
-    def save(step: int) -> None:
-        part = state_file.with_suffix(".part")
-        torch.save(
-            {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, part
-        )
-        part.replace(state_file)
-
-    model.train()
-    started = saved = time.monotonic()
-    running = None
-    for step in range(first, n_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, n_steps, recipe.learning_rate)
+    def loss_of(step: int) -> torch.Tensor:
         ids = batch(stream, step, n_rows)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = model(ids).logits
-        loss = torch.nn.functional.cross_entropy(
+        return torch.nn.functional.cross_entropy(
             logits[:, :-1].float().reshape(-1, N_VOCAB), ids[:, 1:].reshape(-1)
         )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        value = loss.item()
-        running = value if running is None else 0.98 * running + 0.02 * value
-        now = time.monotonic()
-        if step % 20 == 0:
-            rate = (step + 1 - first) / (now - started)
-            left = (n_steps - step - 1) / rate / 60
-            print(
-                f"{role} step {step}/{n_steps} loss {running:.3f} "
-                f"{rate * n_rows * N_CTX:.0f} tokens/s, {left:.0f} min left",
-                flush=True,
-            )
-        if now - saved > save_every_s:
-            save(step + 1)
-            saved = now
+
+    def show(standing: training.Standing) -> None:
+        if standing.step % 20 == 0:
+            print(role, standing.in_words(n_rows * N_CTX, n_steps), flush=True)
+
+    model.train()
+    training.train(model, loss_of, settings, progress=show)
     publish(role, model, work)
-    state_file.unlink(missing_ok=True)
+    settings.state.unlink()
 
 
 def publish(role: str, model: LlamaForCausalLM, work: Path) -> None:
@@ -250,6 +217,7 @@ def publish(role: str, model: LlamaForCausalLM, work: Path) -> None:
 
 
 def main() -> None:
+    """Train what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["tokenizer", *RECIPES])
     parser.add_argument(

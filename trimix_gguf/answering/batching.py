@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from trimix_gguf.answering.job import Job
 from trimix_gguf.answering.request import Event, Request
 from trimix_gguf.errors import ModelError, QueueFull, TrimixError
-from trimix_gguf.machine.memory import N_BATCH
+from trimix_gguf.machine.loading import N_BATCH
 from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.prompt import n_common

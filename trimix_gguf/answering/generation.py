@@ -13,7 +13,7 @@ from trimix_gguf.answering.prompt_cache import load_prompt, save_prompt
 from trimix_gguf.answering.request import Event, Options, Request, join_events
 from trimix_gguf.choosing.selection import Selection, select_weights
 from trimix_gguf.trio.prompt import Prompt, Segment, is_shared
-from trimix_gguf.trio.sequences import Progress
+from trimix_gguf.trio.sequences import TokenProgress
 from trimix_gguf.trio.trio import Trio
 
 Speculative = Literal["auto", "on", "off"]
@@ -27,7 +27,7 @@ class AllOptions(Options, total=False):
     n_draft: int | None
     prompt_cache: Path | None
     on_selection: OnSelection | None
-    progress: Progress | None
+    progress: TokenProgress | None
 
 
 def generate(trio: Trio, prompt: Request | Prompt | str, **options: Unpack[AllOptions]) -> Event:
@@ -43,7 +43,7 @@ def stream_generate(
     n_draft: int | None = None,
     prompt_cache: Path | None = None,
     on_selection: OnSelection | None = None,
-    progress: Progress | None = None,
+    progress: TokenProgress | None = None,
     **options: Unpack[Options],
 ) -> Generator[Event, None, None]:
     """Answer a Request, or a prompt and the options that make one; yield events as they come.
@@ -79,7 +79,7 @@ def _read_prompt(
     answer: Answer,
     prompt_cache: Path | None,
     on_selection: OnSelection | None,
-    progress: Progress | None,
+    progress: TokenProgress | None,
 ) -> None:
     """Bring the trio to the end of the prompt, and choose weights on the way."""
     trio, prompt = answer.trio, answer.prompt
@@ -109,7 +109,7 @@ def _read_prompt(
         _echo(answer)
 
 
-def _select(answer: Answer, progress: Progress) -> None:
+def _select(answer: Answer, progress: TokenProgress) -> None:
     """Take the mix that is given, or choose one by the prompt; the trio then holds the prompt."""
     trio, request = answer.trio, answer.request
     if answer.selection is not None:

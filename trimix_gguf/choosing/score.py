@@ -23,7 +23,7 @@ from trimix_gguf.mixing.scoring import (
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.prefill import Window
 from trimix_gguf.trio.prompt import Prompt
-from trimix_gguf.trio.sequences import Progress
+from trimix_gguf.trio.sequences import TokenProgress
 from trimix_gguf.trio.sums import Points, PrefixSums, Sum
 from trimix_gguf.trio.trio import Trio
 
@@ -106,7 +106,7 @@ def score(
     *,
     grid: Grid = (GRID, GRID),
     also: Sequence[Weights] = (),
-    progress: Progress | None = None,
+    progress: TokenProgress | None = None,
     n_threads: int | None = None,
 ) -> Score:
     """Perplexity of each prompt under every mix of `grid`, of the single models and of `also`.
@@ -124,7 +124,7 @@ def score_prompts(
     prompts: Prompt | Sequence[Prompt],
     result: Score,
     *,
-    progress: Progress | None = None,
+    progress: TokenProgress | None = None,
     n_threads: int | None = None,
 ) -> None:
     """Add prompts to `result`; see score()."""
@@ -164,7 +164,7 @@ def add_window(sums: PrefixSums, trio: Trio, window: Window, n_threads: int) -> 
 
 
 def _prompt_sum(
-    trio: Trio, prompt: Prompt, score: Score, progress: Progress | None, n_threads: int
+    trio: Trio, prompt: Prompt, score: Score, progress: TokenProgress | None, n_threads: int
 ) -> Sum:
     """What one prompt comes to, in one pass."""
     units = prompt.units

@@ -14,7 +14,7 @@ from trimix_gguf.errors import WeightsError
 from trimix_gguf.mixing.fusion import METHODS, Mix, Rows, Weights
 from trimix_gguf.mixing.scoring import GRID, grid_entropy, lowest
 from trimix_gguf.trio.prompt import Prompt
-from trimix_gguf.trio.sequences import Progress
+from trimix_gguf.trio.sequences import TokenProgress
 from trimix_gguf.trio.sums import Sum
 from trimix_gguf.trio.trio import Trio
 
@@ -122,7 +122,7 @@ def select_weights(
     grid: Grid = (GRID, GRID),
     average: Average = "macro",
     last: int | None = None,
-    progress: Progress | None = None,
+    progress: TokenProgress | None = None,
 ) -> Selection:
     """Choose (alpha, beta) for a prompt, or one pair for a task's prompts, without labels.
 
@@ -157,7 +157,9 @@ def lowest_entropy(rows: Iterable[Rows], grid: Grid, unused: NDArray[np.bool_] |
     return Selection(Mix(lowest(total, *grid)), ENT)
 
 
-def _next_rows(trio: Trio, prompts: Sequence[Prompt], progress: Progress | None) -> Iterator[Rows]:
+def _next_rows(
+    trio: Trio, prompts: Sequence[Prompt], progress: TokenProgress | None
+) -> Iterator[Rows]:
     for prompt in prompts:
         trio.prefill(prompt)
         yield trio.rows(progress=progress)

@@ -39,9 +39,9 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        own, _, function = COMMANDS[name][0].partition(":")
-        module = importlib.import_module(f"trimix_gguf.cli.{own}")
-        command: click.Command = getattr(module, function or own)
+        module_name, _, function = COMMANDS[name][0].partition(":")
+        module = importlib.import_module(f"trimix_gguf.cli.{module_name}")
+        command: click.Command = getattr(module, function or module_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

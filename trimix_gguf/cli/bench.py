@@ -17,8 +17,7 @@ from trimix_gguf.cli.options import (
     trio_arguments,
     trio_options,
 )
-
-_ROLES = ("large_ins", "small_base", "small_cpt")
+from trimix_gguf.roles import LOADING_ORDER
 
 
 @click.command()
@@ -78,10 +77,12 @@ def _machine(options: dict[str, Any]) -> dict[str, Any]:
     from trimix_gguf.machine import native
     from trimix_gguf.machine.threads import available_cores
 
-    own = trio_arguments(dict(options))["per_role"]
+    per_role = trio_arguments(dict(options))["per_role"]
     return {
         "cores": available_cores(),
-        "threads": {r: own.get(r, {}).get("n_threads") or available_cores() for r in _ROLES},
+        "threads": {
+            r: per_role.get(r, {}).get("n_threads") or available_cores() for r in LOADING_ORDER
+        },
         **native.build_info(),
         **{name: importlib.metadata.version(name) for name in ("trimix-gguf", "numpy")},
         "python": platform.python_version(),
@@ -91,7 +92,7 @@ def _machine(options: dict[str, Any]) -> dict[str, Any]:
 def _files(trio: Any) -> dict[str, dict[str, Any]]:
     """Name, bytes, tensor types (most bytes first) and device of each role's file."""
     found = {}
-    for role in _ROLES:
+    for role in LOADING_ORDER:
         model = trio.models[role]
         types: dict[str, int] = {}
         for tensor in model.file.tensors:
@@ -129,7 +130,11 @@ def _heading(report: dict[str, Any]) -> list[str]:
     machine, w = report["machine"], report["weights"]
     threads = machine["threads"]
     same = len(set(threads.values())) == 1
-    each = str(threads[_ROLES[0]]) if same else ", ".join(f"{r} {n}" for r, n in threads.items())
+    each = (
+        str(threads[LOADING_ORDER[0]])
+        if same
+        else ", ".join(f"{r} {n}" for r, n in threads.items())
+    )
     versions = ("trimix-gguf", "llama-cpp-python", "numpy", "python")
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores; threads: {each}",
@@ -157,7 +162,7 @@ def _threshold(weights: dict[str, Any]) -> str:
 
 def _speeds(report: dict[str, Any]) -> list[str]:
     lines = [f"{'tokens/s':<13}{'prefill':>10}{'decode':>10}"]
-    for name in (*_ROLES, "lockstep", "speculative"):
+    for name in (*LOADING_ORDER, "lockstep", "speculative"):
         prefill = report[name].get("prefill_tps")
         shown = "" if prefill is None else f"{prefill:.1f}"
         lines.append(f"{name:<13}{shown:>10}{report[name]['decode_tps']:>10.1f}")
@@ -212,10 +217,10 @@ def _mib(n_bytes: int) -> str:
 
 def _draw(report: dict[str, Any], figure: Any, path: str) -> None:
     """Bars of tokens a second: decoding in every form, reading by each model."""
-    forms = {"decode": (*_ROLES, "lockstep", "speculative"), "prefill": _ROLES}
+    forms = {"decode": (*LOADING_ORDER, "lockstep", "speculative"), "prefill": LOADING_ORDER}
     panels = figure.subplots(1, 2, width_ratios=[len(names) for names in forms.values()])
     for axes, (stage, names) in zip(panels, forms.items(), strict=True):
-        colors = ["tab:blue" if name in _ROLES else "crimson" for name in names]
+        colors = ["tab:blue" if name in LOADING_ORDER else "crimson" for name in names]
         bars = axes.bar(names, [report[name][f"{stage}_tps"] for name in names], color=colors)
         axes.bar_label(bars, fmt="%.1f")
         axes.set_ylabel(f"{stage}, tokens/s")

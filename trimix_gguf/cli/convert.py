@@ -7,9 +7,7 @@ from typing import Any
 import click
 
 from trimix_gguf.cli.options import byte_progress
-
-TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k")
-QUANTIZED = TYPES[3:]
+from trimix_gguf.machine.quantization import FLOATS, QUANTIZED, WEIGHT_TYPES
 
 
 @click.group()
@@ -27,7 +25,9 @@ def _output(what: str) -> Callable[..., Any]:
     return add
 
 
-_type = click.option("--type", type=click.Choice(TYPES), help="Type of the weights. Default q8_0.")
+_type = click.option(
+    "--type", type=click.Choice(list(WEIGHT_TYPES)), help="Type of the weights. Default q8_0."
+)
 _pre = click.option("--pre", metavar="NAME", help="Pre-tokenizer, if it is not recognised.")
 _name = click.option("--name", help="Model name in the file. Default: the folder's.")
 
@@ -56,9 +56,7 @@ def hf(model_dir: str, output: str, force: bool, **options: Any) -> None:
     help="Folder of the model that it adapts; only config.json is read.",
 )
 @_output("file")
-@click.option(
-    "--type", type=click.Choice(["f32", "f16", "bf16"]), help="Type of the weights. Default f16."
-)
+@click.option("--type", type=click.Choice(FLOATS), help="Type of the weights. Default f16.")
 def lora(adapter_dir: str, base: str, output: str, force: bool, **options: Any) -> None:
     """Convert a PEFT adapter into an adapter GGUF (for --small-cpt-lora)."""
     from trimix_gguf.convert.lora import convert_lora
@@ -111,7 +109,7 @@ def merge_lora(adapter_dir: str, base: str, output: str, force: bool, **options:
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["f32", "f16", "bf16"]),
+    type=click.Choice(FLOATS),
     help="Type of the output. Default: the base's.",
 )
 def merge(model_dirs: tuple[str, ...], output: str, force: bool, **options: Any) -> None:

@@ -61,22 +61,23 @@ def _report(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     import os
 
     from trimix_gguf.machine import memory, native
+    from trimix_gguf.machine.loading import AUTO, Loading
     from trimix_gguf.machine.planner import plan
     from trimix_gguf.machine.threads import available_cores
     from trimix_gguf.machine.vocabulary import check_contract
     from trimix_gguf.trio.trio import concurrency
 
     options.pop("verbose", None)
-    files, own, lora = trio_files(trio_arguments(options))
+    files, asked, lora = trio_files(trio_arguments(options))
     have, devices, info = memory.available(), native.devices(), native.build_info()
     machine: dict[str, Any] = {"devices": devices, "free_ram": have, "lora": lora}
-    asked = {role: {"n_gpu_layers": 0, **one} for role, one in own.items()}
-    found = plan(files, options=asked, **machine)
-    auto = plan(
-        files, options={r: {**one, "n_gpu_layers": "auto"} for r, one in own.items()}, **machine
-    )
+    on_cpu: dict[str, Any] = {r: {"n_gpu_layers": 0, **one} for r, one in asked.items()}
+    found = plan(files, options=on_cpu, **machine)
+    all_auto: dict[str, Any] = {r: {**one, "n_gpu_layers": AUTO} for r, one in asked.items()}
+    auto = plan(files, options=all_auto, **machine)
     places = {role: model.device for role, model in found.models.items()}
-    need = memory.estimate(files, own, lora)
+    loadings = {role: Loading(**one) for role, one in asked.items()}
+    need = memory.estimate(files, loadings, lora)
     return {
         "llama.cpp": {**info, "python": platform.python_version()},
         "devices": {
@@ -93,7 +94,7 @@ def _report(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
             },
             **({"small_cpt_lora": lora.path.name} if lora else {}),
             "shared tokens": check_contract(files),
-            "context": own["large_ins"].get("n_ctx", memory.N_CTX),
+            "context": loadings["large_ins"].n_ctx,
             "models run": concurrency(places),
             "auto layers": auto.in_words(),
             **{f"{name} needed": memory.in_gib(n) for name, n in need.items()},

@@ -161,6 +161,7 @@ def _set_per_role(
     per_role: dict[str, dict[str, Any]], name: str, kind: Callable[[str], Any], text: str
 ) -> None:
     from trimix_gguf.roles import ROLES
+    from trimix_gguf.trios.triofile import LOADING_FIELDS
 
     role, _, value = text.rpartition("=")
     role = role.replace("-", "_")
@@ -172,14 +173,8 @@ def _set_per_role(
         converted = kind(value)
     except ValueError:
         raise click.UsageError(f"--{name.replace('_', '-')}: {value!r} is not a number") from None
-    keys = {
-        "gpu_layers": ("n_gpu_layers",),
-        "threads": ("n_threads",),
-        "device": ("device",),
-        "kv_type": ("type_k", "type_v"),
-    }[name]
     for one in [role] if role else ROLES:
-        per_role.setdefault(one, {}).update(dict.fromkeys(keys, converted))
+        per_role.setdefault(one, {}).update(dict.fromkeys(LOADING_FIELDS[name], converted))
 
 
 def parse_mix(text: str) -> Any:

@@ -33,13 +33,13 @@ def plan(
     from trimix_gguf.machine import memory, native, planner
 
     options.pop("verbose", None)
-    files, own, lora = trio_files(trio_arguments(options))
+    files, asked, lora = trio_files(trio_arguments(options))
     assumed = [_assumed(f"GPU{i}", gb) for i, gb in enumerate(assume_gpu)]
     found = planner.plan(
         files,
         devices=assumed or native.devices(),
         free_ram=memory.available() if assume_ram is None else _in_bytes(assume_ram),
-        options=own,
+        options=asked,
         lora=lora,
     )
     flags = _flags(found, named=not assumed)
@@ -60,9 +60,9 @@ def trio_files(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     files = {role: read_gguf(arguments.get(role) or arguments["small_base"]) for role in ROLES}
     check_contract(files)
     shared = {name: arguments[name] for name in ("n_ctx", "flash_attn") if name in arguments}
-    own = {role: {**shared, **arguments["per_role"].get(role, {})} for role in ROLES}
+    asked = {role: {**shared, **arguments["per_role"].get(role, {})} for role in ROLES}
     lora = arguments.get("small_cpt_lora")
-    return files, own, read_gguf(lora) if lora else None
+    return files, asked, read_gguf(lora) if lora else None
 
 
 def _assumed(name: str, gb: float) -> Any:
@@ -93,15 +93,15 @@ def _report(found: Any, files: dict[str, Any], flags: str) -> dict[str, Any]:
     from dataclasses import asdict
 
     models = {}
-    for role, own in found.models.items():
+    for role, placement in found.models.items():
         models[role] = {
             "file": files[role].path.name,
-            "device": own.device,
-            "n_gpu_layers": own.n_layers,
-            "n_layers": own.most,
-            "shares_weights_of": own.shares,
-            "on_device": asdict(own.on_device),
-            "in_ram": asdict(own.in_ram),
+            "device": placement.device,
+            "n_gpu_layers": placement.n_layers,
+            "n_layers": placement.most,
+            "shares_weights_of": placement.shares,
+            "on_device": asdict(placement.on_device),
+            "in_ram": asdict(placement.in_ram),
         }
     rooms = {
         name: {
@@ -128,13 +128,13 @@ def _table(found: Any, files: dict[str, Any], flags: str) -> str:
     """Models, then devices, then what to type."""
     head = f"{'':<12}{'device':<10}{'layers':>10}{'weights':>11}{'KV':>11}{'buffers':>11}  file"
     lines = [head]
-    for role, own in found.models.items():
-        need = own.on_device + own.in_ram
+    for role, placement in found.models.items():
+        need = placement.on_device + placement.in_ram
         sizes = "".join(f"{_size(n):>11}" for n in (need.weights, need.kv, need.buffers))
-        shares = f", weights of {own.shares}" if own.shares else ""
-        layers = f"{own.n_layers} of {own.most}"
+        shares = f", weights of {placement.shares}" if placement.shares else ""
+        layers = f"{placement.n_layers} of {placement.most}"
         name = f"{files[role].path.name}{shares}"
-        lines.append(f"{role:<12}{own.device:<10}{layers:>10}{sizes}  {name}")
+        lines.append(f"{role:<12}{placement.device:<10}{layers:>10}{sizes}  {name}")
     lines.append(f"{'program':<32}{'':>22}{_size(found.program):>11}")
     lines += ["", f"{'':<12}{'needed':>11}{'free':>11}"]
     for name, room in found.rooms.items():

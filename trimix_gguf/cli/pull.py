@@ -30,7 +30,7 @@ def pull(trio: str, name: str | None, quantization: str | None, yes: bool, force
 
     manifest = find_manifest(trio)
     plan = plan_pull(manifest, name=name, quantization=quantization, notify=_say)
-    if plan.trio.file.is_file() and not plan.parts and not plan.own:
+    if plan.trio.file.is_file() and not plan.parts and not plan.own_files:
         clear_work(plan.trio)
         _say(f"{plan.trio.name} is already here, {decimal(plan.n_memory)}; nothing to fetch")
         print(plan.trio.folder)
@@ -57,7 +57,7 @@ def _described(plan: Any) -> list[str]:
     lines = [": ".join(filter(None, (trio.name, trio.description)))]
     for role, entry in trio.models.items():
         if role not in parts:
-            where = f"{plan.own[role]} (your own)" if role in plan.own else "is here"
+            where = f"{plan.own_files[role]} (your own)" if role in plan.own_files else "is here"
             lines.append(f"  {role:<11}{where}")
             continue
         part = parts[role]

@@ -40,20 +40,20 @@ def _commands(context: click.Context) -> Iterator[click.Context]:
         for name in command.list_commands(context):
             child = command.get_command(context, name)
             assert child is not None  # it is listed
-            own = click.Context(child, info_name=name, parent=context)
-            yield own
-            yield from _commands(own)
+            inner = click.Context(child, info_name=name, parent=context)
+            yield inner
+            yield from _commands(inner)
 
 
 def _section(context: click.Context, of_a_trio: set[str]) -> str:
     command = context.command
     runs_a_trio = of_a_trio <= {p.name for p in command.params}
-    own = [p for p in command.params if not (runs_a_trio and p.name in of_a_trio)]
+    params = [p for p in command.params if not (runs_a_trio and p.name in of_a_trio)]
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
     lines = [f"## {context.command_path}\n", f"    {usage}\n", f"{_text(command.help)}\n"]
     if runs_a_trio:
         lines.append("Takes the options of a trio.\n")
-    return "\n".join(lines) + "\n" + _options(own, context)
+    return "\n".join(lines) + "\n" + _options(params, context)
 
 
 def _options(parameters: Sequence[click.Parameter], context: click.Context) -> str:

@@ -45,7 +45,7 @@ def score(files: tuple[str, ...], **options: Any) -> None:
     figure = None if plot is None else new_figure(figsize=(6.4, 5.2))
     grid, average = parse_grid_options(options.pop("grid")), options.pop("average")
     last, spans = options.pop("last"), options.pop("spans")
-    own = _own_weights(options)
+    default = _own_weights(options)
     texts = [text for path in files or ("-",) for text in split_texts(read_text(path))]
     with open_trio(options) as trio:
         prompts = [trio.prompt(text, spans=spans) for text in texts]
@@ -53,9 +53,9 @@ def score(files: tuple[str, ...], **options: Any) -> None:
         total = sum(p.n_tokens() for p in prompts)
         with token_progress(total, f"Scoring {len(prompts)} texts") as progress:
             result = score_prompts(
-                trio, prompts, grid=grid, progress=progress, also=[own] if own else []
+                trio, prompts, grid=grid, progress=progress, also=[default] if default else []
             )
-    report = _report(result, average, own)
+    report = _report(result, average, default)
     if plot is not None:
         _draw(report, figure, plot)
     print(json.dumps(report) if as_json else _table(report))
@@ -86,13 +86,13 @@ def split_texts(text: str) -> list[str]:
     return texts
 
 
-def _report(result: Any, average: str, own: Any) -> dict[str, Any]:
+def _report(result: Any, average: str, default: Any) -> dict[str, Any]:
     from trimix_gguf.choosing.selection import PROXY_TUNING, SINGLE
 
     best = result.best(average)
     named = {**SINGLE, "proxy_tuning": PROXY_TUNING, "fused": best}
-    if own is not None:
-        named["default"] = own
+    if default is not None:
+        named["default"] = default
     return {
         "n_tokens": int(sum(result.n_tokens)),
         "n_texts": len(result.n_tokens),
@@ -104,7 +104,7 @@ def _report(result: Any, average: str, own: Any) -> dict[str, Any]:
             "mean_nll": result.on_grid(average).tolist(),
         },
         "best": {"alpha": best.alpha, "beta": best.beta},
-        **({"default": {"alpha": own.alpha, "beta": own.beta}} if own else {}),
+        **({"default": {"alpha": default.alpha, "beta": default.beta}} if default else {}),
     }
 
 

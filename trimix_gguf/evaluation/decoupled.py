@@ -8,12 +8,12 @@ too, of models that stand for these four; so scoring and mixing are those of the
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.machine.gguf_file import read_gguf
+from trimix_gguf.machine.loading import Loading
 from trimix_gguf.machine.memory import check_fits_beside
 from trimix_gguf.machine.vocabulary import check_contract
 from trimix_gguf.mixing.fusion import Rows
@@ -41,23 +41,23 @@ def check_fourth(path: Path, trio: Trio) -> None:
     """
     file = read_gguf(path)
     check_contract({r: m.file for r, m in trio.models.items()} | {LARGE_BASE: file})
-    check_fits_beside(file, _settings(trio))
+    check_fits_beside(file, _loading(trio))
 
 
 def open_fourth(path: Path, trio: Trio) -> Model:
     """The model, as large_ins is run; the trio has the tokenizer."""
-    return Model(path, **_settings(trio), tokenizer=False)
+    return Model(path, _loading(trio), tokenizer=False)
 
 
-def _settings(trio: Trio) -> dict[str, Any]:
+def _loading(trio: Trio) -> Loading:
     large = trio.models[ROLES[0]]
-    return {
-        "n_ctx": trio.n_ctx,
-        "n_window": trio.n_window,
-        "n_batch": large.n_batch,
-        "n_threads": large.n_threads,
-        "n_gpu_layers": large.n_gpu_layers,
-    }
+    return Loading(
+        n_ctx=trio.n_ctx,
+        n_window=trio.n_window,
+        n_batch=large.n_batch,
+        n_threads=large.n_threads,
+        n_gpu_layers=large.n_gpu_layers,
+    )
 
 
 class FourthModel:

@@ -133,9 +133,9 @@ def cmake_arguments(*, portable: bool, amx: bool = True) -> list[str]:
     flags = [] if os.name == "nt" else _compiler_flags(_compiler(), native=not portable, amx=amx)
     if flags:
         off = [flag for flag in flags if flag.startswith("-mno-")]
-        for language, own in (("CXX", flags), ("C", off)):
+        for language, of_language in (("CXX", flags), ("C", off)):
             # CMake reads these variables only where it is told nothing.
-            joined = " ".join([os.environ.get(f"{language}FLAGS", ""), *own]).strip()
+            joined = " ".join([os.environ.get(f"{language}FLAGS", ""), *of_language]).strip()
             arguments += [f"-DCMAKE_{language}_FLAGS={joined}"] if joined else []
     return arguments + shlex.split(os.environ.get("CMAKE_ARGS", ""))
 
@@ -162,12 +162,12 @@ def _compiler_flags(compiler: list[str], *, native: bool, amx: bool) -> list[str
 def _failing(compiler: list[str], flags: list[str]) -> dict[str, str]:
     """Instruction sets that -march=native switches on and that fail here -> how, in words."""
     source = _HERE / "probe.cpp"
-    own = shlex.split(" ".join([os.environ.get("CXXFLAGS", ""), *flags]))
+    given_flags = shlex.split(" ".join([os.environ.get("CXXFLAGS", ""), *flags]))
     with _scratch() as folder:
         checks, probe = folder / "checks.o", folder / "probe"
         common = [*compiler, "-std=c++17", "-pthread"]
         for command in (
-            [*common, "-O3", "-march=native", *own, "-c", source, "-o", checks],
+            [*common, "-O3", "-march=native", *given_flags, "-c", source, "-o", checks],
             [*common, "-O1", "-DPROBE_MAIN", source, checks, "-o", probe],
         ):
             done = _run(command)
@@ -225,7 +225,8 @@ def requirement() -> str:
     if project.is_file():
         import tomllib
 
-        named = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
+        table = tomllib.loads(project.read_text(encoding="utf-8"))
+        named: list[str] = table["project"]["dependencies"]
     else:
         from importlib.metadata import requires
 

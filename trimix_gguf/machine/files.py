@@ -1,13 +1,15 @@
-"""Files that are there whole or not at all."""
+"""Files that are complete or absent."""
 
 import glob
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+
+ByteProgress = Callable[[str, int, int], None]  # what is worked at, bytes done, bytes in all
 
 _PAUSES = (0.05, 0.1, 0.2, 0.4)  # seconds: a virus scanner is done by then
 
@@ -24,6 +26,13 @@ def put_in_place(source: Path, target: Path) -> None:
         except PermissionError:
             time.sleep(pause)
     os.replace(source, target)
+
+
+def place_flushed(source: Path, target: Path) -> None:
+    """As put_in_place, for a file: readers see the old or the new one, after a power cut too."""
+    with open(source, "rb+") as file:
+        os.fsync(file.fileno())
+    put_in_place(source, target)
 
 
 @contextmanager
@@ -47,13 +56,11 @@ def temporary_file(out: Path, suffix: str) -> Iterator[Path]:
 def whole_file(out: Path) -> Iterator[Path]:
     """Yield a path to write to; it becomes `out` once the block is done, or is gone.
 
-    Readers see the old file or the new one, after a power cut too. Raises OSError.
+    Readers see the old file or the new one. Raises OSError.
     """
     with temporary_file(out, "part") as unfinished:
         yield unfinished
-        with open(unfinished, "rb+") as written:
-            os.fsync(written.fileno())
-        put_in_place(unfinished, out)
+        place_flushed(unfinished, out)
 
 
 def write_bytes(out: Path, content: bytes) -> None:

@@ -13,16 +13,16 @@ _NAME = "trimix"
 
 def cache_folder() -> Path:
     """$TRIMIX_CACHE, or the user's cache folder. Raises RuntimeError without a home folder."""
-    if own := os.environ.get("TRIMIX_CACHE"):
-        return Path(own)
+    if chosen := os.environ.get("TRIMIX_CACHE"):
+        return Path(chosen)
     earlier = _earlier("XDG_CACHE_HOME", ".cache", "Library/Caches")
     return _in_use(_system().user_cache_dir, earlier)
 
 
 def home_folder() -> Path:
     """$TRIMIX_HOME, or the user's data folder. Raises RuntimeError without a home folder."""
-    if own := os.environ.get("TRIMIX_HOME"):
-        return Path(own)
+    if chosen := os.environ.get("TRIMIX_HOME"):
+        return Path(chosen)
     earlier = _earlier("XDG_DATA_HOME", ".local/share", "Library/Application Support")
     return _in_use(_system().user_data_dir, earlier)
 

@@ -72,22 +72,27 @@ class GGUFFile:
 
     @property
     def architecture(self) -> str:
+        """The model family, as 'qwen2'."""
         return str(self.metadata["general.architecture"])
 
     @property
     def weight_bytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(tensor.n_bytes for tensor in self.tensors)
 
     @property
     def n_ctx_train(self) -> int:
+        """The longest context that it was trained for, in tokens."""
         return self._size("context_length")
 
     @property
     def n_embd(self) -> int:
+        """Numbers in a token's embedding."""
         return self._size("embedding_length")
 
     @property
     def n_layer(self) -> int:
+        """Repeating layers."""
         n_layer = self._size("block_count")
         if n_layer > MAX_LAYERS:
             _refuse(self.path, f"declares {n_layer} layers; llama.cpp takes at most {MAX_LAYERS}")
@@ -166,7 +171,7 @@ class GGUFFile:
 def read_gguf(path: Path) -> GGUFFile:
     """Read and check a GGUF file's header, metadata and tensor table.
 
-    Raises ModelFileError, one line that names the file, for whatever is not a sound GGUF file.
+    Raises ModelFileError, one line that names the file, where it is not a sound GGUF file.
     Of a split model only the given part is checked.
     """
     try:
@@ -339,7 +344,7 @@ def _row_bytes(n: int, type_name: str) -> int:
 
 @cache
 def _value_types() -> dict[int, tuple[str, struct.Struct | None]]:
-    from gguf.constants import GGUFValueType  # here, for it brings in numpy
+    from gguf.constants import GGUFValueType  # here, because it imports NumPy
 
     forms = [struct.Struct("<" + c) if c != "-" else None for c in "BbHhIif?--Qqd"]
     return {int(t): (t.name, forms[t]) for t in GGUFValueType}

@@ -3,35 +3,26 @@
 import math
 import platform
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
 
 from trimix_gguf.errors import MemoryNeededError, ModelError
 from trimix_gguf.machine.gguf_file import GGUFFile, TensorInfo
+from trimix_gguf.machine.loading import Loading
+from trimix_gguf.machine.quantization import WEIGHT_TYPES
 from trimix_gguf.roles import ROLES
 
-N_CTX = 2048  # positions of a context, where none are asked for
-N_WINDOW = 64  # most rows of logits held at once: half as many read a prompt a fifth slower
-N_BATCH = 128  # tokens read at once where only the last row is wanted
 CTX_STEP = 256  # llama.cpp rounds a context up to a multiple of it
 # Python, NumPy, llama.cpp's code and what scoring works with: about 50 MiB in four trios.
 _BASE = 52 << 20
-# llama.cpp's tokenizer: a token in three tables, a merge in one. Fitted to those trios too.
+# Bytes of llama.cpp's tokenizer per token and per merge, fitted to those trios too.
 _TOKEN, _MERGE = 240, 270
 # Types that llama.cpp's CPU code rearranges for products, by ggml-cpu/repack.cpp: on ARM more.
 _REPACKED = {"Q2_K", "Q4_0", "Q4_K", "IQ4_NL", "MXFP4"}
 _REPACKED_ON_ARM = {"Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "MXFP4"}
-# Bits a weight of llama.cpp's quantized files: in rows of whole 256s, and in other rows.
-QUANTIZED = {
-    "q8_0": (8.5, 8.5),
-    "q6_k": (6.5625, 8.5),
-    "q5_k_m": (5.67, 6.0),
-    "q4_k_m": (4.8, 5.5),
-    "q4_0": (4.5, 4.5),
-}
 _RANK = 64  # of an adapter that is not there yet
-WIDE_KV = ("f32", "f16", "bf16")  # types of a KV cache that are not quantized
 _INPUTS = ("token_embd", "position_embd", "token_types", "per_layer_token_embd")
 
 
@@ -45,6 +36,7 @@ class Need:
 
     @property
     def total(self) -> int:
+        """All of it."""
         return self.weights + self.kv + self.buffers
 
     def __add__(self, other: "Need") -> "Need":
@@ -95,14 +87,14 @@ class ModelMemory:
 
 def by_role(
     files: Mapping[str, GGUFFile],
-    options: Mapping[str, Mapping[str, Any]],
+    loadings: Mapping[str, Loading],
     lora: GGUFFile | None = None,
 ) -> dict[str, ModelMemory]:
     """Each role's bytes; weights that roles share are the first one's, an adapter small_cpt's."""
     memories, seen = {}, set()
     for role in sorted(files, key=ROLES.index):
         file = files[role]
-        found = _model_memory(file, options.get(role, {}))
+        found = _model_memory(file, loadings.get(role, Loading()))
         if file.path in seen:
             none = (0,) * len(found.layers)
             found = replace(found, embedding=0, layers=none, output=0, tied=0, tied_ram=0)
@@ -127,10 +119,10 @@ def program(large_ins: GGUFFile) -> int:
 
 
 def estimate(
-    files: Mapping[str, GGUFFile], options: Mapping[str, dict[str, Any]], lora: GGUFFile | None
+    files: Mapping[str, GGUFFile], loadings: Mapping[str, Loading], lora: GGUFFile | None
 ) -> dict[str, int]:
     """Bytes for 'weights' (each file once), 'kv' caches and 'buffers' of a trio on the CPU."""
-    needs = [m.in_ram(0) for m in by_role(files, options, lora).values()]
+    needs = [m.in_ram(0) for m in by_role(files, loadings, lora).values()]
     need = sum(needs, Need(buffers=program(files[ROLES[0]])))
     return {"weights": need.weights, "kv": need.kv, "buffers": need.buffers}
 
@@ -142,13 +134,31 @@ def available() -> int:
     return int(psutil.virtual_memory().available)
 
 
+def peak_rss() -> int:
+    """Bytes that this process had resident at most."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+    # Not ru_maxrss on Linux: a process inherits its parent's.
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def check_fits(
-    files: Mapping[str, GGUFFile], options: Mapping[str, dict[str, Any]], lora: GGUFFile | None
+    files: Mapping[str, GGUFFile], loadings: Mapping[str, Loading], lora: GGUFFile | None
 ) -> None:
     """Raise MemoryNeededError, saying how much is needed and what to turn down."""
-    if any(own.get("n_gpu_layers") for own in options.values()):
+    if any(loading.n_gpu_layers for loading in loadings.values()):
         return  # part of it goes to a device; llama.cpp says what does not fit there
-    need, have = estimate(files, options, lora), available()
+    need, have = estimate(files, loadings, lora), available()
     if sum(need.values()) > have:
         parts = ", ".join(f"{name} {in_gib(n)}" for name, n in need.items())
         mend = (
@@ -160,11 +170,11 @@ def check_fits(
         )
 
 
-def check_fits_beside(file: GGUFFile, own: Mapping[str, Any]) -> None:
+def check_fits_beside(file: GGUFFile, loading: Loading) -> None:
     """Raise MemoryNeededError where one more model does not fit beside what is open."""
-    if own.get("n_gpu_layers"):
+    if loading.n_gpu_layers:
         return
-    need, have = _model_memory(file, own).in_ram(0).total, available()
+    need, have = _model_memory(file, loading).in_ram(0).total, available()
     if need > have:
         raise MemoryNeededError(
             f"{file.path.name} needs {in_gib(need)} beside the trio and {in_gib(have)} is free; "
@@ -172,32 +182,20 @@ def check_fits_beside(file: GGUFFile, own: Mapping[str, Any]) -> None:
         )
 
 
-def flash_attention(own: Mapping[str, Any], *, offloaded: bool) -> bool:
-    """Whether a context by these options of Model has flash attention, as far as can be told.
-
-    Not on the CPU, where it takes up to three times as long (benchmarks/attention.py), unless a
-    quantized V cache needs it; what is asked for goes first.
-    """
-    asked: bool | None = own.get("flash_attn")
-    if asked is None:
-        return offloaded or own.get("type_v", "f16") not in WIDE_KV
-    return asked
-
-
 def in_gib(n_bytes: int) -> str:
+    """'1.50 GiB'."""
     return f"{n_bytes / (1 << 30):.2f} GiB"
 
 
 # -- one model --------------------------------------------------------------------------------
 
 
-def _model_memory(file: GGUFFile, own: Mapping[str, Any]) -> ModelMemory:
-    n_ctx = -(-own.get("n_ctx", N_CTX) // CTX_STEP) * CTX_STEP
-    n_window = own.get("n_window", N_WINDOW)
-    n_batch = max(own.get("n_batch", N_BATCH), n_window)
+def _model_memory(file: GGUFFile, loading: Loading) -> ModelMemory:
+    n_ctx = -(-loading.n_ctx // CTX_STEP) * CTX_STEP
+    n_batch = max(loading.n_batch, loading.n_window)
     embedding, layers, output = _weights(file.tensors, file.n_layer)
     try:
-        kv = file.kv_bytes(n_ctx, own.get("type_k", "f16"), own.get("type_v", "f16"))
+        kv = file.kv_bytes(n_ctx, loading.type_k, loading.type_v)
     except ValueError as error:
         raise ModelError(f"{file.path.name}: {error}") from None
     n_heads = max(sum(file.n_head_kv), 1)
@@ -205,10 +203,10 @@ def _model_memory(file: GGUFFile, own: Mapping[str, Any]) -> ModelMemory:
     table = tensors.get("token_embd.weight")
     tied = table.n_bytes if table is not None and "output.weight" not in tensors else 0
     repacked = _REPACKED_ON_ARM if platform.machine().lower() in ("arm64", "aarch64") else _REPACKED
-    rows = 4 * file.n_items("tokenizer.ggml.tokens") * n_window
+    rows = 4 * file.n_items("tokenizer.ggml.tokens") * loading.n_window
 
     def compute(offloaded: bool) -> int:
-        flash = flash_attention(own, offloaded=offloaded)
+        flash = loading.has_flash_attention(offloaded=offloaded)
         output = rows + 16 * n_batch * file.n_embd
         return max(output, n_batch * _token_bytes(file, n_ctx, flash))
 
@@ -226,7 +224,7 @@ def _model_memory(file: GGUFFile, own: Mapping[str, Any]) -> ModelMemory:
 
 
 def _token_bytes(file: GGUFFile, n_ctx: int, flash: bool) -> int:
-    """Work space that a token read takes in the feed-forward layer, beside the mask.
+    """Work space per token in the feed-forward layer and the attention.
 
     As llama.cpp laid out five models' graphs, to 1 %; without flash attention every head's row
     of attention is there at once. A sliding-window model has two masks.
@@ -280,8 +278,8 @@ def as_quantized(file: GGUFFile, name: str) -> GGUFFile:
     def smaller(tensor: TensorInfo) -> TensorInfo:
         if len(tensor.shape) < 2:
             return tensor
-        bits = QUANTIZED["q6_k" if tensor.name == table and name != "q8_0" else name]
-        n_bits = bits[0] if tensor.shape[0] % 256 == 0 else bits[1]
+        kind = "q6_k" if tensor.name == table and name != "q8_0" else name
+        n_bits = WEIGHT_TYPES[kind].bits[tensor.shape[0] % 256 != 0]
         return replace(tensor, n_bytes=int(math.prod(tensor.shape) * n_bits / 8))
 
     stem = re.sub(r"[-._]?(i?q\d\w*|b?f\d\d)$", "", file.path.stem, flags=re.IGNORECASE)

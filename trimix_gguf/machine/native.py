@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from trimix_gguf.errors import ModelFileError
 from trimix_gguf.machine import self_test
+from trimix_gguf.machine.quantization import FLOATS
 
-KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+KV_TYPES = (*FLOATS, "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 QUANTIZE_BUFFER = 256 << 20  # bytes of a tensor's rows that the quantizer holds at once
 
 
@@ -48,7 +49,6 @@ _errors: deque[str] = deque(maxlen=8)
 _verbose = False
 
 
-@lib.llama_log_callback
 def _log(level: int, text: bytes, _: Any) -> None:
     line = text.decode("utf-8", errors="replace")
     if _verbose and sys.stderr is not None:
@@ -57,9 +57,12 @@ def _log(level: int, text: bytes, _: Any) -> None:
         _errors.append(line.strip())
 
 
+_log_callback = lib.llama_log_callback(_log)
+
+
 def listen() -> None:
     """Have llama.cpp log to us; importing llama_cpp whole, as others may, takes its log over."""
-    lib.llama_log_set(_log, ctypes.c_void_p(0))
+    lib.llama_log_set(_log_callback, ctypes.c_void_p(0))
 
 
 listen()
@@ -75,7 +78,7 @@ def set_verbose(verbose: bool) -> None:
 
 
 def last_error() -> str:
-    """llama.cpp's newest error line, for the message of ours that follows it."""
+    """llama.cpp's newest error line, to put into an error of this package."""
     line = _errors.pop() if _errors else "llama.cpp gave no reason"
     _errors.clear()
     return line
@@ -108,7 +111,7 @@ def return_freed() -> None:
 
 
 def drop_pages(array: NDArray[Any]) -> None:
-    """Give the system the memory under `array`, which reads as zeros until it is written anew."""
+    """Give the system the memory under `array`, which reads as zeros until it is written again."""
     page = mmap.PAGESIZE
     start = -(-array.ctypes.data // page) * page
     size = (array.ctypes.data + array.nbytes) // page * page - start
@@ -125,7 +128,7 @@ def _c_library() -> Any:
 
 
 def without_tokenizer(params: Any, architecture: str, n_vocab: int) -> Any:
-    """Have a model loaded without its tokenizer, some 200 bytes a token; keep what is returned."""
+    """Load a model without its tokenizer, about 200 bytes per token; keep what is returned."""
     overrides: Any = (lib.llama_model_kv_override * 3)()  # ends with an empty key
     overrides[0].tag = lib.LLAMA_KV_OVERRIDE_TYPE_STR
     overrides[0].key = b"tokenizer.ggml.model"

@@ -11,20 +11,18 @@ from typing import Any
 from trimix_gguf.errors import ModelError
 from trimix_gguf.machine import memory
 from trimix_gguf.machine.gguf_file import GGUFFile
+from trimix_gguf.machine.loading import AUTO, Loading, LoadingOptions
 from trimix_gguf.machine.memory import ModelMemory, Need
 from trimix_gguf.machine.native import Device
-from trimix_gguf.roles import ROLES
+from trimix_gguf.roles import LOADING_ORDER, ROLES
 
-AUTO = "auto"  # as n_gpu_layers: left open
 CPU, RAM = "CPU", "RAM"
 _CARDS = ("GPU", "integrated GPU")  # kinds of device that layers can go to
 # Left free on a device beside what is counted: the driver's context and kernels (some 300 MiB
-# on CUDA), the weights of a layer on their way from RAM, and what a screen takes meanwhile.
+# on CUDA), the weights of a layer on their way from RAM, and what a screen takes.
 MARGIN = 512 << 20
-_LOADED = ("large_ins", "small_base", "small_cpt")  # who loads weights that roles share
 
 Files = Mapping[str, GGUFFile]
-Options = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -32,18 +30,15 @@ class Case:
     """A trio, and the machine that it is to be arranged on."""
 
     files: Files
-    options: Options
+    loadings: Mapping[str, Loading]  # of every role
     lora: GGUFFile | None
     devices: Sequence[Device]
     free_ram: int
 
-    def option(self, role: str, name: str, otherwise: Any) -> Any:
-        return self.options.get(role, {}).get(name, otherwise)
-
     def using(self, **changed: Any) -> "Case":
-        """The same with other options, for every role."""
-        options = {role: {**self.options.get(role, {}), **changed} for role in ROLES}
-        return replace(self, options=options)
+        """The same with some of Loading's fields changed, for every role."""
+        changed_loadings = {r: replace(one, **changed) for r, one in self.loadings.items()}
+        return replace(self, loadings=changed_loadings)
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayerPlan:
     """Models by role, RAM and devices by name; `program` is the process's own part of RAM."""
 
     models: dict[str, Placement]
@@ -96,25 +91,26 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether every device and the RAM have room for what goes there."""
         on_devices = all(room.need.total <= room.usable for room in self.rooms.values())
         return on_devices and self.ram_needed <= self.rooms[RAM].free
 
-    def load_options(self, role: str) -> dict[str, Any]:
+    def load_options(self, role: str) -> LoadingOptions:
         """n_gpu_layers and device for Model. Without layers on it, a device is not opened."""
-        own = self.models[role]
+        placement = self.models[role]
         if len(self.rooms) == 1:
             return {"n_gpu_layers": 0}
-        return {"n_gpu_layers": own.n_layers, "device": own.device}
+        return {"n_gpu_layers": placement.n_layers, "device": placement.device}
 
     def in_words(self) -> str:
         """'large_ins 29 of 29 layers on CUDA0, …', or 'all on CPU'."""
-        if not any(own.n_layers for own in self.models.values()):
+        if not any(placement.n_layers for placement in self.models.values()):
             return "all on CPU"
         return ", ".join(
-            f"{role} {own.n_layers} of {own.most} layers on {own.device}"
-            if own.n_layers
+            f"{role} {placement.n_layers} of {placement.most} layers on {placement.device}"
+            if placement.n_layers
             else f"{role} on CPU"
-            for role, own in self.models.items()
+            for role, placement in self.models.items()
         )
 
     def refusal(self) -> str:
@@ -131,32 +127,33 @@ class Plan:
         return f"this trio needs {over}; {mend}"
 
 
-def arrange(case: Case) -> Plan:
+def arrange(case: Case) -> LayerPlan:
     """The plan without advice: planner.plan says by which rules."""
-    memories = memory.by_role(case.files, case.options, case.lora)
+    memories = memory.by_role(case.files, case.loadings, case.lora)
     program = memory.program(case.files[ROLES[0]])
     groups: dict[Any, list[str]] = {}
     for role in ROLES:
         groups.setdefault(case.files[role].path, []).append(role)
     wishes = {tuple(roles): (_fixed(roles, case), _named(roles, case)) for roles in groups.values()}
-    spare = case.free_ram - program - _sum(own.in_ram(0) for own in memories.values()).total
+    spare = case.free_ram - program - _sum(needed.in_ram(0) for needed in memories.values()).total
     chosen = _choose(memories, case.devices, wishes, spare)
     models = {}
     for roles in groups.values():
         for role in roles:
             name, n = chosen[tuple(roles)]
-            own, shares = memories[role], None if role == roles[0] else roles[0]
-            models[role] = Placement(name, n, own.n_layers, own.on_device(n), own.in_ram(n), shares)
-    in_ram = _sum(own.in_ram for own in models.values()) + Need(buffers=program)
-    rooms = {RAM: Room(case.free_ram, case.free_ram, in_ram)}
-    used = {own.device for own in models.values()}
+            needed, shares = memories[role], None if role == roles[0] else roles[0]
+            on_device, in_ram = needed.on_device(n), needed.in_ram(n)
+            models[role] = Placement(name, n, needed.n_layers, on_device, in_ram, shares)
+    ram = _sum(placement.in_ram for placement in models.values()) + Need(buffers=program)
+    rooms = {RAM: Room(case.free_ram, case.free_ram, ram)}
+    used = {placement.device for placement in models.values()}
     usual = _usual(case.devices)
     for card in case.devices:
         if card.name in usual or (card.name in used and card.kind in _CARDS):
-            need = _sum(own.on_device for own in models.values() if own.device == card.name)
+            need = _sum(m.on_device for m in models.values() if m.device == card.name)
             usable = max(card.free - MARGIN, 0)
             rooms[card.name] = Room(card.free, usable, need, _is_ram(card))
-    return Plan({role: models[role] for role in ROLES}, rooms, program)
+    return LayerPlan({role: models[role] for role in ROLES}, rooms, program)
 
 
 def _choose(
@@ -175,7 +172,7 @@ def _choose(
     usual = _usual(devices)
     full: set[str] = set()
     chosen = {}
-    # What the user fixed is there whatever the others do.
+    # First what the user fixed: it takes its room in any case.
     for roles, (fixed, named) in sorted(wishes.items(), key=lambda wish: wish[1][0] is None):
         group = [memories[role] for role in roles]
         most = group[0].n_layers
@@ -197,7 +194,7 @@ def _choose(
 
 
 def _usual(devices: Sequence[Device]) -> list[str]:
-    """Graphics cards; those inside the processor where there is no other, as llama.cpp has it.
+    """Graphics cards; those inside the processor only where there are no others, as in llama.cpp.
 
     A card that two backends offer, by its description, is the first one's.
     """
@@ -222,8 +219,8 @@ def _is_ram(device: Device) -> bool:
 
 def _fixed(roles: Sequence[str], case: Case) -> int | None:
     """Layers that the user fixed for weights that `roles` share; None where he left it open."""
-    for role in sorted(roles, key=_LOADED.index):
-        if (layers := case.option(role, "n_gpu_layers", AUTO)) != AUTO:
+    for role in sorted(roles, key=LOADING_ORDER.index):
+        if (layers := case.loadings[role].n_gpu_layers) != AUTO:
             return int(layers)
     return None
 
@@ -231,8 +228,8 @@ def _fixed(roles: Sequence[str], case: Case) -> int | None:
 def _named(roles: Sequence[str], case: Case) -> str | None:
     """The device that the user named for weights that `roles` share."""
     names = [device.name for device in case.devices]
-    for role in sorted(roles, key=_LOADED.index):
-        if (wanted := case.option(role, "device", None)) is not None:
+    for role in sorted(roles, key=LOADING_ORDER.index):
+        if (wanted := case.loadings[role].device) is not None:
             for name in (*names, CPU):
                 if name.lower() == wanted.lower():
                     return name
@@ -246,12 +243,12 @@ def _holds(group: Sequence[ModelMemory], n: int, room: int, spare: int | None) -
 
 def _there(group: Sequence[ModelMemory], n: int) -> int:
     """Bytes that `n` layers take on a device."""
-    return _sum(own.on_device(n) for own in group).total
+    return _sum(model.on_device(n) for model in group).total
 
 
 def _added(group: Sequence[ModelMemory], n: int) -> int:
     """Of these, the bytes that RAM is not relieved of."""
-    relieved = sum(own.in_ram(0).total - own.in_ram(n).total for own in group)
+    relieved = sum(model.in_ram(0).total - model.in_ram(n).total for model in group)
     return _there(group, n) - relieved
 
 

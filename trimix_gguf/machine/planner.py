@@ -1,17 +1,19 @@
 """A plan for a trio on a machine, and what to change where it fits nowhere."""
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from trimix_gguf.errors import MemoryNeededError, ModelError
 from trimix_gguf.machine import memory, native
 from trimix_gguf.machine.gguf_file import GGUFFile
-from trimix_gguf.machine.memory import CTX_STEP, N_CTX, QUANTIZED, WIDE_KV, adapter_of, as_quantized
+from trimix_gguf.machine.loading import AUTO, Loading, LoadingOptions
+from trimix_gguf.machine.memory import CTX_STEP, adapter_of, as_quantized
 from trimix_gguf.machine.native import Device
-from trimix_gguf.machine.placement import AUTO, RAM, Case, Change, Files, Options, Plan, arrange
+from trimix_gguf.machine.placement import RAM, Case, Change, Files, LayerPlan, arrange
+from trimix_gguf.machine.quantization import FLOATS, QUANTIZED
 from trimix_gguf.roles import ROLES
 
 
@@ -20,47 +22,49 @@ def plan(
     *,
     devices: Sequence[Device],
     free_ram: int,
-    options: Options | None = None,
+    options: Mapping[str, LoadingOptions] | None = None,
     lora: GGUFFile | None = None,
-) -> Plan:
+) -> LayerPlan:
     """Decide how many layers of which model go to which device.
 
     `options` are Trio.load's by role: n_gpu_layers is a number, or "auto" (as where it is not
     given), and device keeps a role to one. large_ins chooses first, then small_cpt, then
     small_base: each goes to the device with the most room, whole where it can, and a device that
-    holds a part of one takes no other. Where it fits nowhere, `advice` says what would help.
+    holds a part of one takes no other. If the trio does not fit, `advice` says what would help.
     Raises ModelError for a device that is not there.
     """
-    case = Case(files, options or {}, lora, devices, free_ram)
+    loadings = {}
+    for role in ROLES:
+        asked: LoadingOptions = {"n_gpu_layers": AUTO, **(options or {}).get(role, {})}
+        loadings[role] = Loading(**asked)
+    case = Case(files, loadings, lora, devices, free_ram)
     found = arrange(case)
     return found if found.fits else replace(found, advice=tuple(_advise(case, found)))
 
 
-def place(files: Files, options: Options, lora: GGUFFile | None) -> dict[str, dict[str, Any]]:
+def place(
+    files: Files, options: Mapping[str, LoadingOptions], lora: GGUFFile | None
+) -> dict[str, LoadingOptions]:
     """`options` with every n_gpu_layers "auto" decided for this machine; others as they are.
 
     Raises MemoryNeededError where a trio that asks for it fits nowhere.
     """
-    own = {role: dict(options.get(role, {})) for role in ROLES}
-    asked = [o["n_gpu_layers"] for o in own.values() if isinstance(o.get("n_gpu_layers"), str)]
-    if not asked:
-        return own
-    if set(asked) != {AUTO}:
-        raise ModelError(f"n_gpu_layers is {asked[0]!r}; expected a number or {AUTO!r}")
-    open_files = {files[role].path for role, o in own.items() if o.get("n_gpu_layers") == AUTO}
-    found = plan(
-        files,
-        devices=native.devices(),
-        free_ram=memory.available(),
-        options={
-            role: {"n_gpu_layers": AUTO if files[role].path in open_files else 0, **one}
-            for role, one in own.items()
-        },
-        lora=lora,
-    )
+    by_role = {role: options.get(role, {}) for role in ROLES}
+    layers = {role: one.get("n_gpu_layers", 0) for role, one in by_role.items()}
+    if wrong := [n for n in layers.values() if isinstance(n, str) and n != AUTO]:
+        raise ModelError(f"n_gpu_layers is {wrong[0]!r}; expected a number or {AUTO!r}")
+    open_files = {files[role].path for role, n in layers.items() if n == AUTO}
+    if not open_files:
+        return by_role
+    asked: dict[str, LoadingOptions] = {
+        role: {"n_gpu_layers": AUTO if files[role].path in open_files else 0, **one}
+        for role, one in by_role.items()
+    }
+    devices, free_ram = native.devices(), memory.available()
+    found = plan(files, devices=devices, free_ram=free_ram, options=asked, lora=lora)
     if not found.fits:
         raise MemoryNeededError(found.refusal())
-    return {role: {**one, **found.load_options(role)} for role, one in own.items()}
+    return {role: {**one, **found.load_options(role)} for role, one in by_role.items()}
 
 
 # -- advice -----------------------------------------------------------------------------------
@@ -75,8 +79,8 @@ class _Made(NamedTuple):
     command: str | None = None
 
 
-def _advise(case: Case, now: Plan) -> Iterator[Change]:
-    """Changes from the least harm to the most; then several at once, where none suffices alone."""
+def _advise(case: Case, now: LayerPlan) -> Iterator[Change]:
+    """Changes, the least harmful first; then several together, where no single one is enough."""
 
     def change(what: str, made: _Made, command: str | None) -> Change:
         then = arrange(made.case)
@@ -109,11 +113,11 @@ def _advise(case: Case, now: Plan) -> Iterator[Change]:
                 return
 
 
-def _total(found: Plan) -> int:
+def _total(found: LayerPlan) -> int:
     return sum(room.need.total for room in found.rooms.values())
 
 
-def _missing(found: Plan) -> int:
+def _missing(found: LayerPlan) -> int:
     """Bytes over what there is, of RAM and of devices."""
     over = [r.need.total - r.usable for name, r in found.rooms.items() if name != RAM]
     return sum(max(n, 0) for n in (*over, found.ram_needed - found.rooms[RAM].free))
@@ -121,7 +125,7 @@ def _missing(found: Plan) -> int:
 
 def _open_layers(case: Case) -> _Made | None:
     """Layers that the user fixed, left to the planner."""
-    if all(case.option(role, "n_gpu_layers", AUTO) in (AUTO, 0) for role in ROLES):
+    if all(one.n_gpu_layers in (AUTO, 0) for one in case.loadings.values()):
         return None
     opened = case.using(n_gpu_layers=AUTO)
     return _Made(opened, "layers where there is room for them", "--gpu-layers auto")
@@ -129,7 +133,7 @@ def _open_layers(case: Case) -> _Made | None:
 
 def _flash_attention(case: Case) -> _Made | None:
     """Flash attention; None where it saves nothing, or it was decided."""
-    if any(case.option(role, "flash_attn", None) is not None for role in ROLES):
+    if any(one.flash_attn is not None for one in case.loadings.values()):
         return None
     changed = case.using(flash_attn=True)
     if _total(arrange(changed)) >= _total(arrange(case)):
@@ -139,8 +143,9 @@ def _flash_attention(case: Case) -> _Made | None:
 
 def _narrow_kv(case: Case) -> _Made | None:
     """KV caches in q8_0; None where they are, or cannot be, that narrow."""
-    kinds = {case.option(role, key, "f16") for role in ROLES for key in ("type_k", "type_v")}
-    if not kinds & set(WIDE_KV) or False in (case.option(r, "flash_attn", None) for r in ROLES):
+    loadings = case.loadings.values()
+    kinds = {kind for one in loadings for kind in (one.type_k, one.type_v)}
+    if not kinds & set(FLOATS) or any(one.flash_attn is False for one in loadings):
         return None
     try:
         for file in case.files.values():
@@ -153,7 +158,7 @@ def _narrow_kv(case: Case) -> _Made | None:
 
 def _smaller_context(case: Case) -> _Made | None:
     """The largest context that fits, in whole steps; the smallest where none does."""
-    n_ctx = max(case.option(role, "n_ctx", N_CTX) for role in ROLES)
+    n_ctx = max(one.n_ctx for one in case.loadings.values())
     fits, too_large = 1, -(-n_ctx // CTX_STEP)
     if too_large == 1:
         return None
@@ -168,7 +173,7 @@ def _smaller_context(case: Case) -> _Made | None:
 
 
 def _smaller_model(case: Case) -> _Made | None:
-    """The largest file in the best type that suffices, else in the smallest; None if it is."""
+    """The largest file in the best type that fits, else in the smallest; None if it is so."""
     role = max(ROLES, key=lambda role: case.files[role].weight_bytes)
     file, made = case.files[role], None
     for name in QUANTIZED:
@@ -178,7 +183,7 @@ def _smaller_model(case: Case) -> _Made | None:
         files = {r: smaller if f.path == file.path else f for r, f in case.files.items()}
         source, out = (shlex.quote(str(f.path)) for f in (file, smaller))
         command = f"trimix convert quantize {source} {out} --type {name}"
-        if any(tensor.type not in ("F32", "F16", "BF16") for tensor in file.tensors):
+        if any(tensor.type.lower() not in FLOATS for tensor in file.tensors):
             command += " --requantize"
         changed = replace(case, files=files)
         made = _Made(changed, f"{role} in {name}", _file_options(changed), command)

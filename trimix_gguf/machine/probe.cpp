@@ -44,158 +44,6 @@ struct Check {
 static volatile int three = 3;
 static volatile float half = 0.5f;
 
-#define CHECK(name) static int run_##name(void)
-
-#ifdef __SSE4_2__
-CHECK(sse4_2) { return _mm_crc32_u8(1u, (unsigned char) (three - 2)) != 0; }
-#endif
-#ifdef __AVX__
-CHECK(avx) {
-    float out[8];
-    _mm256_storeu_ps(out, _mm256_add_ps(_mm256_set1_ps(half), _mm256_set1_ps(1.0f)));
-    return out[0] != 1.5f || out[7] != 1.5f;
-}
-#endif
-#ifdef __F16C__
-CHECK(f16c) {
-    float out[8];
-    _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm256_cvtps_ph(_mm256_set1_ps(half), 0)));
-    return out[7] != 0.5f;
-}
-#endif
-#ifdef __FMA__
-CHECK(fma) {
-    float out[8];
-    __m256 x = _mm256_set1_ps(half);
-    _mm256_storeu_ps(out, _mm256_fmadd_ps(x, x, x));
-    return out[7] != 0.75f;
-}
-#endif
-#ifdef __AVX2__
-CHECK(avx2) {
-    short out[16];
-    __m256i x = _mm256_set1_epi8((char) three);
-    _mm256_storeu_si256((__m256i *) out, _mm256_maddubs_epi16(x, x));
-    return out[15] != 18;
-}
-#endif
-#ifdef __BMI2__
-CHECK(bmi2) { return _pext_u32(0xf0u, 0x30u * (unsigned) three / 3u) != 3u; }
-#endif
-#ifdef __AVXVNNI__
-CHECK(avxvnni) {
-    int out[8];
-    __m256i x = _mm256_set1_epi8((char) three);
-    _mm256_storeu_si256((__m256i *) out, _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), x, x));
-    return out[7] != 36;
-}
-#endif
-#ifdef __AVX512F__
-CHECK(avx512f) {
-    float out[16];
-    __m512 x = _mm512_set1_ps(half);
-    _mm512_storeu_ps(out, _mm512_fmadd_ps(x, x, x));
-    return out[15] != 0.75f;
-}
-#endif
-#ifdef __AVX512BW__
-CHECK(avx512bw) {
-    short out[32];
-    __m512i x = _mm512_set1_epi8((char) three);
-    _mm512_storeu_si512(out, _mm512_maddubs_epi16(x, x));
-    return out[31] != 18;
-}
-#endif
-#ifdef __AVX512DQ__
-CHECK(avx512dq) {
-    long long out[8];
-    __m512i x = _mm512_set1_epi64(three);
-    _mm512_storeu_si512(out, _mm512_mullo_epi64(x, x));
-    return out[7] != 9;
-}
-#endif
-#ifdef __AVX512CD__
-CHECK(avx512cd) {
-    int out[16];
-    _mm512_storeu_si512(out, _mm512_lzcnt_epi32(_mm512_set1_epi32(three)));
-    return out[15] != 30;
-}
-#endif
-#ifdef __AVX512VL__
-CHECK(avx512vl) {
-    int out[8] = {0};
-    _mm256_mask_storeu_epi32(out, 0x80, _mm256_set1_epi32(three));
-    return out[7] != 3 || out[0] != 0;
-}
-#endif
-#ifdef __AVX512VBMI__
-CHECK(avx512vbmi) {
-    char table[64], out[64];
-    for (int i = 0; i < 64; i++) table[i] = (char) i;
-    _mm512_storeu_si512(out, _mm512_permutexvar_epi8(_mm512_set1_epi8((char) three),
-                                                     _mm512_loadu_si512(table)));
-    return out[63] != 3;
-}
-#endif
-#ifdef __AVX512VBMI2__
-CHECK(avx512vbmi2) {
-    char out[64];
-    _mm512_storeu_si512(out, _mm512_maskz_compress_epi8(1, _mm512_set1_epi8((char) three)));
-    return out[0] != 3 || out[1] != 0;
-}
-#endif
-#ifdef __AVX512IFMA__
-CHECK(avx512ifma) {
-    long long out[8];
-    __m512i x = _mm512_set1_epi64(three);
-    _mm512_storeu_si512(out, _mm512_madd52lo_epu64(x, x, x));
-    return out[7] != 12;
-}
-#endif
-#ifdef __AVX512BITALG__
-CHECK(avx512bitalg) {
-    char out[64];
-    _mm512_storeu_si512(out, _mm512_popcnt_epi8(_mm512_set1_epi8((char) three)));
-    return out[63] != 2;
-}
-#endif
-#ifdef __AVX512VPOPCNTDQ__
-CHECK(avx512vpopcntdq) {
-    int out[16];
-    _mm512_storeu_si512(out, _mm512_popcnt_epi32(_mm512_set1_epi32(three)));
-    return out[15] != 2;
-}
-#endif
-#ifdef __AVX512VNNI__
-CHECK(avx512vnni) {
-    int out[16];
-    __m512i x = _mm512_set1_epi8((char) three);
-    _mm512_storeu_si512(out, _mm512_dpbusd_epi32(_mm512_setzero_si512(), x, x));
-    return out[15] != 36;
-}
-#endif
-#ifdef __AVX512BF16__
-CHECK(avx512bf16) {
-    float out[16];
-    __m512bh x = _mm512_cvtne2ps_pbh(_mm512_set1_ps(half), _mm512_set1_ps(half));
-    _mm512_storeu_ps(out, _mm512_dpbf16_ps(_mm512_setzero_ps(), x, x));
-    return out[15] != 0.5f;
-}
-#endif
-#ifdef __AVX512FP16__
-CHECK(avx512fp16) {
-    __m512h x = _mm512_set1_ph((_Float16) half);
-    return (float) _mm512_reduce_add_ph(x) != 16.0f;
-}
-#endif
-#ifdef __GFNI__
-CHECK(gfni) {
-    char out[16];
-    __m128i x = _mm_set1_epi8((char) three);
-    _mm_storeu_si128((__m128i *) out, _mm_gf2p8mul_epi8(x, x));
-    return out[15] != 5;
-}
-#endif
 #if defined(__AMX_TILE__) && defined(__AMX_INT8__)
 struct TileConfig {
     unsigned char palette = 0, start_row = 0, reserved[14] = {0};
@@ -236,86 +84,172 @@ static int multiply(void) {
     _tile_release();
     return out[0] != 64 * 9 || out[255] != 64 * 9;
 }
-
-// As in ggml: the main thread asks for the permission, and a worker needs it.
-CHECK(amx) {
-#ifdef __linux__
-    if (syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) != 0) return 2;
-#endif
-    int in_worker = 1;
-    std::thread worker([&] { in_worker = multiply(); });
-    worker.join();
-    return in_worker || multiply();
-}
 #endif
 
+// Constant: code that ran before main could be what this processor lacks.
 extern const Check checks[];
-const Check checks[] = {
+constexpr Check checks[] = {
 #ifdef __SSE4_2__
-    {"sse4.2", run_sse4_2},
+    {"sse4.2", []() -> int { return _mm_crc32_u8(1u, (unsigned char) (three - 2)) != 0; }},
 #endif
 #ifdef __AVX__
-    {"avx", run_avx},
+    {"avx", []() -> int {
+        float out[8];
+        _mm256_storeu_ps(out, _mm256_add_ps(_mm256_set1_ps(half), _mm256_set1_ps(1.0f)));
+        return out[0] != 1.5f || out[7] != 1.5f;
+    }},
 #endif
 #ifdef __F16C__
-    {"f16c", run_f16c},
+    {"f16c", []() -> int {
+        float out[8];
+        _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm256_cvtps_ph(_mm256_set1_ps(half), 0)));
+        return out[7] != 0.5f;
+    }},
 #endif
 #ifdef __FMA__
-    {"fma", run_fma},
+    {"fma", []() -> int {
+        float out[8];
+        __m256 x = _mm256_set1_ps(half);
+        _mm256_storeu_ps(out, _mm256_fmadd_ps(x, x, x));
+        return out[7] != 0.75f;
+    }},
 #endif
 #ifdef __AVX2__
-    {"avx2", run_avx2},
+    {"avx2", []() -> int {
+        short out[16];
+        __m256i x = _mm256_set1_epi8((char) three);
+        _mm256_storeu_si256((__m256i *) out, _mm256_maddubs_epi16(x, x));
+        return out[15] != 18;
+    }},
 #endif
 #ifdef __BMI2__
-    {"bmi2", run_bmi2},
+    {"bmi2", []() -> int { return _pext_u32(0xf0u, 0x30u * (unsigned) three / 3u) != 3u; }},
 #endif
 #ifdef __AVXVNNI__
-    {"avxvnni", run_avxvnni},
+    {"avxvnni", []() -> int {
+        int out[8];
+        __m256i x = _mm256_set1_epi8((char) three);
+        _mm256_storeu_si256((__m256i *) out, _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), x, x));
+        return out[7] != 36;
+    }},
 #endif
 #ifdef __AVX512F__
-    {"avx512f", run_avx512f},
+    {"avx512f", []() -> int {
+        float out[16];
+        __m512 x = _mm512_set1_ps(half);
+        _mm512_storeu_ps(out, _mm512_fmadd_ps(x, x, x));
+        return out[15] != 0.75f;
+    }},
 #endif
 #ifdef __AVX512BW__
-    {"avx512bw", run_avx512bw},
+    {"avx512bw", []() -> int {
+        short out[32];
+        __m512i x = _mm512_set1_epi8((char) three);
+        _mm512_storeu_si512(out, _mm512_maddubs_epi16(x, x));
+        return out[31] != 18;
+    }},
 #endif
 #ifdef __AVX512DQ__
-    {"avx512dq", run_avx512dq},
+    {"avx512dq", []() -> int {
+        long long out[8];
+        __m512i x = _mm512_set1_epi64(three);
+        _mm512_storeu_si512(out, _mm512_mullo_epi64(x, x));
+        return out[7] != 9;
+    }},
 #endif
 #ifdef __AVX512CD__
-    {"avx512cd", run_avx512cd},
+    {"avx512cd", []() -> int {
+        int out[16];
+        _mm512_storeu_si512(out, _mm512_lzcnt_epi32(_mm512_set1_epi32(three)));
+        return out[15] != 30;
+    }},
 #endif
 #ifdef __AVX512VL__
-    {"avx512vl", run_avx512vl},
+    {"avx512vl", []() -> int {
+        int out[8] = {0};
+        _mm256_mask_storeu_epi32(out, 0x80, _mm256_set1_epi32(three));
+        return out[7] != 3 || out[0] != 0;
+    }},
 #endif
 #ifdef __AVX512VBMI__
-    {"avx512vbmi", run_avx512vbmi},
+    {"avx512vbmi", []() -> int {
+        char table[64], out[64];
+        for (int i = 0; i < 64; i++) table[i] = (char) i;
+        _mm512_storeu_si512(out, _mm512_permutexvar_epi8(_mm512_set1_epi8((char) three),
+                                                         _mm512_loadu_si512(table)));
+        return out[63] != 3;
+    }},
 #endif
 #ifdef __AVX512VBMI2__
-    {"avx512vbmi2", run_avx512vbmi2},
+    {"avx512vbmi2", []() -> int {
+        char out[64];
+        _mm512_storeu_si512(out, _mm512_maskz_compress_epi8(1, _mm512_set1_epi8((char) three)));
+        return out[0] != 3 || out[1] != 0;
+    }},
 #endif
 #ifdef __AVX512IFMA__
-    {"avx512ifma", run_avx512ifma},
+    {"avx512ifma", []() -> int {
+        long long out[8];
+        __m512i x = _mm512_set1_epi64(three);
+        _mm512_storeu_si512(out, _mm512_madd52lo_epu64(x, x, x));
+        return out[7] != 12;
+    }},
 #endif
 #ifdef __AVX512BITALG__
-    {"avx512bitalg", run_avx512bitalg},
+    {"avx512bitalg", []() -> int {
+        char out[64];
+        _mm512_storeu_si512(out, _mm512_popcnt_epi8(_mm512_set1_epi8((char) three)));
+        return out[63] != 2;
+    }},
 #endif
 #ifdef __AVX512VPOPCNTDQ__
-    {"avx512vpopcntdq", run_avx512vpopcntdq},
+    {"avx512vpopcntdq", []() -> int {
+        int out[16];
+        _mm512_storeu_si512(out, _mm512_popcnt_epi32(_mm512_set1_epi32(three)));
+        return out[15] != 2;
+    }},
 #endif
 #ifdef __AVX512VNNI__
-    {"avx512vnni", run_avx512vnni},
+    {"avx512vnni", []() -> int {
+        int out[16];
+        __m512i x = _mm512_set1_epi8((char) three);
+        _mm512_storeu_si512(out, _mm512_dpbusd_epi32(_mm512_setzero_si512(), x, x));
+        return out[15] != 36;
+    }},
 #endif
 #ifdef __AVX512BF16__
-    {"avx512bf16", run_avx512bf16},
+    {"avx512bf16", []() -> int {
+        float out[16];
+        __m512bh x = _mm512_cvtne2ps_pbh(_mm512_set1_ps(half), _mm512_set1_ps(half));
+        _mm512_storeu_ps(out, _mm512_dpbf16_ps(_mm512_setzero_ps(), x, x));
+        return out[15] != 0.5f;
+    }},
 #endif
 #ifdef __AVX512FP16__
-    {"avx512fp16", run_avx512fp16},
+    {"avx512fp16", []() -> int {
+        __m512h x = _mm512_set1_ph((_Float16) half);
+        return (float) _mm512_reduce_add_ph(x) != 16.0f;
+    }},
 #endif
 #ifdef __GFNI__
-    {"gfni", run_gfni},
+    {"gfni", []() -> int {
+        char out[16];
+        __m128i x = _mm_set1_epi8((char) three);
+        _mm_storeu_si128((__m128i *) out, _mm_gf2p8mul_epi8(x, x));
+        return out[15] != 5;
+    }},
 #endif
 #if defined(__AMX_TILE__) && defined(__AMX_INT8__)
-    {"amx", run_amx},
+    // As in ggml: the main thread asks for the permission, and a worker needs it.
+    {"amx", []() -> int {
+#ifdef __linux__
+        if (syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) != 0) return 2;
+#endif
+        int in_worker = 1;
+        std::thread worker([&] { in_worker = multiply(); });
+        worker.join();
+        return in_worker || multiply();
+    }},
 #endif
     {nullptr, nullptr},
 };

@@ -36,7 +36,7 @@ def require() -> None:
 
 
 def run() -> None:
-    """Try llama.cpp in a child, and keep a good verdict; raises BuildError with the mend."""
+    """Try llama.cpp in a child, and remember that it passed; raises BuildError with the repair."""
     import subprocess  # 5 ms that a start with a kept verdict has no use for
 
     program = f"import sys; sys.path[:] = {sys.path!r}; from {TRIAL} import main; main()"
@@ -83,8 +83,8 @@ def _cause(code: int) -> str:
 
 def library_folder() -> Path:
     """Where llama-cpp-python takes its libraries from; raises BuildError where it is not."""
-    if own := os.environ.get("LLAMA_CPP_LIB_PATH"):
-        return Path(own)
+    if chosen := os.environ.get("LLAMA_CPP_LIB_PATH"):
+        return Path(chosen)
     spec = find_spec("llama_cpp")
     if spec is None or not spec.submodule_search_locations:
         raise BuildError(

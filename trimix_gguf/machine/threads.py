@@ -1,4 +1,4 @@
-"""Work on several threads that the caller outlives, whatever happens."""
+"""Work on several threads, all of which end before the caller goes on."""
 
 import os
 from collections.abc import Callable, Iterable

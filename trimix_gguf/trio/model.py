@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from trimix_gguf.errors import ContextFullError, ModelError, ModelFileError
 from trimix_gguf.machine import native
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
-from trimix_gguf.machine.memory import N_BATCH, N_CTX, N_WINDOW, flash_attention
+from trimix_gguf.machine.loading import Loading
 from trimix_gguf.machine.native import lib
 from trimix_gguf.machine.threads import MOST_THREADS, available_cores
 
@@ -31,67 +31,55 @@ class Model:
 
     Sequence 0 is there from the start, with `n_past` ids; fork() starts others as copies.
     `share` is a Model of the same file whose weights this one reads too: a small_cpt that is
-    small_base plus an adapter keeps one copy in memory. Without `tokenizer` it takes ids alone,
-    in less memory. `n_threads` 0 means every core that this process may use; `mmap` maps the
-    file, which starts faster and shares pages but counts the weights twice where llama.cpp
-    repacks them; `device` is a name from `trimix doctor`, "CPU" leaves every other unopened;
-    `n_gpu_layers` −1 is all. Raises ModelFileError for a file that is damaged, ModelError where
-    llama.cpp refuses it.
+    small_base plus an adapter keeps one copy in memory. Without `tokenizer` it takes only ids,
+    in less memory. Raises ModelFileError for a file that is damaged, ModelError where llama.cpp
+    refuses it.
     """
 
     def __init__(
         self,
         path: Path | str,
+        loading: Loading = Loading(),  # noqa: B008  # frozen
         *,
-        n_ctx: int = N_CTX,
-        n_window: int = N_WINDOW,
-        n_batch: int = N_BATCH,
-        n_threads: int = 0,
-        n_gpu_layers: int = 0,
-        device: str | None = None,
-        type_k: str = "f16",
-        type_v: str = "f16",
-        mmap: bool = False,
-        mlock: bool = False,
-        flash_attn: bool | None = None,
         lora: Path | str | None = None,
         lora_scale: float = 1.0,
         share: "Model | None" = None,
         tokenizer: bool = True,
     ) -> None:
-        if n_threads > MOST_THREADS:
-            raise ModelError(f"{n_threads} threads are too many; at most {MOST_THREADS}")
+        if loading.n_threads > MOST_THREADS:
+            raise ModelError(f"{loading.n_threads} threads are too many; at most {MOST_THREADS}")
         self.path = Path(path)
         self.file: GGUFFile = share.file if share is not None else read_gguf(self.path)
         self.n_past = 0
-        self.n_window, self.n_batch = n_window, max(n_batch, n_window)
+        self.n_window = loading.n_window
+        self.n_batch = max(loading.n_batch, loading.n_window)
         self.lora = Path(lora) if lora is not None else None
-        self.kv_types = (type_k, type_v)
-        self.n_gpu_layers, self.device = n_gpu_layers, device_of(n_gpu_layers, device)
-        if flash_attn is None and self.device == "CPU":
-            flash_attn = flash_attention({"type_v": type_v}, offloaded=False)
-        self.flash_attn = flash_attn  # None: as llama.cpp decides for a device
-        self.n_threads = n_threads or available_cores()
+        self.kv_types = (loading.type_k, loading.type_v)
+        self.n_gpu_layers = int(loading.n_gpu_layers)
+        self.device = device_of(self.n_gpu_layers, loading.device)
+        self.flash_attn = loading.flash_attn  # None: as llama.cpp decides for a device
+        if self.device == "CPU":
+            self.flash_attn = loading.has_flash_attention(offloaded=False)
+        self.n_threads = loading.n_threads or available_cores()
         self.chat_template: str | None = self.file.metadata.get("tokenizer.chat_template")
         self.decode_seconds: dict[int, deque[float]] = {}  # ids decoded at once -> the last times
         self._weights: _Weights = (
-            _Weights(self.file, n_gpu_layers, device, mmap, mlock, tokenizer)
-            if share is None
-            else share._weights
+            _Weights(self.file, loading, tokenizer) if share is None else share._weights
         )
         self.vocab = lib.llama_model_get_vocab(self._weights.handle)
         self.n_vocab = int(lib.llama_vocab_n_tokens(self.vocab))
-        self._ctx = self._open_context(n_ctx, type_k, type_v)
+        self._ctx = self._open_context(loading.n_ctx)
         self._memory = lib.llama_get_memory(self._ctx)
         self._batch = lib.llama_batch_init(self.n_batch, 0, 1)
         self._close = weakref.finalize(self, _free, self._ctx, self._batch, self._weights)
         # llama.cpp rounds up; keep what was asked for.
-        self.n_ctx = min(n_ctx, int(lib.llama_n_ctx(self._ctx)))
+        self.n_ctx = min(loading.n_ctx, int(lib.llama_n_ctx(self._ctx)))
         if self.lora is not None:
             self._apply_lora(self.lora, lora_scale)
 
-    def _open_context(self, n_ctx: int, type_k: str, type_v: str) -> Any:
-        for kind in (type_k, type_v):
+    def _open_context(self, n_ctx: int) -> Any:
+        type_k, type_v = self.kv_types
+        for kind in self.kv_types:
             if kind not in native.KV_TYPES:
                 raise ModelError(
                     f"KV-cache type {kind!r} is unknown; one of {', '.join(native.KV_TYPES)}"
@@ -145,23 +133,23 @@ class Model:
         lives. Raises ContextFullError where the cells of all sequences are used up, ModelError;
         sequence 0 and `n_past` are then as before, others that the call names are to be dropped.
         """
-        own = sum(sequence == 0 for _, _, sequence, _ in entries)
-        if own and self.n_past + own > self.n_ctx:
+        n_first = sum(sequence == 0 for _, _, sequence, _ in entries)  # of sequence 0
+        if n_first and self.n_past + n_first > self.n_ctx:
             raise ContextFullError(
-                f"{self.path.name}: {self.n_past + own} tokens do not fit in a context of "
+                f"{self.path.name}: {self.n_past + n_first} tokens do not fit in a context of "
                 f"{self.n_ctx}; raise --n-ctx or shorten the prompt"
             )
         started = time.perf_counter()
         try:
             rows = self._decode(entries)
         except ModelError:
-            if own:
+            if n_first:
                 self.rewind(self.n_past)
             raise
-        self.n_past += own
-        if own == len(entries):  # what drafts are planned by
+        self.n_past += n_first
+        if n_first == len(entries):  # what drafts are planned by
             took = time.perf_counter() - started
-            self.decode_seconds.setdefault(own, deque(maxlen=5)).append(took)
+            self.decode_seconds.setdefault(n_first, deque(maxlen=5)).append(took)
         return rows
 
     def _decode(self, entries: Iterable[Entry]) -> Logits:
@@ -301,29 +289,21 @@ class Model:
 class _Weights:
     """A loaded llama_model and its adapters, freed when the last Model lets go."""
 
-    def __init__(
-        self,
-        file: GGUFFile,
-        n_gpu_layers: int,
-        device: str | None,
-        mmap: bool,
-        mlock: bool,
-        tokenizer: bool,
-    ) -> None:
+    def __init__(self, file: GGUFFile, loading: Loading, tokenizer: bool) -> None:
         path = file.path
         native.listen()
         params = lib.llama_model_default_params()
         if not tokenizer:
             n_vocab = len(file.array("tokenizer.ggml.tokens") or ())
             overrides = native.without_tokenizer(params, file.architecture, n_vocab)  # noqa: F841
-        params.n_gpu_layers = n_gpu_layers
-        params.load_mode = int(mmap) + 2 * int(mlock)
-        if device is not None:
+        params.n_gpu_layers = int(loading.n_gpu_layers)
+        params.load_mode = int(loading.mmap) + 2 * int(loading.mlock)
+        if (device := loading.device) is not None:
             chosen = [d for d in native.devices() if d.name.lower() == device.lower()]
             if not chosen:
                 names = ", ".join(d.name for d in native.devices())
                 raise ModelError(f"device {device!r} is not here; this build has {names}")
-            # The CPU is always there: named alone, it stands for an empty list.
+            # The CPU is always used: if it is the one named, the list is empty.
             handle = None if chosen[0].kind == "CPU" else chosen[0].handle
             self._devices = (ctypes.c_void_p * 2)(handle, None)
             params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
@@ -358,5 +338,5 @@ def _free(context: Any, batch: Any, _weights: _Weights) -> None:
 
 
 def device_of(n_gpu_layers: int = 0, device: str | None = None) -> str:
-    """Where a model's layers are, by the options of Model: 'CPU', or the other device's name."""
+    """Where a model's layers are: 'CPU', or the other device's name."""
     return (device or "GPU") if n_gpu_layers and native.gpu_offload() else "CPU"

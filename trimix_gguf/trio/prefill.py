@@ -15,7 +15,8 @@ from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.prompt import Prompt, Unit
 
-Mark = tuple[int, int]  # units read, and units covered: predicted, or with nothing to predict
+# How far a prompt has come: units read, and units covered (predicted, or nothing to predict).
+PromptMark = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Window:
 
     rows: Rows
     targets: NDArray[np.int64]
-    mark: Mark
+    mark: PromptMark
 
 
 def is_scored(unit: Unit) -> bool:
@@ -50,12 +51,18 @@ class Prefill:
         to_end: bool = True,
     ) -> None:
         self.units = prompt.units
-        self._predicts = predicts
         # ends[role][n]: how many ids of `role` the first n units hold.
         self.ends = {role: _ends(self.units, i) for i, role in enumerate(ROLES)}
-        last = (i + 1 for i in range(len(self.units) - 1, -1, -1) if predicts(self.units[i]))
-        self.stop = len(self.units) if to_end else next(last, 0)
+        self._predicted = [predicts(unit) for unit in self.units]
+        last = max((i for i, is_one in enumerate(self._predicted) if is_one), default=-1)
+        self.stop = len(self.units) if to_end else last + 1
         self.at = 0
+        # Units whose id is a target: to be predicted, and every role has something before them.
+        started = [all(ends[i] > 0 for ends in self.ends.values()) for i in range(len(self.units))]
+        self._is_target = [p and s for p, s in zip(self._predicted, started, strict=True)]
+        self._is_wanted = [*self._is_target[1:], False]  # the rows that predict those
+        if self.stop:
+            self._is_wanted[self.stop - 1] = True
 
     def check_fits(self, n_ctx: Mapping[str, int]) -> None:
         """Raise PromptError where a role's context is too small for the prompt and one token."""
@@ -72,15 +79,15 @@ class Prefill:
 
         What predicts the next unit to score is read again, for its row.
         """
-        rest = (i for i in range(max(covered, 1), len(self.units)) if self._predicts(self.units[i]))
+        rest = (i for i in range(max(covered, 1), len(self.units)) if self._predicted[i])
         self.at = min(n_kept, next(rest, len(self.units) + 1) - 1)
 
     def portion(self, n_ids: int, n_rows: int) -> int:
         """Up to which unit to read next, if so many ids and rows are to spare; at least one."""
         end, ids, rows = self.at, 0, 0
         while end < self.stop:
-            ids += max(len(own) for own in self.units[end][0])
-            rows += self._is_wanted(end)
+            ids += max(len(of_role) for of_role in self.units[end][0])
+            rows += self._is_wanted[end]
             if end > self.at and (ids > n_ids or rows > n_rows):
                 break
             end += 1
@@ -97,29 +104,17 @@ class Prefill:
 
     def wanted(self, end: int, role: str) -> list[int]:
         """Indexes of the ids, up to unit `end`, whose rows are wanted of a role."""
-        return [self.ends[role][unit + 1] - 1 for unit in self._wanted(end)]
+        ends, units = self.ends[role], range(self.at, end)
+        return [ends[unit + 1] - 1 for unit in units if self._is_wanted[unit]]
 
     def take(self, end: int, rows: Rows) -> Window:
         """The units up to `end` are read, and these are the rows [n_wanted, n_vocab]."""
-        predicted = [unit + 1 for unit in self._wanted(end) if self._is_target(unit + 1)]
+        n_units = min(end + 1, len(self.units))  # those up to `end`, and the one after them
+        predicted = [unit for unit in range(self.at + 1, n_units) if self._is_target[unit]]
         targets = np.array([self.units[unit][0][0][0] for unit in predicted], dtype=np.int64)
         self.at = end
         before = {role: matrix[: len(targets)] for role, matrix in rows.items()}
-        return Window(before, targets, (end, min(end + 1, len(self.units))))
-
-    def _wanted(self, end: int) -> list[int]:
-        return [unit for unit in range(self.at, end) if self._is_wanted(unit)]
-
-    def _is_wanted(self, unit: int) -> bool:
-        return unit == self.stop - 1 or self._is_target(unit + 1)
-
-    def _is_target(self, unit: int) -> bool:
-        """Whether a unit is to be predicted, and every role has something before it."""
-        return (
-            unit < len(self.units)
-            and self._predicts(self.units[unit])
-            and all(self.ends[role][unit] > 0 for role in ROLES)
-        )
+        return Window(before, targets, (end, n_units))
 
 
 def _ends(units: Sequence[Unit], role: int) -> list[int]:

@@ -21,6 +21,7 @@ class Segment:
 
     @classmethod
     def of(cls, ids: list[int] | tuple[int, ...], *, scored: bool = True) -> "Segment":
+        """The same ids for every role."""
         return cls(dict.fromkeys(ROLES, tuple(ids)), shared=True, scored=scored)
 
     @classmethod
@@ -48,10 +49,10 @@ def n_common(units: Sequence[Unit], ids: Mapping[str, Sequence[int]]) -> int:
     """How many of the first `units` stand in `ids`, by role, at its beginning."""
     known, at = [ids[role] for role in ROLES], [0] * len(ROLES)
     for n, (own_ids, _) in enumerate(units):
-        for i, own in enumerate(own_ids):
-            if tuple(known[i][at[i] : at[i] + len(own)]) != own:
+        for i, of_role in enumerate(own_ids):
+            if tuple(known[i][at[i] : at[i] + len(of_role)]) != of_role:
                 return n
-            at[i] += len(own)
+            at[i] += len(of_role)
     return len(units)
 
 
@@ -63,13 +64,16 @@ class Prompt:
 
     @property
     def units(self) -> list[Unit]:
+        """The units of all segments."""
         return [unit for segment in self.segments for unit in segment.units]
 
     def n_tokens(self, role: str = "large_ins") -> int:
+        """How many ids one role reads."""
         return sum(len(s.ids[role]) for s in self.segments)
 
     @property
     def n_scored(self) -> int:
+        """How many tokens are scored."""
         return sum(len(s.ids["large_ins"]) for s in self.segments if s.scored)
 
     @property
@@ -156,7 +160,7 @@ def _tokenize_parts(
             byte += len(piece(ids[at]))
             at += 1
         if scored is False and at < len(ids) and piece(ids[at])[: end - byte].strip():
-            byte += len(piece(ids[at]))  # a token across the border is not the answer's alone,
+            byte += len(piece(ids[at]))  # a token across the border is not only the answer's,
             at += 1  # unless it only brings the space before it
         result.append((ids[first:at], scored))
     result[-1] = (result[-1][0] + ids[at:], result[-1][1])

@@ -19,7 +19,7 @@ from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.model import Entry, Logits, Model
 
-Progress = Callable[[int], None]  # tokens just read
+TokenProgress = Callable[[int], None]  # tokens just read
 Wanted = Mapping[int, Sequence[int]]  # sequence -> indexes of its ids whose rows are wanted
 
 
@@ -123,7 +123,7 @@ class Sequences:
         }
         return self.read(newest)
 
-    def read(self, wanted: Mapping[str, Wanted], progress: Progress | None = None) -> Rows:
+    def read(self, wanted: Mapping[str, Wanted], progress: TokenProgress | None = None) -> Rows:
         """Let each role read what these sequences owe it; logits [n_rows, n_vocab] by role.
 
         `wanted` gives, by role and sequence, the ids (ascending indexes) whose rows are wanted;
@@ -142,7 +142,7 @@ class Sequences:
         parts = run_all(self._pool, lambda group: {r: one(r) for r in group}, groups.values())
         return {role: rows for part in parts for role, rows in part.items()}
 
-    def _read(self, role: str, wanted: Wanted, progress: Progress | None) -> Logits:
+    def _read(self, role: str, wanted: Wanted, progress: TokenProgress | None) -> Logits:
         model, parts = self._models[role], []
         for sequence, indexes in wanted.items():
             if indexes:

@@ -1,4 +1,4 @@
-"""Running sums over a prompt, so that one with the same prefix need not be scored again.
+"""Running sums over a prompt: a prompt with the same prefix is not scored again from its start.
 
 They belong to whoever owns the cache that holds the prompt.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from trimix_gguf.mixing.scoring import Float64
-from trimix_gguf.trio.prefill import Mark
+from trimix_gguf.trio.prefill import PromptMark
 from trimix_gguf.trio.prompt import Unit
 
 
@@ -35,7 +35,7 @@ class Sum:
     `slopes` [2] are scoring.large_ins_slopes of the same tokens, zeros where nobody wants them.
     """
 
-    mark: Mark
+    mark: PromptMark
     nll: Float64
     n_tokens: int
     slopes: Float64
@@ -57,7 +57,7 @@ class PrefixSums:
         shape = len(self.points.alphas), len(self.points.betas)
         return Sum((0, 0), np.zeros(shape), 0, np.zeros(2))
 
-    def add(self, mark: Mark, nll: Float64, n_tokens: int, slopes: Float64) -> None:
+    def add(self, mark: PromptMark, nll: Float64, n_tokens: int, slopes: Float64) -> None:
         """Take in what the next scored tokens came to, up to a mark."""
         before, kept = self.newest, self.points.keep**n_tokens
         n = before.n_tokens + n_tokens

@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from trimix_gguf.machine.loading import Loading
 from trimix_gguf.machine.self_test import WRONG
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.model import Model
+from trimix_gguf.trio.trio import NANO
 
 SIZES = (1, 8, 64)  # tokens read at once: llama.cpp has other code for each
 TOLERANCE = 0.2  # right builds differ by up to 0.05: instruction sets round in their own ways
 _KNOWN = Path(__file__).parent / "trial.json"  # role/size -> token id -> logit
-_NANO = Path(__file__).parent.parent / "nano"
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def keep() -> None:
 def _rows() -> Iterator[tuple[str, NDArray[np.float32]]]:
     """Role and size, and the last row [n_vocab], for every nano model and size."""
     for role in ROLES:
-        model = Model(_NANO / f"{role}.gguf", n_ctx=128, device="CPU")
+        model = Model(NANO / f"{role}.gguf", Loading(n_ctx=128, device="CPU"))
         for size in SIZES:
             print(f"reading {size} token{'s' * (size > 1)}", flush=True)
             model.rewind(0)

@@ -5,22 +5,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import ModelFileError, PromptError
 from trimix_gguf.machine.gguf_file import read_gguf
+from trimix_gguf.machine.loading import Loading, LoadingOptions
 from trimix_gguf.machine.memory import check_fits
 from trimix_gguf.machine.planner import place
 from trimix_gguf.machine.vocabulary import check_contract
 from trimix_gguf.mixing.fusion import Rows
-from trimix_gguf.roles import ROLES
+from trimix_gguf.roles import LOADING_ORDER, ROLES
 from trimix_gguf.trio.model import Model
-from trimix_gguf.trio.prefill import Mark, Prefill, Window
+from trimix_gguf.trio.prefill import Prefill, PromptMark, Window
 from trimix_gguf.trio.prompt import Prompt, Unit, n_common, text_prompt
-from trimix_gguf.trio.sequences import Progress, Sequences
+from trimix_gguf.trio.sequences import Sequences, TokenProgress
 from trimix_gguf.trio.sums import PrefixSums
 from trimix_gguf.trio.tuning import Tuning
 
@@ -54,12 +55,12 @@ class Trio:
         small_base: Path | str,
         small_cpt: Path | str | None = None,
         small_cpt_lora: Path | str | None = None,
-        per_role: dict[str, dict[str, Any]] | None = None,
+        per_role: Mapping[str, LoadingOptions] | None = None,
         chat_template: str | None = None,
         tuning: Tuning | None = None,
-        **options: Any,
+        **options: Unpack[LoadingOptions],
     ) -> "Trio":
-        """Open three GGUF files; `options` go to every Model, `per_role[role]` to one.
+        """Open three GGUF files; `options` are fields of Loading, `per_role[role]` those of one.
 
         Without `small_cpt`, `small_cpt_lora` is applied over small_base, whose weights the two
         then share. `chat_template` stands for that of large_ins' file. `n_gpu_layers` "auto" leaves
@@ -76,16 +77,17 @@ class Trio:
         files = {role: read_gguf(path) for role, path in paths.items()}
         check_contract(files)
         adapter = read_gguf(Path(small_cpt_lora)) if small_cpt_lora else None
-        asked = {role: {**options, **(per_role or {}).get(role, {})} for role in ROLES}
-        own = place(files, asked, adapter)
-        check_fits(files, own, adapter)
+        given = per_role or {}
+        asked: dict[str, LoadingOptions] = {r: {**options, **given.get(r, {})} for r in ROLES}
+        loadings = {r: Loading(**one) for r, one in place(files, asked, adapter).items()}
+        check_fits(files, loadings, adapter)
         models: dict[str, Model] = {}
-        for role in ("large_ins", "small_base", "small_cpt"):
+        for role in LOADING_ORDER:
             share = next((m for m in models.values() if m.path == paths[role]), None)
             lora = small_cpt_lora if role == "small_cpt" else None
             tokenizer = role == ROLES[0]  # large_ins' serves all three
             models[role] = Model(
-                paths[role], lora=lora, share=share, tokenizer=tokenizer, **own[role]
+                paths[role], loadings[role], lora=lora, share=share, tokenizer=tokenizer
             )
         if chat_template is not None:
             models["large_ins"].chat_template = chat_template
@@ -105,6 +107,7 @@ class Trio:
 
     @property
     def n_ctx(self) -> int:
+        """Positions of the smallest of the three contexts."""
         return min(m.n_ctx for m in self.models.values())
 
     @property
@@ -155,8 +158,8 @@ class Trio:
         prompt: Prompt,
         *,
         consume: Consume | None = None,
-        progress: Progress | None = None,
-        after: Mark | None = None,
+        progress: TokenProgress | None = None,
+        after: PromptMark | None = None,
     ) -> None:
         """Replace what the caches hold by `prompt`; of what they hold, its prefix is kept.
 
@@ -187,7 +190,7 @@ class Trio:
             for model in self.models.values() if rows else ():
                 model.drop_rows()
 
-    def _read_window(self, reading: Prefill, progress: Progress | None) -> tuple[Window, Rows]:
+    def _read_window(self, reading: Prefill, progress: TokenProgress | None) -> tuple[Window, Rows]:
         n_batch = min(model.n_batch for model in self.models.values())
         end = reading.portion(n_batch, self.n_window)
         self.sequences.append(0, reading.ids(reading.at, end))
@@ -204,7 +207,7 @@ class Trio:
         self.sequences.append(0, [token])
         self._rows = {}
 
-    def rows(self, roles: Sequence[str] = ROLES, progress: Progress | None = None) -> Rows:
+    def rows(self, roles: Sequence[str] = ROLES, progress: TokenProgress | None = None) -> Rows:
         """Next-token logits [n_vocab] of `roles`, after all tokens so far.
 
         Zero-copy: valid until the next call that reads. A role that owes tokens reads them now.
@@ -216,7 +219,7 @@ class Trio:
     def tail_rows(self, roles: Sequence[str], n: int) -> Rows:
         """Logits [n, n_vocab] of `roles` after each of the last `n` ≤ n_window tokens.
 
-        One batch a role, zero-copy: valid until the next call that reads that role.
+        One batch per role, zero-copy: valid until the next call that reads that role.
         """
         if n == 1:
             return {role: row[None, :] for role, row in self.rows(roles).items()}
@@ -267,6 +270,7 @@ class Trio:
             self._rows = {}
 
     def close(self) -> None:
+        """Free the three models."""
         for model in self.models.values():
             model.close()
 
@@ -286,14 +290,16 @@ class Trio:
         except BaseException:
             self.forget()
             for model in self.models.values():
-                model.rewind(0)  # whatever Ctrl-C kept it from counting
+                model.rewind(0)  # it may hold ids that Ctrl-C kept it from counting
             raise
 
     def _rewind(self, lengths: Mapping[str, int]) -> None:
         self._rows = {}
         self.sequences.rewind(0, lengths)
 
-    def _read_tail(self, roles: Sequence[str], n: int, progress: Progress | None = None) -> Rows:
+    def _read_tail(
+        self, roles: Sequence[str], n: int, progress: TokenProgress | None = None
+    ) -> Rows:
         """Rows [n, n_vocab] after each of the last `n` ids, which are read now."""
         for role in roles:
             if not self._ids[role]:

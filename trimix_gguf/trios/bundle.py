@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from trimix_gguf.errors import TrioFileError
-from trimix_gguf.machine.files import put_in_place, whole_file
+from trimix_gguf.machine.files import ByteProgress, put_in_place, whole_file
 from trimix_gguf.trios.bundle_files import (
     FLAWS,
     TAR,
@@ -33,7 +33,6 @@ from trimix_gguf.trios.bundle_files import (
 )
 from trimix_gguf.trios.store import (
     SHIPPED,
-    Progress,
     clear_leftovers,
     installed_folder,
     resolve,
@@ -56,7 +55,7 @@ _MARK = ".trio-export"  # in a folder: an export to it is under way, or was cut 
 # -- export -----------------------------------------------------------------------------------
 
 
-def export_trio(trio: TrioFile, target: Path, *, progress: Progress | None = None) -> None:
+def export_trio(trio: TrioFile, target: Path, *, progress: ByteProgress | None = None) -> None:
     """Write a trio to `target`: a tar where it is called FILE.tar, else a folder of its own.
 
     An older or unfinished export of the trio there is brought up to date. Raises TrioFileError
@@ -138,8 +137,8 @@ def _check_folder(trio: TrioFile, target: Path) -> None:
         if other != trio.name:
             raise TrioFileError(f"{target} holds the trio {other}; name another folder")
     elif any(target.iterdir()) and not (target / _MARK).exists():
-        own = target / trio.name
-        raise TrioFileError(f"{target} holds other files; name an empty folder, such as {own}")
+        example = target / trio.name
+        raise TrioFileError(f"{target} holds other files; name an empty folder, such as {example}")
 
 
 def _write_folder(
@@ -164,7 +163,7 @@ def _write_tar(trio: TrioFile, files: Sequence[BundleFile], target: Path, advanc
         tar.addfile(_member(FILENAME, len(text)), io.BytesIO(text))
         for file in files:
             with Reader.of(file, advance) as reader:
-                tar.addfile(_member(file.name, file.n_bytes), reader)  # type: ignore[arg-type]
+                tar.addfile(_member(file.name, file.n_bytes), reader)
                 reader.check()
 
 
@@ -179,7 +178,7 @@ def _member(name: str, n_bytes: int) -> tarfile.TarInfo:
 
 
 def import_trio(
-    source: Path, *, name: str | None = None, progress: Progress | None = None
+    source: Path, *, name: str | None = None, progress: ByteProgress | None = None
 ) -> TrioFile:
     """Install the trio of a bundle, under `name` or its own; the installed one's trio file.
 
@@ -292,7 +291,7 @@ def _plain_members(tar: tarfile.TarFile, file: Path) -> dict[str, tarfile.TarInf
         raise TrioFileError(f"{file} is truncated or altered ({error}); copy it again") from None
     members: dict[str, tarfile.TarInfo] = {}
     for member in listed:
-        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:  # type: ignore[attr-defined]
+        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
             raise TrioFileError(f"{file}: {member.name!r} is not a plain file; refused")
         if not is_inside(member.name):
             raise TrioFileError(f"{file}: {member.name!r} leads out of the bundle; refused")

@@ -13,14 +13,14 @@ from typing import IO, NoReturn
 import psutil
 
 from trimix_gguf.errors import TrioFileError
-from trimix_gguf.machine.files import whole_file
-from trimix_gguf.trios.store import CHUNK, Progress
+from trimix_gguf.machine.files import ByteProgress, whole_file
+from trimix_gguf.trios.store import CHUNK
 from trimix_gguf.trios.triofile import FILENAME
 
 TAR = ".tar"
 FAT32_LIMIT = 1 << 32  # a file there has fewer bytes
 _FAT32 = ("vfat", "msdos", "fat32", "fat")  # as systems call it
-# What tarfile raises on bytes that are no tar, or no longer one.
+# What tarfile raises on bytes that are not a tar, or a damaged one.
 FLAWS = (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError)
 
 Advance = Callable[[str, int], None]  # what is read, bytes just read
@@ -49,6 +49,7 @@ class Reader:
     @classmethod
     @contextmanager
     def of(cls, file: BundleFile, advance: Advance) -> Iterator["Reader"]:
+        """Open a file, and close it at the end of the block; raises TrioFileError."""
         try:
             source = file.open()
         except FLAWS as error:
@@ -88,7 +89,8 @@ def write_file(file: BundleFile, out: Path, advance: Advance) -> None:
         reader.check()
 
 
-def advancing(progress: Progress | None, total: int) -> Advance:
+def advancing(progress: ByteProgress | None, total: int) -> Advance:
+    """What gets the bytes just read, and tells `progress` how many of `total` they make."""
     done = 0
 
     def advance(what: str, n: int) -> None:
@@ -101,10 +103,12 @@ def advancing(progress: Progress | None, total: int) -> Advance:
 
 
 def refuse_altered(path: Path) -> NoReturn:
+    """Raise TrioFileError: a file differs from what the trio file says of it."""
     raise TrioFileError(f"{path} is not what {FILENAME} says: altered or cut short; copy it again")
 
 
 def check_space(folder: Path, n_bytes: int) -> None:
+    """Raise TrioFileError where the disk has fewer bytes free."""
     free = shutil.disk_usage(folder).free
     if n_bytes > free:
         raise TrioFileError(
@@ -133,6 +137,7 @@ def _too_large(target: Path) -> TrioFileError:
 
 
 def cannot_write(target: Path, error: OSError) -> TrioFileError:
+    """The error that says why `target` could not be written, and how to repair it."""
     if error.errno == errno.EFBIG:
         return _too_large(target)
     if error.errno == errno.ENOSPC:

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from trimix_gguf.errors import HubError
-from trimix_gguf.machine.files import put_in_place
+from trimix_gguf.machine.files import ByteProgress, put_in_place
 from trimix_gguf.trios.store import sha256_of
 
-Progress = Callable[[str, int, int], None]  # file or tensor name, bytes done, bytes in all
 Notify = Callable[[str], None]  # a line for the person who waits
 
 N_TRIES = 5  # without a new byte between them
@@ -129,12 +128,12 @@ def fetch(
     file: RemoteFile,
     out: Path,
     *,
-    progress: Progress = lambda name, done, total: None,
+    progress: ByteProgress = lambda name, done, total: None,
     notify: Notify = lambda text: None,
 ) -> None:
     """Bring a file to `out`, which is there only once its hash, read from the disk, is right.
 
-    Until then it grows as `out`.part, which a later call goes on from; wrong bytes are removed
+    Until then it grows as `out`.part, which a later call continues; wrong bytes are removed
     and fetched once more. Raises HubError, which says so where the disk is full.
     """
     part = out.with_name(f"{out.name}.part")
@@ -155,7 +154,7 @@ def fetch(
     )
 
 
-def _is_right(file: RemoteFile, part: Path, progress: Progress) -> bool:
+def _is_right(file: RemoteFile, part: Path, progress: ByteProgress) -> bool:
     """Whether the bytes on the disk have the hash that the hub declares."""
     if file.lfs:
         n_done = 0
@@ -170,7 +169,7 @@ def _is_right(file: RemoteFile, part: Path, progress: Progress) -> bool:
     return blob.hexdigest() == file.digest
 
 
-def _fetch_bytes(file: RemoteFile, part: Path, progress: Progress, notify: Notify) -> None:
+def _fetch_bytes(file: RemoteFile, part: Path, progress: ByteProgress, notify: Notify) -> None:
     """Let `part` grow to the file's size."""
     what = f"{file.name} of {file.repo}"
     patience = _Patience(what, file.repo, notify, kept="; what came is kept")

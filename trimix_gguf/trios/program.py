@@ -1,4 +1,4 @@
-"""This program beside an exported trio: wheels, and scripts that install from them alone.
+"""This program beside an exported trio: wheels, and scripts that install from them.
 
     DIR/README.txt  install.sh  install.ps1
     DIR/program/wheels/*.whl, SHA256SUMS
@@ -80,10 +80,10 @@ def export_program(
             (folder / name).unlink(missing_ok=True)
         stick = WheelFolder(program / "wheels", notify)
         notify("packing trimix-gguf")
-        own = stick.add(wheels.own_wheel)
+        own_wheel = stick.add(wheels.own_wheel)
         _bring_llama(stick, notify)
         for version in versions:
-            complete(stick, own, version, notify)
+            complete(stick, own_wheel, version, notify)
         stick.drop_damaged()
         _write_texts(folder, trio, target, versions)
     except OSError as error:
@@ -96,7 +96,7 @@ def system() -> str:
 
 
 def _bring_llama(stick: WheelFolder, notify: Notify) -> None:
-    """llama.cpp for any processor of this kind; not the one built for this machine alone."""
+    """llama.cpp for any processor of this kind, not the one built only for this machine."""
     installed = metadata.distribution(_LLAMA)
     wanted = Requirement(f"{_LLAMA}=={installed.version}")
     if stick.find(wanted, sys_tags()) is not None:

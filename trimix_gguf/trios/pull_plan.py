@@ -2,7 +2,7 @@
 
 A trio's folder holds `.pull` while it is fetched. Whatever stands there under its final name is
 whole: it got the name once its hash was right, and the name holds the hashes of what it was made
-from. So a pull that was killed is gone on from by looking at what is there.
+from. So a pull after one that was killed continues with what is there.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from typing import Any
 
 from trimix_gguf.errors import HubError, MemoryNeededError, TrioFileError
 from trimix_gguf.machine import memory
+from trimix_gguf.machine.quantization import DIRECT, FLOATS, WEIGHT_TYPES
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trios.hub import Notify, RemoteFile, Repository, check_access, read_repository
 from trimix_gguf.trios.store import SHIPPED, installed, installed_folder, presets
@@ -35,18 +36,6 @@ CHECKPOINT_FILES = (
     "model.safetensors.index.json",
 )
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-# About what a weight takes in a GGUF, and what of the types may be asked for.
-BYTES_PER_WEIGHT = {
-    "f32": 4.0,
-    "f16": 2.0,
-    "bf16": 2.0,
-    "q8_0": 1.07,
-    "q6_k": 0.83,
-    "q5_k_m": 0.73,
-    "q4_k_m": 0.63,
-    "q4_0": 0.58,
-}
-FLOATS = ("f32", "f16", "bf16")  # what an adapter can be converted to
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors$")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -75,19 +64,21 @@ class Part:
 
     @property
     def n_weight_bytes(self) -> int:
+        """Bytes of its safetensors files."""
         return sum(f.n_bytes for f in self.files if f.name.endswith(".safetensors"))
 
 
 @dataclass(frozen=True)
-class Plan:
+class PullPlan:
     """A trio as it will be written, what of it is to be fetched, and what is the user's own."""
 
     trio: TrioFile
     parts: tuple[Part, ...]
-    own: dict[str, Path]
+    own_files: dict[str, Path]
 
     @property
     def work(self) -> Path:
+        """The folder of what is fetched but not yet in its place."""
         return self.trio.folder / WORK
 
     def staged(self, part: Part) -> Path:
@@ -102,7 +93,7 @@ class Plan:
         return folder / PurePosixPath(file.name).name
 
     def note(self, part: Part) -> Path:
-        """What is noted of a role's model once it is staged, before it leaves for its place."""
+        """The file that holds a staged model's hash and size, until it is in its place."""
         return self.work / f"{part.role}.json"
 
     def ready(self, part: Part) -> dict[str, Any] | None:
@@ -131,6 +122,7 @@ class Plan:
 
     @property
     def n_to_fetch(self) -> int:
+        """Bytes that are still to be fetched."""
         return sum(self.n_missing(part) for part in self.parts)
 
     @property
@@ -138,13 +130,13 @@ class Plan:
         """About the bytes that the models take when they are loaded."""
         fetched = {part.role: part.n_bytes for part in self.parts}
         for role in self.trio.models.keys() - fetched.keys():
-            fetched[role] = (self.own.get(role) or self.trio.path(role)).stat().st_size
+            fetched[role] = (self.own_files.get(role) or self.trio.path(role)).stat().st_size
         return sum(n for role, n in fetched.items() if role in ROLES)
 
     @property
     def n_disk(self) -> int:
         """About the most free bytes that are taken while models are fetched and converted."""
-        kept = sum(path.stat().st_size for path in self.own.values())
+        kept = sum(path.stat().st_size for path in self.own_files.values())
         most = kept
         for part in self.parts:
             missing = self.n_missing(part)
@@ -153,7 +145,7 @@ class Plan:
                 most = max(most, kept)
             elif not self.ready(part) and not self.staged(part).exists():
                 # llama.cpp's quantizer reads a whole GGUF in the checkpoint's own type.
-                between = 0 if part.type in (*FLOATS, "q8_0") else part.n_weight_bytes
+                between = 0 if part.type in DIRECT else part.n_weight_bytes
                 most = max(most, kept + missing + part.n_bytes + between)
                 kept += part.n_bytes
         return most
@@ -190,7 +182,7 @@ def plan_pull(
     name: str | None = None,
     quantization: str | None = None,
     notify: Notify = lambda text: None,
-) -> Plan:
+) -> PullPlan:
     """Find out what a pull must fetch; asks the hub unless everything is here.
 
     `quantization` takes the place of the manifest's for what is converted. Raises TrioFileError,
@@ -208,7 +200,7 @@ def plan_pull(
     if trio.file.is_file():
         trio = _same_trio(trio, TrioFile.read(trio.file), notify)
         here = [role for role in trio.models if _is_whole(trio, role)]
-    own = {
+    own_files = {
         role: _own_path(manifest, trio, role)
         for role, entry in trio.models.items()
         if entry.repo is None and role not in here
@@ -219,10 +211,10 @@ def plan_pull(
         for role, entry in trio.models.items()
         if entry.repo is not None and role not in here
     )
-    return Plan(trio, parts, own)
+    return PullPlan(trio, parts, own_files)
 
 
-def check_room(plan: Plan, *, force: bool = False) -> None:
+def check_room(plan: PullPlan, *, force: bool = False) -> None:
     """Raise MemoryNeededError where the machine's memory is too small, unless `force`; HubError
     where the disk is."""
     import psutil
@@ -275,9 +267,9 @@ def _requantized(trio: TrioFile, quantization: str) -> TrioFile:
 
 
 def _check_type(quantization: str) -> None:
-    if quantization not in BYTES_PER_WEIGHT:
+    if quantization not in WEIGHT_TYPES:
         raise TrioFileError(
-            f"quantization {quantization!r} is unknown; one of {', '.join(BYTES_PER_WEIGHT)}"
+            f"quantization {quantization!r} is unknown; one of {', '.join(WEIGHT_TYPES)}"
         )
 
 
@@ -370,6 +362,5 @@ def _plan_checkpoint(role: str, type: str, repository: Repository) -> Part:
     files = tuple(repository.file(name) for name in [*small, *weights])
     n_bytes = sum(names[name].n_bytes for name in weights)
     n_weights = sum(repository.n_weights.values()) or n_bytes // 2
-    return Part(
-        role, "checkpoint", repository, files, type, int(n_weights * BYTES_PER_WEIGHT[type])
-    )
+    n_bytes = int(n_weights * WEIGHT_TYPES[type].bytes_in_file)
+    return Part(role, "checkpoint", repository, files, type, n_bytes)

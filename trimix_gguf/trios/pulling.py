@@ -4,7 +4,6 @@ However it ends, what is in the trio's folder is not a trio, or is whole.
 """
 
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -12,26 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from trimix_gguf.errors import HubError, TrioFileError
-from trimix_gguf.machine.files import put_in_place, write_text
+from trimix_gguf.machine.files import ByteProgress, place_flushed, put_in_place, write_text
 from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.machine.locking import alone
 from trimix_gguf.machine.vocabulary import check_contract
-from trimix_gguf.trios.hub import Notify, Progress, fetch, read_repository
-from trimix_gguf.trios.pull_plan import WORK, Part, Plan
+from trimix_gguf.trios.hub import Notify, fetch, read_repository
+from trimix_gguf.trios.pull_plan import WORK, Part, PullPlan
 from trimix_gguf.trios.store import sha256_of
 from trimix_gguf.trios.triofile import TrioFile
 
 
 def pull(
-    plan: Plan,
+    plan: PullPlan,
     *,
-    progress: Progress = lambda what, done, total: None,
+    progress: ByteProgress = lambda what, done, total: None,
     notify: Notify = lambda text: None,
 ) -> TrioFile:
     """Fetch what a plan names, and write its trio.toml; returns the trio as it then is.
 
     `progress` gets (what is worked at, bytes done, bytes in all), `notify` a line for each file.
-    A call after one that failed, or was killed, goes on from there. Raises HubError,
+    A call after one that failed, or was killed, continues there. Raises HubError,
     ConversionError, TrioFileError, VocabularyMismatch.
     """
     trio = plan.trio
@@ -47,7 +46,7 @@ def pull(
             for part in plan.parts:
                 noted = _make_ready(part, plan, progress, notify)
                 trio = _pinned(trio, part, noted, notify)
-            for role, path in plan.own.items():
+            for role, path in plan.own_files.items():
                 trio = _take_own(trio, role, path, plan)
             _check_contract(trio, plan)
             for part in plan.parts:
@@ -69,8 +68,8 @@ def clear_work(trio: TrioFile) -> None:
     shutil.rmtree(trio.folder / WORK, ignore_errors=True)
 
 
-def _tidy(plan: Plan) -> None:
-    """Remove what no part goes on from: of other versions, and of conversions cut short."""
+def _tidy(plan: PullPlan) -> None:
+    """Remove what no part can use: files of other versions, and unfinished conversions."""
     kept = {"lock"} | {plan.note(part).name for part in plan.parts}
     for part in plan.parts:
         kept |= {part.key, f"{part.key}.gguf", f"{part.key}.gguf.part"}
@@ -79,7 +78,7 @@ def _tidy(plan: Plan) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _fetch_small_files(part: Part, plan: Plan, notify: Notify) -> None:
+def _fetch_small_files(part: Part, plan: PullPlan, notify: Notify) -> None:
     if part.kind == "gguf" or plan.ready(part) or plan.staged(part).exists():
         return
     for file in part.files:
@@ -97,8 +96,10 @@ def _fetch_small_files(part: Part, plan: Plan, notify: Notify) -> None:
         read_tokenizer(folder, config)
 
 
-def _make_ready(part: Part, plan: Plan, progress: Progress, notify: Notify) -> dict[str, Any]:
-    """Stage a model, and note its sha256; nothing is done that was done before."""
+def _make_ready(
+    part: Part, plan: PullPlan, progress: ByteProgress, notify: Notify
+) -> dict[str, Any]:
+    """Stage a model, and note its sha256; what an earlier pull did is not done again."""
     noted = plan.ready(part)
     if noted is not None:
         return noted
@@ -119,7 +120,7 @@ def _make_ready(part: Part, plan: Plan, progress: Progress, notify: Notify) -> d
     return noted
 
 
-def _convert(part: Part, plan: Plan, progress: Progress, notify: Notify) -> None:
+def _convert(part: Part, plan: PullPlan, progress: ByteProgress, notify: Notify) -> None:
     from trimix_gguf.convert.hf import convert_hf
     from trimix_gguf.convert.lora import convert_lora
 
@@ -136,14 +137,12 @@ def _convert(part: Part, plan: Plan, progress: Progress, notify: Notify) -> None
             convert_hf(folder, out, type=part.type, progress=show)
         else:
             convert_lora(folder, _base_folder(folder, plan), out, type=part.type, progress=show)
-        with out.open("r+b") as file:
-            os.fsync(file.fileno())
-        put_in_place(out, plan.staged(part))
+        place_flushed(out, plan.staged(part))
     shutil.rmtree(plan.work / part.key)
     notify(f"{part.role}: converted {repo} to {part.type}")
 
 
-def _base_folder(adapter_dir: Path, plan: Plan) -> Path:
+def _base_folder(adapter_dir: Path, plan: PullPlan) -> Path:
     """A folder with the config.json of what a PEFT adapter adapts."""
     from trimix_gguf.convert.checkpoint import read_json
 
@@ -186,7 +185,7 @@ def _pinned(trio: TrioFile, part: Part, noted: dict[str, Any], notify: Notify) -
     )
 
 
-def _take_own(trio: TrioFile, role: str, path: Path, plan: Plan) -> TrioFile:
+def _take_own(trio: TrioFile, role: str, path: Path, plan: PullPlan) -> TrioFile:
     """Copy the user's own model to its place, unless it is there, and note its hash."""
     target, expected, sha256 = trio.path(role), trio.models[role].sha256, sha256_of(path)
     if expected not in (None, sha256):
@@ -206,7 +205,7 @@ def _other_bytes(role: str, expected: str | None, came: str) -> TrioFileError:
     )
 
 
-def _check_contract(trio: TrioFile, plan: Plan) -> None:
+def _check_contract(trio: TrioFile, plan: PullPlan) -> None:
     """The models speak the same tokens, or the trio is not written."""
     staged = {part.role: plan.staged(part) for part in plan.parts}
     files = {}

@@ -14,13 +14,11 @@ from typing import Any
 import psutil
 
 from trimix_gguf.errors import TrioFileError
-from trimix_gguf.machine.files import put_in_place
+from trimix_gguf.machine.files import ByteProgress, put_in_place
 from trimix_gguf.machine.folders import home_folder
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.trio import NANO, trio_paths
 from trimix_gguf.trios.triofile import FILENAME, ModelEntry, TrioFile, check_name
-
-Progress = Callable[[str, int, int], None]  # what is read, bytes done, bytes in all
 
 SHIPPED = "nano"
 PRESETS = Path(__file__).parent / "presets.toml"
@@ -45,7 +43,7 @@ def installed() -> list[str]:
 
 
 def installed_folder(name: str) -> Path:
-    """Where a trio of that name is, or would be; raises TrioFileError for what is no name."""
+    """Where a trio of that name is, or would be; raises TrioFileError for what cannot be a name."""
     return trios_folder() / check_name(name)
 
 
@@ -108,7 +106,7 @@ def remove(name: str) -> None:
 
 
 def temporary_folder(kind: str, name: str) -> Path:
-    """A path in the store, of this process alone, for a trio that is not there yet or any more.
+    """A path in the store, only for this process, for a trio that is not there yet or any more.
 
     `kind` is 'import' or 'remove'. It is a hidden name, so no trio has it.
     """
@@ -140,7 +138,7 @@ def _alive(pid: int, started: int) -> bool:
 # -- whether files are what they were ---------------------------------------------------------
 
 
-def verify(trio: TrioFile, progress: Progress | None = None) -> dict[str, str]:
+def verify(trio: TrioFile, progress: ByteProgress | None = None) -> dict[str, str]:
     """Each model's state: 'whole', 'altered', 'missing', or 'no sha256' to compare with."""
     states = dict.fromkeys(trio.models, "missing")
     here = {role: path for role in trio.models if (path := trio.path(role)).is_file()}
@@ -210,17 +208,17 @@ def presets() -> dict[str, Preset]:
 
 def _preset(table: dict[str, Any], pair: str, code: str) -> Preset:
     small, large = table["pairs"][pair]
-    language, own = table["languages"][code], table["models"]
+    language, models = table["languages"][code], table["models"]
     repo = table["cpt"].get(small, {}).get(code)
     published = {
-        "large_ins": {**own[large]},
+        "large_ins": {**models[large]},
         # Trained further from small_base: its licence and its size.
-        "small_cpt": {**own[small], "repo": repo},
-        "small_base": {**own[small]},
+        "small_cpt": {**models[small], "repo": repo},
+        "small_base": {**models[small]},
     }
     n_bytes = sum(int(entry.pop("gb") * 1e9) for entry in published.values())
     if repo is None:
-        base = own[small]["repo"]
+        base = models[small]["repo"]
         description = f"{language}; needs your own small_cpt: {base} trained further on {language}"
     else:
         description = " ".join([language, table["scripts"].get(code, "")]).strip()

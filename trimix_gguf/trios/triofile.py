@@ -20,8 +20,14 @@ from trimix_gguf.roles import ROLES
 VERSION = 1
 FILENAME = "trio.toml"
 MODELS = (*ROLES, "large_base")  # what a trio file may name; large_base need not be there
+LOADING_FIELDS = {  # a model's key here, and its option -> the fields of Loading that it sets
+    "gpu_layers": ("n_gpu_layers",),
+    "device": ("device",),
+    "threads": ("n_threads",),
+    "kv_type": ("type_k", "type_v"),
+}
 MOST_BYTES = 1 << 20  # of a trio file: far more than one has
-# What Windows takes for a device, whatever follows a dot: CON.gguf is the console.
+# What Windows takes for a device, with any ending: CON.gguf is the console.
 _DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\..*)?", re.I)
 _FORBIDDEN = frozenset('/\\:*?"<>|')  # in a name: it becomes a folder, on any system
 
@@ -49,15 +55,9 @@ class ModelEntry:
     kv_type: str | None = None
 
     def load_settings(self) -> dict[str, Any]:
-        """Arguments of Model that are set for this one."""
-        settings = {
-            "n_gpu_layers": self.gpu_layers,
-            "device": self.device,
-            "n_threads": self.threads,
-            "type_k": self.kv_type,
-            "type_v": self.kv_type,
-        }
-        return {name: value for name, value in settings.items() if value is not None}
+        """Fields of Loading that are set for this model."""
+        found = ((getattr(self, key), names) for key, names in LOADING_FIELDS.items())
+        return {name: value for value, names in found if value is not None for name in names}
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class TrioFile:
 
     @property
     def file(self) -> Path:
+        """Where the manifest is, or will be."""
         return self.folder / self.filename
 
     @classmethod
@@ -137,9 +138,9 @@ class TrioFile:
         """Arguments of Trio.load: files, context, template, each model's settings in `per_role`."""
         shared = {} if self.gpu_layers is None else {"n_gpu_layers": self.gpu_layers}
         per_role = {role: {**shared, **self.models[role].load_settings()} for role in ROLES}
-        own = {"n_ctx": self.n_ctx, "chat_template": self.chat_template}
-        own = {name: value for name, value in own.items() if value is not None}
-        return {**self.paths(), **own, "per_role": per_role}
+        given = {"n_ctx": self.n_ctx, "chat_template": self.chat_template}
+        given = {name: value for name, value in given.items() if value is not None}
+        return {**self.paths(), **given, "per_role": per_role}
 
     def with_model(self, role: str, **changes: Any) -> "TrioFile":
         """The same with some of a model's entry changed: its hash, once that is known."""
@@ -246,7 +247,7 @@ def _parse_model(role: str, table: Any, inside: bool) -> ModelEntry:
 
 
 def is_inside(path: str) -> bool:
-    """Whether a relative path stays in its folder on any system, by its text alone."""
+    """Whether a relative path stays in its folder on any system, by its text."""
     parts = PurePosixPath(path).parts
     rooted = PurePosixPath(path).is_absolute() or bool(PureWindowsPath(path).anchor)
     return bool(parts) and not rooted and ".." not in parts and "\\" not in path
@@ -277,7 +278,7 @@ def _shown(value: Any) -> str:
 
 
 def _is_int(value: Any, low: int = 0, high: int = 1 << 62) -> bool:
-    return type(value) is int and low <= value <= high  # a bool is no number here
+    return type(value) is int and low <= value <= high  # a bool is not a number here
 
 
 def _is_text(value: Any) -> bool:
@@ -376,5 +377,5 @@ def _lines(values: dict[str, Any]) -> list[str]:
 
 
 def _value(value: Any) -> str:
-    # JSON writes strings and numbers as TOML does; of control characters it leaves DEL alone.
+    # JSON writes strings and numbers as TOML does; of control characters it does not escape DEL.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,6 +1,5 @@
 """A folder of wheels with the SHA-256 of each, from which pip can install without a network."""
 
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +13,7 @@ from packaging.tags import Tag, compatible_tags, cpython_tags, sys_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from trimix_gguf.errors import ProgramError
-from trimix_gguf.machine.files import write_text
+from trimix_gguf.machine.files import place_flushed, write_text
 from trimix_gguf.trios import wheels
 from trimix_gguf.trios.store import sha256_of
 
@@ -59,9 +58,7 @@ class WheelFolder:
             name, digest = made.name, sha256_of(made)
             if self._sums.get(name) == digest and name in self:
                 return self.folder / name
-            with open(made, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(made, self.folder / name)
+            place_flushed(made, self.folder / name)
         project, _, _, made_for = parse_wheel_filename(name)
         for other in list(self._sums):
             its_project, _, _, its_tags = parse_wheel_filename(other)

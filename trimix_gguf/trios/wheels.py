@@ -146,9 +146,9 @@ def _own_distribution() -> metadata.Distribution | None:
         return None
     if distribution.read_text(filename="WHEEL") is None:  # a checkout's own egg-info
         return None
-    own = (str(distribution.locate_file(path)) for path in distribution.files or []
+    paths = (str(distribution.locate_file(path)) for path in distribution.files or []
            if path.name == Path(__file__).name)  # fmt: skip
-    return distribution if any(Path(path).resolve() == _FILE for path in own) else None
+    return distribution if any(Path(path).resolve() == _FILE for path in paths) else None
 
 
 def _copied(wheel: Path, folder: Path) -> Path:
@@ -199,6 +199,7 @@ def download(requirement: Requirement, python: str, folder: Path) -> Path:
 
 
 def check_pip() -> None:
+    """Raise ProgramError where this Python has no pip."""
     if importlib.util.find_spec("pip") is None:
         raise ProgramError(
             f"this Python environment has no pip; `{sys.executable} -m ensurepip` adds it"

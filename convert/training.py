@@ -1,0 +1,175 @@
+"""The loop that trains a model: learning rate, saved state, and how far it has come.
+
+A step's batch must be a function of its number: then a run that was stopped and started again
+gives the same model as one that was not. PyTorch is in the `train` extra; it is imported only when
+a model is trained.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimix_gguf.machine.files import whole_file
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is trained, and until when: `n_steps` or `seconds`, whichever ends first.
+
+    The learning rate rises to `learning_rate` in `n_warm_up` steps. From step `decay_from` on, a
+    cosine takes it down to `final_share` of that. `weight_decay` is for matrices only.
+    """
+
+    learning_rate: float
+    state: Path  # the file that a stopped run continues from
+    n_steps: int | None = None
+    seconds: float | None = None  # of training, in all runs together
+    n_warm_up: int = 20
+    decay_from: int = 0
+    final_share: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.0
+    clip: float = 1.0  # most of the gradient's norm
+    smoothing: float = 0.95  # share of earlier steps in the loss that is shown
+    save_every_s: float = 300
+
+    def __post_init__(self) -> None:
+        if self.n_steps is None and self.seconds is None:
+            raise ValueError("give n_steps or seconds; training would never end")
+
+    def rate(self, step: int, seconds: float) -> float:
+        """The learning rate of a step that begins after so many seconds."""
+        angles = [0.0]  # of the cosine: 0 … pi
+        if self.n_steps is not None:
+            n_decay = max(self.n_steps - self.decay_from, 1)
+            angles.append(math.pi * (step - self.decay_from) / n_decay)
+        if self.seconds is not None:
+            angles.append(math.pi * seconds / self.seconds)
+        cosine = 0.5 * (1 + math.cos(min(max(angles), math.pi)))
+        slope = self.final_share + (1 - self.final_share) * cosine
+        return self.learning_rate * min(1.0, (step + 1) / max(self.n_warm_up, 1)) * slope
+
+    def is_over(self, step: int, seconds: float) -> bool:
+        """Whether training ends after `step` steps and so many seconds."""
+        steps_over = self.n_steps is not None and step >= self.n_steps
+        return steps_over or (self.seconds is not None and seconds >= self.seconds)
+
+    def left(self, step: int, seconds: float, step_s: float) -> float:
+        """Seconds until it is over, if each further step takes `step_s`."""
+        by_steps = math.inf if self.n_steps is None else (self.n_steps - step) * step_s
+        by_seconds = math.inf if self.seconds is None else self.seconds - seconds
+        return max(0.0, min(by_steps, by_seconds))
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run is: step number `step` was just done; `loss` is a running mean."""
+
+    step: int
+    loss: float
+    step_s: float  # seconds of a step, on average
+    left_s: float
+
+    def in_words(self, n_tokens: int, n_steps: int | None = None) -> str:
+        """A progress line, where each step reads `n_tokens`."""
+        at = f"{self.step}/{n_steps}" if n_steps is not None else str(self.step)
+        speed = f"{n_tokens / self.step_s:.0f} tokens/s"
+        return f"step {at} loss {self.loss:.3f} {speed}, {self.left_s / 60:.0f} min left"
+
+
+def train(
+    model: Any,
+    loss_of: Callable[[int], Any],
+    settings: Settings,
+    *,
+    progress: Callable[[Standing], None] = lambda standing: None,
+) -> None:
+    """Train the parameters of a torch.nn.Module that require a gradient, in place, by AdamW.
+
+    `loss_of(step)` gives the loss of that step's batch. After Ctrl-C, which is raised again, and
+    after a kill, the next call continues from `settings.state`. The caller seeds PyTorch before it
+    builds the model, and removes the state once the trained model is saved.
+    """
+    run = _Run(model, settings)
+    started = saved = time.monotonic()
+    first, seconds, mean = run.step, run.seconds, None
+    try:
+        while not settings.is_over(run.step, run.seconds):
+            loss = run.do_step(loss_of)
+            kept = settings.smoothing
+            mean = loss if mean is None else kept * mean + (1 - kept) * loss
+            now = time.monotonic()
+            run.seconds = seconds + now - started
+            step_s = (now - started) / (run.step - first)
+            left_s = settings.left(run.step, run.seconds, step_s)
+            progress(Standing(run.step - 1, mean, step_s, left_s))
+            if now - saved > settings.save_every_s:
+                run.save()
+                saved = now
+    finally:  # also after Ctrl-C
+        run.save()
+
+
+class _Run:
+    """A model in training: its optimizer, the steps that are done, and the seconds they took."""
+
+    def __init__(self, model: Any, settings: Settings) -> None:
+        import torch
+
+        self._settings = settings
+        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        matrices = [p for p in self._trained.values() if p.dim() > 1]
+        others = [p for p in self._trained.values() if p.dim() <= 1]
+        groups = [(matrices, settings.weight_decay), (others, 0.0)]
+        self._optimizer = torch.optim.AdamW(
+            [{"params": found, "weight_decay": decay} for found, decay in groups if found],
+            lr=settings.learning_rate,
+            betas=settings.betas,
+        )
+        self.step, self.seconds = 0, 0.0
+        if settings.state.exists():
+            saved = torch.load(settings.state)
+            model.load_state_dict(saved["trained"], strict=False)
+            self._optimizer.load_state_dict(saved["optimizer"])
+            torch.set_rng_state(saved["generator"])
+            self.step, self.seconds = saved["step"], saved["seconds"]
+        self._generator = torch.get_rng_state()  # dropout draws from it
+        self._is_whole = True
+
+    def do_step(self, loss_of: Callable[[int], Any]) -> float:
+        """One step of the optimizer; its loss."""
+        import torch
+
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._settings.rate(self.step, self.seconds)
+        loss = loss_of(self.step)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._trained.values(), self._settings.clip)
+        self._is_whole = False
+        self._optimizer.step()
+        self.step += 1
+        self._generator = torch.get_rng_state()
+        self._is_whole = True
+        return float(loss.item())
+
+    def save(self) -> None:
+        """Write the state after the last whole step; Ctrl-C within one leaves the older file."""
+        import torch
+
+        if not self._is_whole:
+            return
+        state = {
+            "trained": {name: p.detach() for name, p in self._trained.items()},
+            "optimizer": self._optimizer.state_dict(),
+            "generator": self._generator,
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        with whole_file(self._settings.state) as unfinished:
+            torch.save(state, unfinished)

@@ -12,9 +12,9 @@ from typing import Any
 
 from common import load, machine, parser, report
 
-from trimix_gguf.evaluation.prompts import open_reader
-from trimix_gguf.evaluation.reading import Reader
-from trimix_gguf.evaluation.runner import Settings, answer_all
+from trimix_gguf.evaluation.running.asking import Settings, answer_all
+from trimix_gguf.evaluation.running.prompts import open_reader
+from trimix_gguf.evaluation.running.reading import Reader
 from trimix_gguf.evaluation.tasks import find_task
 
 N_SET = 204

@@ -15,7 +15,7 @@ from test_cli import one_line_error
 from topics import arguments
 
 from trimix_gguf.cli.evaluate import _progress
-from trimix_gguf.evaluation.run_files import finished
+from trimix_gguf.evaluation.run_files.lines import finished
 from trimix_gguf.trios.triofile import ModelEntry, TrioFile
 
 

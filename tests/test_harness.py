@@ -13,7 +13,7 @@ lm_eval = pytest.importorskip("lm_eval")
 from naive_mix import CHOICES, MIX, encode, naive, naive_pair, near  # noqa: E402
 
 from trimix_gguf import TrimixError, Trio, generate  # noqa: E402
-from trimix_gguf.evaluation.harness import TrimixLM, run_harness  # noqa: E402
+from trimix_gguf.evaluation.running.harness import TrimixLM, run_harness  # noqa: E402
 
 TEXTS = [KAZAKH, "Абай — қазақтың ұлы ақыны. " * 3, "Астана " * 5]
 STOPS = [".", "\n\n"]
@@ -157,7 +157,9 @@ def test_a_task_whose_data_is_not_there(trio, folder, tmp_path):
 
 
 def test_without_lm_eval_the_error_says_what_to_install():
-    code = "import sys; sys.modules['lm_eval'] = None; import trimix_gguf.evaluation.harness"
+    code = (
+        "import sys; sys.modules['lm_eval'] = None; import trimix_gguf.evaluation.running.harness"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (
         "TrimixError: the harness needs lm-eval: pip install 'trimix-gguf[lm-eval]'"

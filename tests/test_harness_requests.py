@@ -22,8 +22,8 @@ from naive_mix import (  # noqa: E402
 
 from trimix_gguf import Trio, Weights, generate, select_weights  # noqa: E402
 from trimix_gguf.errors import PromptError, SamplerError, WeightsError  # noqa: E402
-from trimix_gguf.evaluation import harness  # noqa: E402
-from trimix_gguf.evaluation.harness import TrimixLM  # noqa: E402
+from trimix_gguf.evaluation.running import harness  # noqa: E402
+from trimix_gguf.evaluation.running.harness import TrimixLM  # noqa: E402
 from trimix_gguf.mixing.fusion import METHODS, Mix, fuse  # noqa: E402
 from trimix_gguf.trio.model import Model  # noqa: E402
 from trimix_gguf.trio.prompt import Prompt, Segment  # noqa: E402

@@ -11,11 +11,11 @@ from topics import QUESTION, TOPICS, arguments
 
 from trimix_gguf import Trio, score
 from trimix_gguf.choosing.methods import MI_ANSWERS
-from trimix_gguf.evaluation.information import exemplars_information
-from trimix_gguf.evaluation.reading import AXIS
-from trimix_gguf.evaluation.runner import run_task
-from trimix_gguf.evaluation.settings import Settings
-from trimix_gguf.evaluation.task import Dataset, Example, Task
+from trimix_gguf.evaluation.names.settings import Settings
+from trimix_gguf.evaluation.running.asking import run_task
+from trimix_gguf.evaluation.running.information import exemplars_information
+from trimix_gguf.evaluation.running.reading import AXIS
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 from trimix_gguf.mixing.scoring import GRID
 
 TASK = Task("topics", ("kk",), "Classify.", ("accuracy",), 4, lambda *_: None)

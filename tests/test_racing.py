@@ -9,9 +9,9 @@ from test_cli import one_line_error
 from topics import arguments
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.racing import FEWEST, WORSE, still_racing
-from trimix_gguf.evaluation.report import load_run, summarize
-from trimix_gguf.evaluation.task import Task
+from trimix_gguf.evaluation.reporting.report import load_run, summarize
+from trimix_gguf.evaluation.running.racing import FEWEST, WORSE, still_racing
+from trimix_gguf.evaluation.tasks.task import Task
 
 TASK = Task("counting", ("kk",), "Count.", ("f1",), 8, lambda *_: None)
 WORDS = ["бір", "екі", "үш", "төрт", "бес", "алты", "жеті", "сегіз", "тоғыз", "он"]

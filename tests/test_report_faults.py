@@ -8,7 +8,7 @@ import pytest
 from made_runs import made_lines, write_lines, write_run
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.report import load_run
+from trimix_gguf.evaluation.reporting.report import load_run
 
 
 def spoil(key, value):

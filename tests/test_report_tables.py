@@ -12,7 +12,7 @@ from made_runs import (
     write_run,
 )
 
-from trimix_gguf.evaluation.report import load_run, summarize, to_csv, to_markdown
+from trimix_gguf.evaluation.reporting.report import load_run, summarize, to_csv, to_markdown
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def png(figure):
 
 def test_the_picture_has_three_panels_a_task(two_tasks):
     pytest.importorskip("matplotlib")
-    from trimix_gguf.evaluation.plots import draw
+    from trimix_gguf.evaluation.reporting.plots import draw
 
     run = load_run(two_tasks)
     summary = summarize(run, n_resamples=60)
@@ -147,7 +147,7 @@ def test_the_picture_has_three_panels_a_task(two_tasks):
 
 def test_the_picture_of_fixed_methods_is_bars_alone(rng, tmp_path):
     pytest.importorskip("matplotlib")
-    from trimix_gguf.evaluation.plots import draw
+    from trimix_gguf.evaluation.reporting.plots import draw
 
     lines = made_lines(rng, "tumlu", selecting=(), grid=False)
     for line in lines:

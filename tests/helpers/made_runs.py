@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from trimix_gguf.evaluation.report import load_run, summarize
+from trimix_gguf.evaluation.reporting.report import load_run, summarize
 
 AXIS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 GRID = AXIS[1:]

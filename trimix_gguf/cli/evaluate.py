@@ -106,12 +106,18 @@ def report(
     """
     import json
 
-    from trimix_gguf.evaluation.report import join, load_run, summarize, to_csv, to_markdown
+    from trimix_gguf.evaluation.reporting.report import (
+        join,
+        load_run,
+        summarize,
+        to_csv,
+        to_markdown,
+    )
 
     run = join([load_run(Path(folder), so_far=so_far) for folder in folders])
     summary = summarize(run, choice_scoring=choice_scoring)
     if plot is not None:
-        from trimix_gguf.evaluation.plots import draw
+        from trimix_gguf.evaluation.reporting.plots import draw
 
         draw(run, summary).savefig(plot)
     if form == "json":
@@ -122,8 +128,8 @@ def report(
 
 def _run(options: dict[str, Any]) -> None:
     from trimix_gguf.choosing.methods import ORACLE
-    from trimix_gguf.evaluation.methods import check_methods
-    from trimix_gguf.evaluation.run import Plan, open_run
+    from trimix_gguf.evaluation.running.comparing import Plan, open_run
+    from trimix_gguf.evaluation.running.mixes import check_methods
 
     lang, out = options.pop("lang"), Path(options.pop("out"))
     names = {name: _split(options.pop(name)) for name in ("tasks", "methods")}
@@ -153,7 +159,7 @@ def _run_harness(options: dict[str, Any]) -> None:
     """The harness's own table on stdout; with --out, its results as JSON in that folder."""
     import json
 
-    from trimix_gguf.evaluation.harness import make_table, run_harness
+    from trimix_gguf.evaluation.running.harness import make_table, run_harness
 
     text = options.pop("weights")
     mix = parse_mix(text) if text else own_mix(options)
@@ -177,7 +183,7 @@ def _run_harness(options: dict[str, Any]) -> None:
 
 
 def _large_base(options: dict[str, Any]) -> Path | None:
-    from trimix_gguf.evaluation.decoupled import LARGE_BASE
+    from trimix_gguf.evaluation.running.decoupled import LARGE_BASE
 
     if (given := options.pop(LARGE_BASE)) is not None:
         return Path(given)

@@ -10,7 +10,7 @@ import string
 from collections.abc import Sequence
 from pathlib import Path
 
-from trimix_gguf.evaluation.sources import (
+from trimix_gguf.evaluation.tasks.sources import (
     FLORES_CODES,
     HubFile,
     Row,
@@ -20,7 +20,7 @@ from trimix_gguf.evaluation.sources import (
     one_line,
     read_jsonl,
 )
-from trimix_gguf.evaluation.task import Dataset, Example, Task
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 
 LETTERS = string.ascii_uppercase
 N_HELD_OUT = 20

@@ -8,7 +8,8 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 
-from trimix_gguf.evaluation.sources import (
+from trimix_gguf.evaluation.tasks.belebele import lettered, read_letter
+from trimix_gguf.evaluation.tasks.sources import (
     Row,
     find,
     hold_out,
@@ -16,8 +17,7 @@ from trimix_gguf.evaluation.sources import (
     one_line,
     read_jsonl,
 )
-from trimix_gguf.evaluation.task import Dataset, Example, Task
-from trimix_gguf.evaluation.tasks.belebele import lettered, read_letter
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 
 N_HELD_OUT = 20
 

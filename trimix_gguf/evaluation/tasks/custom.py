@@ -20,10 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.metrics import METRICS
-from trimix_gguf.evaluation.sources import Fields, Row, check_type, index_of, one_line, read_jsonl
-from trimix_gguf.evaluation.task import Dataset, Example, Task
 from trimix_gguf.evaluation.tasks.belebele import LETTERS, lettered, read_letter
+from trimix_gguf.evaluation.tasks.metrics import METRICS
+from trimix_gguf.evaluation.tasks.sources import (
+    Fields,
+    Row,
+    check_type,
+    index_of,
+    one_line,
+    read_jsonl,
+)
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 
 _SETTINGS: Fields = {
     "instruction": str,

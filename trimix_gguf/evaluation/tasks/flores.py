@@ -8,8 +8,14 @@ import random
 from pathlib import Path
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.sources import LANGUAGE_NAMES, find, one_line, read_lines, read_tsv
-from trimix_gguf.evaluation.task import Dataset, Example, Task
+from trimix_gguf.evaluation.tasks.sources import (
+    LANGUAGE_NAMES,
+    find,
+    one_line,
+    read_lines,
+    read_tsv,
+)
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 
 LANGUAGES = tuple(lang for lang in LANGUAGE_NAMES if lang != "en")
 

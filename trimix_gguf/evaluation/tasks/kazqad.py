@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.sources import Row, find, hold_out, one_line, read_jsonl
-from trimix_gguf.evaluation.task import Dataset, Example, Task
+from trimix_gguf.evaluation.tasks.sources import Row, find, hold_out, one_line, read_jsonl
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 
 N_HELD_OUT = 20
 PASSAGE_CHARS = 384  # the paper's cut of passages

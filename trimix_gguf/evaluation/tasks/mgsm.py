@@ -8,8 +8,8 @@ import random
 from pathlib import Path
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.sources import find, one_line, read_tsv
-from trimix_gguf.evaluation.task import Dataset, Example, Task
+from trimix_gguf.evaluation.tasks.sources import find, one_line, read_tsv
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 
 N_PROBLEMS = 250
 SOLUTIONS = {

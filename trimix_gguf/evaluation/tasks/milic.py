@@ -11,7 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.sources import (
+from trimix_gguf.evaluation.tasks import flores
+from trimix_gguf.evaluation.tasks.belebele import LETTERS, lettered, read_letter
+from trimix_gguf.evaluation.tasks.sib200 import one_of_each, read_label
+from trimix_gguf.evaluation.tasks.sources import (
     Fields,
     HubFile,
     Row,
@@ -20,10 +23,7 @@ from trimix_gguf.evaluation.sources import (
     one_line,
     read_json,
 )
-from trimix_gguf.evaluation.task import Dataset, Example, Task
-from trimix_gguf.evaluation.tasks import flores
-from trimix_gguf.evaluation.tasks.belebele import LETTERS, lettered, read_letter
-from trimix_gguf.evaluation.tasks.sib200 import one_of_each, read_label
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 
 LANGUAGES = ("bo", "ug", "kk", "mn")
 HUB = "pkupie/milic-eval"

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from trimix_gguf.evaluation.sources import (
+from trimix_gguf.evaluation.tasks.sources import (
     FLORES_CODES,
     HubFile,
     find,
@@ -12,7 +12,7 @@ from trimix_gguf.evaluation.sources import (
     one_line,
     read_tsv,
 )
-from trimix_gguf.evaluation.task import Dataset, Example, Task
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 
 LABELS = (
     "science/technology",

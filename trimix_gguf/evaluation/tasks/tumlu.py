@@ -7,9 +7,9 @@ So the choices of each question are shuffled, differently for each seed.
 import random
 from pathlib import Path
 
-from trimix_gguf.evaluation.sources import Row, find, index_of, one_line, read_jsonl
-from trimix_gguf.evaluation.task import Dataset, Example, Task
 from trimix_gguf.evaluation.tasks.belebele import LETTERS, lettered, read_letter
+from trimix_gguf.evaluation.tasks.sources import Row, find, index_of, one_line, read_jsonl
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 
 
 def load(data: Path, lang: str, seed: int) -> Dataset:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from trimix_gguf.answering.chat import around_message
 from trimix_gguf.errors import PromptError
-from trimix_gguf.evaluation.decoupled import FourthModel
-from trimix_gguf.evaluation.reading import Reader
-from trimix_gguf.evaluation.task import Dataset, Example, Task
+from trimix_gguf.evaluation.running.decoupled import FourthModel
+from trimix_gguf.evaluation.running.reading import Reader
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.prompt import Prompt, Segment
 from trimix_gguf.trio.trio import Trio

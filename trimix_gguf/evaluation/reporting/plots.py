@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trimix_gguf.errors import TrimixError
-from trimix_gguf.evaluation.answers import Run
-from trimix_gguf.evaluation.metrics import METRICS
-from trimix_gguf.evaluation.report import OURS
+from trimix_gguf.evaluation.reporting.predictions import Run
+from trimix_gguf.evaluation.reporting.report import OURS
+from trimix_gguf.evaluation.tasks.metrics import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from trimix_gguf.choosing.methods import DECOUPLED, INFORMATIVE, MI_ANSWERS, ORACLE, TOKEN
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.information import most_informative
-from trimix_gguf.evaluation.task import Task
+from trimix_gguf.evaluation.running.information import most_informative
+from trimix_gguf.evaluation.tasks.task import Task
 from trimix_gguf.mixing.scoring import GRID
 
 Float64 = NDArray[np.float64]

@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from trimix_gguf.choosing.methods import reading_methods
-from trimix_gguf.evaluation.continuing import roles_of
-from trimix_gguf.evaluation.task import Dataset, Example
+from trimix_gguf.evaluation.running.continuing import roles_of
+from trimix_gguf.evaluation.tasks.task import Dataset, Example
 from trimix_gguf.mixing.fusion import METHODS
 from trimix_gguf.roles import ROLES
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trimix_gguf.evaluation.statistics import spearman
+from trimix_gguf.evaluation.reporting.statistics import spearman
 
 Float64 = NDArray[np.float64]
 

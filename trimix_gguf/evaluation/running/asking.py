@@ -9,23 +9,23 @@ from typing import Any
 import numpy as np
 
 from trimix_gguf.choosing.methods import CONTINUOUS, DECOUPLED, ORACLE
-from trimix_gguf.evaluation.continuing import (
+from trimix_gguf.evaluation.names.settings import Progress, Settings, silent
+from trimix_gguf.evaluation.run_files.lines import append_line, finished
+from trimix_gguf.evaluation.running.continuing import (
     WIDEST,
     Continuation,
     Start,
     continue_all,
     continue_decoupled,
 )
-from trimix_gguf.evaluation.decoupled import FourthModel
-from trimix_gguf.evaluation.loops import Loop
-from trimix_gguf.evaluation.methods import continuations, grid_continuations, lowest_decoupled
-from trimix_gguf.evaluation.prompts import open_reader, question_after
-from trimix_gguf.evaluation.racing import Points, still_racing
-from trimix_gguf.evaluation.reading import Reader, Reading, choice_nll, token_nlls
-from trimix_gguf.evaluation.run_files import append_line, finished
-from trimix_gguf.evaluation.settings import Progress, Settings, silent
-from trimix_gguf.evaluation.task import Dataset, Example, Task
-from trimix_gguf.evaluation.task_weights import choose_task_weights
+from trimix_gguf.evaluation.running.decoupled import FourthModel
+from trimix_gguf.evaluation.running.loops import Loop
+from trimix_gguf.evaluation.running.mixes import continuations, grid_continuations, lowest_decoupled
+from trimix_gguf.evaluation.running.prompts import open_reader, question_after
+from trimix_gguf.evaluation.running.racing import Points, still_racing
+from trimix_gguf.evaluation.running.reading import Reader, Reading, choice_nll, token_nlls
+from trimix_gguf.evaluation.running.task_weights import choose_task_weights
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 from trimix_gguf.mixing.fusion import Rows, Weights
 from trimix_gguf.mixing.scoring import GRID, Float64
 from trimix_gguf.roles import ROLES

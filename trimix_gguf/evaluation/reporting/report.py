@@ -21,17 +21,17 @@ from trimix_gguf.choosing.methods import (
     selecting_methods,
 )
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.answers import CALIBRATED, Run, TaskRun, join, predict
-from trimix_gguf.evaluation.findings import chosen, gap_closed, guidance, surface
-from trimix_gguf.evaluation.loading import load_run
-from trimix_gguf.evaluation.metrics import METRICS
-from trimix_gguf.evaluation.statistics import (
+from trimix_gguf.evaluation.reporting.findings import chosen, gap_closed, guidance, surface
+from trimix_gguf.evaluation.reporting.predictions import CALIBRATED, Run, TaskRun, join, predict
+from trimix_gguf.evaluation.reporting.statistics import (
     Difference,
     bootstrap_interval,
     paired_difference,
     resampled_totals,
 )
-from trimix_gguf.evaluation.tables import to_csv, to_markdown
+from trimix_gguf.evaluation.reporting.tables import to_csv, to_markdown
+from trimix_gguf.evaluation.run_files.loading import load_run
+from trimix_gguf.evaluation.tasks.metrics import METRICS
 from trimix_gguf.roles import ROLES
 
 __all__ = ["Run", "join", "load_run", "summarize", "to_csv", "to_markdown"]

@@ -12,13 +12,18 @@ from typing import Any
 
 from trimix_gguf.choosing.methods import CONTINUOUS, DECOUPLED
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.decoupled import LARGE_BASE, FourthModel, check_fourth, open_fourth
-from trimix_gguf.evaluation.reading import AXIS
-from trimix_gguf.evaluation.run_files import read_json, write_json
-from trimix_gguf.evaluation.runner import run_task
-from trimix_gguf.evaluation.settings import Progress, Settings
-from trimix_gguf.evaluation.task import Dataset, Task
+from trimix_gguf.evaluation.names.settings import Progress, Settings
+from trimix_gguf.evaluation.run_files.lines import read_json, write_json
+from trimix_gguf.evaluation.running.asking import run_task
+from trimix_gguf.evaluation.running.decoupled import (
+    LARGE_BASE,
+    FourthModel,
+    check_fourth,
+    open_fourth,
+)
+from trimix_gguf.evaluation.running.reading import AXIS
 from trimix_gguf.evaluation.tasks import custom_task, find_task
+from trimix_gguf.evaluation.tasks.task import Dataset, Task
 from trimix_gguf.machine import native
 from trimix_gguf.machine.locking import alone
 from trimix_gguf.mixing.scoring import CONTINUOUS_RANGE

@@ -9,13 +9,19 @@ import numpy as np
 
 from trimix_gguf.choosing.methods import MI_ANSWERS, TASK
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.information import exemplars_information
-from trimix_gguf.evaluation.methods import lowest_on_grid
-from trimix_gguf.evaluation.prompts import exemplars_of, question_after
-from trimix_gguf.evaluation.reading import AXIS, Reader
-from trimix_gguf.evaluation.run_files import append_line, finished, finite, read_json, write_json
-from trimix_gguf.evaluation.settings import Progress, Settings
-from trimix_gguf.evaluation.task import Dataset, Task
+from trimix_gguf.evaluation.names.settings import Progress, Settings
+from trimix_gguf.evaluation.run_files.lines import (
+    append_line,
+    finished,
+    finite,
+    read_json,
+    write_json,
+)
+from trimix_gguf.evaluation.running.information import exemplars_information
+from trimix_gguf.evaluation.running.mixes import lowest_on_grid
+from trimix_gguf.evaluation.running.prompts import exemplars_of, question_after
+from trimix_gguf.evaluation.running.reading import AXIS, Reader
+from trimix_gguf.evaluation.tasks.task import Dataset, Task
 from trimix_gguf.mixing.fusion import Weights
 from trimix_gguf.mixing.scoring import Float64
 

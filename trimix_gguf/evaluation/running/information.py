@@ -10,9 +10,9 @@ import numpy as np
 
 from trimix_gguf.choosing.methods import MI_ANSWERS
 from trimix_gguf.errors import WeightsError
-from trimix_gguf.evaluation.methods import lowest_on_grid
-from trimix_gguf.evaluation.prompts import exemplars_reader, question_after
-from trimix_gguf.evaluation.task import Example, Task
+from trimix_gguf.evaluation.running.mixes import lowest_on_grid
+from trimix_gguf.evaluation.running.prompts import exemplars_reader, question_after
+from trimix_gguf.evaluation.tasks.task import Example, Task
 from trimix_gguf.mixing.fusion import Weights
 from trimix_gguf.mixing.scoring import Float64
 from trimix_gguf.trio.trio import Trio

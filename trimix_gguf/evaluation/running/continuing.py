@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import ContextFullError
-from trimix_gguf.evaluation.decoupled import FourthModel, three_of_four
-from trimix_gguf.evaluation.loops import Loop
+from trimix_gguf.evaluation.running.decoupled import FourthModel, three_of_four
+from trimix_gguf.evaluation.running.loops import Loop
 from trimix_gguf.mixing.fusion import Mix, Rows, Weights
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.sequences import Sequences

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from trimix_gguf.choosing.methods import INFORMATIVE, MI_ANSWERS, ORACLE
-from trimix_gguf.evaluation.answers import CALIBRATED
-from trimix_gguf.evaluation.metrics import METRICS
-from trimix_gguf.evaluation.racing import WORSE
+from trimix_gguf.evaluation.reporting.predictions import CALIBRATED
+from trimix_gguf.evaluation.running.racing import WORSE
+from trimix_gguf.evaluation.tasks.metrics import METRICS
 
 Summary = Mapping[str, Any]
 Scores = Mapping[str, Mapping[str, float]]  # method -> value, low, high

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import PromptError
-from trimix_gguf.evaluation.continuing import Start
-from trimix_gguf.evaluation.decoupled import FourthModel, three_of_four
+from trimix_gguf.evaluation.running.continuing import Start
+from trimix_gguf.evaluation.running.decoupled import FourthModel, three_of_four
 from trimix_gguf.machine.threads import available_cores
 from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.mixing.scoring import (

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.metrics import METRICS
-from trimix_gguf.evaluation.run_files import has_grid
-from trimix_gguf.evaluation.statistics import t_quantile
-from trimix_gguf.evaluation.task import Task
+from trimix_gguf.evaluation.reporting.statistics import t_quantile
+from trimix_gguf.evaluation.run_files.lines import has_grid
+from trimix_gguf.evaluation.tasks.metrics import METRICS
+from trimix_gguf.evaluation.tasks.task import Task
 from trimix_gguf.mixing.scoring import GRID
 
 Points = NDArray[np.bool_]  # [n_grid, n_grid], alpha by beta

@@ -15,8 +15,8 @@ from trimix_gguf.choosing.methods import (
     reading_methods,
 )
 from trimix_gguf.errors import WeightsError
-from trimix_gguf.evaluation.continuing import Continuation
-from trimix_gguf.evaluation.reading import AXIS, Reading
+from trimix_gguf.evaluation.running.continuing import Continuation
+from trimix_gguf.evaluation.running.reading import AXIS, Reading
 from trimix_gguf.mixing.fusion import METHODS, Mix, Rows, Weights
 from trimix_gguf.mixing.scoring import GRID, Float64, continuous_optimum, lowest
 

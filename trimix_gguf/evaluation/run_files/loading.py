@@ -14,7 +14,7 @@ from trimix_gguf.evaluation.reporting.predictions import Float64, GridTexts, Run
 from trimix_gguf.evaluation.run_files.lines import finite, has_grid
 from trimix_gguf.evaluation.running.comparing import FORMAT
 from trimix_gguf.evaluation.tasks import custom_task, find_task
-from trimix_gguf.evaluation.tasks.sources import Fields, Row, check_type, read_jsonl, read_lines
+from trimix_gguf.evaluation.tasks.rows import Fields, Row, check_type, read_jsonl, read_lines
 
 _UNFINISHED = "give the run's command again to finish it"
 _DAMAGED = "the file is damaged, or not a run's"

@@ -1,23 +1,15 @@
-"""Where the tasks' files come from, and how they are read.
+"""Where the tasks' files come from, and the names of their languages.
 
-A file is looked for in the data folder, then in the Hugging Face cache, then on the hub: once
-there it is read with no network. Rows come with the place where they stand, for error messages.
+A file is looked for in the data folder, then in the Hugging Face cache, then on the hub. Once it
+is there, it is read without a network.
 """
 
 import contextlib
-import csv
-import json
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.trios.hub import client_errors, explain
-
-Row = tuple[str, dict[str, Any]]  # its place ("…/test.tsv:12"), its fields
-Fields = Mapping[str, Any]  # name -> its type, or a union of types
 
 FLORES_CODES = {
     "kk": "kaz_Cyrl",
@@ -56,9 +48,12 @@ def find(
     relative: str,
     *,
     hub: HubFile | None = None,
-    mend: str = "put it there, or name the folder that holds it",
+    mend: str = "put it there, or name the folder that has it",
 ) -> Path:
-    """The path of `relative` in `data`, else of `hub`'s file; else raises DataError with `mend`."""
+    """The path of `relative` in `data`, else of `hub`'s file.
+
+    Raises DataError with `mend` if there is neither.
+    """
     path = data / relative
     if path.is_file():
         return path
@@ -69,8 +64,11 @@ def find(
 
 
 def _fetch(hub: HubFile, absent: str, mend: str) -> Path:
+    # Here, not above: a report reads tasks, and trios.hub imports llama.cpp.
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
+
+    from trimix_gguf.trios.hub import client_errors, explain
 
     download = partial(hf_hub_download, hub.repo, hub.filename, repo_type="dataset")
     with contextlib.suppress(LocalEntryNotFoundError):  # not cached yet
@@ -80,160 +78,3 @@ def _fetch(hub: HubFile, absent: str, mend: str) -> Path:
     except client_errors() as error:
         why = explain(error, f"https://huggingface.co/datasets/{hub.repo}")
     raise DataError(f"{absent}, nor {hub.filename} of {hub.repo} ({why}); or {mend}")
-
-
-def read_lines(path: Path, *, ended: bool = False) -> list[str]:
-    """The lines of a UTF-8 file, which end at LF or CRLF only: U+2028 may stand inside one.
-
-    Those that are `ended` alone leave out what is still being written.
-    """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    if ended:
-        raw = raw[: raw.rfind(b"\n") + 1]
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
-    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
-
-
-def read_tsv(
-    path: Path, fields: Sequence[str], *, header: bool = True, quoted: bool = False
-) -> list[Row]:
-    """Rows of a tab-separated file; without a header, `fields` are its columns in their order.
-
-    `quoted` takes quotation marks at a field's ends as CSV does; else they are text.
-    """
-    reader = csv.reader(
-        read_lines(path),
-        delimiter="\t",
-        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
-        strict=True,  # an open quotation mark must not swallow the rows below it
-    )
-    columns = None if header else list(fields)
-    rows: list[Row] = []
-    try:
-        for values in reader:
-            where = f"{path}:{reader.line_num}"
-            if not values:
-                continue
-            if columns is None:
-                columns = values
-                continue
-            if len(values) != len(columns):
-                expected = f"{len(columns)} columns ({', '.join(columns)})"
-                raise DataError(f"{where}: expected {expected}, got {len(values)}")
-            record = dict(zip(columns, values, strict=True))
-            rows.append((where, _checked(where, record, dict.fromkeys(fields, str))))
-    except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not tab-separated values: {error}") from None
-    return _some(path, rows)
-
-
-def read_jsonl(path: Path, fields: Fields, *, ended: bool = False) -> list[Row]:
-    """Rows of a file that holds one JSON object a line; `ended` is read_lines'."""
-    rows: list[Row] = []
-    for number, line in enumerate(read_lines(path, ended=ended), 1):
-        if line.strip():
-            where = f"{path}:{number}"
-            rows.append((where, _checked(where, _parsed(path, line, number), fields)))
-    return _some(path, rows)
-
-
-def read_json(path: Path, fields: Fields) -> list[Row]:
-    """Rows of a file that holds one JSON list of objects."""
-    items = _parsed(path, "\n".join(read_lines(path)), 1)
-    if not isinstance(items, list):
-        raise DataError(f"{path}: expected a JSON list of objects, got {_kind(items)}")
-    places = [f"{path}, item {n}" for n in range(1, len(items) + 1)]
-    return _some(path, [(w, _checked(w, i, fields)) for w, i in zip(places, items, strict=True)])
-
-
-def _parsed(path: Path, text: str, first_line: int) -> Any:
-    try:
-        value = json.loads(text)
-        if "\\ud" in text.lower():  # JSON can spell half of a surrogate pair, which is no text
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        return value
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise DataError(f"{path}:{line}: not JSON: {error.msg}, column {error.colno}") from None
-    except UnicodeEncodeError as error:
-        half = ascii(error.object[error.start])
-        flaw = f"{half} is half of a surrogate pair and no character; take it out"
-        raise DataError(f"{path}:{first_line}: {flaw}") from None
-    except RecursionError:
-        raise DataError(f"{path}:{first_line}: JSON that is nested too deep") from None
-
-
-def _checked(where: str, record: Any, fields: Fields) -> dict[str, Any]:
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: expected a JSON object, got {_kind(record)}")
-    for name, kind in fields.items():
-        value = record.get(name)
-        if value is None or value == "" or value == []:
-            raise DataError(f"{where}: field {name!r} is missing; it has {', '.join(record)}")
-        check_type(where, name, value, kind)
-    return record
-
-
-def check_type(where: str, name: str, value: object, kind: Any) -> None:
-    """Raises DataError where a field's value is not of `kind`, a type or a union of types."""
-    kinds = get_args(kind) or (kind,)
-    if type(value) not in kinds:
-        expected = " or ".join(_KINDS[k] for k in kinds)
-        raise DataError(f"{where}: field {name!r} should be {expected}, got {_kind(value)}")
-
-
-_KINDS: dict[type, str] = {
-    str: "a text",
-    list: "a list",
-    dict: "an object",
-    int: "a number",
-    float: "a decimal number",
-    bool: "true or false",
-}
-
-
-def _kind(value: object) -> str:
-    return _KINDS.get(type(value), "null")
-
-
-def _some(path: Path, rows: list[Row]) -> list[Row]:
-    if not rows:
-        raise DataError(f"{path} has no rows")
-    return rows
-
-
-def index_of(where: str, field: str, value: object, allowed: Sequence[str]) -> int:
-    """Where a gold answer stands in `allowed`; raises DataError where it does not."""
-    if str(value).strip() not in allowed:
-        expected = f"one of {', '.join(allowed)}"
-        raise DataError(f"{where}: field {field!r} should be {expected}; got {value!r}")
-    return allowed.index(str(value).strip())
-
-
-def one_line(text: str) -> str:
-    """The text with each run of white space as one space: a newline would end an answer."""
-    return " ".join(text.split())
-
-
-def hold_out(
-    rows: Sequence[Row], n: int, group: Callable[[dict[str, Any]], str]
-) -> tuple[list[Row], list[Row]]:
-    """(examples, pool) of a set that has no rows to spare for exemplars.
-
-    The pool is the last `n` rows and all others of their groups (questions on one passage), so
-    no exemplar gives away what is asked. It is the same for every seed: so are the examples.
-    """
-    kept = {group(record) for _, record in rows[-n:]}
-    examples = [row for row in rows if group(row[1]) not in kept]
-    if not examples:
-        raise DataError(
-            f"{rows[-1][0]}: too few rows: the last {n} are exemplars, and no question is left"
-        )
-    return examples, [row for row in rows if group(row[1]) in kept]

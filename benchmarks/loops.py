@@ -8,7 +8,7 @@ from typing import Any
 
 from common import load, machine, parser, report
 
-from trimix_gguf.evaluation.running.asking import Settings
+from trimix_gguf.evaluation.names.settings import RunSettings
 from trimix_gguf.evaluation.running.continuing import Continuation, Start, continue_all
 from trimix_gguf.evaluation.running.loops import Loop
 from trimix_gguf.evaluation.running.mixes import grid_continuations
@@ -42,8 +42,8 @@ def main() -> None:
         for name in options.tasks:
             task = find_task(name, options.lang)
             dataset = task.load(options.text, options.lang, 0)
-            questions = Settings((), limit=options.questions).questions(dataset)
-            reader = open_reader(trio, task, dataset, questions)
+            questions = dataset.questions(options.questions, 0)
+            reader = open_reader(trio, task, dataset, questions, RunSettings(()))
             written: list[Continuation] = []
             for question in questions:
                 reader.read(question_after(reader, question))

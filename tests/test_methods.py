@@ -39,7 +39,7 @@ from trimix_gguf.cli.generate import generate
 from trimix_gguf.server.openai import parse_chat
 from trimix_gguf.server.errors import RequestError
 from trimix_gguf.trios.triofile import parse_trio
-from trimix_gguf.evaluation.running.mixes import check_methods
+from trimix_gguf.evaluation.names.compared import check_methods
 models = "".join(f"[models.{role}]\\n" for role in ("large_ins", "small_cpt", "small_base"))
 for name in ("made-up", "by-dice"):
     for command in (chat, generate):
@@ -168,7 +168,7 @@ def test_the_command_gives_the_harness_the_trios_own_mask(contrastive_trio, monk
     from trimix_gguf.evaluation.running import harness
 
     given = []
-    monkeypatch.setattr(harness, "run_harness", lambda *a, **o: given.append(o["weights"]) or {})
+    monkeypatch.setattr(harness, "run_harness", lambda lm, *a, **o: given.append(lm._fixed) or {})
     monkeypatch.setattr(harness, "make_table", lambda results: "")
     arguments = ["eval", "--harness", "any", "--trio", str(contrastive_trio)]
     trimix(arguments, standalone_mode=False)

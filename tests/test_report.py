@@ -22,8 +22,8 @@ from made_runs import (
     write_run,
 )
 
-from trimix_gguf.evaluation.reporting.report import to_markdown
 from trimix_gguf.evaluation.reporting.statistics import bootstrap_interval, paired_difference
+from trimix_gguf.evaluation.reporting.tables import to_markdown
 from trimix_gguf.evaluation.tasks.metrics import METRICS
 
 

@@ -1,54 +1,50 @@
-"""What a run of a task is told beside the models and the data."""
+"""What a run is told beside the models and the data."""
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import TypedDict
 
-from trimix_gguf.choosing.methods import reading_methods
-from trimix_gguf.evaluation.running.continuing import roles_of
-from trimix_gguf.evaluation.tasks.task import Dataset, Example
-from trimix_gguf.mixing.fusion import METHODS
-from trimix_gguf.roles import ROLES
-
-# What is under way -> how many of how many are done.
-Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+# One-sided p of the paired t test below which a race leaves a grid point.
+RACE_P = 0.005
 
 
-@contextmanager
-def silent(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress that nobody is shown."""
-    yield lambda done, total: None
+class RunSettingsRecord(TypedDict):
+    """RunSettings in run.json. A flag that was not given is None, as in runs before it existed."""
+
+    methods: list[str]
+    seed: int
+    limit: int | None
+    n_exemplars: int | None
+    chat: bool
+    fill_loops: bool | None
+    race: bool | None
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What an example's line depends on."""
+class RunSettings:
+    """What an answer depends on; the command line fills it in, and it is passed on whole.
+
+    `limit` questions per task are drawn with the `seed`; `n_exemplars` None: the task's number.
+    `chat`: large_ins reads its chat template around each prompt. `fill_loops`: answers that only
+    repeat themselves are filled up, not decoded. `race`: with free text, the oracle leaves grid
+    points that fell behind.
+    """
 
     methods: tuple[str, ...]
     seed: int = 0
-    n_exemplars: int | None = None
     limit: int | None = None
-    chat: bool = False  # large_ins reads its chat template around each prompt
-    race: bool = False  # grid points that fell behind are left, where answers are free text
-    fill_loops: bool = False  # answers that only repeat themselves are filled up, not decoded
+    n_exemplars: int | None = None
+    chat: bool = False
+    fill_loops: bool = False
+    race: bool = False
 
-    @property
-    def reads(self) -> bool:
-        """Whether a method chooses by what the prompts' reading shows."""
-        return any(name in reading_methods() for name in self.methods)
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """Models that the methods run."""
-        if any(name not in METHODS for name in self.methods):
-            return ROLES
-        return roles_of([METHODS[name] for name in self.methods])
-
-    def questions(self, dataset: Dataset) -> list[Example]:
-        """The examples to answer: all, or `limit` of them drawn with the seed, in their order."""
-        examples = list(dataset.examples)
-        if self.limit is None or self.limit >= len(examples):
-            return examples
-        drawn = set(random.Random(self.seed).sample(range(len(examples)), self.limit))
-        return [example for at, example in enumerate(examples) if at in drawn]
+    def to_json(self) -> RunSettingsRecord:
+        """The settings as run.json has them."""
+        return {
+            "methods": list(self.methods),
+            "seed": self.seed,
+            "limit": self.limit,
+            "n_exemplars": self.n_exemplars,
+            "chat": self.chat,
+            "fill_loops": self.fill_loops or None,
+            "race": self.race or None,
+        }

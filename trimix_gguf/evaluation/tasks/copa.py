@@ -37,11 +37,11 @@ def load(data: Path, lang: str, seed: int) -> Dataset:
         rows = _read(data, "eval/kk/kkCOPA.jsonl", _KKCOPA)
         example = partial(_example, columns=_KKCOPA, allowed=("1", "2"))
         return Dataset.held_out(rows, _KKCOPA["premise"], example, seed)
-    parts = [
+    test, val = (
         [_example(row, _XCOPA, ("0", "1")) for row in _read(data, f"eval/{lang}/{part}", _XCOPA)]
         for part in ("test.jsonl", "val.jsonl")
-    ]
-    return Dataset.shuffled(*parts, seed)
+    )
+    return Dataset.shuffled(test, val, seed)
 
 
 def _read(data: Path, relative: str, columns: Mapping[str, str]) -> list[Row]:

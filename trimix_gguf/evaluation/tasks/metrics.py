@@ -78,7 +78,7 @@ class Sacrebleu:
 @cache
 def _sacrebleu(name: str) -> Any:
     try:
-        from sacrebleu.metrics import BLEU, CHRF
+        from sacrebleu.metrics import BLEU, CHRF  # type: ignore[attr-defined, unused-ignore]
     except ImportError:
         raise TrimixError(f"{name} needs sacrebleu: pip install 'trimix-gguf[eval]'") from None
     return CHRF(word_order=2, lowercase=True) if name == "chrF++" else BLEU()

@@ -178,7 +178,7 @@ def test_answers_that_only_repeat_themselves_need_not_be_decoded(trimix, tmp_pat
 
 
 def test_a_chat_follows_the_template_of_the_trio_file(trimix, task_file, tmp_path, nano_files):
-    """One that adds nothing to a message changes nothing; the model's own does."""
+    """One that adds nothing to a message changes nothing; the template in the model does."""
     models = {role: ModelEntry(str(path)) for role, path in nano_files.items()}
     empty = "{% for m in messages %}{{ m.content }}{% endfor %}"
     TrioFile(tmp_path, "empty", models, chat_template=empty).write()
@@ -186,13 +186,13 @@ def test_a_chat_follows_the_template_of_the_trio_file(trimix, task_file, tmp_pat
     for name, more in {
         "plain": (),
         "empty": ("--chat", "--trio", tmp_path),
-        "own": ("--chat",),
+        "built-in": ("--chat",),
     }.items():
         given = [*arguments(task_file, tmp_path / name, "ppl,large_ins"), "--n-ctx", 512, *more]
         result = trimix(*given)
         assert result.returncode == 0, result.stderr.decode()
         lines[name] = (tmp_path / name / "topics.jsonl").read_text("utf-8")
-    assert lines["empty"] == lines["plain"] != lines["own"]
+    assert lines["empty"] == lines["plain"] != lines["built-in"]
     changed = trimix(*given[:-1], "--chat", "--trio", tmp_path)
     assert "other chat_template" in one_line_error(changed)
 

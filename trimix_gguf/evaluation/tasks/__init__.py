@@ -39,7 +39,7 @@ TASKS: dict[str, Task] = {
 
 
 def find_task(name: str, lang: str) -> Task:
-    """The task of that name; raises DataError where there is none, or it lacks the language."""
+    """The task of that name; raises DataError if there is none, or not in that language."""
     task = TASKS.get(name)
     if task is None:
         raise DataError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}")

@@ -1,4 +1,4 @@
-"""A user's own questions: one JSON object a line.
+"""A user's own questions: one JSON object per line.
 
     {"instruction": "Answer in Kazakh.", "language": "kk"}
     {"question": "Қазақстан астанасы?", "answer": "Астана", "exemplar": true}

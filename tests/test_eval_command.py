@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import pytest
 from conftest import REAL
@@ -14,7 +15,8 @@ from filelock import FileLock
 from test_cli import one_line_error
 from topics import arguments
 
-from trimix_gguf.cli.evaluate import open_bar
+from trimix_gguf.cli.evaluate import evaluate, open_bar
+from trimix_gguf.evaluation.names.settings import RunSettings
 from trimix_gguf.evaluation.run_files.lines import finished
 from trimix_gguf.trios.triofile import ModelEntry, TrioFile
 
@@ -205,6 +207,12 @@ def test_other_settings_are_not_mixed_into_a_run(trimix, task_file, tmp_path):
     assert "other seed" in message
     assert "other fill_loops" in one_line_error(trimix(*given, "--fill-loops"))
     assert trimix(*given, "--n-ctx", "400").returncode == 0  # what fits is the same there
+
+
+def test_every_setting_of_a_run_is_an_option_and_is_kept():
+    names = {field.name for field in fields(RunSettings)}
+    assert names <= {option.name for option in evaluate.params}
+    assert RunSettings((), race=True).to_json().keys() == names
 
 
 def test_options_of_the_harness_are_not_passed_over(trimix, task_file, tmp_path):

@@ -8,7 +8,7 @@ that stand for the four, so scoring and mixing are those of three.
 """
 
 from pathlib import Path
-from typing import TypedDict
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,23 +42,15 @@ def check_fourth(path: Path, trio: Trio) -> None:
     """
     file = read_gguf(path)
     check_contract({r: m.file for r, m in trio.models.items()} | {LARGE_BASE: file})
-    check_fits_beside(file, {**_load_settings(trio)})
+    check_fits_beside(file, _settings(trio))
 
 
 def open_fourth(path: Path, trio: Trio) -> Model:
     """Open large_base with the settings of large_ins; the trio has the tokenizer."""
-    return Model(path, **_load_settings(trio), tokenizer=False)
+    return Model(path, **_settings(trio), tokenizer=False)
 
 
-class _LoadSettings(TypedDict):
-    n_ctx: int
-    n_window: int
-    n_batch: int
-    n_threads: int
-    n_gpu_layers: int
-
-
-def _load_settings(trio: Trio) -> _LoadSettings:
+def _settings(trio: Trio) -> dict[str, Any]:
     large = trio.models[ROLES[0]]
     return {
         "n_ctx": trio.n_ctx,

@@ -53,7 +53,7 @@ Likelihood = tuple[float, bool]  # logprob of a continuation; whether greedy dec
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, context, continuation
 
 UNPROMPTED = Weights(0.1, 0.9)  # what real prompts choose nearly always
-_SAMPLER = {  # the harness's names, which are those of transformers -> Sampler's names
+_SAMPLER = {  # the harness's names, which are those of transformers, and Sampler's
     "top_k": "top_k",
     "top_p": "top_p",
     "min_p": "min_p",
@@ -339,8 +339,8 @@ class TrimixLM(TemplateLM):  # type: ignore[misc, unused-ignore]
                 settings[_SAMPLER[name]] = value
             elif (name, value) != ("num_beams", 1):
                 raise SamplerError(
-                    f"a task asks for {name} = {value!r} in generation, which a mix does not have; "
-                    "override it with gen_kwargs, or leave the task out"
+                    f"a task wants {name} = {value!r} for generation, which a mix does not know; "
+                    "override it by gen_kwargs, or leave the task out"
                 )
         return settings
 

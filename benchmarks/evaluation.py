@@ -10,14 +10,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from common import load, machine, parser, report
 
-from trimix_gguf.evaluation.prompts import open_reader
-from trimix_gguf.evaluation.reading import Reader
-from trimix_gguf.evaluation.runner import Settings, answer_all
+from trimix_gguf.evaluation.names.settings import RunSettings
+from trimix_gguf.evaluation.running.asking import answer_all
+from trimix_gguf.evaluation.running.prompts import open_reader
+from trimix_gguf.evaluation.running.reading import Reader
 from trimix_gguf.evaluation.tasks import find_task
+from trimix_gguf.mixing.scoring import GRID
 
 N_SET = 204
+NO_POINTS = np.zeros((len(GRID), len(GRID)), np.bool_)  # the oracle is not asked
 
 
 def main() -> None:
@@ -27,19 +31,20 @@ def main() -> None:
     options.add_argument("--items", type=int, default=4, help="timed each way")
     # The text is a folder here: the one that trimix eval --data names.
     options = options.parse_args()
-    task, settings = find_task("sib200", options.lang), Settings(("ppl",))
+    task, settings = find_task("sib200", options.lang), RunSettings(("ppl",))
     dataset = task.load(options.text, options.lang, settings.seed)
     step = len(dataset.examples) // (options.items + 1)
     first, *items = list(dataset.examples)[::step][: options.items + 1]
     with load(options) as trio:
-        reader = open_reader(trio, task, dataset, dataset.examples)
+        reader = open_reader(trio, task, dataset, dataset.examples, settings)
 
         def timed(example: Any, afresh: bool) -> tuple[float, Any]:
             if afresh:
                 trio.forget()
                 one = Reader(trio, reader.prefix, [False] * len(reader.prefix.units), reader.turn)
             started = time.perf_counter()
-            (line,) = answer_all(one if afresh else reader, task, [example], settings, None)
+            asked = one if afresh else reader
+            (line,) = answer_all(asked, task, [example], settings, {}, NO_POINTS)
             return time.perf_counter() - started, line["outputs"]["ppl"]
 
         anew, kept, same = [], [], []

@@ -8,11 +8,11 @@ from typing import Any
 
 from common import load, machine, parser, report
 
-from trimix_gguf.evaluation.continuing import Continuation, Start, continue_all
-from trimix_gguf.evaluation.loops import Loop
-from trimix_gguf.evaluation.methods import grid_continuations
-from trimix_gguf.evaluation.prompts import open_reader, question_after
-from trimix_gguf.evaluation.runner import Settings
+from trimix_gguf.evaluation.names.settings import RunSettings
+from trimix_gguf.evaluation.running.continuing import Continuation, Start, continue_all
+from trimix_gguf.evaluation.running.loops import Loop
+from trimix_gguf.evaluation.running.mixes import grid_continuations
+from trimix_gguf.evaluation.running.prompts import open_reader, question_after
 from trimix_gguf.evaluation.tasks import find_task
 from trimix_gguf.roles import ROLES
 
@@ -44,8 +44,8 @@ def main() -> None:
         for name in options.tasks:
             task = find_task(name, options.lang)
             dataset = task.load(options.text, options.lang, 0)
-            questions = Settings((), limit=options.questions).questions(dataset)
-            reader = open_reader(trio, task, dataset, questions)
+            questions = dataset.questions(options.questions, 0)
+            reader = open_reader(trio, task, dataset, questions, RunSettings(()))
             written: list[Continuation] = []
             for question in questions:
                 reader.read(question_after(reader, question))

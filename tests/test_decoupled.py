@@ -10,9 +10,10 @@ from topics import EXEMPLARS, QUESTION, arguments, scored
 
 from trimix_gguf import Trio, Weights
 from trimix_gguf.errors import MemoryNeededError
-from trimix_gguf.evaluation.continuing import continue_decoupled
-from trimix_gguf.evaluation.decoupled import FourthModel, check_fourth
-from trimix_gguf.evaluation.reading import AXIS, Reader
+from trimix_gguf.evaluation.names.axis import AXIS
+from trimix_gguf.evaluation.running.continuing import continue_decoupled
+from trimix_gguf.evaluation.running.decoupled import FourthModel, check_fourth
+from trimix_gguf.evaluation.running.reading import Reader
 from trimix_gguf.machine import memory
 from trimix_gguf.machine.loading import Loading
 from trimix_gguf.mixing.scoring import GRID

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import pytest
 from conftest import REAL
@@ -14,8 +15,9 @@ from filelock import FileLock
 from test_cli import one_line_error
 from topics import arguments
 
-from trimix_gguf.cli.evaluate import _progress
-from trimix_gguf.evaluation.run_files import finished
+from trimix_gguf.cli.evaluate import evaluate, open_bar
+from trimix_gguf.evaluation.names.settings import RunSettings
+from trimix_gguf.evaluation.run_files.lines import finished
 from trimix_gguf.trios.triofile import ModelEntry, TrioFile
 
 
@@ -178,7 +180,7 @@ def test_answers_that_only_repeat_themselves_need_not_be_decoded(trimix, tmp_pat
 
 
 def test_a_chat_follows_the_template_of_the_trio_file(trimix, task_file, tmp_path, nano_files):
-    """One that adds nothing to a message changes nothing; the model's own does."""
+    """One that adds nothing to a message changes nothing; the template in the model does."""
     models = {role: ModelEntry(str(path)) for role, path in nano_files.items()}
     empty = "{% for m in messages %}{{ m.content }}{% endfor %}"
     TrioFile(tmp_path, "empty", models, chat_template=empty).write()
@@ -186,13 +188,13 @@ def test_a_chat_follows_the_template_of_the_trio_file(trimix, task_file, tmp_pat
     for name, more in {
         "plain": (),
         "empty": ("--chat", "--trio", tmp_path),
-        "own": ("--chat",),
+        "built-in": ("--chat",),
     }.items():
         given = [*arguments(task_file, tmp_path / name, "ppl,large_ins"), "--n-ctx", 512, *more]
         result = trimix(*given)
         assert result.returncode == 0, result.stderr.decode()
         lines[name] = (tmp_path / name / "topics.jsonl").read_text("utf-8")
-    assert lines["empty"] == lines["plain"] != lines["own"]
+    assert lines["empty"] == lines["plain"] != lines["built-in"]
     changed = trimix(*given[:-1], "--chat", "--trio", tmp_path)
     assert "other chat_template" in one_line_error(changed)
 
@@ -205,6 +207,12 @@ def test_other_settings_are_not_mixed_into_a_run(trimix, task_file, tmp_path):
     assert "other seed" in message
     assert "other fill_loops" in one_line_error(trimix(*given, "--fill-loops"))
     assert trimix(*given, "--n-ctx", "400").returncode == 0  # what fits is the same there
+
+
+def test_every_setting_of_a_run_is_an_option_and_is_kept():
+    names = {field.name for field in fields(RunSettings)}
+    assert names <= {option.name for option in evaluate.params}
+    assert RunSettings((), race=True).to_json().keys() == names
 
 
 def test_options_of_the_harness_are_not_passed_over(trimix, task_file, tmp_path):
@@ -230,7 +238,7 @@ def test_bad_input_is_one_line_that_names_what_there_is(trimix, task_file, tmp_p
 @pytest.mark.parametrize("together", [1, 3, 4, 8])
 def test_a_log_is_told_of_each_tenth(together, capsys):
     """However many questions end at once."""
-    with _progress("topics") as shown:
+    with open_bar("topics") as shown:
         for done in (*range(0, 100, together), 100):
             shown(done, 100)
     lines = capsys.readouterr().err.splitlines()

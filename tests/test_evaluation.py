@@ -11,13 +11,15 @@ from topics import EXEMPLARS, QUESTION, TOPICS, scored
 from trimix_gguf import Trio, Weights, generate, score, select_weights
 from trimix_gguf.answering.chat import around_message
 from trimix_gguf.errors import ContextFullError
-from trimix_gguf.evaluation import methods, runner
-from trimix_gguf.evaluation.continuing import Continuation, Start, continue_all, roles_of
-from trimix_gguf.evaluation.loops import Loop
-from trimix_gguf.evaluation.reading import AXIS, Reader, Reading, choice_nll
-from trimix_gguf.evaluation.runner import run_task
-from trimix_gguf.evaluation.settings import Settings
-from trimix_gguf.evaluation.task import Dataset, Example, Task
+from trimix_gguf.evaluation.names.axis import AXIS
+from trimix_gguf.evaluation.names.settings import RunSettings
+from trimix_gguf.evaluation.running import asking, loops
+from trimix_gguf.evaluation.running.asking import ask_task
+from trimix_gguf.evaluation.running.continuing import Continuation, Start, continue_all, roles_of
+from trimix_gguf.evaluation.running.loops import Loop
+from trimix_gguf.evaluation.running.mixes import continuations
+from trimix_gguf.evaluation.running.reading import Reader, Reading, choice_nll
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 from trimix_gguf.mixing.fusion import Mix
 from trimix_gguf.mixing.scoring import GRID, chebyshev_nodes
 from trimix_gguf.roles import ROLES
@@ -61,7 +63,7 @@ def test_continuous_is_what_generate_calls_by_that_name(trio):
     whole = Prompt((*prefix.segments, *scored(trio, QUESTION).segments))
     trio.forget()
     shipped = select_weights(trio, whole, grid="continuous").weights
-    made = methods.continuations(("continuous",), reading, {}, lambda rows, token: np.zeros(()))
+    made = continuations(("continuous",), reading, {}, lambda rows, token: np.zeros(()))
     ours = made["continuous"].mix.weights
     assert (ours.alpha, ours.beta) == pytest.approx((shipped.alpha, shipped.beta), abs=0.01)
 
@@ -156,9 +158,9 @@ def test_how_many_questions_are_answered_at_once_changes_no_answer(trio, tmp_pat
     task = Task("topics", ("kk",), "Classify.", ("accuracy",), 6, lambda *_: None, n_exemplars=2)
     lines = []
     for most in (1, 3):
-        monkeypatch.setattr(runner, "_MOST_TOGETHER", most)
+        monkeypatch.setattr(asking, "_MOST_TOGETHER", most)
         out = tmp_path / f"{most}.jsonl"
-        run_task(trio, task, Dataset(asked, shown), Settings(("large_ins", "ppl", "token")), out)
+        ask_task(trio, task, Dataset(asked, shown), RunSettings(("large_ins", "ppl", "token")), out)
         lines.append([json.loads(line) for line in out.read_text("utf-8").splitlines()])
     for alone, together in zip(*lines, strict=True):
         assert alone["outputs"] == together["outputs"] and alone["id"] == together["id"]
@@ -228,7 +230,9 @@ def test_as_answers_end_others_begin(monkeypatch):
 
 
 def test_a_filled_answer_is_what_was_decoded_and_then_its_loop(trio, monkeypatch):
-    monkeypatch.setattr("trimix_gguf.evaluation.loops._LIKELY", 0.0)  # the nano trio is never sure
+    monkeypatch.setattr(
+        "trimix_gguf.evaluation.running.loops._LIKELY", 0.0
+    )  # the nano trio is never sure
     weights = [Weights(a, b) for a in (0.0, 0.5, 1.0) for b in (0.0, 0.5, 1.0)]
     decoded = [Continuation(Mix(one)) for one in weights]
     filled = [Continuation(Mix(one), loop=Loop()) for one in weights]
@@ -243,14 +247,14 @@ def test_a_filled_answer_is_what_was_decoded_and_then_its_loop(trio, monkeypatch
 
 
 def test_loops_are_filled_where_a_run_asks_for_it(trio, tmp_path, monkeypatch):
-    monkeypatch.setattr("trimix_gguf.evaluation.loops._LIKELY", 0.0)
+    monkeypatch.setattr(loops, "_LIKELY", 0.0)
     words = ("ана мен бала", "Астана қаласы және", "Доп.")
     asked = [Example(f"{i}", f"{w} " * 8, "x", ("x",)) for i, w in enumerate(words)]
     task = Task("loops", ("kk",), "Go on.", ("f1",), 96, lambda *_: None, n_exemplars=0)
     n_filled = []
     for fill in (False, True):
         out, methods = tmp_path / f"{fill}", ("small_cpt", "large_ins", "ppl")
-        run_task(trio, task, Dataset(asked, []), Settings(methods, fill_loops=fill), out)
+        ask_task(trio, task, Dataset(asked, []), RunSettings(methods, fill_loops=fill), out)
         lines = [json.loads(line)["outputs"] for line in out.read_text("utf-8").splitlines()]
         n_filled.append(sum(o.get("n_filled", 0) for line in lines for o in line.values()))
     assert n_filled[0] == 0 < n_filled[1]
@@ -291,7 +295,7 @@ def test_each_method_takes_the_lowest_of_its_own_evidence():
     nlls = np.concatenate((bowl(0.1, 0.9), bowl(0.7, 0.3, n=4)))
     reading = reading_of(nlls, [False] * 12 + [True] * 4)
     names = ("ppl", "ppl-answers", "ent", "ppl-task", "large_ins", "continuous")
-    made = methods.continuations(
+    made = continuations(
         names, reading, {"ppl-task": Weights(0.3, 0.3)}, lambda rows, token: np.zeros(())
     )
     chosen = {name: (one.mix.weights.alpha, one.mix.weights.beta) for name, one in made.items()}
@@ -309,7 +313,7 @@ def test_each_method_takes_the_lowest_of_its_own_evidence():
 def test_token_level_weights_follow_the_newest_evidence():
     reading = reading_of(bowl(0.1, 0.9, n=40), [False] * 40)
     there = bowl(1.0, 0.1, n=1)[0]
-    mix = methods.continuations(("token",), reading, {}, lambda rows, token: there)["token"]
+    mix = continuations(("token",), reading, {}, lambda rows, token: there)["token"]
     assert mix.mix.weights == Weights(0.1, 0.9)
     weights = [mix.adapt({}, 0) for _ in range(200)]
     assert weights[-1] == Weights(1.0, 0.1)
@@ -324,9 +328,9 @@ def test_in_a_chat_large_ins_alone_reads_control_tokens(trio, tmp_path):
     task = Task("topics", ("kk",), "Classify.", ("accuracy",), 4, lambda *_: None, n_exemplars=2)
     dataset, plain = Dataset([example], shown), {}
     for chat in (False, True):
-        settings = Settings(("ppl", "ppl-answers"), chat=chat)
+        settings = RunSettings(("ppl", "ppl-answers"), chat=chat)
         out = tmp_path / f"{chat}.jsonl"
-        run_task(trio, task, dataset, settings, out)
+        ask_task(trio, task, dataset, settings, out)
         plain[chat] = trio.ids, json.loads(out.read_text("utf-8"))
     control = set(around_message(trio.models["large_ins"])[0])
     assert control and control & set(plain[True][0]["large_ins"])

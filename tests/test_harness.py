@@ -13,7 +13,7 @@ lm_eval = pytest.importorskip("lm_eval")
 from naive_mix import CHOICES, MIX, encode, naive, naive_pair, near  # noqa: E402
 
 from trimix_gguf import TrimixError, Trio, generate  # noqa: E402
-from trimix_gguf.evaluation.harness import TrimixLM, run_harness  # noqa: E402
+from trimix_gguf.evaluation.running.harness import TrimixLM, run_harness  # noqa: E402
 
 TEXTS = [KAZAKH, "Абай — қазақтың ұлы ақыны. " * 3, "Астана " * 5]
 STOPS = [".", "\n\n"]
@@ -76,9 +76,8 @@ def offline():
 
 @pytest.fixture(scope="module")
 def results(trio, folder, offline):
-    return run_harness(
-        trio, ["kk_*"], weights=MIX, include_path=folder, include_defaults=False, bootstrap_iters=0
-    )
+    here = {"include_path": folder, "include_defaults": False}
+    return run_harness(TrimixLM(trio, MIX), ["kk_*"], **here, bootstrap_iters=0)
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +140,10 @@ def test_limit_and_simple_evaluate_itself(trio, folder, results):
 def test_a_task_that_is_not_there(trio, folder):
     here = {"include_path": folder, "include_defaults": False}
     with pytest.raises(TrimixError, match="no task 'kk_choise'; did you mean kk_choice") as caught:
-        run_harness(trio, ["kk_text", "kk_choise"], **here)
+        run_harness(TrimixLM(trio), ["kk_text", "kk_choise"], **here)
     assert "\n" not in str(caught.value)
     with pytest.raises(TrimixError, match="no harness task was named"):
-        run_harness(trio, [], **here)
+        run_harness(TrimixLM(trio), [], **here)
 
 
 def test_a_task_whose_data_is_not_there(trio, folder, tmp_path):
@@ -152,12 +151,14 @@ def test_a_task_whose_data_is_not_there(trio, folder, tmp_path):
     config["dataset_kwargs"] = {"data_files": {"test": str(tmp_path / "none.jsonl")}}
     (tmp_path / "kk_text.yaml").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(TrimixError, match="cannot read the data of its task: .*none.jsonl") as e:
-        run_harness(trio, ["kk_text"], include_path=tmp_path, include_defaults=False)
+        run_harness(TrimixLM(trio), ["kk_text"], include_path=tmp_path, include_defaults=False)
     assert "\n" not in str(e.value)
 
 
 def test_without_lm_eval_the_error_says_what_to_install():
-    code = "import sys; sys.modules['lm_eval'] = None; import trimix_gguf.evaluation.harness"
+    code = (
+        "import sys; sys.modules['lm_eval'] = None; import trimix_gguf.evaluation.running.harness"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (
         "TrimixError: the harness needs lm-eval: pip install 'trimix-gguf[lm-eval]'"
@@ -167,7 +168,7 @@ def test_without_lm_eval_the_error_says_what_to_install():
 
 def test_tasks_in_chat(trio, folder):
     results = run_harness(
-        trio, ["kk_text"], limit=1, weights=MIX, include_path=folder, include_defaults=False,
+        TrimixLM(trio, MIX), ["kk_text"], limit=1, include_path=folder, include_defaults=False,
         apply_chat_template=True, bootstrap_iters=0,
     )  # fmt: skip
     (sample,) = results["samples"]["kk_text"]

@@ -10,7 +10,7 @@ pytest.importorskip("lm_eval")
 from trimix_gguf import Trio  # noqa: E402
 from trimix_gguf.answering.chat import render_chat  # noqa: E402
 from trimix_gguf.errors import PromptError  # noqa: E402
-from trimix_gguf.evaluation.harness import TrimixLM  # noqa: E402
+from trimix_gguf.evaluation.running.harness import TrimixLM  # noqa: E402
 
 TRICKY = """{{ bos_token }}{% for m in messages %}
     {% if m.role == 'system' and strict %}{{ raise_exception('no system') }}{% endif %}

@@ -22,8 +22,8 @@ from naive_mix import (  # noqa: E402
 
 from trimix_gguf import Trio, Weights, generate, select_weights  # noqa: E402
 from trimix_gguf.errors import PromptError, SamplerError, WeightsError  # noqa: E402
-from trimix_gguf.evaluation import harness  # noqa: E402
-from trimix_gguf.evaluation.harness import TrimixLM  # noqa: E402
+from trimix_gguf.evaluation.running import harness  # noqa: E402
+from trimix_gguf.evaluation.running.harness import TrimixLM  # noqa: E402
 from trimix_gguf.machine.loading import Loading  # noqa: E402
 from trimix_gguf.mixing.fusion import METHODS, Mix, fuse  # noqa: E402
 from trimix_gguf.trio.model import Model  # noqa: E402
@@ -229,7 +229,8 @@ def test_a_text_longer_than_the_context(short, weights):
 # -- the choice of weights ----------------------------------------------------------------------
 
 
-def test_weights_are_chosen_once_for_each_context(trio, monkeypatch):
+@pytest.mark.parametrize("method", ["ppl", "ent"])
+def test_weights_are_chosen_once_for_each_context(trio, monkeypatch, method):
     calls = []
 
     def counted(*arguments, **options):
@@ -237,17 +238,17 @@ def test_weights_are_chosen_once_for_each_context(trio, monkeypatch):
         return calls[-1]
 
     monkeypatch.setattr(harness, "select_weights", counted)
-    lm = TrimixLM(trio)
+    lm = TrimixLM(trio, method=method)
     pairs = [(q, f" {choice}") for q, choices, _ in CHOICES[:3] for choice in choices]
     scored = answers(lm, *pairs[::2], *pairs[1::2])
     assert len(calls) == 3 and sum(lm.chosen.values()) == 3
     for i, (context, continuation) in enumerate([*pairs[::2], *pairs[1::2]]):
-        weights = select_weights(trio, trio.prompt(context)).weights
+        weights = select_weights(trio, trio.prompt(context), method=method).weights
         assert scored[i][0] == near(naive_pair(trio, context, continuation, weights)[0])
     text = lm.generate_until(
         [ask("generate_until", KAZAKH, {"until": ["."], "max_gen_toks": 8})], disable_tqdm=True
     )
-    chosen = select_weights(trio, trio.prompt(KAZAKH))
+    chosen = select_weights(trio, trio.prompt(KAZAKH), method=method)
     assert calls[-1].weights == chosen.weights and len(calls) == 4
     options = {"temperature": 0, "stop": ["."], "max_tokens": 8, "speculative": "off"}
     assert text == [generate(trio, KAZAKH, weights=chosen, **options).text]

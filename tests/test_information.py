@@ -11,11 +11,11 @@ from topics import QUESTION, TOPICS, arguments
 
 from trimix_gguf import Trio, score
 from trimix_gguf.choosing.methods import MI_ANSWERS
-from trimix_gguf.evaluation.information import exemplars_information
-from trimix_gguf.evaluation.reading import AXIS
-from trimix_gguf.evaluation.runner import run_task
-from trimix_gguf.evaluation.settings import Settings
-from trimix_gguf.evaluation.task import Dataset, Example, Task
+from trimix_gguf.evaluation.names.axis import AXIS
+from trimix_gguf.evaluation.names.settings import RunSettings
+from trimix_gguf.evaluation.running.asking import ask_task
+from trimix_gguf.evaluation.running.information import exemplars_information
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 from trimix_gguf.mixing.scoring import GRID
 
 TASK = Task("topics", ("kk",), "Classify.", ("accuracy",), 4, lambda *_: None)
@@ -66,8 +66,8 @@ def test_it_does_not_hang_on_what_was_read_before(trio, chat):
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_run_takes_the_point_where_its_exemplars_tell_most(trio, tmp_path, chat):
     asked = Dataset([Example("1", QUESTION, "саясат", ("саясат",))], SHOWN)
-    settings = Settings((MI_ANSWERS,), n_exemplars=2, chat=chat)
-    run_task(trio, TASK, asked, settings, tmp_path / "topics.jsonl")
+    settings = RunSettings((MI_ANSWERS,), n_exemplars=2, chat=chat)
+    ask_task(trio, TASK, asked, settings, tmp_path / "topics.jsonl")
     output = json.loads((tmp_path / "topics.jsonl").read_text("utf-8"))["outputs"][MI_ANSWERS]
     expected = exemplars_information(trio, TASK, SHOWN[:2], chat=chat)
     kept = json.loads((tmp_path / "topics.exemplars.json").read_text("utf-8"))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trimix_gguf.evaluation.loops import Loop
+from trimix_gguf.evaluation.running.loops import Loop
 
 
 def watched(ids, probabilities=None):

@@ -39,7 +39,7 @@ from trimix_gguf.cli.generate import generate
 from trimix_gguf.server.openai import parse_chat
 from trimix_gguf.server.errors import RequestError
 from trimix_gguf.trios.triofile import parse_trio
-from trimix_gguf.evaluation.methods import check_methods
+from trimix_gguf.evaluation.names.compared import check_methods
 models = "".join(f"[models.{role}]\\n" for role in ("large_ins", "small_cpt", "small_base"))
 for name in ("made-up", "by-dice"):
     for command in (chat, generate):
@@ -120,8 +120,8 @@ def test_a_chat_keeps_a_held_mask_through_its_file(trimix, tmp_path):
     assert result.stdout.decode().strip() == "weights: alpha 1.5, beta 0, threshold 0.1, held"
 
 
-def test_weights_chosen_for_a_task_have_no_mask(trimix, tmp_path):
-    """Bug: `--task` chose weights, and kept the threshold of `--method contrastive`."""
+def test_a_task_chooses_weights_or_they_are_fixed(trimix, tmp_path):
+    """Bug: beside `--task`, `--method contrastive` quietly became ppl; `--weights` was ignored."""
     task = tmp_path / "task.txt"
     task.write_text(f"{KAZAKH}\n", encoding="utf-8")
     arguments = ("generate", KAZAKH, *HOT, "--task", task, "--json")
@@ -129,11 +129,13 @@ def test_weights_chosen_for_a_task_have_no_mask(trimix, tmp_path):
     def answer(*more):
         return json.loads(trimix(*arguments, *more).stdout)
 
-    chosen, contrastive = answer(), answer("--method", "contrastive")
-    assert contrastive["weights"] == chosen["weights"]
-    assert contrastive["text"] == chosen["text"]
-    own = answer("--plausibility-threshold", "0.1")
-    assert own["weights"]["plausibility_threshold"] == 0.1 and own["text"] != chosen["text"]
+    for fixed in (("--method", "contrastive"), ("--method", "large_ins"), ("--weights", "1,0")):
+        refused = trimix(*arguments, *fixed)
+        assert refused.returncode == 2 and b"give --task or --" in refused.stderr
+    chosen, masked = answer(), answer("--plausibility-threshold", "0.1")
+    assert "plausibility_threshold" not in chosen["weights"]
+    assert masked["weights"]["plausibility_threshold"] == 0.1 and masked["text"] != chosen["text"]
+    assert answer("--method", "ppl")["weights"] == chosen["weights"]
 
 
 @pytest.fixture
@@ -161,18 +163,30 @@ def test_score_refuses_a_mix_that_masks(trimix, contrastive_trio, nano_files):
     assert trimix("score", *files, stdin=KAZAKH.encode()).returncode == 0
 
 
-def test_the_command_gives_the_harness_the_trios_own_mask(contrastive_trio, monkeypatch):
-    """Bug: `trimix eval --harness` scored a contrastive trio without its mask."""
+@pytest.mark.parametrize(
+    "method, weights",
+    [
+        ("contrastive", {"method": "fixed", **METHODS["contrastive"].to_json()}),
+        ("ent", {"method": "ent", "unprompted": {"alpha": 0.1, "beta": 0.9}, "chosen": []}),
+    ],
+)
+def test_the_harness_mixes_as_the_trio_file_says(
+    tmp_path, nano_files, monkeypatch, method, weights
+):
+    """Bug: `trimix eval --harness` scored a contrastive trio without its mask, and ent by ppl."""
     pytest.importorskip("lm_eval")
     from trimix_gguf.cli import trimix
-    from trimix_gguf.evaluation import harness
+    from trimix_gguf.evaluation.running import harness
 
+    models = {role: ModelEntry(path=str(path)) for role, path in nano_files.items()}
+    TrioFile(folder=tmp_path, name="made", models=models, method=method).write()
     given = []
-    monkeypatch.setattr(harness, "run_harness", lambda *a, **o: given.append(o["weights"]) or {})
+    monkeypatch.setattr(
+        harness, "run_harness", lambda lm, *a, **o: given.append(lm.get_model_info()) or {}
+    )
     monkeypatch.setattr(harness, "make_table", lambda results: "")
-    arguments = ["eval", "--harness", "any", "--trio", str(contrastive_trio)]
-    trimix(arguments, standalone_mode=False)
-    assert given == [METHODS["contrastive"]]
+    trimix(["eval", "--harness", "any", "--trio", str(tmp_path)], standalone_mode=False)
+    assert [info["weights"] for info in given] == [weights]
 
 
 def test_a_threshold_can_be_an_option_or_part_of_the_mix(trio):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from trimix_gguf.errors import TrimixError
-from trimix_gguf.evaluation import metrics
-from trimix_gguf.evaluation.metrics import METRICS, RougeTokenizer, last_number, squad_words
+from trimix_gguf.evaluation.tasks import metrics
+from trimix_gguf.evaluation.tasks.metrics import METRICS, RougeTokenizer, last_number, squad_words
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 DATA = Path(os.environ.get("TRIMIX_DATA", SHARED))
@@ -277,7 +277,8 @@ def test_an_absent_library_is_named_with_its_mend(name, monkeypatch):
 
 def test_importing_metrics_loads_no_library():
     program = (
-        "import sys, trimix_gguf.evaluation.metrics, trimix_gguf.evaluation.statistics;"
+        "import sys, trimix_gguf.evaluation.tasks.metrics;"
+        "import trimix_gguf.evaluation.reporting.statistics;"
         "print({'sacrebleu', 'rouge_score', 'nltk', 'scipy'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)

@@ -9,9 +9,11 @@ from test_cli import one_line_error
 from topics import arguments
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.racing import FEWEST, WORSE, still_racing
-from trimix_gguf.evaluation.report import load_run, summarize
-from trimix_gguf.evaluation.task import Task
+from trimix_gguf.evaluation.names.settings import RACE_P
+from trimix_gguf.evaluation.reporting.report import summarize
+from trimix_gguf.evaluation.run_files.loading import load_run
+from trimix_gguf.evaluation.running.racing import FEWEST, still_racing
+from trimix_gguf.evaluation.tasks.task import Task
 
 TASK = Task("counting", ("kk",), "Count.", ("f1",), 8, lambda *_: None)
 WORDS = ["бір", "екі", "үш", "төрт", "бес", "алты", "жеті", "сегіз", "тоғыз", "он"]
@@ -43,7 +45,7 @@ def test_a_point_is_left_where_a_paired_t_test_tells_it_apart(n):
     a, b = np.unravel_index(scores.mean(axis=0).argmax(), (6, 6))
     p = stats.ttest_rel(scores[:, a, b, None, None], scores, alternative="greater").pvalue
     racing = still_racing(TASK, lines_of(n_words))
-    np.testing.assert_array_equal(racing, ~(p < WORSE))
+    np.testing.assert_array_equal(racing, ~(p < RACE_P))
     assert racing[a, b] and 0 < racing.sum() < 36
 
 

@@ -22,9 +22,9 @@ from made_runs import (
     write_run,
 )
 
-from trimix_gguf.evaluation.metrics import METRICS
-from trimix_gguf.evaluation.report import to_markdown
-from trimix_gguf.evaluation.statistics import bootstrap_interval, paired_difference
+from trimix_gguf.evaluation.reporting.statistics import bootstrap_interval, paired_difference
+from trimix_gguf.evaluation.reporting.tables import to_markdown
+from trimix_gguf.evaluation.tasks.metrics import METRICS
 
 
 def test_scores_and_intervals_are_those_of_a_naive_count(rng, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from made_runs import made_lines, write_lines, write_run
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.report import load_run
+from trimix_gguf.evaluation.run_files.loading import load_run
 
 
 def spoil(key, value):
@@ -110,7 +110,7 @@ def test_so_far_takes_tasks_that_were_begun_and_singles_that_are_as_far(rng, tmp
         write_lines(folder / f"tumlu.{single}.jsonl", lines)
     (folder / "kazqad.jsonl").write_text('{"id": "q0", "refe', "utf-8")
     run = load_run(folder, so_far=True)
-    assert (run.settings["tasks"], list(run.settings["singles"])) == (["tumlu"], ["big"])
+    assert (run.record["tasks"], list(run.record["singles"])) == (["tumlu"], ["big"])
     whole = write_run(tmp_path / "whole", {"tumlu": tasks["tumlu"]}, n_questions={"tumlu": 12})
     expected = load_run(whole, so_far=True).tasks["tumlu"].texts
     assert expected == load_run(whole).tasks["tumlu"].texts

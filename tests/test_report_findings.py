@@ -14,7 +14,7 @@ from made_runs import (
     write_run,
 )
 
-from trimix_gguf.evaluation.findings import derivative_weights, divergences
+from trimix_gguf.evaluation.reporting.findings import derivative_weights, divergences
 
 
 def test_chosen_points_by_hand(rng, tmp_path):

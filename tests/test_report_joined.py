@@ -6,7 +6,9 @@ import pytest
 from made_runs import made_lines, write_run
 from test_cli import one_line_error
 
-from trimix_gguf.evaluation.report import join, load_run, summarize
+from trimix_gguf.evaluation.reporting.predictions import join
+from trimix_gguf.evaluation.reporting.report import summarize
+from trimix_gguf.evaluation.run_files.loading import load_run
 
 
 def test_two_runs_joined_are_one_run_of_both_tasks(rng, tmp_path):

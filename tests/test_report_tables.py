@@ -12,7 +12,9 @@ from made_runs import (
     write_run,
 )
 
-from trimix_gguf.evaluation.report import load_run, summarize, to_csv, to_markdown
+from trimix_gguf.evaluation.reporting.report import summarize
+from trimix_gguf.evaluation.reporting.tables import to_csv, to_markdown
+from trimix_gguf.evaluation.run_files.loading import load_run
 
 
 @pytest.fixture
@@ -124,11 +126,11 @@ def png(figure):
 
 def test_the_picture_has_three_panels_a_task(two_tasks):
     pytest.importorskip("matplotlib")
-    from trimix_gguf.evaluation.plots import draw
+    from trimix_gguf.evaluation.reporting.plots import draw
 
     run = load_run(two_tasks)
     summary = summarize(run, n_resamples=60)
-    figure = png(draw(run, summary))
+    figure = png(draw(summary))
     panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
     assert len(panels) == 6
     bars, density, scatter = panels[:3]
@@ -147,11 +149,11 @@ def test_the_picture_has_three_panels_a_task(two_tasks):
 
 def test_the_picture_of_fixed_methods_is_bars_alone(rng, tmp_path):
     pytest.importorskip("matplotlib")
-    from trimix_gguf.evaluation.plots import draw
+    from trimix_gguf.evaluation.reporting.plots import draw
 
     lines = made_lines(rng, "tumlu", selecting=(), grid=False)
     for line in lines:
         line["references"] = ["D"]
         line["outputs"] = {name: {**o, "text": "A"} for name, o in line["outputs"].items()}
     run = load_run(write_run(tmp_path, {"tumlu": lines}))
-    assert len(png(draw(run, summarize(run, n_resamples=20))).axes) == 1
+    assert len(png(draw(summarize(run, n_resamples=20))).axes) == 1

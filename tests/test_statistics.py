@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 
 from trimix_gguf.errors import TrimixError
-from trimix_gguf.evaluation import statistics
-from trimix_gguf.evaluation.statistics import bootstrap_interval, paired_difference, spearman
+from trimix_gguf.evaluation.reporting import statistics
+from trimix_gguf.evaluation.reporting.statistics import (
+    bootstrap_interval,
+    paired_difference,
+    spearman,
+)
 
 
 def mean(total):

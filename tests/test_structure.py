@@ -8,7 +8,9 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import numpy as np
 import pytest
+from made_runs import made_lines, write_run
 
 import trimix_gguf
 from trimix_gguf.cli import COMMANDS
@@ -19,21 +21,45 @@ ROOMS = [
     "errors", "roles", "machine", "mixing", "trio", "choosing", "answering", "trios", "bench",
     "evaluation", "server", "cli",
 ]  # fmt: skip
+EVALUATION = ["names", "tasks", "run_files", "reporting", "running"]  # rooms within evaluation
+MODELS = ("trio", "answering", "machine.native")  # what brings llama.cpp
 
 
 def imported_modules(path):
     """Every dotted name that a file may import, inside functions too."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+        yield from imported_names(node)
+
+
+def imported_names(node):
+    if isinstance(node, ast.ImportFrom) and node.module:
+        yield node.module
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    elif isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+
+
+def imported_at_once(path):
+    """The dotted names that importing a file imports: not those in functions or for type hints."""
+    body = list(ast.parse(path.read_text(encoding="utf-8")).body)
+    for node in body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) != "TYPE_CHECKING":
+            body += [*node.body, *node.orelse]
+        elif isinstance(node, ast.Try):
+            body += node.body
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            yield from imported_names(node)
 
 
 def files_of(room):
     folder = ROOT / "trimix_gguf" / room
     return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+
+
+def dotted(path):
+    """A file's name as an import has it."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -48,10 +74,49 @@ def test_imports_point_up_the_rooms(room):
 
 @pytest.mark.parametrize("room", [r for r in ROOMS if (ROOT / "trimix_gguf" / r).is_dir()])
 def test_modules_of_a_room_import_each_other_one_way(room):
-    files = {f"trimix_gguf.{room}.{path.stem}": path for path in files_of(room)}
+    files = {dotted(path): path for path in files_of(room) if path.stem != "__init__"}
     graph = {name: {i for i in imported_modules(path) if i in files and i != name}
              for name, path in files.items()}  # fmt: skip
     list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_a_report_reaches_no_model():
+    """By the imports, through any module; what functions import later is the next test's."""
+    files = {dotted(path): path for path in (ROOT / "trimix_gguf").rglob("*.py")}
+    reached = {name for name in files if name.startswith("trimix_gguf.evaluation.reporting")}
+    todo = list(reached)
+    while todo:
+        name = todo.pop()
+        parts = [i.split(".") for i in imported_at_once(files[name])]
+        imported = {".".join(p[:n]) for p in parts for n in range(1, len(p) + 1)}  # packages too
+        found = imported & files.keys() - reached
+        models = [i for i in found if i.removeprefix("trimix_gguf.").startswith(MODELS)]
+        # trios is a thing with a name: it begins as trio does.
+        models = [i for i in models if not i.startswith("trimix_gguf.trios")]
+        assert not models, f"{name} imports {models}"
+        reached |= found
+        todo += found
+    assert "trimix_gguf.evaluation.tasks.sources" in reached  # it looked through other rooms
+
+
+def test_a_report_is_printed_where_llama_cpp_is_absent(tmp_path):
+    run = write_run(tmp_path / "run", {"tumlu": made_lines(np.random.default_rng(1), "tumlu")})
+    program = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "llama_cpp":
+            raise ImportError(name)
+sys.meta_path.insert(0, Absent())
+from trimix_gguf.cli import trimix
+trimix(["eval", "report", {str(run)!r}, "--choice-scoring"], standalone_mode=False)
+ours = [name.removeprefix("trimix_gguf.") for name in sys.modules]
+models = [name for name in ours if name.startswith({MODELS!r}) and not name.startswith("trios")]
+assert not models, models
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"| method |" in done.stdout
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem)
@@ -169,20 +234,35 @@ def sections():
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
-def rooms_imported(room):
-    """Other rooms that a room imports from, in the order of ROOMS."""
-    names = {name for path in files_of(room) for name in imported_modules(path)}
-    found = {n.split(".")[1] for n in names if n.startswith("trimix_gguf.")} - {room}
-    return [other for other in ROOMS if other in found]
+def rooms_imported(room, rooms=ROOMS, package="trimix_gguf"):
+    """Other rooms that a room imports from, in the order of `rooms`."""
+    files = files_of(f"{package}.{room}".replace(".", "/").removeprefix("trimix_gguf/"))
+    names = {name for path in files for name in imported_modules(path)}
+    inside = {n.removeprefix(f"{package}.") for n in names if n.startswith(f"{package}.")}
+    found = {name.split(".")[0] for name in inside} - {room}
+    return [other for other in rooms if other in found]
 
 
-def test_the_drawing_of_the_rooms_is_what_the_code_imports():
-    drawn = re.search(r"```\n(.*?)```", sections()["Rooms"], re.S)[1].splitlines()
+@pytest.mark.parametrize(
+    "section, rooms, package",
+    [("Rooms", ROOMS, "trimix_gguf"), ("evaluation", EVALUATION, "trimix_gguf.evaluation")],
+)
+def test_the_drawing_of_the_rooms_is_what_the_code_imports(section, rooms, package):
+    drawn = re.search(r"```\n(.*?)```", sections()[section], re.S)[1].splitlines()
     arrows = {line.split()[0]: line.partition("<-")[2].split() for line in drawn}
-    assert list(arrows) == ROOMS, "the drawing's rooms are not those of the code, in their order"
-    for room in ROOMS:
-        line = " ".join([f"{room:<11}", "<-", *rooms_imported(room)])
-        assert arrows[room] == rooms_imported(room), f"ARCHITECTURE.md should draw: {line}"
+    assert list(arrows) == rooms, "the drawing's rooms are not those of the code, in their order"
+    for room in rooms:
+        imported = rooms_imported(room, rooms, package)
+        line = " ".join([f"{room:<11}", "<-", *imported])
+        assert arrows[room] == imported, f"ARCHITECTURE.md should draw: {line}"
+        above = rooms[: rooms.index(room)]
+        assert set(imported) <= set(above), f"{room} imports from a room below it"
+
+
+def test_evaluation_has_only_its_rooms():
+    folder = ROOT / "trimix_gguf/evaluation"
+    assert sorted(p.parent.name for p in folder.glob("*/__init__.py")) == sorted(EVALUATION)
+    assert [path.name for path in folder.glob("*.py")] == ["__init__.py"]
 
 
 @pytest.mark.parametrize("room", [*ROOMS, "convert"])

@@ -6,7 +6,7 @@ import pytest
 from made_tasks import load, write_json, write_jsonl, write_kazakh, write_milic, xcopa
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.sources import read_json, read_jsonl, read_tsv
+from trimix_gguf.evaluation.tasks.rows import read_json, read_jsonl, read_tsv
 
 pytestmark = pytest.mark.usefixtures("hub_cache")
 

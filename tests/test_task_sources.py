@@ -13,8 +13,8 @@ import pytest
 from made_tasks import load, prompt, write_all, write_jsonl, write_lines
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.sources import HubFile, find
 from trimix_gguf.evaluation.tasks import custom_task
+from trimix_gguf.evaluation.tasks.sources import HubFile, find
 
 pytestmark = pytest.mark.usefixtures("hub_cache")
 ROOT = Path(__file__).parent.parent
@@ -108,7 +108,8 @@ FETCH = """
 import sys
 from pathlib import Path
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.sources import HubFile, find, read_jsonl
+from trimix_gguf.evaluation.tasks.rows import read_jsonl
+from trimix_gguf.evaluation.tasks.sources import HubFile, find
 for repo, name in (("open/set", "data/x.jsonl"), ("open/set", "data/y"), ("gated/set", "data/x")):
     try:
         print(read_jsonl(find(Path("here"), name, hub=HubFile(repo, name)), {"a": str})[0][1])

@@ -12,10 +12,10 @@ import pytest
 from made_tasks import load, prompt, write_all, write_lines
 
 from trimix_gguf.errors import DataError, TrimixError
-from trimix_gguf.evaluation.metrics import METRICS
 from trimix_gguf.evaluation.tasks import TASKS, find_task
 from trimix_gguf.evaluation.tasks.belebele import read_letter
 from trimix_gguf.evaluation.tasks.kazqad import PASSAGE_CHARS, excerpt
+from trimix_gguf.evaluation.tasks.metrics import METRICS
 from trimix_gguf.evaluation.tasks.mgsm import SOLUTIONS
 from trimix_gguf.evaluation.tasks.sib200 import LABELS, read_label
 

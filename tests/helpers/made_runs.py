@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 
-from trimix_gguf.evaluation.report import load_run, summarize
+from trimix_gguf.evaluation.reporting.report import summarize
+from trimix_gguf.evaluation.run_files.loading import load_run
 
 AXIS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 GRID = AXIS[1:]

@@ -3,13 +3,16 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
-from trimix_gguf.choosing.methods import compared_by_default
-from trimix_gguf.cli.options import named_trio, open_trio, own_mix, parse_mix, trio_options
+from trimix_gguf.choosing.methods import ORACLE, compared_by_default
+from trimix_gguf.cli.options import named_trio, open_trio, parse_mix, trio_options
+from trimix_gguf.evaluation.names.compared import LARGE_BASE, check_methods
+from trimix_gguf.evaluation.names.settings import RunSettings
 
 _DEFAULT = ",".join(compared_by_default())
 
@@ -40,8 +43,9 @@ _DEFAULT = ",".join(compared_by_default())
 )
 @click.option(
     "--exemplars",
+    "n_exemplars",
     type=click.IntRange(min=0),
-    help="Exemplars per prompt. Default: the task's own number.",
+    help="Exemplars per prompt. Default: the task's number.",
 )
 @click.option("--chat", is_flag=True, help="Put prompts into the chat template of large_ins.")
 @click.option(
@@ -101,19 +105,22 @@ def report(
 ) -> None:
     """Print the table of a run as Markdown. Models are not needed.
 
-    Several runs of the same models make one table, with other tasks, or with other methods on the
+    Several runs of the same models make one table: with other tasks, or with other methods on the
     same questions. What two runs have in common comes from the first.
     """
     import json
 
-    from trimix_gguf.evaluation.report import join, load_run, summarize, to_csv, to_markdown
+    from trimix_gguf.evaluation.reporting.predictions import join
+    from trimix_gguf.evaluation.reporting.report import summarize
+    from trimix_gguf.evaluation.reporting.tables import to_csv, to_markdown
+    from trimix_gguf.evaluation.run_files.loading import load_run
 
     run = join([load_run(Path(folder), so_far=so_far) for folder in folders])
     summary = summarize(run, choice_scoring=choice_scoring)
     if plot is not None:
-        from trimix_gguf.evaluation.plots import draw
+        from trimix_gguf.evaluation.reporting.plots import draw
 
-        draw(run, summary).savefig(plot)
+        draw(summary).savefig(plot)
     if form == "json":
         click.echo(json.dumps(summary, ensure_ascii=False))
     else:
@@ -121,49 +128,46 @@ def report(
 
 
 def _run(options: dict[str, Any]) -> None:
-    from trimix_gguf.choosing.methods import ORACLE
-    from trimix_gguf.evaluation.methods import check_methods
-    from trimix_gguf.evaluation.run import Plan, open_run
+    from trimix_gguf.evaluation.running.comparing import Comparison, compare
 
-    lang, out = options.pop("lang"), Path(options.pop("out"))
-    names = {name: _split(options.pop(name)) for name in ("tasks", "methods")}
-    check_methods(names["methods"])
-    if options["race"] and ORACLE not in names["methods"]:
-        raise click.UsageError(f"--race needs {ORACLE} among the --methods")
-    plan = Plan(
-        lang=lang,
-        **names,
+    comparison = Comparison(
+        lang=options.pop("lang"),
+        tasks=_split(options.pop("tasks")),
         data=Path(options.pop("data")),
-        seed=options.pop("seed"),
-        limit=options.pop("limit"),
-        n_exemplars=options.pop("exemplars"),
-        chat=options.pop("chat"),
-        fill_loops=options.pop("fill_loops"),
-        race=options.pop("race"),
+        settings=_settings(options),
         singles=_singles(options.pop("single")),
         large_base=_large_base(options),
         command=sys.argv,
     )
-    plan.fourth, plan.datasets  # noqa: B018  # before the models are loaded, which takes longer
-    with open_trio(options) as trio, open_run(out, plan, trio) as run:
-        run.compare(trio, _progress)
+    comparison.check()
+    out = Path(options.pop("out"))
+    with open_trio(options) as trio:
+        compare(trio, comparison, out, open_bar)
+
+
+def _settings(options: dict[str, Any]) -> RunSettings:
+    """Take the RunSettings out of the options: those with the names of its fields."""
+    options["methods"] = _split(options["methods"])
+    settings = RunSettings(**{field.name: options.pop(field.name) for field in fields(RunSettings)})
+    check_methods(settings.methods)
+    if settings.race and ORACLE not in settings.methods:
+        raise click.UsageError(f"--race needs {ORACLE} among the --methods")
+    return settings
 
 
 def _run_harness(options: dict[str, Any]) -> None:
-    """The harness's own table on stdout; with --out, its results as JSON in that folder."""
+    """Print the harness's table; with --out, write its results as JSON into that folder."""
     import json
 
-    from trimix_gguf.evaluation.harness import make_table, run_harness
+    from trimix_gguf.evaluation.running.harness import TrimixLM, make_table, run_harness
 
-    text = options.pop("weights")
-    mix = parse_mix(text) if text else own_mix(options)
+    chosen_by = _harness_weights(options)
     with open_trio(options) as trio:
         results = run_harness(
-            trio,
+            TrimixLM(trio, **chosen_by),
             _split(options["harness"]),
-            weights=mix,
             limit=options["limit"],
-            num_fewshot=options["exemplars"],
+            num_fewshot=options["n_exemplars"],
             apply_chat_template=options["chat"],
             include_path=options["harness_path"],
             include_defaults=options["harness_path"] is None,
@@ -176,9 +180,19 @@ def _run_harness(options: dict[str, Any]) -> None:
     click.echo(make_table(results))
 
 
-def _large_base(options: dict[str, Any]) -> Path | None:
-    from trimix_gguf.evaluation.decoupled import LARGE_BASE
+def _harness_weights(options: dict[str, Any]) -> dict[str, Any]:
+    """TrimixLM's `weights` or `method`: from --weights, else as the trio file says."""
+    if text := options.pop("weights"):
+        return {"weights": parse_mix(text)}
+    trio_file = named_trio(options)
+    if trio_file is None:
+        return {}
+    if trio_file.fixed_mix is not None:
+        return {"weights": trio_file.fixed_mix}
+    return {} if trio_file.method is None else {"method": trio_file.method}
 
+
+def _large_base(options: dict[str, Any]) -> Path | None:
     if (given := options.pop(LARGE_BASE)) is not None:
         return Path(given)
     trio_file = named_trio(options)
@@ -202,8 +216,8 @@ def _singles(texts: tuple[str, ...]) -> dict[str, Path]:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr for people, with the time left; a line now and then for a log."""
+def open_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with the time left on a terminal; in a log, a line per tenth. On stderr."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -214,18 +228,18 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
     )
 
     if not sys.stderr.isatty():
-        told = -1  # tenths
+        told = -1  # tenths that were printed
 
         def log(done: int, total: int) -> None:
             nonlocal told
             if (tenths := 10 * done // max(1, total)) != told:
                 told = tenths
-                print(f"{what}: {done}/{total}", file=sys.stderr)
+                print(f"{name}: {done}/{total}", file=sys.stderr)
 
         yield log
         return
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True))
-    task = bar.add_task(what, total=None)
+    task = bar.add_task(name, total=None)
     with bar:
         yield lambda done, total: bar.update(task, completed=done, total=total)

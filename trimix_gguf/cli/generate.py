@@ -15,6 +15,7 @@ from trimix_gguf.cli.generation_options import (
     weights_line,
 )
 from trimix_gguf.cli.options import open_trio, read_text, token_progress, trio_options
+from trimix_gguf.mixing.fusion import METHODS
 
 
 @click.command()
@@ -47,6 +48,7 @@ def generate(prompt: str | None, file: str | None, **options: Any) -> None:
     if prompt is not None and file is not None:
         raise click.UsageError("give PROMPT or --file, not both")
     text = prompt if prompt not in (None, "-") else read_text(file or "-")
+    _check_task(options)
     settings = generation_settings(options)
     settings |= _own_settings(options)
     with ExitStack() as stack:
@@ -63,6 +65,16 @@ def generate(prompt: str | None, file: str | None, **options: Any) -> None:
             out = stack.enter_context(open(trace, "w", encoding="utf-8"))
             settings["trace"] = "all"
         _run(trio, segments, settings, as_json, out)
+
+
+def _check_task(options: dict[str, Any]) -> None:
+    """Refuse fixed weights beside --task, which chooses them."""
+    if options["task"] is None:
+        return
+    if options["weights"] is not None:
+        raise click.UsageError("give --task or --weights, not both")
+    if (method := options["method"]) in METHODS:
+        raise click.UsageError(f"give --task or --method {method}, not both: its weights are fixed")
 
 
 def _own_settings(options: dict[str, Any]) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Tasks, metrics, and the runner that compares methods on them."""
+"""Methods compared on labelled tasks; ARCHITECTURE.md draws the rooms."""

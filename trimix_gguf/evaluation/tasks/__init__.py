@@ -1,7 +1,6 @@
 """The tasks of `trimix eval`, by name."""
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.task import Task
 from trimix_gguf.evaluation.tasks import (
     belebele,
     copa,
@@ -13,6 +12,7 @@ from trimix_gguf.evaluation.tasks import (
     tumlu,
 )
 from trimix_gguf.evaluation.tasks.custom import custom_task
+from trimix_gguf.evaluation.tasks.task import Task
 
 __all__ = ["TASKS", "custom_task", "find_task"]
 
@@ -39,7 +39,7 @@ TASKS: dict[str, Task] = {
 
 
 def find_task(name: str, lang: str) -> Task:
-    """The task of that name; raises DataError where there is none, or it lacks the language."""
+    """The task of that name; raises DataError if there is none, or not in that language."""
     task = TASKS.get(name)
     if task is None:
         raise DataError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}")

@@ -1,29 +1,19 @@
 """Belebele: questions on a FLORES passage, four choices (Bandarkar et al., 2024).
 
 The set has one part, 900 questions on 488 passages: the passages of its last 20 questions are
-kept for exemplars. Also here: what every task with lettered choices shares.
+kept for exemplars. What every task with lettered choices shares is here too.
 """
 
-import random
 import re
 import string
 from collections.abc import Sequence
 from pathlib import Path
 
-from trimix_gguf.evaluation.sources import (
-    FLORES_CODES,
-    HubFile,
-    Row,
-    find,
-    hold_out,
-    index_of,
-    one_line,
-    read_jsonl,
-)
-from trimix_gguf.evaluation.task import Dataset, Example, Task
+from trimix_gguf.evaluation.tasks.rows import Row, index_of, one_line, read_jsonl
+from trimix_gguf.evaluation.tasks.sources import FLORES_CODES, HubFile, find
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 
 LETTERS = string.ascii_uppercase
-N_HELD_OUT = 20
 
 _OPTIONS = tuple(f"mc_answer{n}" for n in range(1, 5))
 _FIELDS = dict.fromkeys(("flores_passage", "question", *_OPTIONS), str)
@@ -31,13 +21,11 @@ _LOOK_ALIKES = str.maketrans("АВСЕавсе", "ABCEabce")  # Cyrillic, as a K
 
 
 def load(data: Path, lang: str, seed: int) -> Dataset:
+    """All questions but those of the held-out passages."""
     code = FLORES_CODES[lang]
     path = find(data, f"{code}.jsonl", hub=HubFile("facebook/belebele", f"data/{code}.jsonl"))
     rows = read_jsonl(path, {**_FIELDS, "correct_answer_num": str | int})
-    examples, held_out = hold_out(rows, N_HELD_OUT, lambda row: row["flores_passage"])
-    pool = [_example(row) for row in held_out]
-    random.Random(seed).shuffle(pool)
-    return Dataset([_example(row) for row in examples], pool)
+    return Dataset.held_out(rows, "flores_passage", _example, seed)
 
 
 def _example(row: Row) -> Example:
@@ -49,7 +37,7 @@ def _example(row: Row) -> Example:
 
 
 def lettered(name: str, stem: str, options: Sequence[str], gold: int) -> Example:
-    """A question whose answer is a letter: `stem`, the options after A., B., …, "Answer:"."""
+    """A question with a letter as its answer: `stem`, the options after A., B., …, "Answer:"."""
     letters = tuple(LETTERS[: len(options)])
     lines = [
         f"{letter}. {one_line(option)}" for letter, option in zip(letters, options, strict=True)
@@ -59,10 +47,10 @@ def lettered(name: str, stem: str, options: Sequence[str], gold: int) -> Example
 
 
 def read_letter(text: str, choices: Sequence[str]) -> str:
-    """The letter that the first line begins with ("B", "(B)", " b)"), else that line.
+    """The letter at the beginning of the first line ("B", "(B)", " b)"), else that line.
 
-    A Cyrillic look-alike counts as the Latin letter. "Because" begins with no letter of its own,
-    nor does "a dog": a small letter needs a mark after it, or the line's end.
+    A Cyrillic look-alike counts as the Latin letter. "Because" does not begin with an answer, and
+    "a dog" does not either: after a small letter there must be a mark, or the end of the line.
     """
     line = text.strip().split("\n")[0].strip()
     match = re.match(r"[\W_]*([^\W\d_])(?!\w)(\s*[^\w\s]|$)?", line)

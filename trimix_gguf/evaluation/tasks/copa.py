@@ -1,25 +1,17 @@
 """COPA: the likelier cause or effect of two, in Kazakh (kkCOPA) and Tamil (XCOPA).
 
-kkCOPA is COPA's test part alone: its last 20 items are for exemplars. XCOPA has a validation
-part for them. In both the right answer stands first in half of the test items.
+kkCOPA has only COPA's test part: its last 20 items are exemplars. XCOPA has a validation part
+for them. In both, the right answer is the first one in half of the test items.
 """
 
-import random
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
-from trimix_gguf.evaluation.sources import (
-    Row,
-    find,
-    hold_out,
-    index_of,
-    one_line,
-    read_jsonl,
-)
-from trimix_gguf.evaluation.task import Dataset, Example, Task
 from trimix_gguf.evaluation.tasks.belebele import lettered, read_letter
-
-N_HELD_OUT = 20
+from trimix_gguf.evaluation.tasks.rows import Row, index_of, one_line, read_jsonl
+from trimix_gguf.evaluation.tasks.sources import find
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 
 # Our name of a field -> the file's
 _KKCOPA = {
@@ -40,17 +32,16 @@ _ASKED = {"cause": "What was the cause?", "effect": "What happened as a result?"
 
 
 def load(data: Path, lang: str, seed: int) -> Dataset:
+    """kkCOPA for Kazakh, else XCOPA's test part, with exemplars from its validation part."""
     if lang == "kk":
         rows = _read(data, "eval/kk/kkCOPA.jsonl", _KKCOPA)
-        examples, held_out = hold_out(rows, N_HELD_OUT, lambda row: row["p_contents_kz"])
-        columns, allowed = _KKCOPA, ("1", "2")
-    else:
-        examples = _read(data, f"eval/{lang}/test.jsonl", _XCOPA)
-        held_out = _read(data, f"eval/{lang}/val.jsonl", _XCOPA)
-        columns, allowed = _XCOPA, ("0", "1")
-    pool = [_example(row, columns, allowed) for row in held_out]
-    random.Random(seed).shuffle(pool)
-    return Dataset([_example(row, columns, allowed) for row in examples], pool)
+        example = partial(_example, columns=_KKCOPA, allowed=("1", "2"))
+        return Dataset.held_out(rows, _KKCOPA["premise"], example, seed)
+    test, val = (
+        [_example(row, _XCOPA, ("0", "1")) for row in _read(data, f"eval/{lang}/{part}", _XCOPA)]
+        for part in ("test.jsonl", "val.jsonl")
+    )
+    return Dataset.shuffled(test, val, seed)
 
 
 def _read(data: Path, relative: str, columns: Mapping[str, str]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""A user's own questions: one JSON object a line.
+"""A user's own questions: one JSON object per line.
 
     {"instruction": "Answer in Kazakh.", "language": "kk"}
     {"question": "Қазақстан астанасы?", "answer": "Астана", "exemplar": true}
@@ -14,16 +14,22 @@ The first line may hold settings in place of a question, each of them optional: 
 choices, else 64), `n_exemplars` (5, or as many as there are).
 """
 
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.metrics import METRICS
-from trimix_gguf.evaluation.sources import Fields, Row, check_type, index_of, one_line, read_jsonl
-from trimix_gguf.evaluation.task import Dataset, Example, Task
 from trimix_gguf.evaluation.tasks.belebele import LETTERS, lettered, read_letter
+from trimix_gguf.evaluation.tasks.metrics import METRICS
+from trimix_gguf.evaluation.tasks.rows import (
+    Fields,
+    Record,
+    Row,
+    check_type,
+    index_of,
+    one_line,
+    read_jsonl,
+)
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 
 _SETTINGS: Fields = {
     "instruction": str,
@@ -36,22 +42,20 @@ _ROW: Fields = {"question": str, "answer": str | list, "choices": list, "exempla
 
 
 def custom_task(path: Path) -> Task:
-    """The task of a JSONL file, named after it; its `load` takes no notice of data and lang.
+    """The task of a JSONL file, named after it; its `load` ignores data and lang.
 
-    Raises DataError where the file or a line of it is not of the form above.
+    Raises DataError if the file or one of its lines does not have the form above.
     """
     rows = read_jsonl(path, {})
     settings = {} if "question" in rows[0][1] else _typed(rows.pop(0), _SETTINGS)
     examples, pool = _split(path, [(where, _typed((where, row), _ROW)) for where, row in rows])
     with_choices = {bool(example.choices) for example in examples + pool}
     if len(with_choices) == 2:
-        raise DataError(f"{path}: some rows have choices and some none; make a file of each")
+        raise DataError(f"{path}: some rows have choices and some do not; make two files of it")
     chosen = with_choices.pop()
 
     def load(data: Path, lang: str, seed: int) -> Dataset:
-        shuffled = list(pool)
-        random.Random(seed).shuffle(shuffled)
-        return Dataset(examples, shuffled)
+        return Dataset.shuffled(examples, pool, seed)
 
     return Task(
         name=path.stem,
@@ -65,8 +69,8 @@ def custom_task(path: Path) -> Task:
     )
 
 
-def _typed(row: Row, known: Fields) -> dict[str, Any]:
-    """The fields of a line, each of them known and of its type."""
+def _typed(row: Row, known: Fields) -> Record:
+    """The fields of a line; raises DataError for one that is unknown or of another type."""
     where, record = row
     for name, value in record.items():
         if name not in known:
@@ -78,7 +82,7 @@ def _typed(row: Row, known: Fields) -> dict[str, Any]:
 
 
 def _split(path: Path, rows: Sequence[Row]) -> tuple[list[Example], list[Example]]:
-    """(examples, pool), ids being the lines' numbers."""
+    """(examples, pool); the id of an example is the number of its line."""
     examples: list[Example] = []
     pool: list[Example] = []
     for where, row in rows:
@@ -89,7 +93,7 @@ def _split(path: Path, rows: Sequence[Row]) -> tuple[list[Example], list[Example
     return examples, pool
 
 
-def _example(where: str, row: Mapping[str, Any]) -> Example:
+def _example(where: str, row: Record) -> Example:
     for field in ("question", "answer"):
         if not row.get(field):
             raise DataError(f"{where}: field {field!r} is missing; it has {', '.join(row)}")
@@ -101,8 +105,8 @@ def _example(where: str, row: Mapping[str, Any]) -> Example:
     return Example(name, f"{stem}\nAnswer:", answers[0], answers)
 
 
-def _gold(where: str, row: Mapping[str, Any]) -> int:
-    """Where the right choice stands: its text goes before its letter."""
+def _gold(where: str, row: Record) -> int:
+    """The position of the right choice: looked up by its text first, then by its letter."""
     choices = [str(choice) for choice in row["choices"]]
     if len(choices) > len(LETTERS):
         raise DataError(
@@ -113,7 +117,7 @@ def _gold(where: str, row: Mapping[str, Any]) -> int:
     return index_of(where, "answer", row["answer"], tuple(LETTERS[: len(choices)]))
 
 
-def _metrics(path: Path, settings: Mapping[str, Any], default: tuple[str, ...]) -> tuple[str, ...]:
+def _metrics(path: Path, settings: Record, default: tuple[str, ...]) -> tuple[str, ...]:
     names = tuple(settings.get("metrics", default))
     for name in names:
         index_of(f"{path}:1", "metrics", name, tuple(METRICS))

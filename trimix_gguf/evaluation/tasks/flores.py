@@ -4,21 +4,23 @@ Needs `eval/<lang>/flores200.txt`, line-aligned with `eval/en/flores200.txt`, an
 FLORES' dev part: `eval/<lang>/flores200_fewshot.tsv`, columns <lang> and en.
 """
 
-import random
 from pathlib import Path
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.sources import LANGUAGE_NAMES, find, one_line, read_lines, read_tsv
-from trimix_gguf.evaluation.task import Dataset, Example, Task
+from trimix_gguf.evaluation.tasks.rows import one_line, read_lines, read_tsv
+from trimix_gguf.evaluation.tasks.sources import LANGUAGE_NAMES, find
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 
 LANGUAGES = tuple(lang for lang in LANGUAGE_NAMES if lang != "en")
 
 
 def load_to_english(data: Path, lang: str, seed: int) -> Dataset:
+    """Sentences of `lang`, with English references."""
     return _load(data, lang, "en", lang, seed)
 
 
 def load_from_english(data: Path, lang: str, seed: int) -> Dataset:
+    """English sentences, with references in `lang`."""
     return _load(data, "en", lang, lang, seed)
 
 
@@ -41,8 +43,7 @@ def _load(data: Path, source: str, target: str, lang: str, seed: int) -> Dataset
         translation(f"dev-{n}", (row[source], row[target]), source, target)
         for n, (_, row) in enumerate(rows, 1)
     ]
-    random.Random(seed).shuffle(pool)
-    return Dataset(examples, pool)
+    return Dataset.shuffled(examples, pool, seed)
 
 
 def _sentences(data: Path, lang: str) -> list[str]:
@@ -55,7 +56,7 @@ def _sentences(data: Path, lang: str) -> list[str]:
 
 
 def translation(name: str, pair: tuple[str, str], source: str, target: str) -> Example:
-    """A sentence after its language's name, to go on with after the other language's name."""
+    """A sentence after the name of its language; the answer follows the name of the other one."""
     given, wanted = (one_line(text) for text in pair)
     question = f"{LANGUAGE_NAMES[source]}: {given}\n{LANGUAGE_NAMES[target]}:"
     return Example(name, question, wanted, (wanted,))

@@ -1,27 +1,24 @@
 """KazQAD: the span of a Kazakh passage that answers a question (Yeshpanov et al., 2024).
 
-Only its validation part is at hand: the passages of its last 20 questions are for exemplars.
+Only its validation part is used: the passages of its last 20 questions are for exemplars.
 """
 
 import random
 from pathlib import Path
-from typing import Any
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.sources import Row, find, hold_out, one_line, read_jsonl
-from trimix_gguf.evaluation.task import Dataset, Example, Task
+from trimix_gguf.evaluation.tasks.rows import Record, Row, one_line, read_jsonl
+from trimix_gguf.evaluation.tasks.sources import find
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 
-N_HELD_OUT = 20
 PASSAGE_CHARS = 384  # the paper's cut of passages
 
 
 def load(data: Path, lang: str, seed: int) -> Dataset:
+    """All questions but those of the held-out passages."""
     path = find(data, f"eval/{lang}/kazqad/validation.jsonl")
     rows = read_jsonl(path, {"id": str, "context": str, "question": str, "answers": dict})
-    examples, held_out = hold_out(rows, N_HELD_OUT, lambda row: row["context"])
-    pool = [_example(row) for row in held_out]
-    random.Random(seed).shuffle(pool)
-    return Dataset([_example(row) for row in examples], pool)
+    return Dataset.held_out(rows, "context", _example, seed)
 
 
 def _example(row: Row) -> Example:
@@ -33,8 +30,8 @@ def _example(row: Row) -> Example:
     return Example(record["id"], question, references[0], references)
 
 
-def _spans(where: str, record: dict[str, Any]) -> tuple[list[str], list[int]]:
-    """The answers and where each starts in the passage; raises DataError where one does not."""
+def _spans(where: str, record: Record) -> tuple[list[str], list[int]]:
+    """The answers, and where each starts in the passage; raises DataError if one is not there."""
     texts, starts = record["answers"].get("text"), record["answers"].get("answer_start")
     if not texts or not starts or len(texts) != len(starts):
         raise DataError(f"{where}: field 'answers' should have as many text as answer_start, ≥ 1")
@@ -50,9 +47,9 @@ def _spans(where: str, record: dict[str, Any]) -> tuple[list[str], list[int]]:
 def excerpt(passage: str, start: int, end: int, key: str) -> str:
     """At most PASSAGE_CHARS characters of `passage`, whole words, with [start, end) inside.
 
-    A cut at the front would drop the answer of every fourth question; one around the answer
-    would say where it stands. So the window is drawn evenly from all that hold the answer, with
-    `key` alone as seed: one question has one text, in any run and whatever else is asked.
+    The first characters of a passage lack the answer of every fourth question. A window around
+    the answer would show where it is. So the window is drawn evenly from all that contain the
+    answer, with only `key` as the seed: a question has the same text in every run.
     """
     n_chars = max(PASSAGE_CHARS, end - start)
     if len(passage) <= n_chars:

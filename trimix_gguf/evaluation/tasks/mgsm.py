@@ -1,15 +1,15 @@
 """MGSM: grade-school problems in several languages (Shi et al., 2022), solved in English.
 
-The set has 250 problems, in one order in every language, and only numbers for answers. Its last
-eight are the exemplars: SOLUTIONS works them out in English, as the paper does for native maths.
+The set has 250 problems, in the same order in every language; its answers are only numbers. The
+last eight are the exemplars: SOLUTIONS solves them in English, as the paper does for native maths.
 """
 
-import random
 from pathlib import Path
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.sources import find, one_line, read_tsv
-from trimix_gguf.evaluation.task import Dataset, Example, Task
+from trimix_gguf.evaluation.tasks.rows import one_line, read_tsv
+from trimix_gguf.evaluation.tasks.sources import find
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 
 N_PROBLEMS = 250
 SOLUTIONS = {
@@ -53,6 +53,7 @@ SOLUTIONS = {
 
 
 def load(data: Path, lang: str, seed: int) -> Dataset:
+    """All problems but the last eight, which are the exemplars."""
     path = find(data, f"eval/{lang}/mgsm_{lang}.tsv")
     rows = read_tsv(path, ("question", "answer"), header=False)
     if len(rows) != N_PROBLEMS:
@@ -67,8 +68,7 @@ def load(data: Path, lang: str, seed: int) -> Dataset:
         if not solution.endswith(f" {answer.replace(',', '')}."):
             raise DataError(f"{where}: not MGSM's problem {number}: {answer} is not its answer")
         pool.append(Example(str(number), question, solution, (answer,)))
-    random.Random(seed).shuffle(pool)
-    return Dataset(examples, pool)
+    return Dataset.shuffled(examples, pool, seed)
 
 
 MGSM = Task(

@@ -1,54 +1,45 @@
 """MiLiC-Eval in the paper's seven tasks: Tibetan, Uyghur, Kazakh, Mongolian (Zhang et al., 2025).
 
-Kazakh stands in Arabic script here and Mongolian in its own. The files are
-`data/<folder>/<lang>/{test,train_1,train_2,train_3}.json`. Exemplars keep the order of their
-file, as in the paper, which takes train_1: seed 0 takes it, 1 and 2 the others, then around again.
-Each setting below is the paper's, but for the tokens of a label: it lets two, we more.
+Here Kazakh is written in Arabic script, and Mongolian in Mongolian script. The files are
+`data/<folder>/<lang>/{test,train_1,train_2,train_3}.json`. Exemplars keep the order of their file,
+as in the paper, which uses train_1: seed 0 uses train_1, seed 1 train_2, seed 2 train_3, seed 3
+train_1 again. All settings below are the paper's, but a label may have more than two tokens.
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.sources import (
-    Fields,
-    HubFile,
-    Row,
-    find,
-    index_of,
-    one_line,
-    read_json,
-)
-from trimix_gguf.evaluation.task import Dataset, Example, Task
 from trimix_gguf.evaluation.tasks import flores
 from trimix_gguf.evaluation.tasks.belebele import LETTERS, lettered, read_letter
+from trimix_gguf.evaluation.tasks.rows import Fields, Row, index_of, one_line, read_json
 from trimix_gguf.evaluation.tasks.sib200 import one_of_each, read_label
+from trimix_gguf.evaluation.tasks.sources import HubFile, find
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Load, Task
 
 LANGUAGES = ("bo", "ug", "kk", "mn")
 HUB = "pkupie/milic-eval"
 ON_HUB = ("response_selection", "reading_comprehension", "math", "translation_dialogue")
 TEXT_CHARS, ARTICLE_CHARS = 384, 256
 
-_ID: Fields = {"id": str | int}
-_CHOICE: Fields = {**_ID, "context": list, "options": list, "answer": str}
+_CHOICE: Fields = {"context": list, "options": list, "answer": str}
 
 
-def load_responses(data: Path, lang: str, seed: int) -> Dataset:
-    test, train = _read(data, "response_selection", lang, seed, _CHOICE)
-    return Dataset([_response(row) for row in test], [_response(row) for row in train])
+def _loader(folder: str, fields: Fields, example: Callable[[Row], Example]) -> Load:
+    """The `load` of a task: each row of the test and the training file is one example."""
+
+    def load(data: Path, lang: str, seed: int) -> Dataset:
+        test, train = _read(data, folder, lang, seed, fields)
+        return Dataset([example(row) for row in test], [example(row) for row in train])
+
+    return load
 
 
-def load_comprehension(data: Path, lang: str, seed: int) -> Dataset:
-    fields = {**_CHOICE, "question": str}
-    test, train = _read(data, "reading_comprehension", lang, seed, fields)
-    return Dataset([_comprehension(row) for row in test], [_comprehension(row) for row in train])
-
-
-def load_topics(data: Path, lang: str, seed: int) -> Dataset:
-    """The pool is the training file, but one exemplar of each label first, those shuffled."""
-    fields = {**_ID, "text": str, "label": dict}
-    test, train = _read(data, "text_classification", lang, seed, fields)
+def _topics(data: Path, lang: str, seed: int) -> Dataset:
+    """The pool is the training file, but with one exemplar of each label first, shuffled."""
+    test, train = _read(data, "text_classification", lang, seed, {"text": str, "label": dict})
     labels = tuple(sorted({_english(row, "label") for row in test}))
     pool = one_of_each([_topic(row, labels) for row in train])
     n = len({example.answer for example in pool})
@@ -56,42 +47,27 @@ def load_topics(data: Path, lang: str, seed: int) -> Dataset:
     return Dataset([_topic(row, labels) for row in test], first + pool[n:])
 
 
-def load_titles(data: Path, lang: str, seed: int) -> Dataset:
-    fields = {**_ID, "content": str, "title": str}
-    test, train = _read(data, "title_generation_200", lang, seed, fields)
-    return Dataset([_title(row) for row in test], [_title(row) for row in train])
+def _to_english(data: Path, lang: str, seed: int) -> Dataset:
+    return _translations(lang, lang, "en")(data, lang, seed)
 
 
-def load_math(data: Path, lang: str, seed: int) -> Dataset:
-    fields = {**_ID, "question": str, "cot": dict, "answer": int | float | str}
-    test, train = _read(data, "math", lang, seed, fields)
-    return Dataset([_problem(row) for row in test], [_problem(row) for row in train])
+def _from_english(data: Path, lang: str, seed: int) -> Dataset:
+    return _translations(lang, "en", lang)(data, lang, seed)
 
 
-def load_to_english(data: Path, lang: str, seed: int) -> Dataset:
-    return _translations(data, lang, seed, lang, "en")
+def _translations(lang: str, source: str, target: str) -> Load:
+    def example(row: Row) -> Example:
+        _, record = row
+        pair = (record[source], record[target])
+        return flores.translation(str(record["id"]), pair, source, target)
 
-
-def load_from_english(data: Path, lang: str, seed: int) -> Dataset:
-    return _translations(data, lang, seed, "en", lang)
-
-
-def _translations(data: Path, lang: str, seed: int, source: str, target: str) -> Dataset:
-    fields = {**_ID, lang: str, "en": str}
-    parts = [
-        [
-            flores.translation(str(row["id"]), (row[source], row[target]), source, target)
-            for _, row in rows
-        ]
-        for rows in _read(data, "translation_dialogue", lang, seed, fields)
-    ]
-    return Dataset(*parts)
+    return _loader("translation_dialogue", {lang: str, "en": str}, example)
 
 
 def _read(
     data: Path, folder: str, lang: str, seed: int, fields: Fields
 ) -> tuple[list[Row], list[Row]]:
-    """The test rows, and those of the training file that the seed names."""
+    """The test rows, and those of the training file that the seed names; all have an id too."""
     mend = (
         "put it there: data.zip of github.com/luciusssss/TriMix has it, or the dataset's page on"
         f" the hub ({HUB})"
@@ -100,7 +76,8 @@ def _read(
     for part in ("test", f"train_{seed % 3 + 1}"):
         name = f"{folder}/{lang}/{part}.json"
         hub = HubFile(HUB, name) if folder in ON_HUB else None
-        parts.append(read_json(find(data, f"data/{name}", hub=hub, mend=mend), fields))
+        path = find(data, f"data/{name}", hub=hub, mend=mend)
+        parts.append(read_json(path, {"id": str | int, **fields}))
     return parts[0], parts[1]
 
 
@@ -158,7 +135,7 @@ RESPONSES = Task(
     instruction="Choose the response that fits each dialogue, by its letter.",
     metrics=("accuracy",),
     max_tokens=2,
-    load=load_responses,
+    load=_loader("response_selection", _CHOICE, _response),
     read_answer=read_letter,
 )
 COMPREHENSION = Task(
@@ -167,7 +144,7 @@ COMPREHENSION = Task(
     instruction="Read each dialogue and answer the question with the letter of the right choice.",
     metrics=("accuracy",),
     max_tokens=2,
-    load=load_comprehension,
+    load=_loader("reading_comprehension", {**_CHOICE, "question": str}, _comprehension),
     read_answer=read_letter,
 )
 TOPICS = Task(
@@ -176,7 +153,7 @@ TOPICS = Task(
     instruction="Classify each text by one of the labels below it.",
     metrics=("accuracy",),
     max_tokens=10,  # as of SIB-200: where two tokens were enough, a newline ends the answer
-    load=load_topics,
+    load=_topics,
     n_exemplars=8,  # one a label: the parts have 16, 48 and 504 texts, multiples of eight
     read_answer=read_label,
 )
@@ -186,7 +163,7 @@ TITLES = Task(
     instruction="Write a title for each article, in its language.",
     metrics=("rouge_l",),
     max_tokens=250,
-    load=load_titles,
+    load=_loader("title_generation_200", {"content": str, "title": str}, _title),
     n_exemplars=3,
 )
 MATH = Task(
@@ -195,11 +172,9 @@ MATH = Task(
     instruction="Solve each problem step by step, in English and on one line.",
     metrics=("number",),
     max_tokens=250,
-    load=load_math,
+    load=_loader("math", {"question": str, "cot": dict, "answer": int | float | str}, _problem),
 )
-TO_ENGLISH = replace(
-    flores.TO_ENGLISH, name="milic-to-en", languages=LANGUAGES, load=load_to_english
-)
+TO_ENGLISH = replace(flores.TO_ENGLISH, name="milic-to-en", languages=LANGUAGES, load=_to_english)
 FROM_ENGLISH = replace(
-    flores.FROM_ENGLISH, name="milic-from-en", languages=LANGUAGES, load=load_from_english
+    flores.FROM_ENGLISH, name="milic-from-en", languages=LANGUAGES, load=_from_english
 )

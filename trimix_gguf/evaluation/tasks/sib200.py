@@ -1,18 +1,11 @@
 """SIB-200: the topic of a sentence, one of seven (Adelani et al., 2024)."""
 
-import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from trimix_gguf.evaluation.sources import (
-    FLORES_CODES,
-    HubFile,
-    find,
-    index_of,
-    one_line,
-    read_tsv,
-)
-from trimix_gguf.evaluation.task import Dataset, Example, Task
+from trimix_gguf.evaluation.tasks.rows import index_of, one_line, read_tsv
+from trimix_gguf.evaluation.tasks.sources import FLORES_CODES, HubFile, find
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 
 LABELS = (
     "science/technology",
@@ -26,10 +19,10 @@ LABELS = (
 
 
 def load(data: Path, lang: str, seed: int) -> Dataset:
-    """Test sentences; exemplars from the training ones, the first seven one of each label."""
+    """Test sentences; exemplars from the training part, the first seven one of each label."""
     pool = _read(data, lang, "train")
-    random.Random(seed).shuffle(pool)
-    return Dataset(_read(data, lang, "test"), one_of_each(pool))
+    drawn = Dataset.shuffled(_read(data, lang, "test"), pool, seed)
+    return Dataset(drawn.examples, one_of_each(drawn.exemplars))
 
 
 def _read(data: Path, lang: str, split: str) -> list[Example]:
@@ -44,15 +37,17 @@ def _read(data: Path, lang: str, split: str) -> list[Example]:
 
 
 def one_of_each(pool: Sequence[Example]) -> list[Example]:
-    """The pool in its order, but the first exemplar of each answer before all others."""
+    """The pool in its order, but with the first exemplar of each answer before all others."""
     first = {example.answer: example for example in reversed(pool)}
     chosen = {example.id for example in first.values()}
     return sorted(pool, key=lambda example: example.id not in chosen)
 
 
 def read_label(text: str, choices: Sequence[str]) -> str:
-    """The label that stands first in the first line, as "sports" does in "It is sports."; else
-    that line. Of two labels that start at one place, the longer."""
+    """The label that comes first in the first line ("sports" in "It is sports."), else that line.
+
+    Of two labels that start at the same place, it is the longer one.
+    """
     line = text.strip().split("\n")[0].strip()
     folded = line.casefold()
     found = []

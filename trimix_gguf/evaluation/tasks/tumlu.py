@@ -1,22 +1,22 @@
 """TUMLU-mini: school-exam questions written in Kazakh, four choices (Isbarov et al., 2025).
 
-The right answer is the fourth choice in two questions of five: a model that says D beats chance.
-So the choices of each question are shuffled, differently for each seed.
+In two of five questions the fourth choice is right: a model that always says D beats chance. So
+the choices of each question are shuffled, differently for each seed.
 """
 
 import random
 from pathlib import Path
 
-from trimix_gguf.evaluation.sources import Row, find, index_of, one_line, read_jsonl
-from trimix_gguf.evaluation.task import Dataset, Example, Task
 from trimix_gguf.evaluation.tasks.belebele import LETTERS, lettered, read_letter
+from trimix_gguf.evaluation.tasks.rows import Row, index_of, one_line, read_jsonl
+from trimix_gguf.evaluation.tasks.sources import find
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 
 
 def load(data: Path, lang: str, seed: int) -> Dataset:
-    """The test questions of all subjects; exemplars from the dev ones."""
+    """The test questions of all subjects; exemplars from the dev part."""
     pool = _read(data, lang, "dev", seed)
-    random.Random(seed).shuffle(pool)
-    return Dataset(_read(data, lang, "test", seed), pool)
+    return Dataset.shuffled(_read(data, lang, "test", seed), pool, seed)
 
 
 def _read(data: Path, lang: str, split: str, seed: int) -> list[Example]:
@@ -31,7 +31,7 @@ def _example(name: str, row: Row, seed: int) -> Example:
     choices = [str(choice) for choice in record["choices"]]
     gold = index_of(where, "answer", record["answer"], tuple(LETTERS[: len(choices)]))
     order = list(range(len(choices)))
-    # One generator a question: its order does not hang on which others were read before it.
+    # A generator per question: its order does not depend on the questions before it.
     random.Random(f"{seed} {name}").shuffle(order)
     stem = f"Question: {one_line(record['question'])}"
     return lettered(name, stem, [choices[i] for i in order], order.index(gold))

@@ -1,7 +1,7 @@
 """How sure a metric's value is: the bootstrap over examples, and rank correlation.
 
-`stats` [n_examples, n_stats] holds a metric's additive statistics, `value` turns their sum
-[n_stats] into the metric. A resample draws n_examples of the examples with replacement.
+`stats` [n_examples, n_stats] are a metric's additive statistics; `value` turns their sum
+[n_stats] into the metric. A resample draws n_examples examples with replacement.
 """
 
 from collections.abc import Callable
@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from trimix_gguf.errors import TrimixError
-
-Float64 = NDArray[np.float64]
+from trimix_gguf.mixing.scoring import Float64
 
 _CHUNK = 1 << 22  # counts held at once: 32 MB
 
@@ -26,9 +25,9 @@ def bootstrap_interval(
     n_resamples: int = 1000,
     level: float = 0.95,
 ) -> tuple[float, float]:
-    """The percentile bootstrap's interval (low, high) of `value`, which covers it in `level`.
+    """The interval (low, high) of `value` by the percentile bootstrap, at confidence `level`.
 
-    Raises ValueError where there are no examples.
+    Raises ValueError if there are no examples.
     """
     totals = resampled_totals(stats, seed=seed, n_resamples=n_resamples)
     values = [value(total) for total in totals]
@@ -38,16 +37,16 @@ def bootstrap_interval(
 
 @dataclass(frozen=True)
 class Difference:
-    """What one system has over another, the interval of it, and how often chance gives as much.
+    """The difference of two systems, its interval, and how often chance gives as much.
 
     The paired bootstrap (Koehn 2004): both systems are judged on the same resamples. `p` is
-    two-sided and centred: d* − d, a resample's difference less the observed one, stands for the
+    two-sided and centred: d* − d, a resample's difference minus the observed one, stands for the
     differences of two equal systems:
 
         p = (1 + #{ |d* − d| ≥ |d| }) / (1 + n_resamples)
 
-    Equal systems get 1, the least is 1 / (1 + n_resamples). sacrebleu's `paired-bs` counts
-    |d*| − mean |d*| > |d|, which calls two identical systems different, and is not this one.
+    Equal systems get 1; the lowest value is 1 / (1 + n_resamples). sacrebleu's `paired-bs` counts
+    |d*| − mean |d*| > |d|, which calls two identical systems different: it is not used here.
     """
 
     difference: float
@@ -57,9 +56,9 @@ class Difference:
 
     @staticmethod
     def of(observed: float, drawn: Float64, *, level: float = 0.95) -> "Difference":
-        """From a difference, and what it is on each resample: `drawn` [n_resamples]."""
+        """From a difference, and the differences `drawn` [n_resamples] on resamples."""
         low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-        # Differences of a few right answers are often equal: rounding must not part them.
+        # Differences of a few right answers are often equal: rounding must not separate them.
         n_as_far = np.count_nonzero(np.abs(drawn - observed) >= abs(observed) - 1e-9)
         p = float((1 + n_as_far) / (1 + len(drawn)))
         return Difference(observed, float(low), float(high), p)
@@ -74,9 +73,9 @@ def paired_difference(
     n_resamples: int = 1000,
     level: float = 0.95,
 ) -> Difference:
-    """Of two systems on the same examples [n_examples, n_stats].
+    """The Difference of two systems on the same examples [n_examples, n_stats].
 
-    Raises ValueError where the shapes differ or there are no examples.
+    Raises ValueError if the shapes differ or there are no examples.
     """
     if ours.shape != theirs.shape:
         raise ValueError(f"paired examples have one shape, got {ours.shape} and {theirs.shape}")
@@ -92,18 +91,17 @@ def paired_difference(
 
 
 def t_quantile(share: float, n_free: int) -> float:
-    """Below which Student's t, of `n_free` degrees of freedom, lies in `share` of all cases.
+    """The quantile of Student's t with `n_free` degrees of freedom: `share` of it lies below.
 
-    Raises TrimixError where scipy is not installed.
+    Raises TrimixError if scipy is not installed.
     """
     return float(_scipy_stats().t.ppf(share, n_free))
 
 
 def spearman(x: ArrayLike, y: ArrayLike) -> float:
-    """Spearman's rank correlation of x and y [n], −1 … 1, ties sharing their mean rank.
+    """Spearman's rank correlation of x and y [n], −1 … 1; ties get their mean rank.
 
-    nan where one of them is constant, so that it ranks nothing. Raises TrimixError where scipy
-    is not installed.
+    nan if one of them is constant. Raises TrimixError if scipy is not installed.
     """
     if len(np.unique(x)) < 2 or len(np.unique(y)) < 2:
         return float("nan")
@@ -119,7 +117,7 @@ def _scipy_stats() -> Any:
 
 
 def resampled_totals(stats: Float64, *, seed: int, n_resamples: int) -> Float64:
-    """Summed statistics [n_resamples, n_stats]: how often each example is drawn, times it."""
+    """Summed statistics [n_resamples, n_stats]: each example times how often it is drawn."""
     n_examples = len(stats)
     if n_examples == 0:
         raise ValueError("a bootstrap needs one example or more, got none")

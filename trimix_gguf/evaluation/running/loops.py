@@ -1,9 +1,9 @@
-"""Answers that only repeat themselves, which need not be decoded to their limit.
+"""Answers that only repeat themselves: they need not be decoded up to their limit.
 
-Greedy decoding of a weak model ends in the same few words over and over, and each round makes the
-next one likelier (Xu et al. 2022, "Learning to Break the Loop", arXiv 2206.02369). Where three
-rounds are there and every token of the last was likely, what follows is taken for known. One token
-again and again, as a number's zeros, is no such loop: it ends.
+Greedy decoding of a weak model often ends in the same few words again and again, and each round
+makes the next one likelier (Xu et al. 2022, "Learning to Break the Loop", arXiv 2206.02369). After
+three rounds, if every token of the last one was likely, the rest counts as known. A single token
+again and again, such as the zeros of a number, is not such a loop: it ends.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ _LIKELY = 0.7  # least probability of a token in the last round
 
 
 class Loop:
-    """The tokens of one greedy answer, watched for rounds that go on for ever."""
+    """The tokens of one greedy answer, watched for rounds that do not end."""
 
     def __init__(self) -> None:
         self._ids: list[int] = []
@@ -25,7 +25,7 @@ class Loop:
         self._n_likely = 0  # newest tokens that were likely, in a third round or later
 
     def append(self, token: int, probability: Callable[[], float]) -> None:
-        """Take in a token; its probability is asked where it belongs to a third round."""
+        """Add a token; its probability is computed only in a third round or later."""
         before = np.full(_LONGEST, -1)
         newest = self._ids[: -_LONGEST - 1 : -1]
         before[: len(newest)] = newest
@@ -35,7 +35,7 @@ class Loop:
         self._n_likely = self._n_likely + 1 if likely else 0
 
     def rest(self, n: int) -> list[int]:
-        """The next `n` tokens of a loop that will not end; none where there is no such loop."""
+        """The next `n` tokens of a loop that will not end; an empty list if there is none."""
         length = self._again + self._periods
         settled = (length >= np.maximum(_ROUNDS * self._periods, _FEWEST)) & (
             self._periods <= self._n_likely

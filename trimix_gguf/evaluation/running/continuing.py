@@ -1,8 +1,8 @@
 """Greedy answers of many mixes to a few prompts, together.
 
-Mixes that have written the same text so far are one sequence, decoded once; all sequences take
-their next token in one batch a model. 36 grid points that agree cost as much as one. A token
-decoded alone takes up to four times as long as one of thirty, so several prompts share the batches.
+Mixes that have written the same text so far are one sequence, decoded once; all sequences get their
+next token in one batch per model. So 36 grid points that agree cost as much as one. A token decoded
+by itself takes up to four times as long as one of thirty, so several prompts share the batches.
 """
 
 from collections import deque
@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import ContextFullError
-from trimix_gguf.evaluation.decoupled import FourthModel, three_of_four
-from trimix_gguf.evaluation.loops import Loop
+from trimix_gguf.evaluation.running.decoupled import FourthModel, three_of_four
+from trimix_gguf.evaluation.running.loops import Loop
 from trimix_gguf.mixing.fusion import Mix, Rows, Weights
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.sequences import Sequences
 from trimix_gguf.trio.trio import Trio
 
-WIDEST = 20  # texts under way: of more each costs as much, as all read past each other's cells
+WIDEST = 20  # texts at once: beyond this, extra texts give no speed-up (all cells are read)
 Adapt = Callable[[Rows, int], Weights]  # rows [n_vocab] and the token picked -> the next weights
 
 
@@ -28,8 +28,8 @@ Adapt = Callable[[Rows, int], Weights]  # rows [n_vocab] and the token picked ->
 class Continuation:
     """One mix that continues a prompt, and what it wrote.
 
-    `adapt`, if any, gives new weights after each token; with a `loop` an answer that only repeats
-    itself is filled up to its limit, by `n_filled` ids that were not decoded.
+    `adapt` gives new weights after each token. With a `loop`, an answer that only repeats itself
+    is filled up to its limit with `n_filled` ids that were not decoded.
     """
 
     mix: Mix
@@ -41,11 +41,11 @@ class Continuation:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Models that it reads."""
+        """The models that it reads."""
         return ROLES if self.adapt is not None else self.mix.roles
 
     def pick(self, rows: Rows, unused: NDArray[np.bool_] | None) -> int:
-        """The likeliest next token after rows [n_vocab]."""
+        """The most likely next token after rows [n_vocab]."""
         fused = self.mix.fuse(rows, unused)
         token = int(fused.argmax())
         if self.loop is not None:
@@ -57,7 +57,7 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Start:
-    """A prompt that `sequence` holds, the rows [n_vocab] after it, and what is to continue it."""
+    """A prompt that `sequence` holds, the rows [n_vocab] after it, and what continues it."""
 
     sequence: int
     rows: Rows
@@ -65,7 +65,7 @@ class Start:
 
     @staticmethod
     def here(trio: Trio, roles: Sequence[str], continuations: Sequence[Continuation]) -> "Start":
-        """From what `trio` holds now; `roles` are those that they or others read."""
+        """A start after what `trio` holds now; `roles` are all that the continuations read."""
         rows = {role: row.copy() for role, row in trio.rows(roles).items()}
         sequence = trio.sequences.fork()
         trio.forget_rows()  # forks write where they are
@@ -73,10 +73,10 @@ class Start:
 
 
 def continue_all(trio: Trio, starts: Sequence[Start], *, max_tokens: int) -> None:
-    """Let each continue its prompt up to the end of its first line; sets its text and ids.
+    """Continue each prompt up to the end of its first line; sets the texts and ids.
 
-    As many texts are under way as surely fit; as they end, others begin, so that the batches stay
-    wide though a few answers run on to `max_tokens`. Raises ContextFullError where not even one
+    As many texts as surely fit are decoded at once. When one ends, another begins: the batches stay
+    wide, even if a few answers are `max_tokens` long. Raises ContextFullError if not even one
     answer fits.
     """
     sequences, roles = trio.sequences, starts[0].rows
@@ -116,7 +116,7 @@ def continue_all(trio: Trio, starts: Sequence[Start], *, max_tokens: int) -> Non
 def continue_decoupled(
     trio: Trio, fourth: FourthModel, weights: Weights, gamma: float, *, max_tokens: int
 ) -> Continuation:
-    """As continue_all, the one mix of four models, token after token."""
+    """Like continue_all, for one mix of four models, token by token."""
     written, n_written = Continuation(Mix(weights)), 0
     while True:
         rows = {role: row[None] for role, row in trio.rows().items()}
@@ -132,7 +132,7 @@ def continue_decoupled(
 
 @dataclass
 class _Node:
-    """Those that wrote the same text after a prompt, and the sequence that holds it, or 0."""
+    """Continuations with the same text after a prompt; the sequence that holds it, or 0."""
 
     start: Start
     continuations: list[Continuation]
@@ -142,7 +142,7 @@ class _Node:
 def _followed(
     trio: Trio, continuations: Sequence[Continuation], rows: Rows, max_tokens: int
 ) -> list[list[Continuation]]:
-    """Let each take its next token after rows [n_vocab]; those not whole then, by their token."""
+    """Let each pick its next token after rows [n_vocab]; unfinished ones, grouped by token."""
     groups: dict[int, list[Continuation]] = {}
     for one in continuations:
         token = one.pick(rows, trio.unused)
@@ -152,14 +152,14 @@ def _followed(
 
 
 def _begin(sequences: Sequences, node: _Node) -> _Node:
-    """Give a sequence to what was written so far."""
+    """Give the text so far a sequence."""
     node.sequence = sequences.fork(node.start.sequence)
     sequences.append(node.sequence, node.continuations[0].ids)
     return node
 
 
 def _finish(trio: Trio, written: Continuation, token: int, max_tokens: int) -> bool:
-    """Take in the token; whether the answer is whole."""
+    """Add the token; returns whether the answer is complete."""
     if token in trio.end_of_generation:
         return True
     written.ids.append(token)
@@ -177,9 +177,9 @@ def _finish(trio: Trio, written: Continuation, token: int, max_tokens: int) -> b
 def _grow(
     sequences: Sequences, node: _Node, groups: Sequence[list[Continuation]], n_free: int
 ) -> tuple[list[_Node], list[_Node]]:
-    """A node for each text that goes on, and those that must wait for a sequence.
+    """A node for each text that continues now, and the nodes that wait for a sequence.
 
-    The first goes on in the node's own, `n_free` others in new ones.
+    The first one continues in the node's sequence, `n_free` others in new ones.
     """
     # The forks first: they share what the node's sequence holds.
     numbers = [node.sequence, *[sequences.fork(node.sequence) for _ in groups[1 : 1 + n_free]]]
@@ -202,5 +202,5 @@ def _next_rows(sequences: Sequences, nodes: Sequence[_Node]) -> Iterator[Rows]:
 
 
 def roles_of(readers: Sequence[Mix | Continuation]) -> tuple[str, ...]:
-    """Models that at least one of them reads."""
+    """The models that at least one of them reads."""
     return tuple(role for role in ROLES if any(role in one.roles for one in readers))

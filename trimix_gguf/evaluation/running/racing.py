@@ -1,38 +1,37 @@
-"""A race of the oracle's grid points: those that fell behind answer no further question.
+"""A race of the oracle's grid points: points that fell behind answer no more questions.
 
-Of 36 points one is wanted, the best on the labelled set, and the worst cost the most: they write on
-to the limit. So a point is left once a paired t test over the questions so far tells that it is
-worse than the one that leads (Maron & Moore 1993, "Hoeffding Races"; Birattari et al. 2002, "A
+The oracle needs only the best of 36 points on the labelled set, and the worst ones cost the most:
+they write up to the limit. So a point is left when a paired t test over the questions so far says
+that it is worse than the leader (Maron & Moore 1993, "Hoeffding Races"; Birattari et al. 2002, "A
 Racing Algorithm for Configuring Metaheuristics").
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.metrics import METRICS
-from trimix_gguf.evaluation.run_files import has_grid
-from trimix_gguf.evaluation.statistics import t_quantile
-from trimix_gguf.evaluation.task import Task
+from trimix_gguf.evaluation.names.settings import RACE_P
+from trimix_gguf.evaluation.reporting.statistics import t_quantile
+from trimix_gguf.evaluation.run_files.lines import AnswerLine, has_grid
+from trimix_gguf.evaluation.tasks.metrics import METRICS
+from trimix_gguf.evaluation.tasks.task import Task
 from trimix_gguf.mixing.scoring import GRID
 
 Points = NDArray[np.bool_]  # [n_grid, n_grid], alpha by beta
 
 FEWEST = 5  # questions before a point may be left
-WORSE = 0.005  # the one-sided p below which it is
 
 
-def still_racing(task: Task, lines: Sequence[dict[str, Any]]) -> Points:
-    """Points of GRID² [n_grid, n_grid] that are to answer on, after these lines of a run.
+def still_racing(task: Task, lines: Sequence[AnswerLine]) -> Points:
+    """The points of GRID² [n_grid, n_grid] that answer the next question, after these lines.
 
-    Each question is judged by itself by the task's main metric, so of a corpus metric this is an
-    approximation. Raises DataError for lines that are not a race's, TrimixError where a library of
-    the `eval` extra is missing.
+    The task's main metric judges each question by itself: for a corpus metric this is an
+    approximation. Raises DataError for lines that are not a race's, TrimixError if a library of the
+    `eval` extra is missing.
     """
-    quantile = t_quantile(1 - WORSE, max(len(lines), FEWEST) - 1)
+    quantile = t_quantile(1 - RACE_P, max(len(lines), FEWEST) - 1)
     if len(lines) < FEWEST:
         return np.ones((len(GRID), len(GRID)), np.bool_)
     for line in lines:

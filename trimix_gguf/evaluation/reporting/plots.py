@@ -1,27 +1,32 @@
-"""A run's summary as one picture, a row of panels for each task."""
+"""A run's summary as one picture, with a row of panels per task."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trimix_gguf.errors import TrimixError
-from trimix_gguf.evaluation.answers import Run
-from trimix_gguf.evaluation.metrics import METRICS
-from trimix_gguf.evaluation.report import OURS
+from trimix_gguf.evaluation.reporting.report import OURS
+from trimix_gguf.evaluation.reporting.summary import (
+    ChosenWeights,
+    Summary,
+    Surface,
+    TaskSummary,
+)
+from trimix_gguf.evaluation.tasks.metrics import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_OWN, _OTHER, _ORACLE = "#c1432e", "#4c72b0", "#b0b0b0"  # bars: ours, others, an oracle
+_PPL, _OTHER, _ORACLE = "#c1432e", "#4c72b0", "#b0b0b0"  # colours of bars
 
 
-def draw(run: Run, summary: Mapping[str, Any]) -> "Figure":
-    """Bars of every method with its interval; where ppl's weights lie; perplexity and metric.
+def draw(summary: Summary) -> "Figure":
+    """Bars of every method with intervals; where ppl's weights lie; perplexity and metric.
 
-    The second and third panel are there where a task has the ppl method and the upper bound.
-    Raises TrimixError where matplotlib is not installed.
+    The second panel needs a task with the ppl method, the third one the upper bound. Raises
+    TrimixError if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -33,8 +38,8 @@ def draw(run: Run, summary: Mapping[str, Any]) -> "Figure":
     n_columns = 1 + with_chosen + with_surface
     height = max(3.2, 1 + 0.24 * len(summary["methods"]))
     figure = Figure(layout="constrained", figsize=(1.5 + 4 * n_columns, 0.5 + height * len(tasks)))
-    sizes = ", ".join(f"{name} {len(answers.ids)}" for name, answers in run.tasks.items())
-    figure.suptitle(f"{run.settings['lang']}; examples: {sizes}")
+    sizes = ", ".join(f"{name} {task['n']}" for name, task in tasks.items())
+    figure.suptitle(f"{summary['runs'][0]['lang']}; examples: {sizes}")
     panels = figure.subplots(len(tasks), n_columns, squeeze=False)
     for row, (name, task) in zip(panels, tasks.items(), strict=True):
         found, rest = task["findings"], list(row[1:])
@@ -46,15 +51,15 @@ def draw(run: Run, summary: Mapping[str, Any]) -> "Figure":
     return figure
 
 
-def _metric(task: Mapping[str, Any]) -> str:
+def _metric(task: TaskSummary) -> str:
     return METRICS[task["metrics"][0]].name
 
 
-def _bars(axes: "Axes", name: str, task: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
-    """The main metric of each method, the first on top, and a line from low to high."""
+def _bars(axes: "Axes", name: str, task: TaskSummary, summary: Summary) -> None:
+    """The main metric of each method, the first one on top, with a line from low to high."""
     for at, (method, found) in enumerate(task["methods"].items()):
         score = found["metrics"][task["metrics"][0]]
-        colour = _ORACLE if method in summary["oracles"] else _OWN if method == OURS else _OTHER
+        colour = _ORACLE if method in summary["oracles"] else _PPL if method == OURS else _OTHER
         axes.barh(at, score["value"], color=colour, height=0.7)
         axes.plot([score["low"], score["high"]], [at, at], color="black", linewidth=1.2)
     axes.set_yticks(range(len(task["methods"])), list(task["methods"]))
@@ -64,8 +69,8 @@ def _bars(axes: "Axes", name: str, task: Mapping[str, Any], summary: Mapping[str
     axes.set_title(name)
 
 
-def _density(axes: "Axes", found: Mapping[str, Any] | None, grid: Sequence[float], n: int) -> None:
-    """The share of examples at each point, alpha up and beta across."""
+def _density(axes: "Axes", found: ChosenWeights | None, grid: Sequence[float], n: int) -> None:
+    """The share of examples at each point; alpha goes up, beta to the right."""
     if found is None:
         axes.set_axis_off()
         return
@@ -83,9 +88,7 @@ def _density(axes: "Axes", found: Mapping[str, Any] | None, grid: Sequence[float
     axes.set_title(f"weights that {OURS} chose")
 
 
-def _scatter(
-    axes: "Axes", found: Mapping[str, Any] | None, grid: Sequence[float], metric: str
-) -> None:
+def _scatter(axes: "Axes", found: Surface | None, grid: Sequence[float], metric: str) -> None:
     """A dot for each grid point: the prompts' macro perplexity there, and the metric."""
     if found is None:
         axes.set_axis_off()

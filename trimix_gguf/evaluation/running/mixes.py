@@ -1,4 +1,4 @@
-"""What each compared method makes of a prompt's reading."""
+"""The mix by which each compared method continues a prompt that was read."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,26 +11,18 @@ from trimix_gguf.choosing.methods import (
     DECOUPLED,
     ENT,
     TOKEN,
-    evaluated_methods,
     reading_methods,
 )
 from trimix_gguf.errors import WeightsError
-from trimix_gguf.evaluation.continuing import Continuation
-from trimix_gguf.evaluation.reading import AXIS, Reading
+from trimix_gguf.evaluation.names.axis import lowest_on_grid, on_grid
+from trimix_gguf.evaluation.running.continuing import Continuation
+from trimix_gguf.evaluation.running.reading import Reading
 from trimix_gguf.mixing.fusion import METHODS, Mix, Rows, Weights
 from trimix_gguf.mixing.scoring import GRID, Float64, continuous_optimum, lowest
 
-_KEEP = 0.97  # what a token's evidence is worth one token later, for token-level weights
+_KEEP = 0.97  # for token-level weights: how much of a token's evidence counts one token later
 
 Score = Callable[[Rows, int], Float64]  # rows [n_vocab], the id that followed -> nats over AXIS²
-
-
-def check_methods(names: tuple[str, ...]) -> None:
-    """Raises WeightsError, naming those that there are."""
-    known = evaluated_methods()
-    for name in names:
-        if name not in known:
-            raise WeightsError(f"there is no method {name!r}; the methods are {', '.join(known)}")
 
 
 def continuations(
@@ -39,10 +31,10 @@ def continuations(
     task_weights: Mapping[str, Weights],
     score: Score,
 ) -> Mapping[str, Continuation]:
-    """What is to continue a prompt for each method of the trio; those that select need a reading.
+    """The continuation of a prompt for each method; methods that select need a reading.
 
-    `task_weights` are those of the methods that choose one pair per task. There is none for
-    ORACLE and DECOUPLED.
+    `task_weights` are those of the methods that choose one pair per task. ORACLE and DECOUPLED
+    have no continuation here.
     """
     made: dict[str, Continuation] = {}
     for name in names:
@@ -57,31 +49,21 @@ def continuations(
 
 @dataclass(frozen=True)
 class Decoupled:
-    """Weights of the four models' mix (decoupled.py)."""
+    """The weights of a mix of four models (decoupled.py)."""
 
     weights: Weights
     gamma: float
 
 
 def lowest_decoupled(nll: Float64) -> Decoupled:
-    """The point of GRID³ with the lowest of `nll` [n_grid, n, n]; of equal ones the first gamma."""
-    at = int(np.argmin([_inner(one).min() for one in nll]))
+    """The point of GRID³ with the lowest of `nll` [n_grid, n_axis, n_axis]; in a tie, the first."""
+    at = int(np.argmin([on_grid(one).min() for one in nll]))
     return Decoupled(lowest_on_grid(nll[at]), GRID[at])
 
 
 def grid_continuations() -> list[Continuation]:
-    """One for each point of GRID², alpha by alpha."""
+    """A continuation for each point of GRID², alpha by alpha."""
     return [Continuation(Mix(Weights(alpha, beta))) for alpha in GRID for beta in GRID]
-
-
-def lowest_on_grid(nll: Float64) -> Weights:
-    """The point of GRID² with the lowest of `nll` [n, n] over AXIS²."""
-    return lowest(_inner(nll), GRID, GRID)
-
-
-def _inner(nll: Float64) -> Float64:
-    at = [AXIS.index(w) for w in GRID]
-    return nll[np.ix_(at, at)]
 
 
 def _selecting(name: str, reading: Reading, score: Score) -> Continuation:
@@ -95,7 +77,7 @@ def _selected(name: str, reading: Reading) -> Weights:
         return lowest(reading.entropy, GRID, GRID)
     if name == CONTINUOUS:
         if reading.continuous is None:
-            raise ValueError(f"{CONTINUOUS} needs a prompt that was read for it")
+            raise ValueError(f"{CONTINUOUS} needs a reading over chebyshev_nodes()")
         return continuous_optimum(reading.continuous)
     if name == ANSWERS:
         if not reading.answers.any():
@@ -105,7 +87,7 @@ def _selected(name: str, reading: Reading) -> Weights:
 
 
 def _token_level(reading: Reading, score: Score) -> Continuation:
-    """Weights that follow the text: the lowest NLL of prompt and output, old tokens fading."""
+    """Weights that follow the text: lowest NLL of prompt and output, old tokens counting less."""
     ages = np.arange(len(reading.nlls))[::-1]
     recent = np.tensordot(_KEEP**ages, reading.nlls, axes=1)
 

@@ -1,13 +1,12 @@
-"""The report of a run: every method's scores with their intervals, and what they show.
+"""The report of a run: the scores of every method with their intervals, and what they show.
 
-Scores are taken anew from the texts of the run, so that no model is needed.
+Scores are computed from the texts of the run, so no model is needed.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,38 +20,44 @@ from trimix_gguf.choosing.methods import (
     selecting_methods,
 )
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.answers import CALIBRATED, Run, TaskRun, join, predict
-from trimix_gguf.evaluation.findings import chosen, gap_closed, guidance, surface
-from trimix_gguf.evaluation.loading import load_run
-from trimix_gguf.evaluation.metrics import METRICS
-from trimix_gguf.evaluation.statistics import (
+from trimix_gguf.evaluation.names.compared import CALIBRATED, is_oracle
+from trimix_gguf.evaluation.reporting.findings import chosen, gap_closed, guidance, surface
+from trimix_gguf.evaluation.reporting.predictions import informed, predict
+from trimix_gguf.evaluation.reporting.statistics import (
     Difference,
     bootstrap_interval,
     paired_difference,
     resampled_totals,
 )
-from trimix_gguf.evaluation.tables import to_csv, to_markdown
+from trimix_gguf.evaluation.reporting.summary import (
+    Findings,
+    Gains,
+    MeanSummary,
+    MethodSummary,
+    Score,
+    Summary,
+    TaskSummary,
+)
+from trimix_gguf.evaluation.run_files.answers import RunAnswers, TaskAnswers
+from trimix_gguf.evaluation.tasks.metrics import METRICS
+from trimix_gguf.mixing.scoring import Float64
 from trimix_gguf.roles import ROLES
-
-__all__ = ["Run", "join", "load_run", "summarize", "to_csv", "to_markdown"]
-
-Float64 = NDArray[np.float64]
 
 LEVEL = 0.95  # of the intervals
 OURS = PPL
-_CRITERIA = (OURS, ANSWERS, INFORMATIVE)  # whose gains over others are asked
+_CRITERIA = (OURS, ANSWERS, INFORMATIVE)  # methods whose gains over others are tested
 
 
 @dataclass(frozen=True)
 class _Judged:
-    """A task's answers as statistics: of each method by metric [n, n_stats].
+    """A task's answers as statistics: by method, then by metric [n, n_stats].
 
-    `surfaces` are the main metric at each grid point, for each oracle, nan where one was left in a
-    race; `points` [n, 2] where each method's weights lie on the axes, `weights` [n, 2] what they
-    are.
+    `surfaces` are the main metric at each grid point, per oracle; nan where a race left a point.
+    `points` [n, 2] are the positions of each method's weights on the axes, `weights` [n, 2] their
+    values.
     """
 
-    answers: TaskRun
+    answers: TaskAnswers
     stats: Mapping[str, Mapping[str, Float64]]
     surfaces: Mapping[str, Float64]
     points: Mapping[str, NDArray[np.int64]]
@@ -62,60 +67,57 @@ class _Judged:
 
     @property
     def main(self) -> str:
+        """The main metric's name."""
         return self.answers.task.metrics[0]
 
     def value(self, name: str) -> float:
-        """The main metric of a method."""
+        """A method's main metric."""
         return METRICS[self.main].value(self.stats[name][self.main].sum(axis=0))
 
     def counted(self, name: str) -> str:
-        """What counts as `name` in a mean: without choices, calibrated answers are the answers."""
+        """What counts as `name` in a mean: for a task without choices, the method uncalibrated."""
         return name if self.by_choice else name.removesuffix(CALIBRATED)
 
 
-def summarize(run: Run, *, choice_scoring: bool = False, n_resamples: int = 1000) -> dict[str, Any]:
-    """All that the report says, as JSON holds it; what cannot be said is null or absent.
+def summarize(run: RunAnswers, *, choice_scoring: bool = False, n_resamples: int = 1000) -> Summary:
+    """All that the report says; what is not known is None or absent.
 
-    With `choice_scoring`, tasks with choices are judged by the likeliest one instead of the text;
-    raises DataError where the run scored none.
+    With `choice_scoring`, tasks with choices are judged by the likeliest choice, not by the text;
+    raises DataError if the run scored no choices.
     """
     if choice_scoring and all(answers.choice_nll is None for answers in run.tasks.values()):
         raise DataError(
             f"{run.folder} has no scores of choices: they need a task with choices, and a method"
-            f" that selects by a prompt's reading ({', '.join(reading_methods())})"
+            f" that scores the prompt ({', '.join(reading_methods())})"
         )
-    seed = run.settings["seed"]
+    seed = run.record["seed"]
     judged = {
-        name: _judge(answers, seed + at, choice_scoring)
+        name: _judge(informed(answers), seed + at, choice_scoring)
         for at, (name, answers) in enumerate(run.tasks.items())
     }
     tasks = {name: _task_summary(task, n_resamples) for name, task in judged.items()}
     names = _order([name for task in judged.values() for name in task.stats])
     return {
-        "runs": [dict(one.settings) for one in run.joined or (run,)],
-        "grid": [weight for weight in run.settings["axis"] if weight != 0],
+        "runs": [one.record for one in run.joined or (run,)],
+        "grid": [weight for weight in run.record["axis"] if weight != 0],
         "choice_scoring": choice_scoring,
         "n_resamples": n_resamples,
         "level": LEVEL,
         "methods": names,
-        "oracles": [name for name in names if _is_oracle(name)],
+        "oracles": [name for name in names if is_oracle(name)],
         "tasks": tasks,
         "mean": _mean_summary(list(judged.values()), n_resamples),
     }
 
 
 def _order(names: Sequence[str]) -> list[str]:
-    """Each once: as they are, then calibrated ones, then oracles."""
+    """Each name once: first the others in their order, then calibrated ones, then oracles."""
     return sorted(
-        dict.fromkeys(names), key=lambda name: (_is_oracle(name), name.endswith(CALIBRATED))
+        dict.fromkeys(names), key=lambda name: (is_oracle(name), name.endswith(CALIBRATED))
     )
 
 
-def _is_oracle(name: str) -> bool:
-    return name.removesuffix(CALIBRATED) == ORACLE
-
-
-def _judge(answers: TaskRun, seed: int, choice_scoring: bool) -> _Judged:
+def _judge(answers: TaskAnswers, seed: int, choice_scoring: bool) -> _Judged:
     @cache  # most of the 36 grid points say the same
     def one(metric: str, prediction: str, at: int) -> Float64:
         return METRICS[metric].statistics(prediction, answers.references[at])
@@ -146,17 +148,8 @@ def _judge(answers: TaskRun, seed: int, choice_scoring: bool) -> _Judged:
     return _Judged(answers, stats, surfaces, points, weights, seed, by_choice)
 
 
-def _task_summary(task: _Judged, n_resamples: int) -> dict[str, Any]:
-    answers, metrics = task.answers, task.answers.task.metrics
-    methods = {
-        name: {
-            "metrics": {
-                m: _scored(stats[m], METRICS[m].value, task.seed, n_resamples) for m in metrics
-            },
-            **_mixed(task, name),
-        }
-        for name, stats in task.stats.items()
-    }
+def _task_summary(task: _Judged, n_resamples: int) -> TaskSummary:
+    methods = {name: _method_summary(task, name, n_resamples) for name in task.stats}
     values = {name: task.value(name) for name in task.stats}
 
     def against(*pair: str) -> Difference:
@@ -167,44 +160,50 @@ def _task_summary(task: _Judged, n_resamples: int) -> dict[str, Any]:
         )
 
     return {
-        "n": len(answers.ids),
-        "metrics": list(metrics),
+        "n": len(task.answers.ids),
+        "metrics": list(task.answers.task.metrics),
         "by_choice": task.by_choice,
         "methods": {name: methods[name] for name in _order(list(methods))},
         "gains": _gains(values, against),
-        "findings": _findings(task) | {"gap_closed": _gap_closed(values)},
+        "findings": _findings(task, values),
     }
 
 
 def _scored(
     stats: Float64, value: Callable[[Float64], float], seed: int, n_resamples: int
-) -> dict[str, float]:
+) -> Score:
     low, high = bootstrap_interval(stats, value, seed=seed, n_resamples=n_resamples, level=LEVEL)
     return {"value": value(stats.sum(axis=0)), "low": low, "high": high}
 
 
-def _mixed(task: _Judged, name: str) -> dict[str, Any]:
-    """A method's mean weights, and the prompts' perplexity at them where it was scored."""
-    mixed: dict[str, Any] = {"alpha": None, "beta": None, "perplexity": None}
+def _method_summary(task: _Judged, name: str, n_resamples: int) -> MethodSummary:
+    """A method's scores, mean weights, and the prompts' perplexity there if it was scored."""
+    summary: MethodSummary = {
+        "metrics": {
+            metric: _scored(stats, METRICS[metric].value, task.seed, n_resamples)
+            for metric, stats in task.stats[name].items()
+        },
+        "alpha": None,
+        "beta": None,
+        "perplexity": None,
+    }
     if name in task.weights:
-        mixed["alpha"], mixed["beta"] = task.weights[name].mean(axis=0).tolist()
+        summary["alpha"], summary["beta"] = task.weights[name].mean(axis=0).tolist()
     nll, n_scored = task.answers.nll, task.answers.n_scored
     if name in task.points and nll is not None and n_scored is not None:
         a, b = task.points[name].T
         nats = nll[np.arange(len(nll)), a, b]
         micro, macro = nats.sum() / n_scored.sum(), (nats / n_scored).mean()
-        mixed["perplexity"] = {"micro": math.exp(micro), "macro": math.exp(macro)}
-    return mixed
+        summary["perplexity"] = {"micro": math.exp(micro), "macro": math.exp(macro)}
+    return summary
 
 
-def _gains(
-    values: Mapping[str, float], against: Callable[[str, str], Difference]
-) -> dict[str, dict[str, Any]]:
-    """Criteria against the best single model on these examples, and proxy tuning.
+def _gains(values: Mapping[str, float], against: Callable[[str, str], Difference]) -> Gains:
+    """_CRITERIA against the best single model on these examples, and against proxy tuning.
 
-    Calibrated choices are compared with what is best of theirs, calibrated or not.
+    Calibrated choices are compared with the best of the others, calibrated or not.
     """
-    gains: dict[str, dict[str, Any]] = {}
+    gains: Gains = {}
     for ours in (name + form for form in ("", CALIBRATED) for name in _CRITERIA):
         forms = ("", CALIBRATED) if ours.endswith(CALIBRATED) else ("",)
         if ours not in values:
@@ -214,24 +213,32 @@ def _gains(
             there = [name + form for form in forms for name in names if name + form in values]
             if there:
                 rival = max(there, key=lambda name: values[name])
-                gains[ours][why] = {"against": rival, **asdict(against(ours, rival))}
+                found = against(ours, rival)
+                gains[ours][why] = {
+                    "against": rival,
+                    "difference": found.difference,
+                    "low": found.low,
+                    "high": found.high,
+                    "p": found.p,
+                }
     return gains
 
 
 def _gap_closed(values: Mapping[str, float]) -> dict[str, float]:
-    compared = {n: v for n, v in values.items() if n == ORACLE or not _is_oracle(n)}
+    compared = {n: v for n, v in values.items() if n == ORACLE or not is_oracle(n)}
     return gap_closed(compared, OURS, ORACLE)
 
 
-def _findings(task: _Judged) -> dict[str, Any]:
+def _findings(task: _Judged, values: Mapping[str, float]) -> Findings:
     answers, inner = task.answers, task.answers.on_grid
     grid = [answers.axis[at] for at in inner]
     nll, n_scored = answers.nll, answers.n_scored
     selecting = selecting_methods()
-    found: dict[str, Any] = {
+    found: Findings = {
         "surface": None,
         "chosen": {n: chosen(w, grid) for n, w in answers.weights.items() if n in selecting},
         "guidance": None,
+        "gap_closed": _gap_closed(values),
     }
     if nll is not None and n_scored is not None:
         if ORACLE in task.surfaces and not np.isnan(task.surfaces[ORACLE]).any():
@@ -243,10 +250,10 @@ def _findings(task: _Judged) -> dict[str, Any]:
     return found
 
 
-def _mean_summary(tasks: Sequence[_Judged], n_resamples: int) -> dict[str, Any]:
-    """The main metric's mean over tasks, of methods that all of them have.
+def _mean_summary(tasks: Sequence[_Judged], n_resamples: int) -> MeanSummary:
+    """The mean of the main metric over tasks, for methods that all of them have.
 
-    A resample draws each task's examples, independently of the other tasks'.
+    A resample draws the examples of each task independently of the other tasks.
     """
     named = dict.fromkeys(name for task in tasks for name in task.stats)
     names = _order([name for name in named if all(t.counted(name) in t.stats for t in tasks)])
@@ -255,7 +262,7 @@ def _mean_summary(tasks: Sequence[_Judged], n_resamples: int) -> dict[str, Any]:
     }
     drawn = {name: _resampled_mean(tasks, name, n_resamples) for name in names}
     quantiles = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
-    methods = {}
+    methods: dict[str, Score] = {}
     for name in names:
         low, high = np.quantile(drawn[name], quantiles).tolist()
         methods[name] = {"value": values[name], "low": low, "high": high}
@@ -272,7 +279,7 @@ def _mean_summary(tasks: Sequence[_Judged], n_resamples: int) -> dict[str, Any]:
 
 
 def _resampled_mean(tasks: Sequence[_Judged], name: str, n_resamples: int) -> Float64:
-    """[n_resamples]: the mean over tasks of a method's main metric, on the tasks' own draws."""
+    """[n_resamples]: the mean over tasks of a method's main metric, each task with its draws."""
     means = np.zeros(n_resamples)
     for task in tasks:
         stats, value = task.stats[task.counted(name)][task.main], METRICS[task.main].value

@@ -1,4 +1,4 @@
-"""Reading a task's prompts: the exemplars once, then each question, scored over the grid."""
+"""Reads a task's prompts: the exemplars once, then each question, scored over the grid."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import PromptError
-from trimix_gguf.evaluation.continuing import Start
-from trimix_gguf.evaluation.decoupled import FourthModel, three_of_four
+from trimix_gguf.evaluation.names.axis import AXIS
+from trimix_gguf.evaluation.running.continuing import Start
+from trimix_gguf.evaluation.running.decoupled import FourthModel, three_of_four
 from trimix_gguf.machine.threads import available_cores
 from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.mixing.scoring import (
@@ -25,19 +26,16 @@ from trimix_gguf.trio.prefill import Window
 from trimix_gguf.trio.prompt import Prompt, Segment
 from trimix_gguf.trio.trio import Trio
 
-# The single models and Proxy Tuning are the corners of the published grid made larger by 0.
-AXIS = (0.0, *GRID)
-
 
 @dataclass(frozen=True)
 class Reading:
-    """What one pass over a prompt gave.
+    """The result of one pass over a prompt.
 
     `nlls` float64 [n_scored, n, n] in nats, over AXIS for alpha and for beta; `answers` bool
     [n_scored], the tokens of the exemplars' answers; `entropy` float64 [n_grid, n_grid] of the
     first generated token, over GRID. `decoupled` float64 [n_grid, n, n] is the sum of `nlls` at
-    each gamma of GRID, where a fourth model read the prompt too. `continuous` float64
-    [n_nodes, n_nodes] is their sum over chebyshev_nodes(), where it was asked for.
+    each gamma of GRID, if a fourth model read the prompt too. `continuous` float64
+    [n_nodes, n_nodes] is their sum over chebyshev_nodes(), if it was requested.
     """
 
     n_tokens: int
@@ -49,14 +47,14 @@ class Reading:
 
 
 class Reader:
-    """Reads prompts that begin with the same exemplars, which it reads and scores once.
+    """Reads prompts that begin with the same exemplars, which are read and scored once.
 
-    `answers` says of each unit of `prefix` whether it is part of an answer; `turn` are the ids
-    by which large_ins' chat template begins its answer. `fourth` reads all that is scored; with
-    `continuous` all that is scored is scored over chebyshev_nodes() too.
+    `answers` says for each unit of `prefix` whether it is part of an answer. `turn` are the ids
+    with which large_ins' chat template begins an answer. `fourth` reads everything that is scored;
+    `continuous` scores it over chebyshev_nodes() too.
 
-    Every question is read from the same state of the caches, in the same batches, whatever was
-    read before: a run that was broken off and taken up again gives the same numbers.
+    Every question is read from the same state of the caches and in the same batches, whatever was
+    read before: a run that was stopped and continued gives the same numbers.
     """
 
     def __init__(
@@ -74,7 +72,7 @@ class Reader:
         self._scores: _Scores | None = None
 
     def hold_exemplars(self, *, scored: bool = True) -> None:
-        """Have the trio hold the exemplars alone, and if they are to be `scored`, score them."""
+        """Have the trio hold only the exemplars; `scored`: score them, if they are not yet."""
         known = self._scores is not None or not scored
         if self.prefix.units and not (known and self._holds(self.prefix)):
             self.trio.forget()
@@ -113,7 +111,7 @@ class Reader:
         return nats
 
     def _holds(self, prompt: Prompt) -> bool:
-        """Whether the caches hold the exemplars as `prompt` has them."""
+        """Whether the caches hold the exemplars as they are in `prompt`."""
         return self.trio.n_kept(prompt.units) >= len(self.prefix.units)
 
     def _score(self, prompt: Prompt, after: tuple[int, int] | None) -> "_Scores":

@@ -1,10 +1,10 @@
-"""Decoupled weights: a gamma for the step in size, beside alpha and beta, by a fourth model.
+"""Decoupled weights: beside alpha and beta a gamma for the size of the model, by a fourth model.
 
     L = small_base + α·(large_ins − large_base) + β·(small_cpt − small_base)
       + γ·(large_base − small_base)
 
-Where γ = α, large_base cancels and this is the mix of three. For any one γ it is a mix of three
-too, of models that stand for these four; so scoring and mixing are those of the three.
+If γ = α, large_base cancels: this is the mix of three. For any fixed γ it is a mix of three models
+that stand for the four, so scoring and mixing are those of three.
 """
 
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from trimix_gguf.evaluation.names.compared import LARGE_BASE
 from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.machine.loading import Loading
 from trimix_gguf.machine.memory import check_fits_beside
@@ -21,11 +22,9 @@ from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.trio import Trio
 
-LARGE_BASE = "large_base"
-
 
 def three_of_four(rows: Rows, gamma: float) -> Rows:
-    """Logits of three models whose mix by (α, β) is that of the four in `rows` by (α, β, γ)."""
+    """Logits of three models: their mix by (α, β) is that of the four in `rows` by (α, β, γ)."""
     small, large = rows["small_base"], rows[LARGE_BASE]
     base = small + np.float32(gamma) * (large - small)
     return {
@@ -36,8 +35,10 @@ def three_of_four(rows: Rows, gamma: float) -> Rows:
 
 
 def check_fourth(path: Path, trio: Trio) -> None:
-    """Raises ModelFileError, VocabularyMismatch where its ids are not the trio's, and
-    MemoryNeededError where it does not fit beside the trio, which is open.
+    """Whether large_base fits to an open trio.
+
+    Raises ModelFileError, VocabularyMismatch if its ids are not the trio's, and MemoryNeededError
+    if there is no memory for it.
     """
     file = read_gguf(path)
     check_contract({r: m.file for r, m in trio.models.items()} | {LARGE_BASE: file})
@@ -45,7 +46,7 @@ def check_fourth(path: Path, trio: Trio) -> None:
 
 
 def open_fourth(path: Path, trio: Trio) -> Model:
-    """The model, as large_ins is run; the trio has the tokenizer."""
+    """Open large_base with the settings of large_ins; the trio has the tokenizer."""
     return Model(path, _loading(trio), tokenizer=False)
 
 
@@ -61,14 +62,17 @@ def _loading(trio: Trio) -> Loading:
 
 
 class FourthModel:
-    """large_base, which follows what a trio holds; all of its roles must hold the same ids."""
+    """large_base, kept in step with a trio; all roles of the trio must hold the same ids."""
 
     def __init__(self, model: Model, trio: Trio) -> None:
         self.model, self._trio = model, trio
         self._ids: list[int] = []
 
     def beside(self, rows: Rows, n_ids: int) -> Rows:
-        """`rows` [n, n_vocab] of the trio, and its own: after each of the last n of `n_ids` ids."""
+        """`rows` [n, n_vocab] of the trio, and those of large_base after the same ids.
+
+        They are the rows after each of the last n of the trio's first `n_ids` ids.
+        """
         n = len(next(iter(rows.values())))
         return {**rows, LARGE_BASE: self._rows(self._trio.ids[ROLES[0]][:n_ids], n)}
 

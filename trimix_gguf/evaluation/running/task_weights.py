@@ -3,19 +3,25 @@
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from trimix_gguf.choosing.methods import MI_ANSWERS, TASK
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.information import exemplars_information
-from trimix_gguf.evaluation.methods import lowest_on_grid
-from trimix_gguf.evaluation.prompts import exemplars_of, question_after
-from trimix_gguf.evaluation.reading import AXIS, Reader
-from trimix_gguf.evaluation.run_files import append_line, finished, finite, read_json, write_json
-from trimix_gguf.evaluation.settings import Progress, Settings
-from trimix_gguf.evaluation.task import Dataset, Task
+from trimix_gguf.evaluation.names.axis import AXIS, lowest_on_grid
+from trimix_gguf.evaluation.names.settings import RunSettings
+from trimix_gguf.evaluation.run_files.lines import (
+    append_line,
+    finished,
+    finite,
+    read_json,
+    write_json,
+)
+from trimix_gguf.evaluation.running.bars import OpenBar
+from trimix_gguf.evaluation.running.information import exemplars_information
+from trimix_gguf.evaluation.running.prompts import exemplars_of, question_after
+from trimix_gguf.evaluation.running.reading import Reader
+from trimix_gguf.evaluation.tasks.task import Dataset, Task
 from trimix_gguf.mixing.fusion import Weights
 from trimix_gguf.mixing.scoring import Float64
 
@@ -23,32 +29,37 @@ N_SAMPLE = 50  # prompts that the published code averages over
 
 
 def choose_task_weights(
-    reader: Reader, task: Task, dataset: Dataset, settings: Settings, out: Path, progress: Progress
+    reader: Reader,
+    task: Task,
+    dataset: Dataset,
+    settings: RunSettings,
+    out: Path,
+    open_bar: OpenBar,
 ) -> Mapping[str, Weights]:
-    """The pair of each such method that was asked for.
+    """The pair of weights of each such method in the settings.
 
-    What they look at takes minutes; it is kept beside `out`, for a run that goes on.
+    What they read takes minutes; it is kept beside `out`, for a run that continues.
     """
-    chosen = {}
+    chosen: dict[str, Weights] = {}
     if TASK in settings.methods:
-        nats = _sample_nats(reader, dataset, settings, out.with_suffix(".sample.jsonl"), progress)
+        nats = _sample_nats(reader, dataset, settings, out.with_suffix(".sample.jsonl"), open_bar)
         chosen[TASK] = lowest_on_grid(nats)
     if MI_ANSWERS in settings.methods:
         kept = out.with_suffix(".exemplars.json")
-        information = _exemplars_information(reader, task, dataset, settings, kept, progress)
+        information = _exemplars_information(reader, task, dataset, settings, kept, open_bar)
         chosen[MI_ANSWERS] = lowest_on_grid(-information)
     return chosen
 
 
 def _sample_nats(
-    reader: Reader, dataset: Dataset, settings: Settings, kept: Path, progress: Progress
+    reader: Reader, dataset: Dataset, settings: RunSettings, kept: Path, open_bar: OpenBar
 ) -> Float64:
     """Macro perplexity, as nats, of a sample of prompts over AXIS² [n, n]."""
-    questions = settings.questions(dataset)
+    questions = dataset.questions(settings.limit, settings.seed)
     sample = random.Random(settings.seed).sample(questions, min(N_SAMPLE, len(questions)))
     done = len(finished(kept))
     if done < len(sample):
-        with progress(f"a sample for {TASK}") as shown, kept.open("a", encoding="utf-8") as lines:
+        with open_bar(f"a sample for {TASK}") as shown, kept.open("a", encoding="utf-8") as lines:
             shown(done, len(sample))
             for at, question in enumerate(sample[done:], done + 1):
                 nats = reader.read(question_after(reader, question)).nlls.mean(axis=0)
@@ -61,12 +72,17 @@ def _sample_nats(
 
 
 def _exemplars_information(
-    reader: Reader, task: Task, dataset: Dataset, settings: Settings, kept: Path, progress: Progress
+    reader: Reader,
+    task: Task,
+    dataset: Dataset,
+    settings: RunSettings,
+    kept: Path,
+    open_bar: OpenBar,
 ) -> Float64:
-    """How much the exemplars' answers hang on their questions over AXIS² [n, n]."""
+    """How much the exemplars' answers depend on their questions, over AXIS² [n, n]."""
     if not kept.exists():
         exemplars = exemplars_of(task, dataset, settings.n_exemplars)
-        with progress(f"exemplars for {MI_ANSWERS}") as shown:
+        with open_bar(f"exemplars for {MI_ANSWERS}") as shown:
             information = exemplars_information(
                 reader.trio, task, exemplars, chat=settings.chat, shown=shown
             )
@@ -74,8 +90,8 @@ def _exemplars_information(
     return _on_axes(read_json(kept), kept)
 
 
-def _on_axes(value: Any, file: Path) -> Float64:
-    """Numbers over AXIS² that `file` held; raises DataError where it holds others."""
+def _on_axes(value: object, file: Path) -> Float64:
+    """Numbers over AXIS² from `file`; raises DataError if they are not."""
     numbers = finite(value, (len(AXIS), len(AXIS)))
     if numbers is None:
         raise DataError(f"{file} is damaged; give another folder")

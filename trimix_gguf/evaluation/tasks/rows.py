@@ -1,91 +1,25 @@
-"""Where the tasks' files come from, and how they are read.
+"""Reads data files into rows, and checks their fields.
 
-A file is looked for in the data folder, then in the Hugging Face cache, then on the hub: once
-there it is read with no network. Rows come with the place where they stand, for error messages.
+Rows come with the place where they stand, for error messages.
 """
 
-import contextlib
 import csv
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from trimix_gguf.errors import DataError
-from trimix_gguf.trios.hub import client_errors, explain
 
-Row = tuple[str, dict[str, Any]]  # its place ("…/test.tsv:12"), its fields
+Record = dict[str, Any]  # an object as JSON holds it
+Row = tuple[str, Record]  # its place ("…/test.tsv:12"), its fields
 Fields = Mapping[str, Any]  # name -> its type, or a union of types
-
-FLORES_CODES = {
-    "kk": "kaz_Cyrl",
-    "ug": "uig_Arab",
-    "bo": "bod_Tibt",
-    "mn": "khk_Cyrl",
-    "bn": "ben_Beng",
-    "ta": "tam_Taml",
-    "te": "tel_Telu",
-    "or": "ory_Orya",
-    "en": "eng_Latn",
-}
-LANGUAGE_NAMES = {
-    "kk": "Kazakh",
-    "ug": "Uyghur",
-    "bo": "Tibetan",
-    "mn": "Mongolian",
-    "bn": "Bengali",
-    "ta": "Tamil",
-    "te": "Telugu",
-    "or": "Odia",
-    "en": "English",
-}
-
-
-@dataclass(frozen=True)
-class HubFile:
-    """A file in a dataset repository of the Hugging Face hub."""
-
-    repo: str
-    filename: str
-
-
-def find(
-    data: Path,
-    relative: str,
-    *,
-    hub: HubFile | None = None,
-    mend: str = "put it there, or name the folder that holds it",
-) -> Path:
-    """The path of `relative` in `data`, else of `hub`'s file; else raises DataError with `mend`."""
-    path = data / relative
-    if path.is_file():
-        return path
-    absent = f"there is no {relative} in {data}"
-    if hub is None:
-        raise DataError(f"{absent}; {mend}")
-    return _fetch(hub, absent, mend)
-
-
-def _fetch(hub: HubFile, absent: str, mend: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    download = partial(hf_hub_download, hub.repo, hub.filename, repo_type="dataset")
-    with contextlib.suppress(LocalEntryNotFoundError):  # not cached yet
-        return Path(download(local_files_only=True))
-    try:
-        return Path(download())
-    except client_errors() as error:
-        why = explain(error, f"https://huggingface.co/datasets/{hub.repo}")
-    raise DataError(f"{absent}, nor {hub.filename} of {hub.repo} ({why}); or {mend}")
 
 
 def read_lines(path: Path, *, ended: bool = False) -> list[str]:
-    """The lines of a UTF-8 file, which end at LF or CRLF only: U+2028 may stand inside one.
+    """The lines of a UTF-8 file. Only LF or CRLF ends a line: U+2028 may stand inside one.
 
-    Those that are `ended` alone leave out what is still being written.
+    `ended` leaves out a last line without a line end: it is still being written.
     """
     try:
         raw = path.read_bytes()
@@ -104,9 +38,9 @@ def read_lines(path: Path, *, ended: bool = False) -> list[str]:
 def read_tsv(
     path: Path, fields: Sequence[str], *, header: bool = True, quoted: bool = False
 ) -> list[Row]:
-    """Rows of a tab-separated file; without a header, `fields` are its columns in their order.
+    """Rows of a tab-separated file. Without a header, `fields` are its columns, in order.
 
-    `quoted` takes quotation marks at a field's ends as CSV does; else they are text.
+    `quoted` reads quotation marks around a field as CSV does; otherwise they are text.
     """
     reader = csv.reader(
         read_lines(path),
@@ -135,7 +69,7 @@ def read_tsv(
 
 
 def read_jsonl(path: Path, fields: Fields, *, ended: bool = False) -> list[Row]:
-    """Rows of a file that holds one JSON object a line; `ended` is read_lines'."""
+    """Rows of a file with one JSON object per line; `ended` is that of read_lines."""
     rows: list[Row] = []
     for number, line in enumerate(read_lines(path, ended=ended), 1):
         if line.strip():
@@ -145,7 +79,7 @@ def read_jsonl(path: Path, fields: Fields, *, ended: bool = False) -> list[Row]:
 
 
 def read_json(path: Path, fields: Fields) -> list[Row]:
-    """Rows of a file that holds one JSON list of objects."""
+    """Rows of a file with one JSON list of objects."""
     items = _parsed(path, "\n".join(read_lines(path)), 1)
     if not isinstance(items, list):
         raise DataError(f"{path}: expected a JSON list of objects, got {_kind(items)}")
@@ -164,13 +98,13 @@ def _parsed(path: Path, text: str, first_line: int) -> Any:
         raise DataError(f"{path}:{line}: not JSON: {error.msg}, column {error.colno}") from None
     except UnicodeEncodeError as error:
         half = ascii(error.object[error.start])
-        flaw = f"{half} is half of a surrogate pair and no character; take it out"
+        flaw = f"{half} is half of a surrogate pair, not a character; take it out"
         raise DataError(f"{path}:{first_line}: {flaw}") from None
     except RecursionError:
-        raise DataError(f"{path}:{first_line}: JSON that is nested too deep") from None
+        raise DataError(f"{path}:{first_line}: JSON is nested too deep") from None
 
 
-def _checked(where: str, record: Any, fields: Fields) -> dict[str, Any]:
+def _checked(where: str, record: object, fields: Fields) -> Record:
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected a JSON object, got {_kind(record)}")
     for name, kind in fields.items():
@@ -182,7 +116,7 @@ def _checked(where: str, record: Any, fields: Fields) -> dict[str, Any]:
 
 
 def check_type(where: str, name: str, value: object, kind: Any) -> None:
-    """Raises DataError where a field's value is not of `kind`, a type or a union of types."""
+    """Raises DataError if a field's value is not of `kind`, a type or a union of types."""
     kinds = get_args(kind) or (kind,)
     if type(value) not in kinds:
         expected = " or ".join(_KINDS[k] for k in kinds)
@@ -210,7 +144,7 @@ def _some(path: Path, rows: list[Row]) -> list[Row]:
 
 
 def index_of(where: str, field: str, value: object, allowed: Sequence[str]) -> int:
-    """Where a gold answer stands in `allowed`; raises DataError where it does not."""
+    """The position of a gold answer in `allowed`; raises DataError if it is not there."""
     if str(value).strip() not in allowed:
         expected = f"one of {', '.join(allowed)}"
         raise DataError(f"{where}: field {field!r} should be {expected}; got {value!r}")
@@ -220,20 +154,3 @@ def index_of(where: str, field: str, value: object, allowed: Sequence[str]) -> i
 def one_line(text: str) -> str:
     """The text with each run of white space as one space: a newline would end an answer."""
     return " ".join(text.split())
-
-
-def hold_out(
-    rows: Sequence[Row], n: int, group: Callable[[dict[str, Any]], str]
-) -> tuple[list[Row], list[Row]]:
-    """(examples, pool) of a set that has no rows to spare for exemplars.
-
-    The pool is the last `n` rows and all others of their groups (questions on one passage), so
-    no exemplar gives away what is asked. It is the same for every seed: so are the examples.
-    """
-    kept = {group(record) for _, record in rows[-n:]}
-    examples = [row for row in rows if group(row[1]) not in kept]
-    if not examples:
-        raise DataError(
-            f"{rows[-1][0]}: too few rows: the last {n} are exemplars, and no question is left"
-        )
-    return examples, [row for row in rows if group(row[1]) in kept]

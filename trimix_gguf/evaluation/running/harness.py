@@ -1,6 +1,6 @@
-"""lm-evaluation-harness: any of its tasks asks, the mix answers.
+"""lm-evaluation-harness: the mix answers its tasks.
 
-This module needs lm-eval, so it is imported where the harness is asked for and nowhere else.
+This module needs lm-eval, so it is imported only for `trimix eval --harness`.
 """
 
 import difflib
@@ -12,14 +12,15 @@ from dataclasses import asdict
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from trimix_gguf.answering.chat import apply_template, template_of
 from trimix_gguf.answering.generation import generate
-from trimix_gguf.choosing.methods import PPL
+from trimix_gguf.choosing.methods import ChosenBy
 from trimix_gguf.choosing.score import Grid
 from trimix_gguf.choosing.selection import select_weights
 from trimix_gguf.errors import PromptError, SamplerError, TrimixError, WeightsError
@@ -50,54 +51,53 @@ __all__ = ["TrimixLM", "make_table", "run_harness"]
 
 logger = logging.getLogger(__name__)
 
-Answer = tuple[float, bool]  # logprob of a continuation, and whether greedy decoding gives it
-Scored = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, context, continuation
+Likelihood = tuple[float, bool]  # logprob of a continuation; whether greedy decoding gives it
+TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, context, continuation
 
 UNPROMPTED = Weights(0.1, 0.9)  # what real prompts choose nearly always
 _RENAMED = {"repetition_penalty": "repeat_penalty"}  # transformers' name and Sampling's
 
 
+class HarnessOptions(TypedDict, total=False):
+    """Options of lm_eval.simple_evaluate; the harness's defaults stand for those left out."""
+
+    limit: int | float | None  # examples per task; below 1 a share of them
+    num_fewshot: int | None
+    apply_chat_template: bool
+    system_instruction: str | None
+    fewshot_as_multiturn: bool
+    gen_kwargs: dict[str, str | float | int] | None
+    bootstrap_iters: int
+
+
 def run_harness(
-    trio: Trio,
+    lm: "TrimixLM",
     tasks: Sequence[str],
     *,
-    weights: Weights | Mix | None = None,
-    grid: Grid = (GRID, GRID),
-    last: int | None = None,
-    limit: int | float | None = None,
-    num_fewshot: int | None = None,
-    apply_chat_template: bool = False,
     include_path: Path | str | None = None,
     include_defaults: bool = True,
-    **options: Any,
+    **options: Unpack[HarnessOptions],
 ) -> dict[str, Any]:
-    """Run harness tasks, groups or tags (`*` matches) over `trio`; what simple_evaluate returns.
+    """Run harness tasks, groups or tags (`*` matches) with `lm`; the results of simple_evaluate.
 
-    `weights`, `grid` and `last` are TrimixLM's. `limit` examples a task, a share of them below 1.
-    `include_path` is a folder of the user's own task YAMLs; without `include_defaults` they are
-    the only ones, which saves reading the harness's thousands. `options` go to simple_evaluate.
-    Raises TrimixError for a task that is unknown or whose data cannot be read.
+    `include_path` is a folder with the user's own task YAMLs. Without `include_defaults` only those
+    are read, not the harness's thousands. Raises TrimixError for a task that is unknown or has data
+    that cannot be read.
     """
     path = None if include_path is None else str(include_path)
     manager = TaskManager(include_path=path, include_defaults=include_defaults)
     try:
         results = lm_eval.simple_evaluate(
-            TrimixLM(trio, weights, grid=grid, last=last),
-            tasks=_known(manager, tasks),
-            limit=limit,
-            num_fewshot=num_fewshot,
-            apply_chat_template=apply_chat_template,
-            task_manager=manager,
-            **options,
+            lm, tasks=_known(manager, tasks), task_manager=manager, **options
         )
-    except OSError as error:  # datasets' own errors of files, names and network are such
+    except OSError as error:  # datasets' errors of files, names and network
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TrimixError(f"the harness cannot read the data of its task: {reason}") from error
     return dict(results)
 
 
 def _known(manager: TaskManager, tasks: Sequence[str]) -> list[str]:
-    """Names with `*` spelled out; raises TrimixError for the first that the harness lacks."""
+    """The names that match; raises TrimixError for the first one that the harness lacks."""
     names: dict[str, None] = {}
     for task in tasks:
         found = manager.match_tasks([task])
@@ -111,15 +111,15 @@ def _known(manager: TaskManager, tasks: Sequence[str]) -> list[str]:
     return list(names)
 
 
-class TrimixLM(TemplateLM):
-    """A trio as a model of the harness; what it says is the mix's.
+class TrimixLM(TemplateLM):  # type: ignore[misc, unused-ignore]
+    """A trio as a model of the harness: the mix answers.
 
-    `weights`, or a whole Mix, are fixed, or chosen for each context by select_weights (`grid`,
-    `last`), control tokens unscored. `unprompted` ones stand in where there is no context to
-    choose by: a rolling perplexity, an empty context. Contexts that are too long lose their
-    beginning except for BOS. A Mix that masks tokens answers; scoring a text raises WeightsError.
-    `speculative` is generate's, and off: with it, speed decides near ties. `seed` is that of
-    tasks which sample; those settings that they leave open cut nothing off.
+    `weights`, or a whole Mix, are fixed; None: select_weights chooses them for each context
+    (`method`, `grid`, `last`), without scoring control tokens. `unprompted` weights are used where
+    there is no context to choose by: rolling perplexity, an empty context. Contexts that are too
+    long lose their beginning except for BOS. A Mix that masks tokens can generate; scoring a text
+    with it raises WeightsError. `speculative` is generate's, and off: with it, speed decides near
+    ties. `seed` is for tasks that sample; a sampler setting that a task leaves out is off.
     """
 
     def __init__(
@@ -127,46 +127,48 @@ class TrimixLM(TemplateLM):
         trio: Trio,
         weights: Weights | Mix | None = None,
         *,
+        method: ChosenBy = "ppl",
         grid: Grid = (GRID, GRID),
         last: int | None = None,
         unprompted: Weights | Mix = UNPROMPTED,
         speculative: Literal["auto", "on", "off"] = "off",
-        max_gen_toks: int = 256,  # where a task does not say, as in the harness's own models
+        max_gen_toks: int = 256,  # if a task does not say; as in the harness's models
         seed: int = 1234,
     ) -> None:
         super().__init__()
         self._trio, self._model = trio, trio.models["large_ins"]
         self._fixed = None if weights is None else Mix.of(weights)
         self._unprompted = self._fixed or Mix.of(unprompted)
-        self._grid, self._last = grid, last
+        self._method, self._grid, self._last = method, grid, last
         self._speculative: Literal["auto", "on", "off"] = speculative
         self._random = np.random.default_rng(seed)
         self._is_control = cache(lambda token: not self._model.piece(token))
         self.max_gen_toks = max_gen_toks
-        self.chosen: Counter[Weights] = Counter()  # by how many contexts each
+        self.chosen: Counter[Weights] = Counter()  # -> the number of contexts that chose them
 
     # -- tokens -----------------------------------------------------------------------------
 
     @property
     def max_length(self) -> int:
-        """Tokens that can be read for one more to be predicted."""
+        """The most tokens that can be read before one that is predicted."""
         return self._trio.n_ctx - 1
 
     @property
     def eot_token_id(self) -> int:
+        """The token that ends a text."""
         named = self._model.file.metadata.get("tokenizer.ggml.eos_token_id")
         return int(min(self._trio.end_of_generation) if named is None else named)
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context holds: BOS, added or not, or the end of another text."""
+        """The only token of an empty context: BOS, or the end of another text."""
         named = self._model.file.metadata.get("tokenizer.ggml.bos_token_id", self.eot_token_id)
         return int([*self._model.bos, named][0])
 
     def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **_: Any
+        self, string: str, add_special_tokens: bool | None = None, **_: object
     ) -> list[int]:
-        """Ids of a text, its control tokens read; BOS once, where the vocabulary adds one."""
+        """The ids of a text, with its control tokens; one BOS if the vocabulary adds one."""
         ids = self._model.tokenize(self._model.normalize(string), special=True)
         bos = [] if add_special_tokens is False else self._model.bos
         return ids if ids[: len(bos)] == bos else bos + ids
@@ -179,16 +181,16 @@ class TrimixLM(TemplateLM):
         return before or [self.prefix_token_id], after
 
     def _prompt(self, ids: Sequence[int]) -> Prompt:
-        """Control tokens are unscored: what the small models say of them chooses nothing."""
+        """The prompt of `ids`. Control tokens are unscored: small models do not know them."""
         runs = groupby(ids, key=self._is_control)
         return Prompt(tuple(Segment.of(list(run), scored=not control) for control, run in runs))
 
     def _fit(self, context: list[int], n_more: int) -> list[int]:
-        """`context` with its beginning cut off, but for BOS, so that `n_more` tokens follow it."""
+        """`context` without its beginning but with BOS, so that `n_more` tokens fit after it."""
         room = self._trio.n_ctx - n_more
         if room < 1:
             raise PromptError(
-                f"a task wants {n_more} tokens after its context, and n_ctx is "
+                f"a task needs {n_more} tokens after its context, and n_ctx is "
                 f"{self._trio.n_ctx}; raise --n-ctx, or lower the task's max_gen_toks"
             )
         if len(context) <= room:
@@ -203,7 +205,9 @@ class TrimixLM(TemplateLM):
         prompt = self._prompt(context)
         if not any(scored for _, scored in prompt.units[1:]):
             return self._unprompted
-        chosen = select_weights(self._trio, prompt, grid=self._grid, last=self._last)
+        chosen = select_weights(
+            self._trio, prompt, method=self._method, grid=self._grid, last=self._last
+        )
         self.chosen[chosen.weights] += 1
         return chosen.mix
 
@@ -211,34 +215,36 @@ class TrimixLM(TemplateLM):
 
     def _loglikelihood_tokens(
         self,
-        requests: list[Scored],
+        requests: list[TokenRequest],
         disable_tqdm: bool = False,
         *,
         mix: Mix | None = None,
-        **_: Any,
-    ) -> list[Answer]:
-        """Score continuations; those of one context come one after another, by one choice."""
+        **_: object,
+    ) -> list[Likelihood]:
+        """Score continuations; those of one context are scored together, with the same weights."""
         if self._fixed is not None and self._fixed.is_masked:
             raise WeightsError(
                 "a mix with a plausibility threshold makes some tokens impossible, so the harness "
                 "cannot score texts with it; take tasks that generate, or give --weights"
             )
-        answers: dict[int, Answer] = {i: (0.0, True) for i, r in enumerate(requests) if not r[2]}
+        answers: dict[int, Likelihood] = {
+            i: (0.0, True) for i, r in enumerate(requests) if not r[2]
+        }
         order = sorted(
             set(range(len(requests))) - answers.keys(),
             key=lambda i: (requests[i][1], requests[i][2][:-1]),
         )
-        groups = []  # all fitted before the first is read: a run of hours fails at once
+        groups = []  # all are fitted before the first is read: a run of hours fails at once
         for context, same_context in groupby(order, key=lambda i: requests[i][1]):
             members = list(same_context)
             longest = max(len(requests[i][2]) for i in members)
             groups.append((self._fit(context, longest), members))
         bar = tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests")
         for context, members in groups:
-            own = mix or self._mix(context)
-            # Options that differ in their last token alone share every row.
+            context_mix = mix or self._mix(context)
+            # Options that differ only in their last token share every row.
             for stem, same_stem in groupby(members, key=lambda i: requests[i][2][:-1]):
-                logprob, greedy, final = self._read(context, stem, own)
+                logprob, greedy, final = self._read(context, stem, context_mix)
                 top = int(final.argmax())
                 for i in same_stem:
                     token = requests[i][2][-1]
@@ -250,9 +256,9 @@ class TrimixLM(TemplateLM):
         return [answers[i] for i in range(len(requests))]
 
     def _read(self, context: list[int], stem: list[int], mix: Mix) -> tuple[float, bool, Float64]:
-        """Logprob of `stem`, whether greedy decoding gives it, logprobs [n_vocab] after it.
+        """Logprob of `stem`, whether greedy decoding gives it, and logprobs [n_vocab] after it.
 
-        Models whose coefficient is 0 are not evaluated; what the caches hold is not read again.
+        Models with coefficient 0 are not run; what the caches hold is not read again.
         """
         logprob, greedy, n_rows = 0.0, True, len(stem) + 1
         for at in range(0, n_rows, self._trio.n_window):
@@ -268,9 +274,9 @@ class TrimixLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Logprob of whole texts, in windows as long as the context, each beginning with BOS."""
+        """Logprobs of whole texts, in windows as long as the context, each beginning with BOS."""
         bos = self._model.bos
-        windows: list[Scored] = []
+        windows: list[TokenRequest] = []
         owners = []
         for owner, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
@@ -293,10 +299,10 @@ class TrimixLM(TemplateLM):
         prompts, settings = [], []
         for request in requests:
             context, gen_kwargs = request.args[:2]
-            own = self._settings(gen_kwargs)
+            generation = self._settings(gen_kwargs)
             ids = self.tok_encode(context) or [self.prefix_token_id]
-            prompts.append(self._fit(ids, own["max_tokens"]))
-            settings.append(own)
+            prompts.append(self._fit(ids, generation["max_tokens"]))
+            settings.append(generation)
         seeds = self._random.integers(2**32 - 1, size=len(requests)).tolist()
         texts: dict[int, str] = {}
         order = sorted(range(len(requests)), key=lambda i: prompts[i])
@@ -338,12 +344,12 @@ class TrimixLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells request caches apart: the file of large_ins and its chat template."""
+        """A name per file of large_ins and chat template: each has its request cache."""
         template = self._model.chat_template or ""
         return f"{self._model.path.stem}-{hashlib.sha256(template.encode()).hexdigest()[:8]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """That of large_ins; None where none is asked for."""
+        """The chat template of large_ins; None if none is requested."""
         if not chat_template:
             return None
         return template_of(self._model)
@@ -351,9 +357,9 @@ class TrimixLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Messages -> text by large_ins' template, or up to the end of a last, unfinished one.
+        """Messages to text by large_ins' template; an unfinished last message stays open.
 
-        As the harness's own models do, leaves system messages out where the template refuses.
+        Like the harness's models, it leaves out system messages if the template refuses them.
         """
         try:
             return apply_template(self._model, chat_history, add_generation_prompt)
@@ -365,12 +371,12 @@ class TrimixLM(TemplateLM):
         return self.apply_chat_template(others, add_generation_prompt)
 
     def get_model_info(self) -> dict[str, Any]:
-        """For the results' `config`: the trio, and the weights with what chose them."""
+        """For the results' `config`: the trio, and the weights with the method that chose them."""
         if self._fixed is not None:
             weights: dict[str, Any] = {"method": "fixed", **self._fixed.to_json()}
         else:
             weights = {
-                "method": PPL,
+                "method": self._method,
                 "unprompted": self._unprompted.to_json(),
                 "chosen": [{**asdict(w), "n": n} for w, n in self.chosen.most_common()],
             }
@@ -378,8 +384,8 @@ class TrimixLM(TemplateLM):
         return {"models": models, "n_ctx": self._trio.n_ctx, "weights": weights}
 
 
-def log_softmax(rows: Any) -> Float64:
-    """Logprobs of rows of logits [n, n_vocab], in float64; −inf stays."""
+def log_softmax(rows: NDArray[np.float32]) -> Float64:
+    """Logprobs of rows of logits [n, n_vocab], in float64; −inf stays −inf."""
     wide = rows.astype(np.float64)
     wide -= wide.max(-1, keepdims=True)
     return np.asarray(wide - np.log(np.exp(wide).sum(-1, keepdims=True)))

@@ -1,17 +1,28 @@
 """A task's examples as prompts: the instruction and the exemplars, then each question."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from trimix_gguf.answering.chat import around_message
+from trimix_gguf.choosing.methods import CONTINUOUS
 from trimix_gguf.errors import PromptError
-from trimix_gguf.evaluation.decoupled import FourthModel
-from trimix_gguf.evaluation.reading import Reader
-from trimix_gguf.evaluation.task import Dataset, Example, Task
+from trimix_gguf.evaluation.names.settings import RunSettings
+from trimix_gguf.evaluation.running.decoupled import FourthModel
+from trimix_gguf.evaluation.running.reading import Reader
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.prompt import Prompt, Segment
 from trimix_gguf.trio.trio import Trio
 
-_OPEN, _CLOSE = "\x02", "\x03"  # around an exemplar's answer; no text holds them
+_OPEN, _CLOSE = "\x02", "\x03"  # around an exemplar's answer; no text contains them
+
+
+class Opening(NamedTuple):
+    """The beginning of every prompt of a task: Reader's `prefix`, `answers` and `turn`."""
+
+    prefix: Prompt
+    answers: list[bool]
+    turn: list[int]
 
 
 def open_reader(
@@ -19,21 +30,18 @@ def open_reader(
     task: Task,
     dataset: Dataset,
     questions: Sequence[Example],
-    *,
-    n_exemplars: int | None = None,
-    chat: bool = False,
+    settings: RunSettings,
     fourth: FourthModel | None = None,
-    continuous: bool = False,
 ) -> Reader:
-    """A Reader of the instruction and `n_exemplars`, or the task's own number of them.
+    """A Reader of the instruction and the exemplars.
 
-    In a `chat` large_ins reads its template around each prompt. Raises PromptError where the
-    exemplars and the longest of `questions` do not fit, saying how many would.
+    Raises PromptError if the exemplars and the longest of `questions` do not fit into the context;
+    it says how many would.
     """
-    exemplars = exemplars_of(task, dataset, n_exemplars)
+    exemplars = exemplars_of(task, dataset, settings.n_exemplars)
     n = len(exemplars)
     prefixes = [_prefix(trio, task, exemplars[:k]) for k in range(n + 1)]
-    around = _around(trio, chat)
+    around = _around(trio, settings.chat)
     longest = max(trio.prompt(q.question).n_tokens() for q in questions)
     spare = trio.n_ctx - longest - task.max_tokens - sum(len(ids) for ids in around)
     if prefixes[n].n_tokens() > spare:
@@ -42,11 +50,12 @@ def open_reader(
             f"{task.name}: {n} exemplars and the longest question do not fit in a context of "
             f"{trio.n_ctx}; {fit} would, or raise --n-ctx"
         )
-    return exemplars_reader(trio, task, exemplars, chat=chat, fourth=fourth, continuous=continuous)
+    opening = open_task(trio, task, exemplars, chat=settings.chat)
+    return Reader(trio, *opening, fourth=fourth, continuous=CONTINUOUS in settings.methods)
 
 
 def exemplars_of(task: Task, dataset: Dataset, n: int | None = None) -> Sequence[Example]:
-    """The first `n` exemplars, or the task's own number; PromptError if there are fewer."""
+    """The first `n` exemplars, or the task's number; raises PromptError if there are fewer."""
     n = task.n_exemplars if n is None else n
     if n > len(dataset.exemplars):
         raise PromptError(f"{task.name} has {len(dataset.exemplars)} exemplars; {n} are wanted")
@@ -54,24 +63,21 @@ def exemplars_of(task: Task, dataset: Dataset, n: int | None = None) -> Sequence
 
 
 def _prefix(trio: Trio, task: Task, exemplars: Sequence[Example]) -> Prompt:
-    """Instruction and exemplars; only the exemplars' answers are scored."""
+    """The instruction and the exemplars; only the exemplars' answers are scored."""
     text = f"{task.instruction}\n\n"
     for example in exemplars:
         text += f"{example.question} {_OPEN}{example.answer}{_CLOSE}\n\n"
     return trio.prompt(text, spans=(_OPEN, _CLOSE)) if exemplars else trio.prompt(text)
 
 
-def exemplars_reader(
-    trio: Trio,
-    task: Task,
-    exemplars: Sequence[Example],
-    *,
-    chat: bool = False,
-    fourth: FourthModel | None = None,
-    continuous: bool = False,
-) -> Reader:
-    """A Reader of the instruction and `exemplars`, all of whose tokens are scored but BOS."""
-    marked = _prefix(trio, task, exemplars)  # what is scored in it are the answers
+def open_task(
+    trio: Trio, task: Task, exemplars: Sequence[Example], *, chat: bool = False
+) -> Opening:
+    """The instruction and `exemplars`; all their tokens are scored but BOS.
+
+    In a `chat`, large_ins reads its template around each prompt.
+    """
+    marked = _prefix(trio, task, exemplars)  # the answers are what is scored in it
     opening, turn = _around(trio, chat)
     ids = [i for segment in marked.segments for i in segment.ids[ROLES[0]]]
     bos = trio.models[ROLES[0]].bos
@@ -81,19 +87,19 @@ def exemplars_reader(
     prefix = Prompt((*begin, Segment.of(ids[len(bos) :])))
     answers = [scored for _, scored in marked.units]
     answers = [False] * (len(prefix.units) - len(answers)) + answers
-    return Reader(trio, prefix, answers, turn, fourth, continuous)
+    return Opening(prefix, answers, turn)
 
 
 def _around(trio: Trio, chat: bool) -> tuple[list[int], list[int]]:
-    """What large_ins' chat template puts before a message and after it."""
+    """The ids of large_ins' chat template before a message and after it."""
     return around_message(trio.models[ROLES[0]]) if chat else ([], [])
 
 
 def question_after(reader: Reader, example: Example) -> Prompt:
     """The question without BOS, which the exemplars' prefix has.
 
-    In a chat, large_ins' turn begins before the last line ("Topic:"), which all models share:
-    so their answers begin alike, with a space.
+    In a chat, large_ins' turn begins before the last line ("Topic:"), which all models share. So
+    the answers of all models begin with a space.
     """
     trio, text = reader.trio, example.question
     body, newline, cue = text.rpartition("\n") if reader.turn else (text, "", "")

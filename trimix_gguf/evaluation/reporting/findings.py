@@ -1,33 +1,31 @@
-"""What a run shows beyond its scores: of perplexity as a guide, and of the points it leads to."""
+"""What a run shows beyond its scores: whether perplexity guides, and where the weights lie."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from trimix_gguf.evaluation.statistics import spearman
+from trimix_gguf.evaluation.reporting.statistics import spearman
+from trimix_gguf.evaluation.reporting.summary import ChosenWeights, Guidance, Surface
+from trimix_gguf.mixing.scoring import Float64
 
-Float64 = NDArray[np.float64]
 
-
-def surface(nll: Float64, n_scored: Float64, metric: Float64) -> dict[str, Any]:
+def surface(nll: Float64, n_scored: Float64, metric: Float64) -> Surface:
     """Whether points of lower perplexity answer better: both over the grid, and Spearman's rho.
 
-    `nll` [n, n_grid, n_grid] are summed nats, their mean is macro: of each prompt's own mean.
-    rho is below 0 where low perplexity goes with a high metric [n_grid, n_grid].
+    `nll` [n, n_grid, n_grid] are summed nats; their mean is macro: over the mean of each prompt.
+    rho is below 0 if low perplexity goes with a high metric [n_grid, n_grid].
     """
     mean_nll = (nll / n_scored[:, None, None]).mean(axis=0)
     rho = spearman(mean_nll.ravel(), metric.ravel())
     return {"mean_nll": mean_nll.tolist(), "metric": metric.tolist(), "spearman": number(rho)}
 
 
-def chosen(weights: Float64, grid: Sequence[float]) -> dict[str, Any]:
-    """Where a method's weights [n, 2] lie: how often at each point of grid², and how far apart.
+def chosen(weights: Float64, grid: Sequence[float]) -> ChosenWeights:
+    """How often a method's weights [n, 2] lie at each point of grid², and which one is higher.
 
-    `mean_ratio` is of beta / alpha over examples whose alpha is above 0; `off_grid` counts those
-    that lie between the points.
+    `mean_ratio` is the mean of beta / alpha over examples with alpha above 0; `off_grid` counts
+    examples between the points.
     """
     alpha, beta = weights.T
     counts = [
@@ -52,8 +50,8 @@ def divergences(nll: Float64, axis: Sequence[float]) -> Float64:
         N(0) − N(1) = log Z(0) − log Z(1) + (c_y − b_y)
 
     and their sum, in which the target cancels, is E_cpt[log p_cpt − log p_base]: exactly the
-    divergence, whatever the text. N' is that of the polynomial through the axis' nodes, which is
-    0.001 nats a token off where small models diverge by 3, and less where they are closer.
+    divergence, for any text. N' is that of the polynomial through the axis' nodes: its error is
+    0.001 nats per token where small models diverge by 3, and less where they are closer.
     """
     row = nll[:, axis.index(0.0)]
     at_base, at_cpt = axis.index(0.0), axis.index(1.0)
@@ -68,12 +66,10 @@ def derivative_weights(nodes: Sequence[float], at: float) -> Float64:
     return np.linalg.solve(np.vander(nodes, increasing=True).T, slopes)
 
 
-def guidance(
-    nll: Float64, n_scored: Float64, beta: Float64, axis: Sequence[float]
-) -> dict[str, Any]:
-    """Whether beta [n] is larger where the language model has more to say: Spearman's rho.
+def guidance(nll: Float64, n_scored: Float64, beta: Float64, axis: Sequence[float]) -> Guidance:
+    """Whether beta [n] is higher where small_cpt differs more from small_base: Spearman's rho.
 
-    What it has to say is its divergence from the base model, in nats a token of the prompt.
+    The difference is their divergence, in nats per token of the prompt.
     """
     divergence = divergences(nll, axis) / n_scored
     return {
@@ -85,7 +81,7 @@ def guidance(
 def gap_closed(values: Mapping[str, float], start: str, end: str) -> dict[str, float]:
     """How far each other method gets on the way from `start` (0) to `end` (1).
 
-    Empty where one of the two is absent, or `end` is not above `start`.
+    Empty if one of the two is absent, or `end` is not above `start`.
     """
     if start not in values or end not in values or values[end] <= values[start]:
         return {}
@@ -95,5 +91,5 @@ def gap_closed(values: Mapping[str, float], start: str, end: str) -> dict[str, f
 
 
 def number(value: float) -> float | None:
-    """JSON has no nan."""
+    """The value, or None for nan and infinity, which JSON does not have."""
     return value if math.isfinite(value) else None

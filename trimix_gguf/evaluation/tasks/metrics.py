@@ -1,8 +1,8 @@
 """Metrics of generated answers, each by statistics that add up over examples.
 
-A corpus, a part of it or a bootstrap resample has the value of its summed statistics, so none of
-them asks for an answer to be generated or compared again. Where an example has more than one
-reference its best one counts (BLEU: n-grams of all of them).
+The value for a corpus, a part of it or a bootstrap resample follows from the sum of its statistics,
+so no answer is generated or compared again. If an example has several references, the best one
+counts (BLEU: n-grams of all of them).
 """
 
 import re
@@ -16,11 +16,9 @@ from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from trimix_gguf.errors import TrimixError
-
-Float64 = NDArray[np.float64]
+from trimix_gguf.mixing.scoring import Float64
 
 _GROUP = "[,٬\u00a0\u202f]"  # between thousands, or lakhs: 1,00,000
 _GROUPED = rf"\d{{1,3}}(?:{_GROUP}\d{{2,3}})*{_GROUP}\d{{3}}(?!\d)"
@@ -32,13 +30,13 @@ class Metric(Protocol):
 
     @property
     def name(self) -> str:
-        """The metric as a table shows it."""
+        """The metric's name in a table."""
 
     def statistics(self, prediction: str, references: Sequence[str]) -> Float64:
-        """Statistics [n_stats] of one example with one or more references."""
+        """The statistics [n_stats] of one example with one or more references."""
 
     def value(self, total: Float64) -> float:
-        """The metric, 0 … 100, of summed statistics [n_stats] of one or more examples."""
+        """The metric, 0 … 100, from the summed statistics [n_stats] of one or more examples."""
 
 
 @dataclass(frozen=True)
@@ -49,52 +47,56 @@ class Mean:
     score: Callable[[str, str], float]
 
     def statistics(self, prediction: str, references: Sequence[str]) -> Float64:
+        """[the best score, 1]."""
         return np.array([max(self.score(prediction, r) for r in references), 1.0])
 
     def value(self, total: Float64) -> float:
+        """The mean score, in percent."""
         return float(100 * total[0] / total[1])
 
 
 @dataclass(frozen=True)
 class Sacrebleu:
-    """A corpus metric of sacrebleu, to its last digit: counts of n-grams, and of lengths.
+    """A corpus metric of sacrebleu, with all its digits: counts of n-grams, and lengths.
 
-    The text goes in as it is: sacrebleu brings no two Unicode forms together, and its words end
-    at spaces and ASCII punctuation, so BLEU says little of Tibetan. Raises TrimixError where
-    sacrebleu is not installed.
+    The text is not changed: sacrebleu does not normalize Unicode, and its words end at spaces and
+    ASCII punctuation, so BLEU says little about Tibetan. Raises TrimixError if sacrebleu is not
+    installed.
     """
 
     name: str
 
     def statistics(self, prediction: str, references: Sequence[str]) -> Float64:
+        """sacrebleu's counts for one sentence."""
         streams = [[reference] for reference in references]
         counts = _sacrebleu(self.name)._extract_corpus_statistics([prediction], streams)
         return np.array(counts[0], np.float64)
 
     def value(self, total: Float64) -> float:
+        """sacrebleu's score of a corpus with these counts."""
         return float(_sacrebleu(self.name)._compute_score_from_stats(total.tolist()).score)
 
 
 @cache
 def _sacrebleu(name: str) -> Any:
     try:
-        from sacrebleu.metrics import BLEU, CHRF
+        from sacrebleu.metrics import BLEU, CHRF  # type: ignore[attr-defined, unused-ignore]
     except ImportError:
         raise TrimixError(f"{name} needs sacrebleu: pip install 'trimix-gguf[eval]'") from None
     return CHRF(word_order=2, lowercase=True) if name == "chrF++" else BLEU()
 
 
 def folded(text: str) -> str:
-    """The text without case, in NFC, stripped: one form of what a reader takes as the same."""
+    """The text without case, in NFC, stripped: one form for texts that a reader takes as equal."""
     return unicodedata.normalize("NFC", text.casefold()).strip()
 
 
 def squad_words(text: str) -> list[str]:
     """The words that exact match and F1 compare, by SQuAD's rules for any script.
 
-    Folded; punctuation (all Unicode P, and ASCII's symbols as in SQuAD) and invisible format
-    marks removed; split at spaces, and in Tibetan at its own marks (tsheg, shad). Articles stay:
-    they are English only.
+    The text is folded; punctuation (all of Unicode P, and ASCII's symbols as in SQuAD) and
+    invisible format marks are removed; it is split at spaces, in Tibetan also at tsheg and shad.
+    Articles stay: SQuAD's rule for them is only for English.
     """
     kept = []
     for char in folded(text):
@@ -106,31 +108,34 @@ def squad_words(text: str) -> list[str]:
 
 
 def accuracy(prediction: str, reference: str) -> float:
+    """1 if both are equal when folded."""
     return float(folded(prediction) == folded(reference))
 
 
 def exact_match(prediction: str, reference: str) -> float:
+    """1 if both have the same words."""
     return float(squad_words(prediction) == squad_words(reference))
 
 
 def f1(prediction: str, reference: str) -> float:
-    """Harmonic mean of the words' precision and recall; no words equal no words (SQuAD 2.0)."""
-    ours, theirs = squad_words(prediction), squad_words(reference)
-    if not ours or not theirs:
-        return float(ours == theirs)
-    common = sum((Counter(ours) & Counter(theirs)).values())
-    return 2 * common / (len(ours) + len(theirs))
+    """Harmonic mean of the words' precision and recall; two empty texts are equal (SQuAD 2.0)."""
+    predicted, expected = squad_words(prediction), squad_words(reference)
+    if not predicted or not expected:
+        return float(predicted == expected)
+    common = sum((Counter(predicted) & Counter(expected)).values())
+    return 2 * common / (len(predicted) + len(expected))
 
 
 class RougeTokenizer:
-    """Splits any script for rouge-score, whose own tokenizer keeps only a-z and 0-9.
+    """Splits any script for rouge-score, which keeps only a-z and 0-9 by itself.
 
-    A token is a run of letters, marks and numbers, folded, its format marks (joiners) dropped.
-    Tibetan is so split into syllables, at tsheg and shad; Chinese and Japanese, which mark no
-    words, only at punctuation.
+    A token is a run of letters, marks and numbers, folded, without format marks (joiners). This
+    splits Tibetan into syllables, at tsheg and shad; Chinese and Japanese, which have no spaces
+    between words, only at punctuation.
     """
 
     def tokenize(self, text: str) -> list[str]:
+        """The tokens of a text."""
         kept = []
         for char in folded(text):
             category = unicodedata.category(char)
@@ -139,7 +144,7 @@ class RougeTokenizer:
 
 
 def rouge_l(prediction: str, reference: str) -> float:
-    """ROUGE-L's F1; raises TrimixError where rouge-score is not installed."""
+    """ROUGE-L's F1; raises TrimixError if rouge-score is not installed."""
     return float(_rouge_scorer().score(reference, prediction)["rougeL"].fmeasure)
 
 
@@ -153,10 +158,10 @@ def _rouge_scorer() -> Any:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number in a text, in the decimal digits of any script; None where there is none.
+    """The last number in a text, in the decimal digits of any script; None if there is none.
 
-    A comma before three digits groups thousands, any other between digits is a decimal point, as
-    Kazakh writes it; a minus after a letter or a digit is a hyphen or a subtraction.
+    A comma before three digits groups thousands; another comma between digits is a decimal point,
+    as in Kazakh. A minus after a letter or a digit is a hyphen or a subtraction.
     """
     matches = list(_NUMBER.finditer(text))
     if not matches:
@@ -168,11 +173,11 @@ def last_number(text: str) -> Decimal | None:
 
 
 def same_number(prediction: str, reference: str) -> float:
-    """1 where the last numbers are equal; raises TrimixError for a reference without one."""
+    """1 if the last numbers are equal; raises TrimixError for a reference without a number."""
     expected = last_number(reference)
     if expected is None:
         raise TrimixError(
-            f"a reference with a number was expected, got {reference!r}: judge it by accuracy"
+            f"a reference with a number was expected, got {reference!r}: use accuracy for it"
         )
     return float(last_number(prediction) == expected)
 

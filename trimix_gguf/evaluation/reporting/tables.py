@@ -4,15 +4,15 @@ import csv
 import io
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from trimix_gguf.choosing.methods import INFORMATIVE, MI_ANSWERS, ORACLE
-from trimix_gguf.evaluation.answers import CALIBRATED
-from trimix_gguf.evaluation.metrics import METRICS
-from trimix_gguf.evaluation.racing import WORSE
+from trimix_gguf.evaluation.names.compared import CALIBRATED
+from trimix_gguf.evaluation.names.settings import RACE_P
+from trimix_gguf.evaluation.reporting.summary import MeanSummary, Score, Summary, TaskSummary
+from trimix_gguf.evaluation.run_files.record import ModelRecord, RunRecord
+from trimix_gguf.evaluation.tasks.metrics import METRICS
 
-Summary = Mapping[str, Any]
-Scores = Mapping[str, Mapping[str, float]]  # method -> value, low, high
+Scores = Mapping[str, Score]  # by method
 
 _NONE = "–"
 _N_CHOSEN = 3  # points named of those that a method chose
@@ -20,7 +20,7 @@ _RIVALS = {"best_single": "the best single model on these examples", "proxy-tuni
 
 
 def to_csv(summary: Summary) -> str:
-    """The main table, a row a method: for each task and the mean its value, low and high."""
+    """The main table, a row per method: its value, low and high for each task and the mean."""
     columns = _main_columns(summary)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -30,14 +30,14 @@ def to_csv(summary: Summary) -> str:
         cells: list[str] = []
         for scores in columns.values():
             score = scores.get(method)
-            keys = ("value", "low", "high")
-            cells += [f"{score[key]:.4f}" if score else "" for key in keys]
+            numbers = (score["value"], score["low"], score["high"]) if score else ()
+            cells += [f"{number:.4f}" for number in numbers] or [""] * 3
         writer.writerow([method, *cells])
     return text.getvalue()
 
 
 def to_markdown(summary: Summary) -> str:
-    """The main table; below it p-values, findings, and what all of it rests on."""
+    """The main table; below it p-values, findings, and how all of it was computed."""
     main = _main_columns(summary)
     others = _metric_columns(summary, slice(1, None))
     caption = (
@@ -62,7 +62,7 @@ def _main_columns(summary: Summary) -> dict[str, Scores]:
 
 
 def _metric_columns(summary: Summary, which: slice) -> dict[str, Scores]:
-    """Each task's scores by one metric, under both names."""
+    """The scores of each task by metric; a column is named after both."""
     return {
         f"{name} ({METRICS[metric].name}{', by choice' * task['by_choice']})": {
             method: found["metrics"][metric] for method, found in task["methods"].items()
@@ -75,10 +75,10 @@ def _metric_columns(summary: Summary, which: slice) -> dict[str, Scores]:
 def _scores(summary: Summary, columns: Mapping[str, Scores]) -> str:
     best = {
         title: max(
-            score["value"] for name, score in scores.items() if name not in _oracles(summary)
+            score["value"] for name, score in scores.items() if name not in summary["oracles"]
         )
         for title, scores in columns.items()
-        if any(name not in _oracles(summary) for name in scores)
+        if any(name not in summary["oracles"] for name in scores)
     }
     rows = []
     for method in summary["methods"]:
@@ -88,23 +88,18 @@ def _scores(summary: Summary, columns: Mapping[str, Scores]) -> str:
         for title, scores in columns.items():
             score = scores.get(method)
             text = "{value:.1f} [{low:.1f}, {high:.1f}]".format(**score) if score else _NONE
-            is_best = score and method not in _oracles(summary) and score["value"] == best[title]
+            is_best = score and method not in summary["oracles"] and score["value"] == best[title]
             row.append(f"**{text}**" if is_best else text)
         rows.append(row)
     return _table(["method", *columns], rows)
 
 
-def _oracles(summary: Summary) -> Sequence[str]:
-    oracles: Sequence[str] = summary["oracles"]
-    return oracles
-
-
 def _label(summary: Summary, method: str) -> str:
-    return f"{method} (oracle)" if method in _oracles(summary) else method
+    return f"{method} (oracle)" if method in summary["oracles"] else method
 
 
-def _parts(summary: Summary) -> dict[str, Any]:
-    """The tasks and their mean, by the title of each."""
+def _parts(summary: Summary) -> dict[str, TaskSummary | MeanSummary]:
+    """The tasks and their mean, by title."""
     return {**summary["tasks"], "mean": summary["mean"]}
 
 
@@ -127,15 +122,16 @@ def _gains(summary: Summary) -> str:
 def _weights(summary: Summary) -> str:
     rows = []
     for method in summary["methods"]:
-        if method.endswith(CALIBRATED) and method not in _oracles(summary):
+        if method.endswith(CALIBRATED) and method not in summary["oracles"]:
             continue  # its weights are those of the method without it
         row = [_label(summary, method)]
         for task in summary["tasks"].values():
-            found = task["methods"].get(method, {"alpha": None, "perplexity": None})
-            alpha, perplexity = found["alpha"], found["perplexity"]
-            text = _NONE if alpha is None else f"({alpha:.2f}, {found['beta']:.2f})"
-            if perplexity is not None:
-                text += "; {micro:.2f}, {macro:.2f}".format(**perplexity)
+            found = task["methods"].get(method)
+            text = _NONE
+            if found and found["alpha"] is not None:
+                text = f"({found['alpha']:.2f}, {found['beta']:.2f})"
+            if found and found["perplexity"] is not None:
+                text += "; {micro:.2f}, {macro:.2f}".format(**found["perplexity"])
             row.append(text)
         rows.append(row)
     table = _table(["method", *summary["tasks"]], rows)
@@ -190,12 +186,11 @@ def _gaps(summary: Summary) -> str:
     return _table(["method", *parts], rows) if rows else ""
 
 
-def _gap(part: Mapping[str, Any]) -> Mapping[str, float]:
-    gap: Mapping[str, float] = part["findings"]["gap_closed"]
-    return gap
+def _gap(part: TaskSummary | MeanSummary) -> dict[str, float]:
+    return part["findings"]["gap_closed"]
 
 
-def _examples(run: Mapping[str, Any], summary: Summary) -> str:
+def _examples(run: RunRecord, summary: Summary) -> str:
     sizes = []
     for name in run["tasks"]:
         n = summary["tasks"][name]["n"]
@@ -242,7 +237,7 @@ def _conventions(summary: Summary) -> str:
         lines.append(
             f"--race: where answers are free text, {ORACLE} is the best of the grid points that"
             " were not left on the way, as worse than the leader (paired t test, one-sided,"
-            f" p < {WORSE})."
+            f" p < {RACE_P})."
         )
     for run in runs:
         files = {**run["models"], **(run.get("singles") or {})}
@@ -256,7 +251,7 @@ def _conventions(summary: Summary) -> str:
     return f"{text}\n\n```\n{listed}\n```" if listed else text
 
 
-def _file(file: Mapping[str, Any]) -> str:
+def _file(file: ModelRecord) -> str:
     return f"{file['file']}, {file['bytes']} bytes, sha256 {file['sha256'][:12]}"
 
 

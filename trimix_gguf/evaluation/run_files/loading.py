@@ -1,24 +1,24 @@
-"""Reads a run's folder back; what is damaged, unfinished or no run's is said in one line."""
+"""Reads a run's folder back; one that is damaged, unfinished or not a run's gets a clear error."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from trimix_gguf.choosing.methods import ORACLE
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.answers import Float64, GridTexts, Run, TaskRun, informed
-from trimix_gguf.evaluation.run import FORMAT
-from trimix_gguf.evaluation.run_files import finite, has_grid
-from trimix_gguf.evaluation.sources import Fields, Row, check_type, read_jsonl, read_lines
+from trimix_gguf.evaluation.run_files.answers import GridTexts, RunAnswers, TaskAnswers
+from trimix_gguf.evaluation.run_files.lines import MethodOutput, finite, has_grid
+from trimix_gguf.evaluation.run_files.record import FORMAT, RunRecord
 from trimix_gguf.evaluation.tasks import custom_task, find_task
+from trimix_gguf.evaluation.tasks.rows import Fields, Row, check_type, read_jsonl, read_lines
+from trimix_gguf.mixing.scoring import Float64
 
 _UNFINISHED = "give the run's command again to finish it"
 _DAMAGED = "the file is damaged, or not a run's"
-_SETTINGS: Fields = {
+_RECORD: Fields = {
     "format": int,
     "lang": str,
     "tasks": list,
@@ -31,104 +31,103 @@ _LINE: Fields = {"id": str, "references": list, "outputs": dict}
 _OUTPUT: Fields = {"text": str, "alpha": int | float, "beta": int | float}
 
 
-def load_run(folder: Path, *, so_far: bool = False) -> Run:
-    """Read a run's folder; raises DataError where it is none, unfinished or damaged.
+def load_run(folder: Path, *, so_far: bool = False) -> RunAnswers:
+    """Read a run's folder; raises DataError if it is not a run's, unfinished or damaged.
 
-    `so_far` takes what an unfinished one has: tasks that were begun, singles that are as far.
+    `so_far` reads what an unfinished run has: the tasks that were begun, and the single models that
+    have answered as many questions.
     """
-    settings = _settings(folder / "run.json")
+    record = _record(folder / "run.json")
     if so_far:
-        return _begun(folder, settings)
-    tasks = {name: _task_run(folder, name, settings) for name in settings["tasks"]}
-    for name, wanted in settings.get("n_questions", {}).items():
+        return _begun(folder, record)
+    tasks = {name: _task_answers(folder, name, record) for name in record["tasks"]}
+    for name, wanted in record.get("n_questions", {}).items():
         if len(tasks[name].ids) != wanted:
             raise DataError(
                 f"{folder} is unfinished: {name} has {len(tasks[name].ids)} of {wanted} answers; "
                 "give the same trimix eval command again"
             )
-    return Run(folder, settings, tasks)
+    return RunAnswers(folder, record, tasks)
 
 
-def _begun(folder: Path, settings: dict[str, Any]) -> Run:
+def _begun(folder: Path, record: RunRecord) -> RunAnswers:
     @cache
     def ids(name: str) -> set[str]:
         file = folder / f"{name}.jsonl"
         whole = file.is_file() and b"\n" in file.read_bytes()
         return {line["id"] for _, line in _lines(file, ended=True)} if whole else set()
 
-    begun = [name for name in settings["tasks"] if ids(name)]
+    begun = [name for name in record["tasks"] if ids(name)]
     if not begun:
         raise DataError(f"{folder} has no answers yet; give the run's command again")
-    singles = settings.get("singles") or {}
+    singles = record.get("singles") or {}
     level = [s for s in singles if all(ids(t) == ids(f"{t}.{s}") for t in begun)]
-    settings |= {"tasks": begun, "singles": {s: singles[s] for s in level}}
-    tasks = {name: _task_run(folder, name, settings, ended=True) for name in begun}
-    return Run(folder, settings, tasks)
+    record["tasks"], record["singles"] = begun, {s: singles[s] for s in level}
+    tasks = {name: _task_answers(folder, name, record, ended=True) for name in begun}
+    return RunAnswers(folder, record, tasks)
 
 
-def _settings(file: Path) -> dict[str, Any]:
+def _record(file: Path) -> RunRecord:
     if not file.is_file():
         raise DataError(f"{file.parent} has no run: run.json is missing")
     try:
-        settings = json.loads("\n".join(read_lines(file)))
+        record: RunRecord = json.loads("\n".join(read_lines(file)))
     except ValueError:
         raise DataError(f"{file} is not JSON: {_DAMAGED}") from None
-    _check(str(file), settings, _SETTINGS)
-    if settings["format"] != FORMAT:
+    _check(str(file), record, _RECORD)
+    if record["format"] != FORMAT:
         raise DataError(
-            f"{file} has format {settings['format']}, expected {FORMAT}: another version wrote it"
+            f"{file} has format {record['format']}, expected {FORMAT}: another version wrote it"
         )
-    for field in ("tasks", "methods"):
-        if not settings[field] or any(type(name) is not str for name in settings[field]):
+    for field, names in (("tasks", record["tasks"]), ("methods", record["methods"])):
+        if not names or any(type(name) is not str for name in names):
             raise DataError(f"{file}: {field!r} should be names, one or more; {_DAMAGED}")
-    axis = settings["axis"]
+    axis = record["axis"]
     numbers = all(type(weight) in (int, float) for weight in axis)
     if not (numbers and axis == sorted(set(axis)) and {0, 1} <= set(axis)):
         raise DataError(f"{file}: 'axis' should be rising numbers from 0 to 1; {_DAMAGED}")
-    return dict(settings)
+    return record
 
 
-def _task_run(
-    folder: Path, name: str, settings: Mapping[str, Any], *, ended: bool = False
-) -> TaskRun:
-    own = settings.get("task_files") or {}
-    task = custom_task(Path(own[name])) if name in own else find_task(name, settings["lang"])
+def _task_answers(
+    folder: Path, name: str, record: RunRecord, *, ended: bool = False
+) -> TaskAnswers:
+    task_files = record.get("task_files") or {}
+    path = task_files.get(name)
+    task = find_task(name, record["lang"]) if path is None else custom_task(Path(path))
     file = folder / f"{name}.jsonl"
     rows = _lines(file, ended=ended)
     ids = [line["id"] for _, line in rows]
-    asked = [method for method in settings["methods"] if method != ORACLE]
+    asked = [method for method in record["methods"] if method != ORACLE]
     outputs = {method: _outputs(rows, method) for method in asked}
     texts = {method: [o["text"] for o in outputs[method]] for method in asked}
     weights = {
         method: np.array([(o["alpha"], o["beta"]) for o in outputs[method]], np.float64)
         for method in asked
     }
-    for single in settings.get("singles") or {}:
+    for single in record.get("singles") or {}:
         other = folder / f"{name}.{single}.jsonl"
         answers = {line["id"]: (where, line) for where, line in _lines(other, ended=ended)}
         _check_ids(other, ids, list(answers))
         _check_ids(file, list(answers), ids)
         texts[single] = [o["text"] for o in _outputs([answers[i] for i in ids], single)]
-    n = len(settings["axis"])
+    n = len(record["axis"])
     choices = [line.get("choices", []) for _, line in rows]
-    return informed(
-        TaskRun(
-            task=task,
-            axis=tuple(float(weight) for weight in settings["axis"]),
-            ids=ids,
-            references=[line["references"] for _, line in rows],
-            choices=choices,
-            texts=texts,
-            weights=weights,
-            grid_texts=(
-                _grid_texts(rows, n - 1, race=bool(settings.get("race")))
-                if ORACLE in settings["methods"]
-                else None
-            ),
-            n_scored=_numbers(rows, "n_scored", [()] * len(rows)),
-            nll=_numbers(rows, "nll", [(n, n)] * len(rows)),
-            choice_nll=_numbers(rows, "choice_nll", [(len(c), n, n) for c in choices]),
-        )
+    grid_texts = None
+    if ORACLE in record["methods"]:
+        grid_texts = _grid_texts(rows, n - 1, race=bool(record.get("race")))
+    return TaskAnswers(
+        task=task,
+        axis=tuple(float(weight) for weight in record["axis"]),
+        ids=ids,
+        references=[line["references"] for _, line in rows],
+        choices=choices,
+        texts=texts,
+        weights=weights,
+        grid_texts=grid_texts,
+        n_scored=_numbers(rows, "n_scored", [()] * len(rows)),
+        nll=_numbers(rows, "nll", [(n, n)] * len(rows)),
+        choice_nll=_numbers(rows, "choice_nll", [(len(c), n, n) for c in choices]),
     )
 
 
@@ -152,8 +151,8 @@ def _lines(file: Path, *, ended: bool = False) -> list[Row]:
     return rows
 
 
-def _check(where: str, record: Any, fields: Fields) -> None:
-    if type(record) is not dict:
+def _check(where: str, record: object, fields: Fields) -> None:
+    if not isinstance(record, dict):
         raise DataError(f"{where}: expected a JSON object; {_DAMAGED}")
     for name, kind in fields.items():
         check_type(where, name, record.get(name), kind)
@@ -169,8 +168,8 @@ def _check_ids(file: Path, expected: Sequence[str], got: Sequence[str]) -> None:
         )
 
 
-def _outputs(rows: Sequence[Row], name: str) -> list[dict[str, Any]]:
-    found = []
+def _outputs(rows: Sequence[Row], name: str) -> list[MethodOutput]:
+    found: list[MethodOutput] = []
     for where, line in rows:
         output = line["outputs"].get(name)
         if output is None:
@@ -192,7 +191,7 @@ def _grid_texts(rows: Sequence[Row], n: int, *, race: bool) -> GridTexts:
 
 
 def _numbers(rows: Sequence[Row], name: str, shapes: Sequence[tuple[int, ...]]) -> Float64 | None:
-    """A field of all lines, padded with nan to the largest shape; None where no line has it."""
+    """A field of all lines, padded with nan to the largest shape; None if no line has it."""
     if not any(name in line for _, line in rows):
         return None
     widest = tuple(max(lengths) for lengths in zip(*shapes, strict=True))

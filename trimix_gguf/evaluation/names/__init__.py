@@ -1,0 +1,1 @@
+"""What methods and settings are called: no model is needed."""

@@ -1,0 +1,1 @@
+"""What a run shows: no model is needed."""

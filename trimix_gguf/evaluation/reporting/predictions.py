@@ -1,0 +1,116 @@
+"""What each method predicts in a run, or in several runs together.
+
+No model is needed: a finished run can be judged again and again.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from trimix_gguf.choosing.methods import INFORMATIVE, MI_ANSWERS, ORACLE
+from trimix_gguf.errors import DataError
+from trimix_gguf.evaluation.names.compared import CALIBRATED
+from trimix_gguf.evaluation.reporting.informative import most_informative
+from trimix_gguf.evaluation.run_files.answers import GridTexts, RunAnswers, TaskAnswers
+from trimix_gguf.mixing.scoring import GRID, Float64
+
+_FEWEST = 10  # examples from which mutual information is computed
+_ALIKE = ("lang", "seed", "n_exemplars", "chat", "axis", "models")  # in runs that are joined
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Answers to compare with the references: of each method, and of oracles at each point."""
+
+    methods: Mapping[str, Sequence[str]]
+    grids: Mapping[str, GridTexts]
+
+
+def join(runs: Sequence[RunAnswers]) -> RunAnswers:
+    """Runs with different tasks, or with other methods on the same questions, as one run.
+
+    If two of them have the same thing, that of the first one is used. Raises DataError if they do
+    not fit into one table.
+    """
+    first, *others = runs
+    tasks = dict(first.tasks)
+    for other in others:
+        pair = f"{first.folder} and {other.folder}"
+        for key in _ALIKE:
+            if other.record.get(key) != first.record.get(key):
+                raise DataError(f"{pair} differ in {key}; report each by itself")
+        for name, answers in other.tasks.items():
+            known = tasks.setdefault(name, answers)
+            if (known.ids, known.references) != (answers.ids, answers.references):
+                raise DataError(f"{pair} answer other questions of {name}; report each by itself")
+            tasks[name] = _merged(known, answers)
+    return RunAnswers(first.folder, first.record, tasks, tuple(runs))
+
+
+def _merged(first: TaskAnswers, other: TaskAnswers) -> TaskAnswers:
+    """What `first` has, and what only `other`, with the same examples, has."""
+    texts = {**first.texts, **other.texts, **first.texts}  # in the first's order
+    weights = {**first.weights, **other.weights, **first.weights}
+    return replace(
+        first,
+        texts=texts,
+        weights=weights,
+        grid_texts=other.grid_texts if first.grid_texts is None else first.grid_texts,
+        n_scored=other.n_scored if first.n_scored is None else first.n_scored,
+        nll=other.nll if first.nll is None else first.nll,
+        choice_nll=other.choice_nll if first.choice_nll is None else first.choice_nll,
+    )
+
+
+def informed(answers: TaskAnswers) -> TaskAnswers:
+    """The answers with those of INFORMATIVE, if the run has what it is computed from."""
+    texts, weights = dict(answers.texts), dict(answers.weights)
+    nll, grid = answers.choice_nll, answers.grid_texts
+    if nll is not None and len(nll) >= _FEWEST:
+        pair = most_informative(nll)
+        weights[INFORMATIVE] = np.tile((pair.alpha, pair.beta), (len(nll), 1))
+        if grid and (said := grid[GRID.index(pair.alpha)][GRID.index(pair.beta)]):
+            texts[INFORMATIVE] = said
+    elif nll is None and MI_ANSWERS in texts:
+        texts[INFORMATIVE], weights[INFORMATIVE] = texts[MI_ANSWERS], weights[MI_ANSWERS]
+    return replace(answers, texts=texts, weights=weights)
+
+
+def predict(answers: TaskAnswers, *, choice_scoring: bool = False) -> Predictions:
+    """The answer in each text; with `choice_scoring` the choice with the fewest nats, where known.
+
+    Nats are not divided by a choice's length. CALIBRATED: minus the mean of that choice over the
+    task's examples (batch calibration, Zhou et al. 2024), which needs no labels.
+    """
+    if choice_scoring and answers.choice_nll is not None:
+        return _by_choice(answers, answers.choice_nll)
+
+    def read(texts: Sequence[str]) -> list[str]:
+        return [answers.task.prediction(*pair) for pair in zip(texts, answers.choices, strict=True)]
+
+    methods = {name: read(texts) for name, texts in answers.texts.items()}
+    if answers.grid_texts is None:
+        return Predictions(methods, {})
+    grid = [[texts and read(texts) for texts in row] for row in answers.grid_texts]
+    return Predictions(methods, {ORACLE: grid})
+
+
+def _by_choice(answers: TaskAnswers, nll: Float64) -> Predictions:
+    methods: dict[str, list[str]] = {}
+    grids: dict[str, GridTexts] = {}
+    everyone = np.arange(len(nll))
+
+    def pick(nats: Float64) -> list[str]:  # nats [n, n_choices]
+        lowest = np.nanargmin(nats, axis=1)
+        return [choices[at] for choices, at in zip(answers.choices, lowest, strict=True)]
+
+    for suffix, nats in (("", nll), (CALIBRATED, nll - np.nanmean(nll, axis=0))):
+        for name in answers.weights:
+            points = answers.points(name)
+            if points is not None:
+                methods[name + suffix] = pick(nats[everyone, :, points[:, 0], points[:, 1]])
+        grids[ORACLE + suffix] = [
+            [pick(nats[:, :, a, b]) for b in answers.on_grid] for a in answers.on_grid
+        ]
+    return Predictions(methods, grids)

@@ -1,0 +1,1 @@
+"""A run's folder: written line by line, resumed after a kill, and read back."""

@@ -1,0 +1,89 @@
+"""run.json: what a run was asked for, and with which models; a run with another one is refused."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import NotRequired, TypedDict
+
+from trimix_gguf.errors import DataError
+from trimix_gguf.evaluation.names.settings import RunSettingsRecord
+from trimix_gguf.evaluation.run_files.lines import read_json, write_json
+from trimix_gguf.machine.locking import alone
+
+FORMAT = 1  # of run.json and of the lines
+# A run may continue with others of these: numbers change only by rounding.
+_MAY_DIFFER = ("command", "cpu", "n_ctx")
+
+
+class ModelRecord(TypedDict):
+    """A model's file."""
+
+    file: str
+    sha256: str
+    bytes: int
+
+
+class RunRecord(RunSettingsRecord):
+    """run.json; runs of earlier versions lack some of it."""
+
+    format: int
+    lang: str
+    tasks: list[str]
+    axis: list[float]
+    models: dict[str, ModelRecord]
+    n_questions: NotRequired[dict[str, int]]
+    task_files: NotRequired[dict[str, str]]
+    singles: NotRequired[dict[str, ModelRecord]]
+    chat_template: NotRequired[str | None]
+    continuous_range: NotRequired[list[float] | None]
+    n_ctx: NotRequired[int]
+    command: NotRequired[list[str]]
+    versions: NotRequired[dict[str, str]]
+    cpu: NotRequired[str]
+
+
+@contextmanager
+def claim(folder: Path, record: RunRecord) -> Iterator[None]:
+    """Begin or continue a run in `folder`; until the end no other process can.
+
+    Raises DataError if the folder has another run, or another process writes there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    busy = DataError(f"{folder} is being written by another run; wait for it, or stop it")
+    with alone(folder / ".lock", busy):
+        _keep(folder, record)
+        yield
+
+
+def _keep(folder: Path, record: RunRecord) -> None:
+    """Write run.json. A run that is there may only get more single models: their files are apart.
+
+    Raises DataError.
+    """
+    file, asked = folder / "run.json", json.loads(json.dumps(record))
+    kept = asked
+    if file.exists():
+        kept = read_json(file)
+        known = kept.get("singles") or {}
+        there = all(asked["singles"].get(name) == model for name, model in known.items())
+        if more := there and known != asked["singles"]:
+            kept |= {"singles": asked["singles"], "command": asked["command"]}
+        changed = [k for k in asked if k not in _MAY_DIFFER and kept.get(k) != asked[k]]
+        if changed:
+            raise DataError(
+                f"{folder} holds a run with other {', '.join(changed)}; give another folder"
+            )
+        if not more:
+            return
+    write_json(file, kept)
+
+
+@cache
+def fingerprint(path: Path) -> ModelRecord:
+    """A model's file: its name, size and SHA-256."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"file": path.name, "sha256": digest, "bytes": path.stat().st_size}

@@ -1,0 +1,1 @@
+"""All that needs the models: asks them, and writes what they answer."""

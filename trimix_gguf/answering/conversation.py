@@ -25,7 +25,7 @@ from trimix_gguf.mixing.sampling import N_SEEDS
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.prompt import Prompt
-from trimix_gguf.trio.sequences import Progress
+from trimix_gguf.trio.sequences import TokenProgress
 from trimix_gguf.trio.trio import Trio
 
 
@@ -42,7 +42,7 @@ class Watch(TypedDict, total=False):
     """Who is told while an answer is made: see stream_generate."""
 
     on_selection: OnSelection | None
-    progress: Progress | None
+    progress: TokenProgress | None
 
 
 class Conversation:

@@ -13,7 +13,7 @@ from trimix_gguf.cli.options import Decorator, named_trio, open_trio, option_gro
 from trimix_gguf.server.limits import Limits
 
 # name -> type, help; the defaults are those of Limits.
-_LIMITS: dict[str, tuple[click.ParamType, str]] = {
+_LIMITS: dict[str, tuple[click.ParamType[Any], str]] = {
     "parallel": (click.IntRange(1, 31), "Answers at the same time; they share --n-ctx tokens."),
     "queue": (click.IntRange(0), "Requests that may wait; further requests get status 429."),
     "timeout": (click.FloatRange(0, min_open=True), "Most seconds for one answer."),

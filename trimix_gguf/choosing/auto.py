@@ -9,12 +9,10 @@ for the trio (`trimix tune`); without one, the mix stays close to large_ins.
 from collections.abc import Callable, Sequence
 
 from trimix_gguf.mixing.fusion import Weights
-from trimix_gguf.mixing.scoring import GRID, Float64, lowest, strays
+from trimix_gguf.mixing.scoring import Float64, lowest, strays
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.prompt import Prompt
 
-# The published grid and 0: each single model is a point of it.
-WITH_CORNERS = (0.0, *GRID)
 # Nats of likelihood that a nat of distance from large_ins must bring, where nothing was measured.
 LEASH = 4.0
 _ENDS_OF_QUESTIONS = (":", "：", "?", "？", "؟", "՞", "፧", ";")

@@ -22,6 +22,7 @@ from trimix_gguf.machine.threads import run_all
 from trimix_gguf.mixing.fusion import Weights
 
 GRID = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # published, for alpha and for beta
+WITH_CORNERS = (0.0, *GRID)  # each single model is a corner of its square
 CONTINUOUS_RANGE = (-0.5, 1.5)  # where the continuous optimum is looked for, in each weight
 N_CHEBYSHEV = 13
 

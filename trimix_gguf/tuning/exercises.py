@@ -1,9 +1,10 @@
 """Exercises with known answers, made of raw text: no label that a person gave.
 
-Each kind stands for what people ask for. `gap`: which word was taken out, by its letter, as in a
-school test. `topic`: which of a few words a sentence is about, as in sorting texts. `find`: which
-words of a passage are missing, as in questions on a text. `ending`: which ending a sentence has,
-as when text goes on. `into` and `from`, of sentence pairs: which translation is the right one.
+Each kind has the form of something that people ask for, and an answer that stands in the text, so
+that a model needs to follow the examples and not to know the world. `letter`: a school test, whose
+answer is a letter. `word`: texts to sort, whose answer is one of a few words. `find`: a question
+on a text, whose answer is in it. `ending`: a text that goes on. `into` and `from`, where there are
+sentence pairs: which translation is the right one.
 """
 
 import random
@@ -18,6 +19,7 @@ from trimix_gguf.tuning.text import Sentence
 GAP = "___"
 LETTERS = "ABCD"
 N_TOPICS = 5
+FEWEST_SENTENCES = 60
 _PUNCTUATION = re.compile(r"^[^\w]+|[^\w]+$")
 
 
@@ -57,27 +59,25 @@ def kinds_of(passages: Passages, seed: int) -> list[Kind]:
     return found
 
 
-def _gap(passages: Passages, rng: random.Random) -> Kind | None:
+def _letter(passages: Passages, rng: random.Random) -> Kind | None:
     sentences = [s for passage in passages for s in passage]
-    if len(sentences) < 40:
+    if len(sentences) < FEWEST_SENTENCES:
         return None
-    words = [w for s in sentences for w in map(_bare, s.words[1:]) if len(w) > 2]
+    words = sorted({w for s in sentences for w in _words(s)})
 
     def make() -> Iterator[Exercise]:
         for sentence in rng.sample(sentences, len(sentences)):
-            places = [i for i, w in enumerate(sentence.words) if i > 0 and len(_bare(w)) > 2]
-            if not places:
-                continue
-            at = rng.choice(places)
-            word = _bare(sentence.words[at])
-            others = _distractors(word, words, rng, len(LETTERS) - 1)
-            stem = f"Sentence: {_with_gap(sentence, at, at + 1)}"
-            yield _lettered(stem, word, others, rng)
+            there = {w.lower() for w in _words(sentence)}
+            right = rng.choice(_words(sentence) or [""])
+            others = [w for w in rng.sample(words, min(len(words), 40)) if w.lower() not in there]
+            if right and len(others) >= 3:
+                others.sort(key=lambda w: abs(len(w) - len(right)))
+                yield _lettered(f"Text: {sentence.text}", right, others[:3], rng)
 
-    return _kind("gap", "Which word is missing? Answer with its letter.", make(), 4)
+    return _kind("letter", "Which word is in each text? Answer with its letter.", make(), 4)
 
 
-def _topic(passages: Passages, rng: random.Random) -> Kind | None:
+def _word(passages: Passages, rng: random.Random) -> Kind | None:
     sentences = [s for passage in passages for s in passage]
     of_word = _by_word(sentences)
     topics = _topics(of_word, rng)
@@ -88,17 +88,15 @@ def _topic(passages: Passages, rng: random.Random) -> Kind | None:
     def make() -> Iterator[Exercise]:
         for at in range(min(len(found) for found in texts.values())):
             for topic in rng.sample(topics, len(topics)):
-                sentence = texts[topic][at]
-                hidden = [GAP if _bare(w).lower() == topic else w for w in sentence.words]
-                text = sentence.joint.join(hidden)
+                text = texts[topic][at].text
                 yield Exercise(f"Text: {text}\nWord:", tuple(topics), topics.index(topic))
 
-    return _kind("topic", f"Which word fits each text: {', '.join(topics)}?", make(), N_TOPICS)
+    return _kind("word", f"Which word is in each text: {', '.join(topics)}?", make(), N_TOPICS)
 
 
 def _find(passages: Passages, rng: random.Random) -> Kind | None:
     sentences = [s for passage in passages for s in passage]
-    if len(sentences) < 40:
+    if len(sentences) < FEWEST_SENTENCES:
         return None
 
     def make() -> Iterator[Exercise]:
@@ -122,7 +120,7 @@ def _find(passages: Passages, rng: random.Random) -> Kind | None:
 
 def _ending(passages: Passages, rng: random.Random) -> Kind | None:
     sentences = [s for passage in passages for s in passage if len(s.words) >= 8]
-    if len(sentences) < 40:
+    if len(sentences) < FEWEST_SENTENCES:
         return None
 
     def make() -> Iterator[Exercise]:
@@ -141,8 +139,8 @@ def _ending(passages: Passages, rng: random.Random) -> Kind | None:
 
 
 _KINDS: tuple[Callable[[Passages, random.Random], Kind | None], ...] = (
-    _gap,
-    _topic,
+    _letter,
+    _word,
     _find,
     _ending,
 )
@@ -165,16 +163,9 @@ def _with_gap(sentence: Sentence, first: int, last: int) -> str:
     return sentence.joint.join([*words[:first], GAP, *words[last:]])
 
 
-def _distractors(word: str, words: Sequence[str], rng: random.Random, n: int) -> list[str]:
-    """Other words of the text, about as long."""
-    found: list[str] = []
-    while len(found) < n:
-        drawn = rng.sample(words, min(len(words), 12))
-        near = min(
-            drawn, key=lambda w: (w.lower() == word.lower() or w in found, abs(len(w) - len(word)))
-        )
-        found.append(near)
-    return found
+def _words(sentence: Sentence) -> list[str]:
+    """Words long enough to be told apart, but for the first, which may begin with a capital."""
+    return [word for word in map(_bare, sentence.words[1:]) if len(word) > 4]
 
 
 def _lettered(stem: str, right: str, others: Sequence[str], rng: random.Random) -> Exercise:

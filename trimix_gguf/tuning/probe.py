@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from trimix_gguf.choosing.auto import WITH_CORNERS
 from trimix_gguf.choosing.choices import choice_nll
-from trimix_gguf.mixing.scoring import Float64
+from trimix_gguf.mixing.scoring import WITH_CORNERS, Float64
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.trio import Trio
 from trimix_gguf.tuning.exercises import Exercise, Kind

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trimix_gguf.choosing.auto import WITH_CORNERS
 from trimix_gguf.errors import DataError
 from trimix_gguf.mixing.fusion import METHODS, Weights
-from trimix_gguf.mixing.scoring import Float64
+from trimix_gguf.mixing.scoring import WITH_CORNERS, Float64
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.tuning import Kind
 from trimix_gguf.tuning.probe import Answered

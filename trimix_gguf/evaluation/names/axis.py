@@ -3,10 +3,10 @@
 import numpy as np
 
 from trimix_gguf.mixing.fusion import Weights
-from trimix_gguf.mixing.scoring import GRID, Float64, lowest
+from trimix_gguf.mixing.scoring import GRID, WITH_CORNERS, Float64, lowest
 
 # With 0, the single models and Proxy Tuning are corners of the grid.
-AXIS = (0.0, *GRID)
+AXIS = WITH_CORNERS
 
 
 def on_grid(nll: Float64) -> Float64:

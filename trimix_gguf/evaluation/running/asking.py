@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from trimix_gguf.choosing.choices import choices_after
 from trimix_gguf.choosing.methods import DECOUPLED, ORACLE, reading_methods
+from trimix_gguf.evaluation.names.axis import AXIS
 from trimix_gguf.evaluation.names.settings import RunSettings
 from trimix_gguf.evaluation.run_files.lines import (
     AnswerLine,
@@ -31,10 +32,10 @@ from trimix_gguf.evaluation.running.loops import Loop
 from trimix_gguf.evaluation.running.mixes import continuations, grid_continuations, lowest_decoupled
 from trimix_gguf.evaluation.running.prompts import open_reader, question_after
 from trimix_gguf.evaluation.running.racing import Points, still_racing
-from trimix_gguf.evaluation.running.reading import Reader, Reading, choice_nll, token_nlls
+from trimix_gguf.evaluation.running.reading import Reader, Reading
 from trimix_gguf.evaluation.running.task_weights import choose_task_weights
 from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
-from trimix_gguf.mixing.fusion import METHODS, Rows, Weights
+from trimix_gguf.mixing.fusion import METHODS, Weights
 from trimix_gguf.mixing.scoring import GRID, Float64
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.trio import Trio
@@ -183,7 +184,7 @@ def _begin(
         reading = reader.read(question)
     else:
         reader.start(question)
-    named = continuations(settings.methods, reading, task_weights, partial(_nats, trio))
+    named = continuations(settings.methods, reading, task_weights, trio)
     line: AnswerLine = {
         "id": example.id,
         "references": list(example.references),
@@ -197,7 +198,7 @@ def _begin(
             one.loop = Loop()
     if reading is not None and example.choices:
         ids = [trio.models[ROLES[0]].tokenize(f" {choice}") for choice in example.choices]
-        line["choice_nll"] = _rounded(choice_nll(trio, start, ids))
+        line["choice_nll"] = _rounded(choices_after(trio, start.sequence, start.rows, ids, AXIS))
     if reading is not None and reading.decoupled is not None:
         line["outputs"][DECOUPLED] = _decoupled(reader, task, reading.decoupled)
     return _Begun(line, named, points, start)
@@ -212,13 +213,6 @@ def _decoupled(reader: Reader, task: Task, nats: Float64) -> MethodOutput:
         reader.trio, reader.fourth, best.weights, best.gamma, max_tokens=task.max_tokens
     )
     return {**_weights(best.weights), "gamma": best.gamma, **_said(written)}
-
-
-def _nats(trio: Trio, rows: Rows, token: int) -> Float64:
-    """The nats of one token after rows [n_vocab], over AXIS²; weights for each token use them."""
-    one = {role: row[None] for role, row in rows.items()}
-    nats: Float64 = token_nlls(trio, one, np.array([token]))[0]
-    return nats
 
 
 def _said(written: Continuation) -> MethodOutput:

@@ -6,12 +6,13 @@ by itself takes up to four times as long as one of thirty, so several prompts sh
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trimix_gguf.answering.steering import Steering
 from trimix_gguf.errors import ContextFullError
 from trimix_gguf.evaluation.running.decoupled import FourthModel, three_of_four
 from trimix_gguf.evaluation.running.loops import Loop
@@ -21,19 +22,18 @@ from trimix_gguf.trio.sequences import Sequences
 from trimix_gguf.trio.trio import Trio
 
 WIDEST = 20  # texts at once: beyond this, extra texts give no speed-up (all cells are read)
-Adapt = Callable[[Rows, int], Weights]  # rows [n_vocab] and the token picked -> the next weights
 
 
 @dataclass
 class Continuation:
     """One mix that continues a prompt, and what it wrote.
 
-    `adapt` gives new weights after each token. With a `loop`, an answer that only repeats itself
-    is filled up to its limit with `n_filled` ids that were not decoded.
+    A `steering` may change the mix after each token. With a `loop`, an answer that only repeats
+    itself is filled up to its limit with `n_filled` ids that were not decoded.
     """
 
     mix: Mix
-    adapt: Adapt | None = None
+    steering: Steering | None = None
     loop: Loop | None = None
     text: str = ""
     ids: list[int] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Continuation:
     @property
     def roles(self) -> tuple[str, ...]:
         """The models that it reads."""
-        return ROLES if self.adapt is not None else self.mix.roles
+        return self.mix.roles if self.steering is None else self.steering.roles
 
     def pick(self, rows: Rows, unused: NDArray[np.bool_] | None) -> int:
         """The most likely next token after rows [n_vocab]."""
@@ -50,8 +50,9 @@ class Continuation:
         token = int(fused.argmax())
         if self.loop is not None:
             self.loop.append(token, lambda: 1 / float(np.exp(fused - fused[token]).sum()))
-        if self.adapt is not None:
-            self.mix = replace(self.mix, weights=self.adapt(rows, token))
+        if self.steering is not None:
+            self.steering.take(token, rows)
+            self.mix = self.steering.mix
         return token
 
 

@@ -1,35 +1,38 @@
 """The mix by which each compared method continues a prompt that was read."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from trimix_gguf.answering.steering import Following, steering_of
+from trimix_gguf.choosing.auto import on_a_leash
 from trimix_gguf.choosing.methods import (
     ANSWERS,
+    AUTO,
     CONTINUOUS,
     DECOUPLED,
     ENT,
     TOKEN,
     reading_methods,
 )
+from trimix_gguf.choosing.score import Score
+from trimix_gguf.choosing.selection import TOKEN_KEEP, Selection
 from trimix_gguf.errors import WeightsError
-from trimix_gguf.evaluation.names.axis import lowest_on_grid, on_grid
+from trimix_gguf.evaluation.names.axis import AXIS, lowest_on_grid, on_grid
 from trimix_gguf.evaluation.running.continuing import Continuation
 from trimix_gguf.evaluation.running.reading import Reading
-from trimix_gguf.mixing.fusion import METHODS, Mix, Rows, Weights
+from trimix_gguf.mixing.fusion import METHODS, Mix, Weights
 from trimix_gguf.mixing.scoring import GRID, Float64, continuous_optimum, lowest
-
-_KEEP = 0.97  # for token-level weights: how much of a token's evidence counts one token later
-
-Score = Callable[[Rows, int], Float64]  # rows [n_vocab], the id that followed -> nats over AXIS²
+from trimix_gguf.trio.sums import Points
+from trimix_gguf.trio.trio import Trio
 
 
 def continuations(
     names: tuple[str, ...],
     reading: Reading | None,
     task_weights: Mapping[str, Weights],
-    score: Score,
+    trio: Trio,
 ) -> Mapping[str, Continuation]:
     """The continuation of a prompt for each method; methods that select need a reading.
 
@@ -43,7 +46,7 @@ def continuations(
         elif name in task_weights:
             made[name] = Continuation(Mix(task_weights[name]))
         elif name in reading_methods() and name != DECOUPLED and reading is not None:
-            made[name] = _selecting(name, reading, score)
+            made[name] = _selecting(name, reading, trio)
     return made
 
 
@@ -66,10 +69,23 @@ def grid_continuations() -> list[Continuation]:
     return [Continuation(Mix(Weights(alpha, beta))) for alpha in GRID for beta in GRID]
 
 
-def _selecting(name: str, reading: Reading, score: Score) -> Continuation:
+def _selecting(name: str, reading: Reading, trio: Trio) -> Continuation:
     if name == TOKEN:
-        return _token_level(reading, score)
+        return _token_level(reading, trio)
+    if name == AUTO:
+        mix = Mix(_automatic(reading, trio))
+        return Continuation(mix, steering_of(Selection(mix, AUTO), trio.unused))
     return Continuation(Mix(_selected(name, reading)))
+
+
+def _automatic(reading: Reading, trio: Trio) -> Weights:
+    """A task's prompts are questions: what a tuning measured, or a choice on a leash."""
+    nll = reading.nlls.sum(axis=0)
+    if trio.tuning is not None:
+        return trio.tuning.weights or lowest(nll, AXIS, AXIS)
+    if reading.slopes is None:
+        raise ValueError(f"{AUTO} needs a reading with slopes")
+    return on_a_leash(nll, reading.slopes, AXIS, AXIS)
 
 
 def _selected(name: str, reading: Reading) -> Weights:
@@ -86,14 +102,10 @@ def _selected(name: str, reading: Reading) -> Weights:
     return lowest_on_grid(reading.nlls.sum(axis=0))
 
 
-def _token_level(reading: Reading, score: Score) -> Continuation:
+def _token_level(reading: Reading, trio: Trio) -> Continuation:
     """Weights that follow the text: lowest NLL of prompt and output, old tokens counting less."""
     ages = np.arange(len(reading.nlls))[::-1]
-    recent = np.tensordot(_KEEP**ages, reading.nlls, axes=1)
-
-    def adapt(rows: Rows, token: int) -> Weights:
-        nonlocal recent
-        recent = _KEEP * recent + score(rows, token)
-        return lowest_on_grid(recent)
-
-    return Continuation(Mix(lowest_on_grid(recent)), adapt=adapt)
+    recent: Float64 = np.tensordot(TOKEN_KEEP**ages, reading.nlls, axes=1)
+    mix = Mix(lowest_on_grid(recent))
+    score = Score(Points(AXIS, AXIS, keep=TOKEN_KEEP), (GRID, GRID))
+    return Continuation(mix, Following(mix, score, recent, trio.unused))

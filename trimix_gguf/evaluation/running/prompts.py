@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from trimix_gguf.answering.chat import around_message
-from trimix_gguf.choosing.methods import CONTINUOUS
+from trimix_gguf.choosing.methods import AUTO, CONTINUOUS
 from trimix_gguf.errors import PromptError
 from trimix_gguf.evaluation.names.settings import RunSettings
 from trimix_gguf.evaluation.running.decoupled import FourthModel
@@ -51,7 +51,13 @@ def open_reader(
             f"{trio.n_ctx}; {fit} would, or raise --n-ctx"
         )
     opening = open_task(trio, task, exemplars, chat=settings.chat)
-    return Reader(trio, *opening, fourth=fourth, continuous=CONTINUOUS in settings.methods)
+    return Reader(
+        trio,
+        *opening,
+        fourth=fourth,
+        continuous=CONTINUOUS in settings.methods,
+        sloped=AUTO in settings.methods and trio.tuning is None,
+    )
 
 
 def exemplars_of(task: Task, dataset: Dataset, n: int | None = None) -> Sequence[Example]:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from trimix_gguf.choosing.choices import token_nlls
 from trimix_gguf.errors import PromptError
 from trimix_gguf.evaluation.names.axis import AXIS
-from trimix_gguf.evaluation.running.continuing import Start
 from trimix_gguf.evaluation.running.decoupled import FourthModel, three_of_four
 from trimix_gguf.machine.threads import available_cores
 from trimix_gguf.mixing.fusion import Rows
@@ -19,7 +19,7 @@ from trimix_gguf.mixing.scoring import (
     chebyshev_nodes,
     grid_entropy,
     grid_nll,
-    grid_token_nlls,
+    large_ins_slopes,
 )
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.prefill import Window
@@ -35,7 +35,8 @@ class Reading:
     [n_scored], the tokens of the exemplars' answers; `entropy` float64 [n_grid, n_grid] of the
     first generated token, over GRID. `decoupled` float64 [n_grid, n, n] is the sum of `nlls` at
     each gamma of GRID, if a fourth model read the prompt too. `continuous` float64
-    [n_nodes, n_nodes] is their sum over chebyshev_nodes(), if it was requested.
+    [n_nodes, n_nodes] is their sum over chebyshev_nodes(), and `slopes` float64 [2] the sum of
+    scoring.large_ins_slopes, if they were requested.
     """
 
     n_tokens: int
@@ -44,6 +45,7 @@ class Reading:
     entropy: Float64
     decoupled: Float64 | None = None
     continuous: Float64 | None = None
+    slopes: Float64 | None = None
 
 
 class Reader:
@@ -51,7 +53,7 @@ class Reader:
 
     `answers` says for each unit of `prefix` whether it is part of an answer. `turn` are the ids
     with which large_ins' chat template begins an answer. `fourth` reads everything that is scored;
-    `continuous` scores it over chebyshev_nodes() too.
+    `continuous` scores it over chebyshev_nodes() too; `sloped` adds large_ins_slopes.
 
     Every question is read from the same state of the caches and in the same batches, whatever was
     read before: a run that was stopped and continued gives the same numbers.
@@ -65,9 +67,10 @@ class Reader:
         turn: Sequence[int] = (),
         fourth: FourthModel | None = None,
         continuous: bool = False,
+        sloped: bool = False,
     ) -> None:
         self.trio, self.prefix, self.turn, self.fourth = trio, prefix, list(turn), fourth
-        self._continuous = continuous
+        self._continuous, self._sloped = continuous, sloped
         self._answers = np.asarray(answers, dtype=bool)
         self._scores: _Scores | None = None
 
@@ -102,7 +105,8 @@ class Reader:
         entropy = grid_entropy(**rows, alphas=GRID, betas=GRID, unused=trio.unused)
         decoupled = None if self.fourth is None else scores.decoupled
         continuous = scores.continuous if self._continuous else None
-        return Reading(prompt.n_tokens(), nlls, answers, entropy, decoupled, continuous)
+        slopes = scores.slopes if self._sloped else None
+        return Reading(prompt.n_tokens(), nlls, answers, entropy, decoupled, continuous, slopes)
 
     def answer_nll(self, question: Prompt, answer: Sequence[int]) -> Float64:
         """Nats of `answer` (ids) after the exemplars and `question`: float64 [n, n] over AXIS."""
@@ -118,9 +122,12 @@ class Reader:
         parts = [np.empty((0, len(AXIS), len(AXIS)))]
         decoupled = np.zeros((len(GRID), len(AXIS), len(AXIS)))
         continuous = np.zeros((N_CHEBYSHEV, N_CHEBYSHEV))
+        slopes = np.zeros(2)
 
         def consume(window: Window) -> None:
-            parts.append(token_nlls(self.trio, window.rows, window.targets))
+            parts.append(token_nlls(self.trio, window.rows, window.targets, AXIS))
+            if self._sloped:
+                slopes[...] += _slopes(self.trio, window.rows, window.targets)
             if self._continuous:
                 continuous[...] += _nodes_nll(self.trio, window.rows, window.targets)
             if self.fourth is not None:
@@ -128,41 +135,29 @@ class Reader:
                 four = self.fourth.beside(window.rows, window.mark[1] - 1)
                 for at, gamma in enumerate(GRID):
                     three = three_of_four(four, gamma)
-                    decoupled[at] += token_nlls(self.trio, three, window.targets).sum(axis=0)
+                    decoupled[at] += token_nlls(self.trio, three, window.targets, AXIS).sum(axis=0)
 
         self.trio.prefill(prompt, consume=consume, after=after)
-        return _Scores(np.concatenate(parts), decoupled, continuous)
+        return _Scores(np.concatenate(parts), decoupled, continuous, slopes)
 
 
 @dataclass(frozen=True)
 class _Scores:
-    """Nats of tokens [n_tokens, n, n]; their sums at each gamma, and over chebyshev_nodes()."""
+    """Nats of tokens [n_tokens, n, n]; the sums of what else is asked of them, see Reading."""
 
     nlls: Float64
     decoupled: Float64
     continuous: Float64
+    slopes: Float64
 
     def before(self, later: "_Scores") -> "_Scores":
         nlls = np.concatenate((self.nlls, later.nlls))
-        decoupled = self.decoupled + later.decoupled
-        return _Scores(nlls, decoupled, self.continuous + later.continuous)
-
-
-def choice_nll(trio: Trio, start: Start, choices: Sequence[Sequence[int]]) -> Float64:
-    """Nats of each choice (ids) after a prompt: float64 [n_choices, n, n] over AXIS."""
-    sequences = trio.sequences
-    first = {role: row[None] for role, row in start.rows.items()}
-    total = np.stack([token_nlls(trio, first, np.array(c[:1]))[0] for c in choices])
-    numbers = [sequences.fork(start.sequence) for _ in choices]
-    for depth in range(1, max(len(c) for c in choices)):
-        going = [i for i, c in enumerate(choices) if len(c) > depth]
-        for i in going:
-            sequences.append(numbers[i], [choices[i][depth - 1]])
-        rows = sequences.rows([numbers[i] for i in going])
-        total[going] += token_nlls(trio, rows, np.array([choices[i][depth] for i in going]))
-    for number in numbers:
-        sequences.drop(number)
-    return total
+        return _Scores(
+            nlls,
+            self.decoupled + later.decoupled,
+            self.continuous + later.continuous,
+            self.slopes + later.slopes,
+        )
 
 
 def _nodes_nll(trio: Trio, rows: Rows, targets: NDArray[np.int64]) -> Float64:
@@ -177,13 +172,10 @@ def _nodes_nll(trio: Trio, rows: Rows, targets: NDArray[np.int64]) -> Float64:
     )
 
 
-def token_nlls(trio: Trio, rows: Rows, targets: NDArray[np.int64]) -> Float64:
-    """Nats of `targets` [n] after `rows` [n, n_vocab]: float64 [n, len(AXIS), len(AXIS)]."""
-    return grid_token_nlls(
+def _slopes(trio: Trio, rows: Rows, targets: NDArray[np.int64]) -> Float64:
+    return large_ins_slopes(
         **{role: rows[role] for role in ROLES},
         targets=targets,
-        alphas=AXIS,
-        betas=AXIS,
         unused=trio.unused,
         n_threads=available_cores(),
     )

@@ -9,7 +9,9 @@ from conftest import KAZAKH
 from topics import EXEMPLARS, QUESTION, TOPICS, scored
 
 from trimix_gguf import Trio, Weights, generate, score, select_weights
+from trimix_gguf.answering import steering
 from trimix_gguf.answering.chat import around_message
+from trimix_gguf.choosing.choices import choices_after
 from trimix_gguf.errors import ContextFullError
 from trimix_gguf.evaluation.names.axis import AXIS
 from trimix_gguf.evaluation.names.settings import RunSettings
@@ -18,7 +20,7 @@ from trimix_gguf.evaluation.running.asking import ask_task
 from trimix_gguf.evaluation.running.continuing import Continuation, Start, continue_all, roles_of
 from trimix_gguf.evaluation.running.loops import Loop
 from trimix_gguf.evaluation.running.mixes import continuations
-from trimix_gguf.evaluation.running.reading import Reader, Reading, choice_nll
+from trimix_gguf.evaluation.running.reading import Reader, Reading
 from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 from trimix_gguf.mixing.fusion import Mix
 from trimix_gguf.mixing.scoring import GRID, chebyshev_nodes
@@ -62,8 +64,8 @@ def test_continuous_is_what_generate_calls_by_that_name(trio):
     reading = reader.read(scored(trio, QUESTION))
     whole = Prompt((*prefix.segments, *scored(trio, QUESTION).segments))
     trio.forget()
-    shipped = select_weights(trio, whole, grid="continuous").weights
-    made = continuations(("continuous",), reading, {}, lambda rows, token: np.zeros(()))
+    shipped = select_weights(trio, whole, method="ppl", grid="continuous").weights
+    made = continuations(("continuous",), reading, {}, trio)
     ours = made["continuous"].mix.weights
     assert (ours.alpha, ours.beta) == pytest.approx((shipped.alpha, shipped.beta), abs=0.01)
 
@@ -104,7 +106,8 @@ def test_choices_cost_what_their_tokens_cost(trio):
     assert len({len(ids) for ids in choices}) > 1
     trio.prefill(trio.prompt(QUESTION))
     with trio.forks():
-        found = choice_nll(trio, Start.here(trio, ROLES, []), choices)
+        start = Start.here(trio, ROLES, [])
+        found = choices_after(trio, start.sequence, start.rows, choices, AXIS)
     for ids, nats in zip(choices, found, strict=True):
         prompt = trio.prompt(QUESTION)
         tail = Prompt(
@@ -291,13 +294,11 @@ def reading_of(nlls, answers):
     return Reading(len(nlls), nlls, np.asarray(answers), entropy, continuous=nodes)
 
 
-def test_each_method_takes_the_lowest_of_its_own_evidence():
+def test_each_method_takes_the_lowest_of_its_own_evidence(trio):
     nlls = np.concatenate((bowl(0.1, 0.9), bowl(0.7, 0.3, n=4)))
     reading = reading_of(nlls, [False] * 12 + [True] * 4)
     names = ("ppl", "ppl-answers", "ent", "ppl-task", "large_ins", "continuous")
-    made = continuations(
-        names, reading, {"ppl-task": Weights(0.3, 0.3)}, lambda rows, token: np.zeros(())
-    )
+    made = continuations(names, reading, {"ppl-task": Weights(0.3, 0.3)}, trio)
     chosen = {name: (one.mix.weights.alpha, one.mix.weights.beta) for name, one in made.items()}
     continuous = chosen.pop("continuous")
     assert chosen == {
@@ -310,12 +311,16 @@ def test_each_method_takes_the_lowest_of_its_own_evidence():
     assert continuous == pytest.approx((-0.25, 1.2), abs=1e-4)
 
 
-def test_token_level_weights_follow_the_newest_evidence():
+def test_token_level_weights_follow_the_newest_evidence(trio, monkeypatch):
     reading = reading_of(bowl(0.1, 0.9, n=40), [False] * 40)
     there = bowl(1.0, 0.1, n=1)[0]
-    mix = continuations(("token",), reading, {}, lambda rows, token: there)["token"]
-    assert mix.mix.weights == Weights(0.1, 0.9)
-    weights = [mix.adapt({}, 0) for _ in range(200)]
+    monkeypatch.setattr(steering, "grid_nll", lambda **_: there)
+    one = continuations(("token",), reading, {}, trio)["token"]
+    assert one.mix.weights == Weights(0.1, 0.9)
+    row, weights = np.zeros(1, np.float32), []
+    for _ in range(200):
+        one.pick(dict.fromkeys(ROLES, row), None)
+        weights.append(one.mix.weights)
     assert weights[-1] == Weights(1.0, 0.1)
     assert [w.alpha for w in weights] == sorted(w.alpha for w in weights)
 

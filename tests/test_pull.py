@@ -15,9 +15,9 @@ from test_cli import one_line_error
 
 from trimix_gguf.convert.hf import convert_hf
 from trimix_gguf.convert.lora import convert_lora
+from trimix_gguf.machine.hashes import sha256_of
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trios.pull_plan import plan_pull
-from trimix_gguf.trios.store import sha256_of
 from trimix_gguf.trios.triofile import TrioFile
 
 

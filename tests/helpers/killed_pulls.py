@@ -19,8 +19,8 @@ from hf_checkpoint import checkpoint_folder
 from hub_server import Asked, Hub
 
 from trimix_gguf.convert.hf import convert_hf
+from trimix_gguf.machine.hashes import sha256_of
 from trimix_gguf.trio.trio import NANO
-from trimix_gguf.trios.store import sha256_of
 from trimix_gguf.trios.triofile import FILENAME, TrioFile
 
 TRIO = """version = 1

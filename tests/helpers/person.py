@@ -14,10 +14,10 @@ from hub_server import serving
 from huggingface_hub import constants
 
 from trimix_gguf.errors import TrimixError
+from trimix_gguf.machine.hashes import sha256_of
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trios.pull_plan import plan_pull
 from trimix_gguf.trios.pulling import pull
-from trimix_gguf.trios.store import sha256_of
 from trimix_gguf.trios.triofile import TrioFile
 
 REPO = "kk/nano-GGUF"

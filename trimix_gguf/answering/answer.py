@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.answering.request import Event, FinishReason, Request, Token
-from trimix_gguf.answering.steering import Steering, steering_of
+from trimix_gguf.answering.steering import Guard, Steering, steering_of
 from trimix_gguf.choosing.selection import Chooser, Selection
 from trimix_gguf.errors import PromptError, TrimixError
 from trimix_gguf.mixing.fusion import Rows, probability
@@ -148,6 +148,7 @@ class Answer:
             n_tokens=self.n_tokens,
             finish_reason=None if error else self.finish_reason,
             speed=dict(self.speed),
+            guard=self._steering.stepped_in if isinstance(self._steering, Guard) else None,
             error=error,
         )
 
@@ -165,7 +166,8 @@ class Answer:
         if self.request.trace is not None:
             traced = {role: rows[role] for role in ROLES if role in self.roles} | {"fused": fused}
             probabilities = {name: probability(row, token) for name, row in traced.items()}
-        return Token(token, self._piece(token), logprob, top, probabilities, from_draft)
+        mix = self.steering.mix if probabilities else None
+        return Token(token, self._piece(token), logprob, top, probabilities, from_draft, mix)
 
 
 class TextStream:

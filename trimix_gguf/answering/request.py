@@ -118,7 +118,7 @@ class Token:
     """A token and what was asked about it; log-probabilities are natural, before temperature.
 
     `logprob` is None where nothing predicts it; `top` are (id, logprob), likeliest first;
-    `probabilities` are by role and 'fused', where a trace was asked for.
+    `probabilities` by role and 'fused', and the `mix` it was picked from, where a trace was asked for.
     """
 
     id: int
@@ -127,6 +127,7 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
     probabilities: Mapping[str, float] = field(default_factory=dict)
     from_draft: bool = False
+    mix: Mix | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ class Event:
     The first event has the `prompt_tokens`, if they were asked for. `finish_reason` is None until
     the last: 'stop', 'length', 'context' or 'cancelled'. An `error` is the last event too.
     `n_prompt` tokens of large_ins are the prompt, and `n_cached` of these were not read again.
-    `speed` has times in seconds and tokens per second.
+    `speed` has times in seconds and tokens per second. `guard` is the number of tokens after which
+    the mix had fallen into a loop and large_ins went on by itself (steering.Guard), or None.
     """
 
     text: str = ""
@@ -151,6 +153,7 @@ class Event:
     n_tokens: int = 0
     finish_reason: FinishReason | None = None
     speed: Mapping[str, float] = field(default_factory=dict)
+    guard: int | None = None
     error: TrimixError | None = None
 
 

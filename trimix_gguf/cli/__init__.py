@@ -13,6 +13,7 @@ COMMANDS = {  # name -> (module, and function in it where that is called otherwi
     "serve": ("serve", "Answer over HTTP, like OpenAI's API, many requests at once."),
     "chat": ("chat", "Chat with the mix of three models."),
     "score": ("score", "Perplexity of texts under each model and over the weight grid."),
+    "tune": ("tune", "Measure which mix of a trio answers best, and keep it."),
     "eval": ("evaluate", "Compare methods on labelled tasks, and report the result."),
     "bench": ("bench", "Measure the speed of a trio on this machine."),
     "pull": ("pull", "Fetch a trio from the Hugging Face hub."),

@@ -15,6 +15,7 @@ import click
 from trimix_gguf.cli.generation_options import (
     decoding_options,
     generation_settings,
+    guard_words,
     mix_options,
     mix_words,
     weights_line,
@@ -150,6 +151,8 @@ class _Session:
                 signal.signal(signal.SIGINT, before)
 
     def _tell_the_end(self, last: Any, shown: str) -> None:
+        if last is not None and last.guard is not None:
+            _note(guard_words(last.guard))
         reason = None if last is None else last.finish_reason
         if reason is None and self._stopping:
             _note(f"stopped; {'the text so far is kept' if shown else 'the question is removed'}")

@@ -1,8 +1,6 @@
 """trimix eval: methods compared on labelled tasks; eval report: the table and the picture."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import click
 
 from trimix_gguf.choosing.methods import ORACLE, compared_by_default
+from trimix_gguf.cli.bars import count_bar
 from trimix_gguf.cli.options import named_trio, open_trio, parse_mix, trio_options
 from trimix_gguf.evaluation.names.compared import LARGE_BASE, check_methods
 from trimix_gguf.evaluation.names.settings import RunSettings
@@ -142,7 +141,7 @@ def _run(options: dict[str, Any]) -> None:
     comparison.check()
     out = Path(options.pop("out"))
     with open_trio(options) as trio:
-        compare(trio, comparison, out, open_bar)
+        compare(trio, comparison, out, count_bar)
 
 
 def _settings(options: dict[str, Any]) -> RunSettings:
@@ -213,33 +212,3 @@ def _singles(texts: tuple[str, ...]) -> dict[str, Path]:
     if taken := {name for name, _, _ in pairs} & {*evaluated_methods(), INFORMATIVE}:
         raise click.UsageError(f"--single: {taken.pop()} is the name of a method; take another")
     return {name: Path(file) for name, _, file in pairs}
-
-
-@contextmanager
-def open_bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with the time left on a terminal; in a log, a line per tenth. On stderr."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    if not sys.stderr.isatty():
-        told = -1  # tenths that were printed
-
-        def log(done: int, total: int) -> None:
-            nonlocal told
-            if (tenths := 10 * done // max(1, total)) != told:
-                told = tenths
-                print(f"{name}: {done}/{total}", file=sys.stderr)
-
-        yield log
-        return
-    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True))
-    task = bar.add_task(name, total=None)
-    with bar:
-        yield lambda done, total: bar.update(task, completed=done, total=total)

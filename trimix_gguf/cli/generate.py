@@ -11,6 +11,7 @@ import click
 from trimix_gguf.cli.generation_options import (
     decoding_options,
     generation_settings,
+    guard_words,
     mix_options,
     weights_line,
 )
@@ -136,6 +137,8 @@ def _run(
         print()
     if interrupted:
         raise KeyboardInterrupt
+    if events and events[-1].guard is not None:
+        print(f"note: {guard_words(events[-1].guard)}", file=sys.stderr)
     if events and events[-1].finish_reason == "context":
         message = f"the context of {trio.n_ctx} tokens is full; the text is correct up to there"
         print(f"note: {message}; raise --n-ctx for more", file=sys.stderr)
@@ -150,7 +153,7 @@ def _write_trace(trio: Any, event: Any, file: TextIO) -> None:
             "id": token.id,
             "piece": piece.decode("utf-8", "replace"),
             "probabilities": token.probabilities,
-            "weights": event.selection.mix.to_json(),
+            "weights": token.mix.to_json(),
             "from_draft": token.from_draft,
         }
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -164,6 +167,7 @@ def _report(whole: Any, interrupted: bool) -> dict[str, Any]:
         "n_prompt_tokens": whole.n_prompt,
         "n_tokens": whole.n_tokens,
         "perplexity": whole.selection.perplexities(),
+        "guard": whole.guard,
         "speed": whole.speed,
         "seed": whole.seed,
     }

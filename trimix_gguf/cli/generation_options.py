@@ -159,6 +159,11 @@ def weights_line(selection: Any) -> str:
     return line
 
 
+def guard_words(n_tokens: int) -> str:
+    """What the collapse guard did."""
+    return f"the mix repeated itself; after {n_tokens} tokens large_ins went on by itself"
+
+
 def mix_words(mix: Any) -> str:
     """Its weights, and its plausibility threshold where it masks."""
     words = f"alpha {mix.weights.alpha:.3g}, beta {mix.weights.beta:.3g}"

@@ -29,7 +29,7 @@ def print_why(conversation: Any) -> None:
         column.justify = "right"
     n_led, drawn = dict.fromkeys(roles, 0), dict.fromkeys(roles, 0.0)
     for token in tokens:
-        pull = pulls(token.probabilities, weights, n_vocab)
+        pull = pulls(token.probabilities, token.mix.weights, n_vocab)
         spoke = max(pull, key=lambda role: pull[role])
         n_led[spoke] += 1
         for role, nats in pull.items():
@@ -38,6 +38,8 @@ def print_why(conversation: Any) -> None:
         piece = model.piece(token.id, special=True).decode("utf-8", "replace")
         table.add_row(Text(_shown(piece)), *(_percent(p) for p in values), spoke)
     Console(file=sys.stdout, highlight=False).print(table)
+    if (n := conversation.last.guard) is not None:
+        print(f"guard: the mix repeated itself; after {n} tokens large_ins went on by itself")
     total = sum(drawn.values()) or 1.0
     print(f"alpha {weights.alpha:.3g}, beta {weights.beta:.3g}, {len(tokens)} tokens")
     for role in sorted(roles, key=lambda role: -drawn[role]):

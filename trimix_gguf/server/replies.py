@@ -56,6 +56,8 @@ class Reply:
         said: dict[str, Any] = {}
         if self._call.trace:
             said["tokens"] = choice.traced(tokens)
+        if choice.newest.guard is not None:
+            said["guard"] = choice.newest.guard
         if choice.newest.finish_reason == "context":
             said["finish_reason"] = "context"
         return said

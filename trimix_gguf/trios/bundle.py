@@ -18,6 +18,7 @@ from typing import IO
 
 from trimix_gguf.errors import TrioFileError
 from trimix_gguf.machine.files import ByteProgress, put_in_place, whole_file
+from trimix_gguf.machine.hashes import sha256_of
 from trimix_gguf.trios.bundle_files import (
     FLAWS,
     TAR,
@@ -36,7 +37,6 @@ from trimix_gguf.trios.store import (
     clear_leftovers,
     installed_folder,
     resolve,
-    sha256_of,
     temporary_folder,
     trios_folder,
 )

@@ -13,11 +13,11 @@ from typing import Any
 from trimix_gguf.errors import HubError, TrioFileError
 from trimix_gguf.machine.files import ByteProgress, place_flushed, put_in_place, write_text
 from trimix_gguf.machine.gguf_file import read_gguf
+from trimix_gguf.machine.hashes import sha256_of
 from trimix_gguf.machine.locking import alone
 from trimix_gguf.machine.vocabulary import check_contract
 from trimix_gguf.trios.hub import Notify, fetch, read_repository
 from trimix_gguf.trios.pull_plan import WORK, Part, PullPlan
-from trimix_gguf.trios.store import sha256_of
 from trimix_gguf.trios.triofile import TrioFile
 
 

@@ -1,11 +1,9 @@
 """The trios of this machine: where they live, what a name means, and which could be pulled."""
 
-import hashlib
 import os
 import re
 import shutil
 import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,6 +14,7 @@ import psutil
 from trimix_gguf.errors import TrioFileError
 from trimix_gguf.machine.files import ByteProgress, put_in_place
 from trimix_gguf.machine.folders import home_folder
+from trimix_gguf.machine.hashes import sha256_of
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.trio import NANO, trio_paths
 from trimix_gguf.trios.triofile import FILENAME, ModelEntry, TrioFile, check_name
@@ -161,17 +160,6 @@ def verify(trio: TrioFile, progress: ByteProgress | None = None) -> dict[str, st
         same = sha256_of(here[role], advance) == trio.models[role].sha256
         states[role] = "whole" if same else "altered"
     return states
-
-
-def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """A file's SHA-256 in hexadecimal; `progress` gets the bytes just read."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            if progress is not None:
-                progress(len(chunk))
-    return digest.hexdigest()
 
 
 # -- what could be pulled ---------------------------------------------------------------------

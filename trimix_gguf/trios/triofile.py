@@ -1,6 +1,5 @@
 """trio.toml: what makes a trio, in one file: its models, where they come from, how they are run."""
 
-import json
 import re
 import tomllib
 import unicodedata
@@ -13,9 +12,12 @@ from typing import Any
 from trimix_gguf.choosing.methods import runtime_methods
 from trimix_gguf.errors import TrioFileError, WeightsError
 from trimix_gguf.machine.files import write_text
+from trimix_gguf.machine.hashes import kept_sha256
 from trimix_gguf.machine.threads import MOST_THREADS
 from trimix_gguf.mixing.fusion import METHODS, Mix, Weights
 from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.tuning import Tuning
+from trimix_gguf.trios.toml_text import nested_lines, table_lines
 
 VERSION = 1
 FILENAME = "trio.toml"
@@ -78,6 +80,7 @@ class TrioFile:
     n_ctx: int | None = None
     gpu_layers: int | str | None = None
     chat_template: str | None = None
+    tuning: Tuning | None = None
 
     @property
     def file(self) -> Path:
@@ -138,9 +141,21 @@ class TrioFile:
         """Arguments of Trio.load: files, context, template, each model's settings in `per_role`."""
         shared = {} if self.gpu_layers is None else {"n_gpu_layers": self.gpu_layers}
         per_role = {role: {**shared, **self.models[role].load_settings()} for role in ROLES}
-        given = {"n_ctx": self.n_ctx, "chat_template": self.chat_template}
+        given = {
+            "n_ctx": self.n_ctx,
+            "chat_template": self.chat_template,
+            "tuning": None if self.changed_since_tuning() else self.tuning,
+        }
         given = {name: value for name, value in given.items() if value is not None}
         return {**self.paths(), **given, "per_role": per_role}
+
+    def changed_since_tuning(self) -> str | None:
+        """The first model whose file is not the one that was tuned; None where all are."""
+        if self.tuning is None:
+            return None
+        here = {role: self.path(role) for role in ROLES}
+        changed = (r for r in ROLES if kept_sha256(here[r]) != self.tuning.models[r])
+        return next(changed, None)
 
     def with_model(self, role: str, **changes: Any) -> "TrioFile":
         """The same with some of a model's entry changed: its hash, once that is known."""
@@ -217,6 +232,7 @@ def _parse_table(table: dict[str, Any], file: Path, inside: bool) -> TrioFile:
     models = {role: _parse_model(role, given[role], inside) for role in MODELS if role in given}
     del values["version"]
     weights = values.pop("weights", None)
+    tuning = _parse_tuning(values.pop("tuning", None))
     language = values.pop("language", ())
     return TrioFile(
         folder=file.parent,
@@ -224,8 +240,16 @@ def _parse_table(table: dict[str, Any], file: Path, inside: bool) -> TrioFile:
         models=models,
         languages=(language,) if isinstance(language, str) else tuple(language),
         weights=None if weights is None else Weights(*(float(w) for w in weights)),
+        tuning=tuning,
         **values,
     )
+
+
+def _parse_tuning(table: Any) -> Tuning | None:
+    try:
+        return None if table is None else Tuning.from_table(table)
+    except WeightsError as error:
+        raise TrioFileError(f"tuning: {error}") from None
 
 
 def _parse_model(role: str, table: Any, inside: bool) -> ModelEntry:
@@ -327,6 +351,7 @@ _TRIO_KEYS = {  # key -> (what is expected, whether a value is that)
     "gpu_layers": _LAYERS,
     "chat_template": ("text", _is_text),
     "models": ("a table", lambda value: isinstance(value, dict)),
+    "tuning": ("the table that `trimix tune` writes", lambda value: isinstance(value, dict)),
 }
 _MODEL_KEYS = {
     "path": ("a path", _is_line),
@@ -363,19 +388,12 @@ def to_toml(trio: TrioFile) -> str:
         "gpu_layers": trio.gpu_layers,
         "chat_template": trio.chat_template,
     }
-    lines = _lines(top)
+    lines = table_lines(top)
     for role, entry in trio.models.items():
         values = {f.name: getattr(entry, f.name) for f in fields(entry)}
         if entry.repo is None:
             del values["revision"]
-        lines += ["", f"[models.{role}]", *_lines(values)]
+        lines += ["", f"[models.{role}]", *table_lines(values)]
+    if trio.tuning is not None:
+        lines += nested_lines("tuning", trio.tuning.to_table())
     return "\n".join([*lines, ""])
-
-
-def _lines(values: dict[str, Any]) -> list[str]:
-    return [f"{key} = {_value(value)}" for key, value in values.items() if value is not None]
-
-
-def _value(value: Any) -> str:
-    # JSON writes strings and numbers as TOML does; of control characters it does not escape DEL.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

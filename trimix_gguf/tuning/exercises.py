@@ -3,8 +3,8 @@
 Each kind has the form of something that people ask for, and an answer that stands in the text, so
 that a model needs to follow the examples and not to know the world. `letter`: a school test, whose
 answer is a letter. `word`: texts to sort, whose answer is one of a few words. `find`: a question
-on a text, whose answer is in it. `ending`: a text that goes on. `into` and `from`, where there are
-sentence pairs: which translation is the right one.
+on a text, whose answer is in it. `ending`: a text that goes on. `into` English and
+`from` it, where there are sentence pairs: which translation is the right one.
 """
 
 import random
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from trimix_gguf.errors import DataError
+from trimix_gguf.tuning.pairs import Pair
 from trimix_gguf.tuning.text import Sentence
 
 GAP = "___"
@@ -50,12 +51,20 @@ class Kind:
 Passages = Sequence[Sequence[Sentence]]
 
 
-def kinds_of(passages: Passages, seed: int) -> list[Kind]:
-    """All kinds that the text allows; raises DataError where it is too short for any."""
+def kinds_of(passages: Passages, seed: int, *, pairs: Sequence[Pair] = ()) -> list[Kind]:
+    """All kinds that the text and the pairs allow; raises DataError where they are too short."""
     made = [make(passages, random.Random(f"{seed} {make.__name__}")) for make in _KINDS]
     found = [kind for kind in made if kind is not None]
     if not found:
-        raise DataError("the text is too short to make exercises of; give 300 sentences or more")
+        n = sum(map(len, passages))
+        raise DataError(
+            f"the text has {n} usable sentences, and exercises need {FEWEST_SENTENCES} or more; "
+            "give more text"
+        )
+    if len(pairs) >= FEWEST_SENTENCES:
+        found.append(_translation("into", pairs, random.Random(f"{seed} into")))
+        swapped = [(english, text) for text, english in pairs]
+        found.append(_translation("from", swapped, random.Random(f"{seed} from")))
     return found
 
 
@@ -136,6 +145,17 @@ def _ending(passages: Passages, rng: random.Random) -> Kind | None:
             yield Exercise(question, tuple(choices), choices.index(right))
 
     return _kind("ending", "Finish each sentence.", make(), 3)
+
+
+def _translation(name: str, pairs: Sequence[Pair], rng: random.Random) -> Kind:
+    def make() -> Iterator[Exercise]:
+        for source, right in rng.sample(pairs, len(pairs)):
+            drawn = [target for _, target in rng.sample(pairs, 24) if target != right]
+            others = sorted(drawn, key=lambda text: abs(len(text) - len(right)))[:3]
+            choices = rng.sample([right, *others], 4)
+            yield Exercise(f"{source}\nTranslation:", tuple(choices), choices.index(right))
+
+    return _kind(name, "Translate each sentence.", make(), 3)
 
 
 _KINDS: tuple[Callable[[Passages, random.Random], Kind | None], ...] = (

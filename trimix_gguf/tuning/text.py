@@ -12,6 +12,7 @@ from trimix_gguf.errors import DataError
 _ENDS = ".!?…؟۔।॥།༎။።。！？"
 _SENTENCE = re.compile(rf"[^{_ENDS}]+[{_ENDS}]+[\"'»”’)\]]*\s*|[^{_ENDS}]+$")
 _SYLLABLE_MARK = "་"  # Tibetan writes it where others write a space
+_PIECES, _PIECE = 64, 1 << 16  # of a large file: 4 MiB are enough for any number of exercises
 _FEWEST_WORDS, _MOST_WORDS = 5, 24
 
 
@@ -37,13 +38,28 @@ def read_passages(files: Sequence[Path]) -> list[list[Sentence]]:
     passages: list[list[Sentence]] = []
     for file in files:
         try:
-            text = file.read_text(encoding="utf-8-sig")
+            lines = _lines(file)
         except UnicodeDecodeError as error:
             raise DataError(f"{file} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
         except OSError as error:
             raise DataError(f"{file}: {error.strerror}") from None
-        passages += passages_of(text.splitlines())
+        passages += passages_of(lines)
     return passages
+
+
+def _lines(file: Path) -> list[str]:
+    """All lines of a file; of a large one, pieces from all over it."""
+    size = file.stat().st_size
+    if size <= _PIECES * _PIECE:
+        return file.read_text(encoding="utf-8-sig").splitlines()
+    lines: list[str] = []
+    with file.open("rb") as opened:
+        for at in range(0, size, size // _PIECES):
+            opened.seek(at)
+            # The first and the last line of a piece may be cut.
+            whole = opened.read(_PIECE).split(b"\n")[1:-1]
+            lines += [line.decode("utf-8") for line in whole]
+    return lines
 
 
 def passages_of(lines: Iterable[str]) -> list[list[Sentence]]:

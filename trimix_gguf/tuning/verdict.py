@@ -39,6 +39,21 @@ class Scores:
         """Exercises."""
         return len(self.right)
 
+    def gain(self, over: Point) -> tuple[Float64, Float64]:
+        """How much better each mix answers than the one at `over`: mean and standard error.
+
+        Both scores count alike, each in units of what chance leaves to win. The differences are
+        paired, exercise by exercise.
+        """
+        worth = (self.right + self.sure) / 2 / (1 - self.chance)
+        difference = worth - worth[:, over[0], over[1]][:, None, None]
+        return difference.mean(axis=0), difference.std(axis=0, ddof=1) / np.sqrt(self.n)
+
+    def answers(self) -> bool:
+        """Whether a single model is clearly better than chance: three standard errors."""
+        best = max(self.right[:, i, j].mean() for i, j in CORNERS.values())
+        return bool(best - self.chance > 3 * np.sqrt(self.chance * (1 - self.chance) / self.n))
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -57,12 +72,46 @@ def scores_of(answers: Sequence[Answered]) -> dict[str, Scores]:
     found: dict[str, list[Answered]] = {}
     for answer in answers:
         found.setdefault(answer.kind, []).append(answer)
-    scores = {kind: _score(own) for kind, own in found.items() if len(own) >= FEWEST}
+    scores = {kind: _score(asked) for kind, asked in found.items() if len(asked) >= FEWEST}
     if not scores:
         raise DataError(
             f"too few exercises were answered: {FEWEST} of a kind are needed; raise --minutes"
         )
     return scores
+
+
+def judge(scores: Mapping[str, Scores]) -> Verdict:
+    """Choose the mix that answers best in the mean of the kinds, if it costs none of them.
+
+    It must be better than the best single model by more than one standard error, and in no kind
+    worse than that model by more than one. Otherwise that model answers by itself. Kinds that no
+    model answers better than chance say nothing.
+    """
+    telling = {kind: one for kind, one in scores.items() if one.answers()}
+    if not telling:
+        text = "none of the models answers better than chance; auto goes by perplexity"
+        return Verdict(None, text, _kinds(scores, CORNERS[ROLES[0]]))
+    best = max(CORNERS, key=lambda role: _mean_right(telling, CORNERS[role]))
+    gains = [one.gain(CORNERS[best]) for one in telling.values()]
+    mean = np.mean([gain for gain, _ in gains], axis=0)
+    error = np.sqrt(np.sum([e**2 for _, e in gains], axis=0)) / len(gains)
+    allowed = np.all([gain >= -e for gain, e in gains], axis=0) & (mean > error)
+    if not allowed.any():
+        reason = f"no mix answers better than {best}"
+        return Verdict(
+            METHODS[best].weights, f"{reason}; auto stays with it", _kinds(scores, CORNERS[best])
+        )
+    # The mean over neighbours: of many points about as good, one in the middle of them.
+    smooth = np.where(allowed, _smoothed(mean), -np.inf)
+    at = np.unravel_index(int(smooth.argmax()), smooth.shape)
+    point = int(at[0]), int(at[1])
+    weights = Weights(WITH_CORNERS[point[0]], WITH_CORNERS[point[1]])
+    n_better = sum(bool(gain[point] > 0) for gain, _ in gains)
+    text = (
+        f"the mix answers better than {best} on {n_better} of {len(telling)} kinds; auto answers "
+        f"with ({weights.alpha:g}, {weights.beta:g})"
+    )
+    return Verdict(weights, text, _kinds(scores, point))
 
 
 def _score(answers: Sequence[Answered]) -> Scores:
@@ -73,3 +122,27 @@ def _score(answers: Sequence[Answered]) -> Scores:
         right.append(one.nll.argmin(axis=0) == one.right)
     chance = float(np.mean([1 / len(one.nll) for one in answers]))
     return Scores(np.array(right, float), np.array(sure), chance)
+
+
+def _mean_right(scores: Mapping[str, Scores], point: Point) -> float:
+    return float(np.mean([one.right[:, point[0], point[1]].mean() for one in scores.values()]))
+
+
+def _smoothed(grid: Float64) -> Float64:
+    """The mean of each point and its neighbours, up to eight."""
+    padded = np.pad(grid, 1, constant_values=np.nan)
+    n, m = grid.shape
+    parts = [padded[i : i + n, j : j + m] for i in range(3) for j in range(3)]
+    smooth: Float64 = np.nanmean(parts, axis=0)
+    return smooth
+
+
+def _kinds(scores: Mapping[str, Scores], mix: Point) -> dict[str, Kind]:
+    points = {**CORNERS, "mix": mix}
+    return {
+        name: Kind(
+            one.n,
+            {role: float(one.right[:, at[0], at[1]].mean()) for role, at in points.items()},
+        )
+        for name, one in scores.items()
+    }

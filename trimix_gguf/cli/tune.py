@@ -1,0 +1,136 @@
+"""trimix tune: which mix of a trio answers best, measured once."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trimix_gguf.cli.options import named_trio, new_figure, open_trio, trio_options
+
+
+@click.command()
+@trio_options
+@click.option("--lang", metavar="CODE", help="Language of the text. Default: the trio's first.")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    metavar="FILE",
+    help="Raw text in the language; exercises are made of it. Default: the trio's own.",
+)
+@click.option(
+    "--pairs", metavar="FILE", help="Sentence pairs with English: columns named by language, tabs."
+)
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="About how long to measure.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Draws the exercises; another seed, other exercises.",
+)
+@click.option("--plot", metavar="FILE", help="Draw how well each mix answers, as PNG.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
+def tune(
+    lang: str | None, texts: tuple[str, ...], pairs: str | None, plot: str | None, **options: Any
+) -> None:
+    """Measure which mix of a trio answers best, and keep it in its trio.toml.
+
+    Exercises with known answers are made of raw text in the language. Each model and each mix
+    answers them. Afterwards `--method auto`, the default, answers questions with the best mix. A
+    run that was stopped continues with the same command.
+    """
+    import json
+    from dataclasses import replace
+
+    from trimix_gguf.cli.bars import count_bar
+    from trimix_gguf.errors import TrioFileError
+    from trimix_gguf.machine.hashes import kept_sha256
+    from trimix_gguf.roles import ROLES
+    from trimix_gguf.tuning.tune import make_exercises
+    from trimix_gguf.tuning.tune import tune as measure
+
+    minutes, seed = options.pop("minutes"), options.pop("seed")
+    as_json = options.pop("as_json")
+    trio_file = named_trio(options)
+    if trio_file is None:
+        raise TrioFileError("a tuning is kept in a trio.toml; name a trio: --trio NAME|FILE|DIR")
+    language = lang or (trio_file.languages[0] if trio_file.languages else "")
+    kinds = make_exercises(
+        _texts(trio_file, texts), None if pairs is None else Path(pairs), language, seed
+    )
+    figure = new_figure(figsize=(7, 6)) if plot is not None else None
+    models = {role: kept_sha256(trio_file.path(role)) for role in ROLES}
+    with open_trio(options) as trio:
+        tuning = measure(
+            trio,
+            kinds,
+            models,
+            language=language,
+            seed=seed,
+            minutes=minutes,
+            progress=count_bar,
+        )
+    replace(trio_file, tuning=tuning).write()
+    print(f"kept in {trio_file.file}", file=sys.stderr)
+    print(json.dumps(tuning.to_table(), ensure_ascii=False) if as_json else table(tuning))
+    if figure is not None and plot is not None:
+        _draw(tuning, figure, plot)
+
+
+def table(tuning: Any) -> str:
+    """Answers right in percent, by kind and model, with 95 % intervals, and the verdict."""
+    from trimix_gguf.trio.tuning import POINTS
+
+    lines = [f"{'':<10}{'n':>4}" + "".join(f"{name:>18}" for name in POINTS)]
+    for name, kind in tuning.kinds.items():
+        cells = "".join(f"{_share(kind.right[point], kind.n):>18}" for point in POINTS)
+        lines.append(f"{name:<10}{kind.n:>4}{cells}")
+    return "\n".join([*lines, "", tuning.verdict])
+
+
+def _share(share: float, n: int) -> str:
+    """A share in percent with its 95 % interval (Wilson)."""
+    z = 1.96
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
+    low, high = 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+    return f"{100 * share:.0f} [{low:.0f}, {high:.0f}]"
+
+
+def _texts(trio_file: Any, texts: tuple[str, ...]) -> list[Path]:
+    from trimix_gguf.errors import DataError
+
+    if texts:
+        return [Path(text) for text in texts]
+    shipped = trio_file.folder / "text.txt"
+    if not shipped.is_file():
+        raise DataError(
+            "no text to make exercises of; give --text FILE, raw text in the trio's language"
+        )
+    return [shipped]
+
+
+def _draw(tuning: Any, figure: Any, path: str) -> None:
+    """Bars: what each model and the mix answer right, per kind."""
+    from trimix_gguf.trio.tuning import POINTS
+
+    axes = figure.add_subplot()
+    names = list(tuning.kinds)
+    width = 0.8 / len(POINTS)
+    for i, point in enumerate(POINTS):
+        at = [k + (i - (len(POINTS) - 1) / 2) * width for k in range(len(names))]
+        shares = [100 * tuning.kinds[name].right[point] for name in names]
+        axes.bar(at, shares, width, label=point)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylabel("answered right, %")
+    axes.set_title(tuning.verdict, fontsize=9, wrap=True)
+    axes.legend()
+    figure.savefig(path, dpi=150, format="png")

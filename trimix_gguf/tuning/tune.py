@@ -1,0 +1,59 @@
+"""The probe of a trio, from its text to the [tuning] of its trio.toml."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from trimix_gguf.errors import PromptError
+from trimix_gguf.machine.folders import cache_folder
+from trimix_gguf.trio.trio import Trio
+from trimix_gguf.trio.tuning import VERSION, Tuning
+from trimix_gguf.tuning.exercises import Kind, kinds_of
+from trimix_gguf.tuning.pairs import read_pairs
+from trimix_gguf.tuning.probe import ShowProgress, ask_all, n_to_read
+from trimix_gguf.tuning.text import read_passages
+from trimix_gguf.tuning.verdict import judge, scores_of
+
+
+def make_exercises(
+    texts: Sequence[Path], pairs: Path | None, language: str, seed: int
+) -> list[Kind]:
+    """Exercises of a person's own text and sentence pairs; raises DataError where it is short."""
+    passages = read_passages(texts)
+    return kinds_of(passages, seed, pairs=() if pairs is None else read_pairs(pairs, language))
+
+
+def tune(
+    trio: Trio,
+    kinds: Sequence[Kind],
+    models: Mapping[str, str],
+    *,
+    language: str,
+    seed: int,
+    minutes: float,
+    progress: ShowProgress,
+) -> Tuning:
+    """Ask the exercises, for about `minutes`, and judge; `models` are SHA-256 by role.
+
+    What was asked before a kill is kept in the cache and not asked again. Raises PromptError
+    where the exercises do not fit the context, DataError where too few were asked.
+    """
+    needed = n_to_read(trio, kinds)
+    if needed > trio.n_ctx:
+        raise PromptError(
+            f"the exercises need a context of {needed} tokens, and this one has {trio.n_ctx}; "
+            f"give --n-ctx {needed}"
+        )
+    kept = kept_answers(kinds, models, seed)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    answers = ask_all(trio, kinds, kept, seconds=60 * minutes, progress=progress)
+    verdict = judge(scores_of(answers))
+    return Tuning(verdict.weights, verdict.text, models, verdict.kinds, language, seed)
+
+
+def kept_answers(kinds: Sequence[Kind], models: Mapping[str, str], seed: int) -> Path:
+    """Where the answers of such a run are kept: other exercises or models have another file."""
+    asked = [[kind.name, kind.instruction, *(e.question for e in kind.exemplars)] for kind in kinds]
+    facts = json.dumps([VERSION, seed, asked, dict(sorted(models.items()))])
+    return cache_folder() / "tune" / f"{hashlib.sha256(facts.encode()).hexdigest()[:16]}.jsonl"

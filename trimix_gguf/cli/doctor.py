@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from trimix_gguf.cli.options import trio_arguments, trio_options
+from trimix_gguf.cli.options import named_trio, trio_arguments, trio_options
 from trimix_gguf.cli.plan import trio_files
+from trimix_gguf.cli.tuning_notes import tuning_words
 
 
 @click.command()
@@ -68,6 +69,7 @@ def _report(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     from trimix_gguf.trio.trio import concurrency
 
     options.pop("verbose", None)
+    given = dict(options)
     files, asked, lora = trio_files(trio_arguments(options))
     have, devices, info = memory.available(), native.devices(), native.build_info()
     machine: dict[str, Any] = {"devices": devices, "free_ram": have, "lora": lora}
@@ -78,6 +80,7 @@ def _report(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     places = {role: model.device for role, model in found.models.items()}
     loadings = {role: Loading(**one) for role, one in asked.items()}
     need = memory.estimate(files, loadings, lora)
+    trio_file = named_trio(given)
     return {
         "llama.cpp": {**info, "python": platform.python_version()},
         "devices": {
@@ -98,6 +101,7 @@ def _report(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
             "models run": concurrency(places),
             "auto layers": auto.in_words(),
             **{f"{name} needed": memory.in_gib(n) for name, n in need.items()},
+            **({} if trio_file is None else {"tuning": tuning_words(trio_file)}),
             "fits": "yes" if found.fits else "no",
         },
     }

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from trimix_gguf.choosing.methods import runtime_methods
+from trimix_gguf.choosing.methods import AUTO, runtime_methods
 from trimix_gguf.cli.options import (
     Decorator,
     grid_option,
@@ -14,6 +14,7 @@ from trimix_gguf.cli.options import (
     parse_grid_options,
     parse_mix,
 )
+from trimix_gguf.cli.tuning_notes import say_tuning
 from trimix_gguf.mixing.fusion import METHODS
 from trimix_gguf.mixing.sampling import N_SEEDS, RANGES, Sampling
 
@@ -58,7 +59,7 @@ mix_options = option_group(
     click.option(
         "--method",
         type=click.Choice(runtime_methods()),
-        help="Choose the weights by ppl (default) or ent, or take fixed ones.",
+        help="How weights are chosen, or fixed ones; default auto. See `trimix help weights`.",
     ),
     click.option("--weights", metavar="ALPHA,BETA", help="Fixed weights in place of a method."),
     grid_option,
@@ -115,6 +116,8 @@ def generation_settings(options: dict[str, Any]) -> dict[str, Any]:
         settings["weights"] = mix
     elif method is not None:
         settings["method"] = method
+    if mix is None and method in (None, AUTO):
+        say_tuning(options)
     settings["grid"] = parse_grid_options(options.pop("grid"))
     names = ("last", "max_tokens", "plausibility_threshold", "speculative", "n_draft")
     for name in (*names, *SAMPLING_HELP):

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from trimix_gguf.cli.options import Decorator, named_trio, open_trio, option_group, trio_options
+from trimix_gguf.cli.tuning_notes import say_tuning
 from trimix_gguf.server.limits import Limits
 
 # name -> type, help; the defaults are those of Limits.
@@ -122,6 +123,8 @@ def _run(
         raise click.ClickException(f"{host}:{port}: {reason}; choose another --port") from None
     name, trio_file = options.pop("name"), named_trio(options)
     name = name or _name(trio_file, options)
+    if trio_file is not None and trio_file.fixed_mix is None:
+        say_tuning(options)
     with listener, open_trio(options) as trio:
         batcher = Batcher(trio, n_parallel=limits.parallel, n_queue=limits.queue)
         api = Api(

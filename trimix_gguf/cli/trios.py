@@ -218,6 +218,7 @@ def _report(trio: Any) -> dict[str, Any]:
         "n_ctx": trio.n_ctx,
         "gpu_layers": trio.gpu_layers,
         "chat_template": trio.chat_template,
+        "tuning": None if trio.tuning is None else trio.tuning.to_table(),
         "n_bytes": sum(model["n_bytes"] or 0 for model in models.values()),
         "models": models,
     }
@@ -226,7 +227,7 @@ def _report(trio: Any) -> dict[str, Any]:
 def _lines(report: dict[str, Any]) -> str:
     w = report["weights"]
     mix = (
-        f"alpha {w['alpha']:.3g}, beta {w['beta']:.3g}" if w else f"by {report['method'] or 'ppl'}"
+        f"alpha {w['alpha']:.3g}, beta {w['beta']:.3g}" if w else f"by {report['method'] or 'auto'}"
     )
     template = report["chat_template"]
     facts = {
@@ -238,6 +239,8 @@ def _lines(report: dict[str, Any]) -> str:
         "gpu layers": report["gpu_layers"],
         "chat template": None if template is None else f"its own, {len(template)} characters",
     }
+    if report["tuning"] is not None:
+        facts["tuned"] = report["tuning"]["verdict"]
     lines = [report["name"]]
     lines += [f"  {name:<15}{value}" for name, value in facts.items() if value is not None]
     for role, model in report["models"].items():

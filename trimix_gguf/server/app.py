@@ -204,14 +204,17 @@ class Api:
 
     def _model(self) -> dict[str, Any]:
         # Of calls that name none; None where each prompt chooses its own.
-        fixed = self._defaults.fixed
+        fixed, tuning = self._defaults.fixed, self._trio.tuning
         return {
             "id": self._name,
             "object": "model",
             "created": self._created,
             "owned_by": "trimix",
             "max_model_len": self._trio.n_ctx,
-            "trimix": {"weights": fixed and [fixed.weights.alpha, fixed.weights.beta]},
+            "trimix": {
+                "weights": fixed and [fixed.weights.alpha, fixed.weights.beta],
+                "tuning": tuning and {"verdict": tuning.verdict, "n_exercises": tuning.n},
+            },
         }
 
     async def tokenize(self, request: HttpRequest) -> Response:

@@ -215,7 +215,6 @@ def _preset(table: dict[str, Any], pair: str, code: str) -> Preset:
         name=f"{pair}-{code}",
         languages=(code,),
         description=description,
-        method="ppl",
         n_ctx=table["n_ctx"],
         models={role: ModelEntry(path=f"{role}.gguf", **published[role]) for role in ROLES},
     )

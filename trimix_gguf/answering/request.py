@@ -118,7 +118,8 @@ class Token:
     """A token and what was asked about it; log-probabilities are natural, before temperature.
 
     `logprob` is None where nothing predicts it; `top` are (id, logprob), likeliest first;
-    `probabilities` by role and 'fused', and the `mix` it was picked from, where a trace was asked for.
+    `probabilities` by role and 'fused', and the `mix` that it was picked from, where a trace was
+    asked for.
     """
 
     id: int

@@ -11,7 +11,7 @@ from trimix_gguf.mixing.fusion import METHODS
 AUTO: Final = "auto"
 PPL = "ppl"
 ENT = "ent"
-ANSWERS = "ppl-answers"
+ANSWERS: Final = "ppl-answers"
 TASK = "ppl-task"
 CONTINUOUS = "continuous"
 DECOUPLED = "decoupled"

@@ -28,6 +28,7 @@ from trimix_gguf.cli.options import (
     trio_options,
 )
 from trimix_gguf.cli.streams import reader_is_gone
+from trimix_gguf.cli.task_weights import task_weights
 from trimix_gguf.errors import PromptError, TrimixError
 
 _WAY_OUT = "Ctrl-D or /exit leaves; /help lists the commands"
@@ -53,7 +54,10 @@ def chat(system: str | None, load: str | None, **options: Any) -> None:
 
     told: dict[str, Any] = {} if system is None else {"system": _text_or_file(system)}
     settings = generation_settings(options)
+    task = options.pop("task")
     with open_trio(options) as trio:
+        if task is not None:
+            settings["weights"] = task_weights(trio, task, settings)
         session = _Session(Conversation(trio, notify=_note, **settings, **told))
         if load is not None:
             session.load(load)

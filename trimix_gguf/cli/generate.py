@@ -16,7 +16,7 @@ from trimix_gguf.cli.generation_options import (
     weights_line,
 )
 from trimix_gguf.cli.options import open_trio, read_text, token_progress, trio_options
-from trimix_gguf.mixing.fusion import METHODS
+from trimix_gguf.cli.task_weights import task_weights
 
 
 @click.command()
@@ -24,7 +24,6 @@ from trimix_gguf.mixing.fusion import METHODS
 @click.option("-f", "--file", metavar="FILE", help="Read the prompt from a file; - is stdin.")
 @trio_options
 @mix_options
-@click.option("--task", metavar="FILE", help="Choose the weights for all prompts of a file.")
 @click.option(
     "--average",
     type=click.Choice(["macro", "micro"]),
@@ -49,7 +48,6 @@ def generate(prompt: str | None, file: str | None, **options: Any) -> None:
     if prompt is not None and file is not None:
         raise click.UsageError("give PROMPT or --file, not both")
     text = prompt if prompt not in (None, "-") else read_text(file or "-")
-    _check_task(options)
     settings = generation_settings(options)
     settings |= _own_settings(options)
     with ExitStack() as stack:
@@ -60,22 +58,12 @@ def generate(prompt: str | None, file: str | None, **options: Any) -> None:
         trio = stack.enter_context(open_trio(options))
         segments = trio.prompt(text, special=special, spans=spans)
         if task is not None:
-            settings["weights"] = _task_weights(trio, task, average, settings)
+            settings["weights"] = task_weights(trio, task, settings, average)
         out = None
         if trace is not None:
             out = stack.enter_context(open(trace, "w", encoding="utf-8"))
             settings["trace"] = "all"
         _run(trio, segments, settings, as_json, out)
-
-
-def _check_task(options: dict[str, Any]) -> None:
-    """Refuse fixed weights beside --task, which chooses them."""
-    if options["task"] is None:
-        return
-    if options["weights"] is not None:
-        raise click.UsageError("give --task or --weights, not both")
-    if (method := options["method"]) in METHODS:
-        raise click.UsageError(f"give --task or --method {method}, not both: its weights are fixed")
 
 
 def _own_settings(options: dict[str, Any]) -> dict[str, Any]:
@@ -87,19 +75,6 @@ def _own_settings(options: dict[str, Any]) -> dict[str, Any]:
         if (path := options.pop(name)) is not None:
             settings[name] = read_text(path)
     return settings
-
-
-def _task_weights(trio: Any, task: str, average: Any, settings: dict[str, Any]) -> Any:
-    from trimix_gguf.choosing.selection import select_weights
-    from trimix_gguf.cli.score import split_texts
-
-    prompts = [trio.prompt(t) for t in split_texts(read_text(task))]
-    total = sum(p.n_tokens() for p in prompts)
-    chosen = {k: settings.pop(k) for k in ("method", "grid", "last") if k in settings}
-    with token_progress(total, f"Scoring {len(prompts)} prompts") as progress:
-        return select_weights(
-            trio, prompts, average=average or "macro", progress=progress, **chosen
-        )
 
 
 def _run(

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from trimix_gguf.choosing.methods import AUTO, runtime_methods
+from trimix_gguf.choosing.methods import AUTO, file_methods, runtime_methods
 from trimix_gguf.cli.options import (
     Decorator,
     grid_option,
@@ -14,6 +14,7 @@ from trimix_gguf.cli.options import (
     parse_grid_options,
     parse_mix,
 )
+from trimix_gguf.cli.task_weights import check_task
 from trimix_gguf.cli.tuning_notes import say_tuning
 from trimix_gguf.mixing.fusion import METHODS
 from trimix_gguf.mixing.sampling import N_SEEDS, RANGES, Sampling
@@ -58,10 +59,15 @@ def _sampling_option(field: Field[Any]) -> Decorator:
 mix_options = option_group(
     click.option(
         "--method",
-        type=click.Choice(runtime_methods()),
+        type=click.Choice((*runtime_methods(), *file_methods())),
         help="How weights are chosen, or fixed ones; default auto. See `trimix help weights`.",
     ),
     click.option("--weights", metavar="ALPHA,BETA", help="Fixed weights in place of a method."),
+    click.option(
+        "--task",
+        metavar="FILE",
+        help="Choose the weights once, for all prompts that are like those of a file.",
+    ),
     grid_option,
     click.option(
         "--last", type=click.IntRange(min=1), help="Score only the last N tokens of the prompt."
@@ -109,6 +115,7 @@ def generation_settings(options: dict[str, Any]) -> dict[str, Any]:
     method, weights = options.pop("method"), options.pop("weights")
     if weights is not None and method is not None:
         raise click.UsageError("give --weights or --method, not both")
+    check_task(options["task"], method, weights)
     mix = METHODS.get(method) if weights is None else parse_mix(weights)
     if method is None and mix is None:
         method, mix = _of_the_trio(options)

@@ -51,15 +51,16 @@ class Tuning:
     def to_table(self) -> dict[str, Any]:
         """As the table [tuning] of trio.toml, with a checksum of the rest."""
         w = self.weights
-        table = {
+        table: dict[str, Any] = {
             "version": self.version,
             "weights": [] if w is None else [w.alpha, w.beta],
             "verdict": self.verdict,
             "language": self.language,
             "seed": self.seed,
             "models": dict(self.models),
-            "kinds": {name: kind.to_table() for name, kind in self.kinds.items()},
         }
+        if self.kinds:  # TOML has no empty table of tables
+            table["kinds"] = {name: kind.to_table() for name, kind in self.kinds.items()}
         return {**table, "checksum": _checksum(table)}
 
     @staticmethod
@@ -81,7 +82,7 @@ class Tuning:
                 models={role: str(rest["models"][role]) for role in ROLES},
                 kinds={
                     name: Kind(int(kind["n"]), {p: float(kind[p]) for p in POINTS})
-                    for name, kind in rest["kinds"].items()
+                    for name, kind in rest.get("kinds", {}).items()
                 },
                 language=str(rest["language"]),
                 seed=int(rest["seed"]),

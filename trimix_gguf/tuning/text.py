@@ -13,7 +13,7 @@ _ENDS = ".!?…؟۔।॥།༎။።。！？"
 _SENTENCE = re.compile(rf"[^{_ENDS}]+[{_ENDS}]+[\"'»”’)\]]*\s*|[^{_ENDS}]+$")
 _SYLLABLE_MARK = "་"  # Tibetan writes it where others write a space
 _PIECES, _PIECE = 64, 1 << 16  # of a large file: 4 MiB are enough for any number of exercises
-_FEWEST_WORDS, _MOST_WORDS = 5, 24
+_FEWEST_WORDS, _MOST_WORDS = 5, 14  # long ones cost time and tell no more
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def open_reader(
     """
     exemplars = exemplars_of(task, dataset, settings.n_exemplars)
     n = len(exemplars)
-    prefixes = [_prefix(trio, task, exemplars[:k]) for k in range(n + 1)]
+    prefixes = [marked_prefix(trio, task, exemplars[:k]) for k in range(n + 1)]
     around = _around(trio, settings.chat)
     longest = max(trio.prompt(q.question).n_tokens() for q in questions)
     spare = trio.n_ctx - longest - task.max_tokens - sum(len(ids) for ids in around)
@@ -68,7 +68,7 @@ def exemplars_of(task: Task, dataset: Dataset, n: int | None = None) -> Sequence
     return dataset.exemplars[:n]
 
 
-def _prefix(trio: Trio, task: Task, exemplars: Sequence[Example]) -> Prompt:
+def marked_prefix(trio: Trio, task: Task, exemplars: Sequence[Example]) -> Prompt:
     """The instruction and the exemplars; only the exemplars' answers are scored."""
     text = f"{task.instruction}\n\n"
     for example in exemplars:
@@ -83,7 +83,7 @@ def open_task(
 
     In a `chat`, large_ins reads its template around each prompt.
     """
-    marked = _prefix(trio, task, exemplars)  # the answers are what is scored in it
+    marked = marked_prefix(trio, task, exemplars)  # the answers are what is scored in it
     opening, turn = _around(trio, chat)
     ids = [i for segment in marked.segments for i in segment.ids[ROLES[0]]]
     bos = trio.models[ROLES[0]].bos

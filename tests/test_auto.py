@@ -1,0 +1,205 @@
+"""The automatic choice: text goes by perplexity, questions by a measurement, else on a leash."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import KAZAKH
+
+from trimix_gguf import Trio, Weights, generate, select_weights
+from trimix_gguf.answering.chat import chat_prompt
+from trimix_gguf.answering.steering import SPAN, Guard
+from trimix_gguf.choosing import auto
+from trimix_gguf.choosing.auto import asks, on_a_leash
+from trimix_gguf.choosing.score import empty_score, score, score_prompts
+from trimix_gguf.mixing.fusion import METHODS, Mix
+from trimix_gguf.mixing.scoring import WITH_CORNERS, grid_nll, large_ins_slopes, strays
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.sums import Sum
+from trimix_gguf.trio.tuning import Tuning
+
+QUESTION = "Қазақстанның астанасы қай қала?"
+MODELS = dict.fromkeys(ROLES, "0" * 64)
+
+
+@pytest.fixture
+def trio(nano_files):
+    """The nano trio as if nobody had tuned it."""
+    with Trio.load(**nano_files, n_ctx=512) as trio:
+        yield trio
+
+
+def rows(rng, n=6, n_vocab=200):
+    return {role: rng.normal(size=(n, n_vocab)).astype(np.float32) * 3 for role in ROLES}
+
+
+def log_softmax(row, unused):
+    row = row.astype(np.float64).copy()
+    row[unused] = -np.inf
+    row -= row.max()
+    return row - np.log(np.exp(row).sum())
+
+
+def test_strays_are_the_divergence_from_large_ins():
+    """Oracle: the sum over the vocabulary of p·(log p − log q) in float64."""
+    rng = np.random.default_rng(0)
+    given, targets = rows(rng), rng.integers(10, 200, 6)
+    unused = np.zeros(200, bool)
+    unused[3] = True
+    alphas, betas = (0.0, 0.3, 1.0), (0.0, 0.5, 1.0)
+    nll = grid_nll(**given, targets=targets, alphas=alphas, betas=betas, unused=unused)
+    slopes = large_ins_slopes(**given, targets=targets, unused=unused, n_threads=2)
+    found = strays(nll, slopes, alphas, betas)
+    large, cpt, base = (given[role] for role in ROLES)
+    for i, alpha in enumerate(alphas):
+        for j, beta in enumerate(betas):
+            total = 0.0
+            for t in range(6):
+                p = log_softmax(large[t], unused)
+                mix = base[t] + alpha * (large[t] - base[t]) + beta * (cpt[t] - base[t])
+                q, used = log_softmax(mix, unused), ~unused
+                total += float((np.exp(p[used]) * (p[used] - q[used])).sum())
+            assert found[i, j] == pytest.approx(total, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_question"),
+    [
+        (QUESTION, True),
+        ("Text: Ауа райы жылы.\nTopic:", True),
+        ("إلى أين؟", True),
+        (KAZAKH, False),
+        ("Сұрақ: қайда? Ол үндемеді.", False),
+    ],
+)
+def test_a_prompt_asks_where_it_ends_as_a_question_or_a_label(trio, text, is_question):
+    assert asks(trio.prompt(text), trio.text) == is_question
+
+
+def test_a_chat_and_marked_answers_ask(trio):
+    assert asks(chat_prompt(trio, [{"role": "user", "content": KAZAKH}]), trio.text)
+    assert asks(trio.prompt("2+2=[[4]] 3+3", spans=("[[", "]]")), trio.text)
+
+
+def test_text_that_goes_on_takes_the_lowest_perplexity_of_grid_and_corners(trio):
+    chosen = select_weights(trio, trio.prompt(KAZAKH))
+    trio.forget()
+    scored = score(trio, trio.prompt(KAZAKH), grid=(WITH_CORNERS, WITH_CORNERS))
+    assert chosen.weights == scored.best()
+    assert chosen.perplexities()["fused"] <= min(chosen.perplexities()[role] for role in ROLES)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_each_single_model_can_be_chosen(role):
+    """Bug: no rule could take a single model, for the published grid has no 0."""
+    scored, w = empty_score(), METHODS[role].weights
+    a, b = np.meshgrid(scored.alphas, scored.betas, indexing="ij")
+    nll = (a - w.alpha) ** 2 + (b - w.beta) ** 2
+    scored.add(Sum((1, 1), nll, 1, np.zeros(2)))
+    assert scored.best(corners=True) == w
+    assert scored.best() != w
+
+
+def test_a_question_to_a_trio_never_tuned_stays_close_to_large_ins(trio):
+    chosen = select_weights(trio, trio.prompt(QUESTION))
+    trio.forget()
+    by_perplexity = select_weights(trio, trio.prompt(QUESTION), method="ppl").weights
+    assert chosen.weights.alpha > by_perplexity.alpha
+    assert "large_ins" in chosen.reason
+
+
+def test_the_shorter_the_leash_the_closer_to_large_ins(trio, monkeypatch):
+    scored = empty_score(sloped=True)
+    score_prompts(trio, trio.prompt(KAZAKH), scored)
+    given = scored.nll[0], scored.slopes[0], scored.alphas, scored.betas
+    far = strays(*given)
+    strayed = []
+    for leash in (0.0, 0.5, 4.0, 1e9):
+        monkeypatch.setattr(auto, "LEASH", leash)
+        w = on_a_leash(*given)
+        strayed.append(far[scored.alphas.index(w.alpha), scored.betas.index(w.beta)])
+    assert strayed == sorted(strayed, reverse=True)
+    assert strayed[0] > strayed[-1] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_question_goes_by_what_was_measured(nano_files):
+    tuning = Tuning(Weights(0.9, 0.3), "measured", MODELS)
+    with Trio.load(**nano_files, n_ctx=512, tuning=tuning) as trio:
+        chosen = select_weights(trio, trio.prompt(QUESTION))
+        assert (chosen.weights, chosen.reason) == (Weights(0.9, 0.3), "measured")
+        assert select_weights(trio, trio.prompt(KAZAKH)).score is not None
+
+
+def test_where_no_model_answers_perplexity_decides(nano_files):
+    with Trio.load(**nano_files, n_ctx=512, tuning=Tuning(None, "none", MODELS)) as trio:
+        chosen = select_weights(trio, trio.prompt(QUESTION))
+        trio.forget()
+        scored = score(trio, trio.prompt(QUESTION), grid=(WITH_CORNERS, WITH_CORNERS))
+    assert chosen.weights == scored.best()
+
+
+# -- the collapse guard -----------------------------------------------------------------------
+
+
+def expecting(token: int, expects: bool) -> dict[str, np.ndarray]:
+    row = np.zeros(50, np.float32)
+    row[token if expects else token - 1] = 9.0
+    return {"large_ins": row}
+
+
+def written(guard: Guard, ids: list[int], *, expects: bool) -> int | None:
+    for token in ids:
+        guard.take(token, expecting(token, expects))
+    return guard.stepped_in
+
+
+ROUND = list(range(1, 2 * SPAN))
+
+
+def test_a_loop_that_large_ins_does_not_expect_ends_in_large_ins():
+    guard = Guard(Mix(Weights(0.3, 0.9)))
+    assert written(guard, ROUND, expects=False) is None
+    assert written(guard, ROUND, expects=False) == len(ROUND) + SPAN
+    assert guard.mix.weights == METHODS["large_ins"].weights
+
+
+def test_what_large_ins_would_repeat_is_never_cut():
+    guard = Guard(Mix(Weights(0.3, 0.9)))
+    assert written(guard, 5 * ROUND, expects=True) is None
+
+
+def test_text_that_does_not_repeat_is_left_alone():
+    assert written(Guard(Mix(Weights(0.3, 0.9))), list(range(1, 49)), expects=False) is None
+
+
+def loops(trio, **options):
+    return generate(trio, KAZAKH, max_tokens=160, temperature=0, **options)
+
+
+@pytest.fixture
+def looping(trio, monkeypatch):
+    """small_cpt by itself, chosen by auto: greedy, it repeats itself."""
+    monkeypatch.setattr(
+        "trimix_gguf.choosing.score.Score.best",
+        lambda self, *_, **__: METHODS["small_cpt"].weights,
+    )
+    return trio
+
+
+@pytest.mark.parametrize("speculative", ["off", "on"])
+def test_the_guard_steps_in_while_decoding_with_drafts_and_without(looping, speculative):
+    answer = loops(looping, speculative=speculative)
+    assert answer.guard is not None
+    looping.forget()
+    fixed = loops(looping, weights=METHODS["small_cpt"])
+    assert fixed.guard is None
+    same = [t.id for t in answer.tokens[: answer.guard]]
+    assert same == [t.id for t in fixed.tokens[: answer.guard]]
+    assert answer.text != fixed.text
+
+
+def test_the_command_says_why_it_chose(trimix):
+    result = trimix("generate", QUESTION, "-n", "4", "--json")
+    weights = json.loads(result.stdout)["weights"]
+    assert weights["method"] == "auto"
+    assert weights["reason"]

@@ -1,0 +1,274 @@
+"""`trimix tune`: exercises of raw text, their verdict, and where it is kept."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from trimix_gguf.errors import DataError, TrioFileError, WeightsError
+from trimix_gguf.mixing.fusion import METHODS, Weights
+from trimix_gguf.mixing.scoring import WITH_CORNERS
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.trio import NANO
+from trimix_gguf.trio.tuning import Kind, Tuning
+from trimix_gguf.trios.triofile import TrioFile, parse_trio, to_toml
+from trimix_gguf.tuning.exercises import kinds_of
+from trimix_gguf.tuning.probe import Answered
+from trimix_gguf.tuning.text import passages_of, read_passages
+from trimix_gguf.tuning.verdict import CORNERS, judge, scores_of
+
+TEXT = NANO / "text.txt"
+N = len(WITH_CORNERS)
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A copy of the nano trio that nobody has tuned."""
+    folder = tmp_path / "own"
+    shutil.copytree(NANO, folder)
+    text = (folder / "trio.toml").read_text(encoding="utf-8").split("\n[tuning]")[0]
+    (folder / "trio.toml").write_text(text, encoding="utf-8")
+    return folder
+
+
+# -- exercises --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def passages():
+    return read_passages([TEXT])
+
+
+def test_every_exercise_has_its_answer_once_among_its_choices(passages):
+    pairs = [
+        (f"Бұл {i} сөйлем, ол өте қысқа.", f"This is sentence {i}, it is short.") for i in range(80)
+    ]
+    for kind in kinds_of(passages, 0, pairs=pairs):
+        asked = [*kind.exemplars, *(next(kind.exercises) for _ in range(20))]
+        for one in asked:
+            assert len(set(one.choices)) == len(one.choices) >= 4
+            assert one.answer == one.choices[one.right]
+        places = {one.right for one in asked}
+        assert len(places) > 1, kind.name
+
+
+def test_the_answer_stands_in_the_question(passages):
+    kinds = {kind.name: kind for kind in kinds_of(passages, 0)}
+    for _ in range(20):
+        one = next(kinds["letter"].exercises)
+        text, *options = one.question.splitlines()
+        right = options[one.right].split(". ", 1)[1]
+        assert right in text
+        assert not any(
+            o.split(". ", 1)[1].lower() in text.lower().split()
+            for o in options
+            if not o.endswith(right) and ". " in o
+        )
+        found = next(kinds["find"].exercises)
+        assert found.answer in found.question.splitlines()[0]
+
+
+def test_exercises_are_a_function_of_text_and_seed(passages):
+    def drawn(seed):
+        return [(k.name, k.exemplars, next(k.exercises)) for k in kinds_of(passages, seed)]
+
+    assert drawn(3) == drawn(3)
+    assert drawn(3) != drawn(4)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "བོད་ཡིག་ནི་བོད་མིའི་སྐད་ཡིག་ཡིན། ང་ཚོས་བོད་ཡིག་སློབ་སྦྱོང་བྱེད་ཀྱི་ཡོད།",
+        "ئۇيغۇر تىلى تۈركىي تىللارنىڭ بىرى. بۇ تىلدا كۆپ كىشى سۆزلىشىدۇ ئىكەن؟",
+        "ଓଡ଼ିଆ ଏକ ଭାରତୀୟ ଭାଷା ଅଟେ ବୋଲି। ଏହା ଓଡ଼ିଶାରେ ବହୁତ କୁହାଯାଏ ସର୍ବଦା।",
+    ],
+)
+def test_sentences_of_other_scripts_are_cut_as_they_are_written(line):
+    [found] = passages_of([line])
+    assert len(found) == 2
+    assert all(one.text in line for one in found)
+
+
+def test_too_little_text_is_refused_with_what_is_needed(tmp_path):
+    with pytest.raises(DataError, match="2 usable sentences, and exercises need 60"):
+        kinds_of(passages_of(["Бұл бір қысқа сөйлем ғана.", "Бұл екінші қысқа сөйлем ғана."]), 0)
+
+
+# -- the verdict ------------------------------------------------------------------------------
+
+
+def answers(rng, kind, n, p):
+    """Exercises of four choices that a mix at (i, j) answers right with probability p[i, j]."""
+    made = []
+    for _ in range(n):
+        right, luck = int(rng.integers(4)), rng.random()  # one luck: all mixes see one exercise
+        chosen = np.where(luck < p, right, (right + 1) % 4)
+        nll = np.full((4, N, N), 3.0)
+        np.put_along_axis(nll, chosen[None], 0.1, axis=0)
+        made.append(Answered(kind, right, nll))
+    return made
+
+
+def at(**shares):
+    """Probabilities: 0.3 everywhere, and at the named corners these."""
+    p = np.full((N, N), 0.3)
+    for role, share in shares.items():
+        p[CORNERS[role]] = share
+    return p
+
+
+def verdict(*kinds, n=60):
+    rng = np.random.default_rng(1)
+    return judge(scores_of([a for i, p in enumerate(kinds) for a in answers(rng, f"k{i}", n, p)]))
+
+
+def test_where_no_mix_is_better_the_best_model_answers():
+    for role in ROLES:
+        found = verdict(at(**{role: 0.9}), at(**{role: 0.8}))
+        assert found.weights == METHODS[role].weights
+        assert role in found.text
+
+
+def test_a_mix_that_is_better_everywhere_answers():
+    good = at(large_ins=0.6)
+    good[4:6, 2:4] = 0.95
+    found = verdict(good, good)
+    assert WITH_CORNERS.index(found.weights.alpha) in (4, 5)
+    assert WITH_CORNERS.index(found.weights.beta) in (2, 3)
+    assert "2 of 2 kinds" in found.text
+
+
+def test_a_mix_that_costs_one_kind_is_not_taken():
+    good, bad = at(large_ins=0.5), at(large_ins=0.9)
+    good[4:6, 2:4] = 1.0
+    bad[4:6, 2:4] = 0.5
+    assert verdict(good, bad).weights == METHODS["large_ins"].weights
+
+
+def test_kinds_that_nobody_can_answer_say_nothing():
+    chance = np.full((N, N), 0.25)
+    assert verdict(chance, chance).weights is None
+    found = verdict(chance, at(small_cpt=0.9))
+    assert found.weights == METHODS["small_cpt"].weights
+
+
+def test_too_few_answers_are_no_verdict():
+    with pytest.raises(DataError, match="raise --minutes"):
+        verdict(at(large_ins=0.9), n=5)
+
+
+# -- what is kept -----------------------------------------------------------------------------
+
+KEPT = Tuning(
+    Weights(0.9, 0.3),
+    'a "verdict"',
+    {role: str(i) * 64 for i, role in enumerate(ROLES)},
+    {"letter": Kind(40, dict.fromkeys((*ROLES, "mix"), 0.5))},
+    "kk",
+    7,
+)
+
+
+@pytest.mark.parametrize("tuning", [KEPT, Tuning(None, "none", KEPT.models)])
+def test_a_tuning_comes_back_from_the_trio_file(tmp_path, tuning):
+    trio = TrioFile.read(NANO / "trio.toml")
+    written = to_toml(TrioFile(**{**vars(trio), "tuning": tuning}))
+    assert parse_trio(written, tmp_path / "trio.toml").tuning == tuning
+
+
+@pytest.mark.parametrize(
+    ("line", "instead"),
+    [
+        ("weights = [0.9, 0.3]", "weights = [0.1, 0.9]"),
+        ("seed = 7", "seed = 8"),
+        ("mix = 0.5", "mix = 0.9"),
+        ("mix = 0.5", ""),
+        ("version = 1\nweights", "weights"),
+    ],
+)
+def test_an_edited_tuning_is_refused(tmp_path, line, instead):
+    trio = TrioFile.read(NANO / "trio.toml")
+    written = to_toml(TrioFile(**{**vars(trio), "tuning": KEPT}))
+    head, tuned = written.split("[tuning]")
+    assert line in tuned
+    edited = f"{head}[tuning]{tuned.replace(line, instead)}"
+    with pytest.raises(TrioFileError, match="tuning: it was edited"):
+        parse_trio(edited, tmp_path / "trio.toml")
+
+
+def test_what_is_no_table_is_refused():
+    for table in (None, 3, {}, {"checksum": "x"}, []):
+        with pytest.raises(WeightsError):
+            Tuning.from_table(table)
+
+
+# -- the command ------------------------------------------------------------------------------
+
+
+def test_a_trio_is_tuned_shown_used_and_void_after_a_change(trimix, own):
+    before = trimix("generate", "Қазақстанның астанасы қай қала?", "-n", "2", "--trio", own)
+    again = trimix("generate", "Қазақстанның астанасы қай қала?", "-n", "2", "--trio", own)
+    assert b"never tuned" in before.stderr
+    assert b"never tuned" not in again.stderr  # said once
+    result = trimix("tune", "--trio", own, "--minutes", "0.4", "--json")
+    assert result.returncode == 0, result.stderr
+    table = json.loads(result.stdout)
+    assert TrioFile.read(own / "trio.toml").tuning.to_table() == table
+    assert table["verdict"].encode() in trimix("show", own).stdout
+    assert table["verdict"].encode() in trimix("doctor", "--trio", own).stdout
+    shutil.copy(NANO / "small_base.gguf", own / "small_cpt.gguf")
+    used = trimix("generate", "Қазақстанның астанасы қай қала?", "-n", "2", "--trio", own)
+    assert b"small_cpt is not the file that was tuned" in used.stderr
+    assert used.returncode == 0
+
+
+def test_a_run_that_was_killed_continues(own, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIMIX_CACHE", str(tmp_path / "cache"))
+    command = [sys.executable, "-m", "trimix_gguf", "tune", "--trio", own, "--minutes", "0.4"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    kept = tmp_path / "cache" / "tune"
+    while not any(f.stat().st_size > 20_000 for f in kept.glob("*.jsonl")) and run.poll() is None:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    [file] = kept.glob("*.jsonl")
+    whole = file.read_bytes().rsplit(b"\n", 1)[0]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert file.read_bytes().startswith(whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--text", "short.txt"), b"usable sentences"),
+        (("--text", "absent.txt"), b"absent.txt"),
+        (("--text", "latin1.txt"), b"not UTF-8"),
+        (("--pairs", "short.txt"), b"names the columns"),
+        (("--minutes", "0.0001", "--seed", "99"), b"raise --minutes"),
+        (("--n-ctx", "64"), b"give --n-ctx"),
+    ],
+)
+def test_bad_input_is_one_line_and_changes_nothing(trimix, own, tmp_path, arguments, said):
+    (tmp_path / "short.txt").write_text("Бұл бір қысқа сөйлем ғана.\n", encoding="utf-8")
+    (tmp_path / "latin1.txt").write_bytes("déjà vu\n".encode("latin-1") * 20)
+    paths = [tmp_path / a if a.endswith(".txt") else a for a in arguments]
+    before = (own / "trio.toml").read_bytes()
+    result = trimix("tune", "--trio", own, *paths)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(b"trimix: ")
+    assert said in last
+    assert (own / "trio.toml").read_bytes() == before
+
+
+def test_a_trio_without_a_file_cannot_keep_a_tuning(trimix, nano_files):
+    files = [v for role in ROLES for v in (f"--{role.replace('_', '-')}", nano_files[role])]
+    result = trimix("tune", *files)
+    assert result.returncode == 1
+    assert b"kept in a trio.toml" in result.stderr

@@ -1,0 +1,50 @@
+"""--task FILE: one pair of weights for prompts that are like those of a file."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trimix_gguf.choosing.methods import ANSWERS, file_methods
+from trimix_gguf.cli.bars import count_bar
+from trimix_gguf.cli.options import read_text, token_progress
+from trimix_gguf.mixing.fusion import METHODS
+
+
+def check_task(task: str | None, method: str | None, weights: str | None) -> None:
+    """Refuse --task beside fixed weights, and a method that needs --task without it."""
+    if task is None:
+        if method in file_methods():
+            raise click.UsageError(
+                f"--method {method} needs --task FILE.jsonl, with exemplars and questions; see "
+                "`trimix help weights`"
+            )
+        return
+    if weights is not None:
+        raise click.UsageError("give --task or --weights, not both")
+    if method in METHODS:
+        raise click.UsageError(f"give --task or --method {method}, not both: its weights are fixed")
+    if method in file_methods() and not task.endswith(".jsonl"):
+        raise click.UsageError(f"--method {method} needs a task file of JSON lines, not {task}")
+
+
+def task_weights(trio: Any, task: str, settings: dict[str, Any], average: Any = None) -> Any:
+    """The Selection by a file: of texts that blank lines separate, or of a task's JSON lines.
+
+    Takes what it needs out of `settings`.
+    """
+    from trimix_gguf.choosing.selection import select_weights
+    from trimix_gguf.cli.score import split_texts
+
+    chosen = {k: settings.pop(k) for k in ("method", "grid", "last") if k in settings}
+    if chosen.get("method") in (*file_methods(), ANSWERS) and task.endswith(".jsonl"):
+        from trimix_gguf.evaluation.running.file_weights import weights_of_file
+
+        with count_bar(f"Choosing weights by {Path(task).name}") as shown:
+            return weights_of_file(trio, Path(task), chosen["method"], shown)
+    prompts = [trio.prompt(t) for t in split_texts(read_text(task))]
+    total = sum(p.n_tokens() for p in prompts)
+    with token_progress(total, f"Scoring {len(prompts)} prompts") as progress:
+        return select_weights(
+            trio, prompts, average=average or "macro", progress=progress, **chosen
+        )

@@ -1,0 +1,69 @@
+"""One pair of weights from a file of exemplars and questions, for prompts that are like them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from trimix_gguf.choosing.choices import choice_nll
+from trimix_gguf.choosing.methods import ANSWERS, INFORMATIVE, MI_ANSWERS
+from trimix_gguf.choosing.selection import Selection, select_weights
+from trimix_gguf.errors import WeightsError
+from trimix_gguf.evaluation.names.axis import AXIS, lowest_on_grid
+from trimix_gguf.evaluation.reporting.informative import most_informative
+from trimix_gguf.evaluation.running.information import exemplars_information
+from trimix_gguf.evaluation.running.prompts import (
+    exemplars_of,
+    marked_prefix,
+    open_task,
+    question_after,
+)
+from trimix_gguf.evaluation.running.reading import Reader
+from trimix_gguf.evaluation.tasks.custom import custom_task
+from trimix_gguf.evaluation.tasks.task import Dataset, Task
+from trimix_gguf.mixing.fusion import Mix
+from trimix_gguf.mixing.scoring import Float64
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.prompt import Prompt
+from trimix_gguf.trio.trio import Trio
+
+MOST_QUESTIONS = 50
+
+Shown = Callable[[int, int], None]  # (done, total)
+
+
+def weights_of_file(trio: Trio, file: Path, method: str, shown: Shown) -> Selection:
+    """Choose weights by a task file (tasks/custom.py), once for all prompts that are like it.
+
+    `mi`: mutual information of its questions and their choices. `mi-answers`: of its exemplars'
+    answers and questions. `ppl-answers`: the lowest perplexity of the exemplars' answers. Raises
+    WeightsError where the file lacks what the method needs, DataError where it is no task file.
+    """
+    task = custom_task(file)
+    dataset = task.load(Path(), "", 0)
+    exemplars = exemplars_of(task, dataset)
+    if method == INFORMATIVE:
+        return Selection(Mix(most_informative(_choices(trio, task, dataset, shown))), INFORMATIVE)
+    if not exemplars:
+        raise WeightsError(f'{method} needs exemplars; give rows "exemplar": true in {file}')
+    if method == MI_ANSWERS:
+        information = exemplars_information(trio, task, exemplars, shown=shown)
+        return Selection(Mix(lowest_on_grid(-information)), MI_ANSWERS)
+    return select_weights(trio, marked_prefix(trio, task, exemplars), method=ANSWERS)
+
+
+def _choices(trio: Trio, task: Task, dataset: Dataset, shown: Shown) -> Float64:
+    """Nats of each question's choices, nan where it has fewer: [n, n_choices, n_axis, n_axis]."""
+    questions = [q for q in dataset.questions(MOST_QUESTIONS, 0) if q.choices]
+    if not questions:
+        raise WeightsError(f"{INFORMATIVE} needs questions with choices; {MI_ANSWERS} does not")
+    reader = Reader(trio, *open_task(trio, task, exemplars_of(task, dataset)))
+    most = max(len(q.choices) for q in questions)
+    nats = np.full((len(questions), most, len(AXIS), len(AXIS)), np.nan)
+    for at, question in enumerate(questions):
+        asked = question_after(reader, question)
+        trio.prefill(Prompt((*reader.prefix.segments, *asked.segments)))
+        ids = [trio.models[ROLES[0]].tokenize(f" {choice}") for choice in question.choices]
+        nats[at, : len(ids)] = choice_nll(trio, ids, AXIS)
+        shown(at + 1, len(questions))
+    return nats

@@ -15,7 +15,8 @@ from filelock import FileLock
 from test_cli import one_line_error
 from topics import arguments
 
-from trimix_gguf.cli.evaluate import evaluate, open_bar
+from trimix_gguf.cli.bars import count_bar
+from trimix_gguf.cli.evaluate import evaluate
 from trimix_gguf.evaluation.names.settings import RunSettings
 from trimix_gguf.evaluation.run_files.lines import finished
 from trimix_gguf.trios.triofile import ModelEntry, TrioFile
@@ -238,7 +239,7 @@ def test_bad_input_is_one_line_that_names_what_there_is(trimix, task_file, tmp_p
 @pytest.mark.parametrize("together", [1, 3, 4, 8])
 def test_a_log_is_told_of_each_tenth(together, capsys):
     """However many questions end at once."""
-    with open_bar("topics") as shown:
+    with count_bar("topics") as shown:
         for done in (*range(0, 100, together), 100):
             shown(done, 100)
     lines = capsys.readouterr().err.splitlines()

@@ -1,6 +1,6 @@
 """How likely each of some answers is after a prompt, under every mix of a grid, in one reading."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,20 +32,46 @@ def choices_after(
     axis: Sequence[float],
 ) -> Float64:
     """The same after a sequence, whose next-token rows [n_vocab] are `rows`."""
-    sequences = trio.sequences
     first = {role: row[None] for role, row in rows.items()}
     total = np.stack([token_nlls(trio, first, np.array(c[:1]), axis)[0] for c in choices])
+    for group in _groups([len(c) - 1 for c in choices], trio.n_window):
+        total[group] += _later_nlls(trio, sequence, [choices[i] for i in group], axis)
+    return total
+
+
+def _groups(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Indexes of those that are not empty, in runs of `most` tokens together, or one by itself."""
+    group: list[int] = []
+    for i, size in enumerate(sizes):
+        if group and sum(sizes[j] for j in group) + size > most:
+            yield group
+            group = []
+        if size:
+            group.append(i)
+    if group:
+        yield group
+
+
+def _later_nlls(
+    trio: Trio, sequence: int, choices: Sequence[Sequence[int]], axis: Sequence[float]
+) -> Float64:
+    """Nats of all but the first token of each choice, read side by side in one batch per model."""
+    sequences = trio.sequences
     numbers = [sequences.fork(sequence) for _ in choices]
-    for depth in range(1, max(len(c) for c in choices)):
-        going = [i for i, c in enumerate(choices) if len(c) > depth]
-        for i in going:
-            sequences.append(numbers[i], [choices[i][depth - 1]])
-        next_rows = sequences.rows([numbers[i] for i in going])
-        targets = np.array([choices[i][depth] for i in going])
-        total[going] += token_nlls(trio, next_rows, targets, axis)
+    for number, ids in zip(numbers, choices, strict=True):
+        sequences.append(number, ids[:-1])
+    wanted: dict[str, dict[int, Sequence[int]]] = {role: {} for role in ROLES}
+    for role in ROLES:
+        for number, ids in zip(numbers, choices, strict=True):
+            n = len(sequences.ids(number)[role])
+            wanted[role][number] = range(n - len(ids) + 1, n)
+    rows = sequences.read(wanted)
+    targets = np.array([token for ids in choices for token in ids[1:]])
+    nlls = token_nlls(trio, rows, targets, axis)
     for number in numbers:
         sequences.drop(number)
-    return total
+    ends = np.cumsum([len(ids) - 1 for ids in choices])
+    return np.stack([part.sum(axis=0) for part in np.split(nlls, ends[:-1])])
 
 
 def token_nlls(

@@ -127,7 +127,7 @@ class TrimixLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         trio: Trio,
         weights: Weights | Mix | None = None,
         *,
-        method: ChosenBy = "ppl",
+        method: ChosenBy = "auto",
         grid: Grid = (GRID, GRID),
         last: int | None = None,
         unprompted: Weights | Mix = UNPROMPTED,

@@ -20,6 +20,7 @@ from trimix_gguf.tuning.text import Sentence
 GAP = "___"
 LETTERS = "ABCD"
 N_TOPICS = 5
+N_ENDING = 3  # words: each token of a choice is read and scored over the grid
 FEWEST_SENTENCES = 60
 _PUNCTUATION = re.compile(r"^[^\w]+|[^\w]+$")
 
@@ -134,10 +135,10 @@ def _ending(passages: Passages, rng: random.Random) -> Kind | None:
 
     def make() -> Iterator[Exercise]:
         for sentence in rng.sample(sentences, len(sentences)):
-            cut = len(sentence.words) // 2
+            cut = len(sentence.words) - N_ENDING
             right = sentence.part(cut, len(sentence.words))
             drawn = [s for s in rng.sample(sentences, 24) if s != sentence]
-            ends = [s.part(len(s.words) // 2, len(s.words)) for s in drawn]
+            ends = [s.part(len(s.words) - N_ENDING, len(s.words)) for s in drawn]
             # About as long: else the shortest is the likeliest.
             others = sorted(ends, key=lambda text: abs(len(text) - len(right)))[:3]
             choices = rng.sample([right, *others], 4)
@@ -151,8 +152,8 @@ def _translation(name: str, pairs: Sequence[Pair], rng: random.Random) -> Kind:
     def make() -> Iterator[Exercise]:
         for source, right in rng.sample(pairs, len(pairs)):
             drawn = [target for _, target in rng.sample(pairs, 24) if target != right]
-            others = sorted(drawn, key=lambda text: abs(len(text) - len(right)))[:3]
-            choices = rng.sample([right, *others], 4)
+            others = sorted(drawn, key=lambda text: abs(len(text) - len(right)))[:2]
+            choices = rng.sample([right, *others], 3)
             yield Exercise(f"{source}\nTranslation:", tuple(choices), choices.index(right))
 
     return _kind(name, "Translate each sentence.", make(), 3)

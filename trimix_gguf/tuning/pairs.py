@@ -6,7 +6,7 @@ from pathlib import Path
 from trimix_gguf.errors import DataError
 
 Pair = tuple[str, str]  # a sentence in the language, and in English
-_LONGEST = 200  # characters
+_LONGEST = 110  # characters
 _LEAST_SCORE = 0.5  # of alignment, where the file has a column `score`
 
 

@@ -16,7 +16,7 @@ from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.trio import Trio
 from trimix_gguf.tuning.exercises import Exercise, Kind
 
-MOST_PER_KIND = 60
+MOST_PER_KIND = 40
 _SHAPE = (len(WITH_CORNERS), len(WITH_CORNERS))
 
 # What is under way -> how many of how many are done.

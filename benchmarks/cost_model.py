@@ -259,9 +259,7 @@ PARTS = {
 }
 
 
-def profile(
-    trio: Trio, ids: list[int], weights: Weights, k: int, n_tokens: int
-) -> dict[str, float]:
+def profile(trio: Trio, ids: list[int], mix: Mix, k: int, n_tokens: int) -> dict[str, float]:
     """Milliseconds a token with drafts of k, by part; `other` is the Python around them."""
     spent = {**dict.fromkeys(ROLES, 0.0), **dict.fromkeys(PARTS.values(), 0.0)}
     role_of = {id(model): role for role, model in trio.models.items()}
@@ -269,9 +267,7 @@ def profile(
     trio.prefill(Prompt((Segment.of(ids[:-1]),)))
     trio.rows()
     trio.advance(ids[-1])  # owed, as each later token is
-    steps = decode_steps(
-        trio, Steady(Mix(weights)), sampler, drafting=Watched(k), max_tokens=n_tokens
-    )
+    steps = decode_steps(trio, Steady(mix), sampler, drafting=Watched(k), max_tokens=n_tokens)
     with ExitStack() as stack:
         stack.enter_context(timed(Model, "decode_entries", spent, lambda model: role_of[id(model)]))
         for (owner, name), part in PARTS.items():
@@ -326,7 +322,7 @@ def main() -> None:
         found = checked(times, runs, weights, options.tokens)
         k = found["best"]["measured"] or 3
         spent = {
-            name: profile(trio, texts[0][: options.context], weights, n, options.tokens)
+            name: profile(trio, texts[0][: options.context], Mix(weights), n, options.tokens)
             for name, n in (("lockstep", 0), (f"drafts of {k}", k))
         }
         trios = {"this trio": sizes_of(trio), "14B + 1.5B, Q4_K_M": LARGER}

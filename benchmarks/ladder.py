@@ -34,7 +34,7 @@ from trimix_gguf.mixing.scoring import GRID, WITH_CORNERS, Float64
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.prompt import Prompt, Segment
 from trimix_gguf.trio.trio import NANO, Trio
-from trimix_gguf.trio.tuning import Tuning
+from trimix_gguf.trio.tuned import Tuning
 from trimix_gguf.trios.triofile import TrioFile
 from trimix_gguf.tuning.exercises import kinds_of
 from trimix_gguf.tuning.pairs import read_pairs
@@ -48,6 +48,7 @@ FIXED = ("large_ins", "small_cpt", "small_base", "proxy-tuning", "authors-pair")
 
 
 def main() -> None:
+    """Make the nano rungs, or measure rungs."""
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = options.add_subparsers(dest="command", required=True)
     make = commands.add_parser("rungs")

@@ -16,7 +16,7 @@ from trimix_gguf.mixing.fusion import METHODS, Mix
 from trimix_gguf.mixing.scoring import WITH_CORNERS, grid_nll, large_ins_slopes, strays
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.sums import Sum
-from trimix_gguf.trio.tuning import Tuning
+from trimix_gguf.trio.tuned import Tuning
 
 QUESTION = "Қазақстанның астанасы қай қала?"
 MODELS = dict.fromkeys(ROLES, "0" * 64)

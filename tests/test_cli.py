@@ -27,8 +27,8 @@ def test_generate_streams_text_and_says_its_weights(trimix):
 def test_generate_json_has_the_documented_keys(trimix):
     result = trimix("generate", "-", "-n", "8", "--json", "--seed", "3", stdin=KAZAKH.encode())
     report = json.loads(result.stdout)
-    assert report["weights"]["alpha"] in (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
-    assert report["weights"]["method"] == "ppl"
+    assert report["weights"]["alpha"] in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+    assert report["weights"]["method"] == "auto"
     assert {"large_ins", "small_base", "small_cpt", "fused"} == report["perplexity"].keys()
     assert report["n_tokens"] <= 8 and report["finish_reason"] in ("length", "stop")
     assert {"ttft_s", "select_s", "prefill_tps"} <= report["speed"].keys()
@@ -71,7 +71,7 @@ def test_weights_for_a_task_file_and_scored_spans(trimix, tmp_path):
     task = tmp_path / "task.txt"
     task.write_text(f"{KAZAKH}\n\n{KAZAKH} {KAZAKH}", encoding="utf-8")
     result = trimix("generate", KAZAKH, "--task", task, "-n", "2", "--json")
-    assert json.loads(result.stdout)["weights"]["method"] == "ppl"
+    assert json.loads(result.stdout)["weights"]["method"] == "auto"
     spans = json.loads(
         trimix("score", "--spans", "[[", "]]", "--json", stdin=b"one [[two three]] four").stdout
     )

@@ -40,6 +40,7 @@ NOT_RUN = {
     "serve": "runs until somebody stops it",
     "doctor --mend": "may build llama.cpp",
     "export nano": "packs the program, as test_program.py does",
+    "tune": "measures for minutes, as test_tuning.py does",
     "eval --harness": "needs lm-evaluation-harness and its data",
 }
 ANOTHERS = {"CUDA0": "a graphics card"}  # words of commands that need what a test does not have

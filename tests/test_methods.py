@@ -135,7 +135,9 @@ def test_a_task_chooses_weights_or_they_are_fixed(trimix, tmp_path):
     chosen, masked = answer(), answer("--plausibility-threshold", "0.1")
     assert "plausibility_threshold" not in chosen["weights"]
     assert masked["weights"]["plausibility_threshold"] == 0.1 and masked["text"] != chosen["text"]
-    assert answer("--method", "ppl")["weights"] == chosen["weights"]
+    asked, by_default = answer("--method", "auto")["weights"], chosen["weights"]
+    assert asked == by_default and asked["method"] == "auto"
+    assert answer("--method", "ppl")["weights"]["method"] == "ppl"
 
 
 @pytest.fixture

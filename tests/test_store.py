@@ -292,7 +292,7 @@ def test_the_trios_own_weights_are_the_default(home, trimix):
     assert weights() == (0.25, 0.5, "fixed")
     assert weights("--weights", "1,0") == (1.0, 0.0, "fixed")
     assert weights("--method", "ent")[2] == "ent"
-    assert weights("--grid", "0.1,0.9")[2] == "ppl"
+    assert weights("--grid", "0.1,0.9")[2] == "auto"
     report = json.loads(trimix("score", "--trio", "mine", "--json", stdin=KAZAKH.encode()).stdout)
     assert report["default"] == {"alpha": 0.25, "beta": 0.5}
     assert report["perplexity"]["fused"] <= report["perplexity"]["default"]

@@ -18,8 +18,8 @@ from trimix_gguf.cli.reference import PATH, reference
 
 ROOT = Path(__file__).parent.parent
 ROOMS = [
-    "errors", "roles", "machine", "mixing", "trio", "choosing", "answering", "trios", "bench",
-    "evaluation", "server", "cli",
+    "errors", "roles", "machine", "mixing", "trio", "choosing", "tuning", "answering", "trios",
+    "bench", "evaluation", "server", "cli",
 ]  # fmt: skip
 EVALUATION = ["names", "tasks", "run_files", "reporting", "running"]  # rooms within evaluation
 MODELS = ("trio", "answering", "machine.native")  # what brings llama.cpp

@@ -15,7 +15,7 @@ from trimix_gguf.mixing.fusion import METHODS, Weights
 from trimix_gguf.mixing.scoring import WITH_CORNERS
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.trio import NANO
-from trimix_gguf.trio.tuning import Kind, Tuning
+from trimix_gguf.trio.tuned import Kind, Tuning
 from trimix_gguf.trios.triofile import TrioFile, parse_trio, to_toml
 from trimix_gguf.tuning.exercises import kinds_of
 from trimix_gguf.tuning.probe import Answered

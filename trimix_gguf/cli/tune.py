@@ -87,7 +87,7 @@ def tune(
 
 def table(tuning: Any) -> str:
     """Answers right in percent, by kind and model, with 95 % intervals, and the verdict."""
-    from trimix_gguf.trio.tuning import POINTS
+    from trimix_gguf.trio.tuned import POINTS
 
     lines = [f"{'':<10}{'n':>4}" + "".join(f"{name:>18}" for name in POINTS)]
     for name, kind in tuning.kinds.items():
@@ -120,7 +120,7 @@ def _texts(trio_file: Any, texts: tuple[str, ...]) -> list[Path]:
 
 def _draw(tuning: Any, figure: Any, path: str) -> None:
     """Bars: what each model and the mix answer right, per kind."""
-    from trimix_gguf.trio.tuning import POINTS
+    from trimix_gguf.trio.tuned import POINTS
 
     axes = figure.add_subplot()
     names = list(tuning.kinds)

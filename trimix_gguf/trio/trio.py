@@ -23,7 +23,7 @@ from trimix_gguf.trio.prefill import Prefill, PromptMark, Window
 from trimix_gguf.trio.prompt import Prompt, Unit, n_common, text_prompt
 from trimix_gguf.trio.sequences import Sequences, TokenProgress
 from trimix_gguf.trio.sums import PrefixSums
-from trimix_gguf.trio.tuning import Tuning
+from trimix_gguf.trio.tuned import Tuning
 
 Consume = Callable[[Window], None]
 

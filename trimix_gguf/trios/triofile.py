@@ -16,7 +16,7 @@ from trimix_gguf.machine.hashes import kept_sha256
 from trimix_gguf.machine.threads import MOST_THREADS
 from trimix_gguf.mixing.fusion import METHODS, Mix, Weights
 from trimix_gguf.roles import ROLES
-from trimix_gguf.trio.tuning import Tuning
+from trimix_gguf.trio.tuned import Tuning
 from trimix_gguf.trios.toml_text import nested_lines, table_lines
 
 VERSION = 1

@@ -8,7 +8,7 @@ from pathlib import Path
 from trimix_gguf.errors import PromptError
 from trimix_gguf.machine.folders import cache_folder
 from trimix_gguf.trio.trio import Trio
-from trimix_gguf.trio.tuning import VERSION, Tuning
+from trimix_gguf.trio.tuned import VERSION, Tuning
 from trimix_gguf.tuning.exercises import Kind, kinds_of
 from trimix_gguf.tuning.pairs import read_pairs
 from trimix_gguf.tuning.probe import ShowProgress, ask_all, n_to_read

@@ -9,7 +9,7 @@ from trimix_gguf.errors import DataError
 from trimix_gguf.mixing.fusion import METHODS, Weights
 from trimix_gguf.mixing.scoring import WITH_CORNERS, Float64
 from trimix_gguf.roles import ROLES
-from trimix_gguf.trio.tuning import Kind
+from trimix_gguf.trio.tuned import Kind
 from trimix_gguf.tuning.probe import Answered
 
 FEWEST = 12  # exercises of a kind, below which it says nothing

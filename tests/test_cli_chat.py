@@ -17,6 +17,7 @@ from test_cli import one_line_error
 from trimix_gguf import Trio, Weights
 from trimix_gguf.answering.conversation import Conversation
 from trimix_gguf.cli.chat import _Session
+from trimix_gguf.trio.trio import NANO
 from trimix_gguf.trios.triofile import ModelEntry, TrioFile
 
 ANSWERS = ("-n", "8", "--seed", "5", "--threads", "1")
@@ -41,7 +42,7 @@ def test_each_piped_line_is_answered_with_those_before_it_in_mind(trimix):
     expected = in_python(KAZAKH, "Қалайсыз?", system="Жүйе")
     assert result.stdout.decode() == "".join(f"{text}\n" for text in expected)
     told = result.stderr.decode().splitlines()
-    assert sum("weights: alpha" in line and "(ppl)" in line for line in told) == 2
+    assert sum("weights: alpha" in line and "(auto)" in line for line in told) == 2
     assert "\x1b" not in result.stderr.decode() + result.stdout.decode()
 
 
@@ -74,7 +75,7 @@ def test_commands_change_the_chat(trimix, tmp_path):
     used = [re.search(r"alpha (\S+), beta (\S+) \((\w+)\)", n) for n in notes if "alpha" in n]
     used = [match.groups() for match in used]
     assert len(used) == 7 and used[0] == used[1]
-    assert used[2] == ("0.1", "0.9", "fixed") and {u[2] for u in used[3:]} == {"ppl"}
+    assert used[2] == ("0.1", "0.9", "fixed") and {u[2] for u in used[3:]} == {"auto"}
     assert "held" in out and "/retry" in out and "removed: Үш" in notes
     saved = json.loads(path.read_text("utf-8"))["messages"]
     assert saved[0] == {"role": "system", "content": "Сен ақынсың."}
@@ -305,7 +306,8 @@ def test_real_models_chat(trimix, real_files, tmp_path):
 def test_the_chat_template_of_a_trio_file_is_followed(trimix, tmp_path, nano_files):
     template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}<assistant> "
     models = {role: ModelEntry(str(path)) for role, path in nano_files.items()}
-    TrioFile(tmp_path, "own", models, chat_template=template).write()
+    tuning = TrioFile.read(NANO / "trio.toml").tuning
+    TrioFile(tmp_path, "own", models, chat_template=template, tuning=tuning).write()
     result = trimix("chat", *ANSWERS, "--trio", tmp_path, "--n-ctx", 512, stdin=lines(KAZAKH))
     (own,) = in_python(KAZAKH, template=template)
     assert result.stdout.decode() == f"{own}\n" != f"{in_python(KAZAKH)[0]}\n"

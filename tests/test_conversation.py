@@ -141,7 +141,7 @@ def test_held_weights_are_neither_chosen_nor_scored_again(kept, decoded):
     assert set(decoded) == {"small_cpt"}
     conversation.weights = None
     ask(conversation, "Алматы")
-    assert set(decoded) == set(ROLES) and conversation.last.selection.method == "ppl"
+    assert set(decoded) == set(ROLES) and conversation.last.selection.method == "auto"
 
 
 def test_undo_edit_and_retry_go_on_from_before(kept, fresh):

@@ -116,7 +116,8 @@ def test_trimix_object_says_how_the_weights_were_chosen(server):
         for alpha, row in zip(grid["alphas"], grid["mean_nll"], strict=True)
         for beta, nll in zip(grid["betas"], row, strict=True)
     )
-    assert mix["weights"] == {"alpha": lowest[1], "beta": lowest[2], "method": "ppl"}
+    chosen = {"alpha": lowest[1], "beta": lowest[2], "method": "auto"}
+    assert mix["weights"] == {**chosen, "reason": "a text that goes on; lowest perplexity"}
     assert mix["perplexity"]["fused"] == pytest.approx(math.exp(lowest[0]))
     assert mix["perplexity"].keys() == {"large_ins", "small_cpt", "small_base", "fused"}
     fixed = server.complete(KAZAKH, max_tokens=2, trimix={"weights": [0.1, 0.9]})["trimix"]
@@ -259,7 +260,7 @@ def test_a_trio_file_brings_name_and_weights(nano_files, tmp_path):
     TrioFile(tmp_path, "kazakh-test", models, weights=Weights(0.2, 0.7)).write()
     with serving("--trio", tmp_path) as served:
         (model,) = httpx.get(f"{served.url}/v1/models").json()["data"]
-        assert model["id"] == "kazakh-test" and model["trimix"] == {"weights": [0.2, 0.7]}
+        assert model["id"] == "kazakh-test" and model["trimix"]["weights"] == [0.2, 0.7]
         answers = [
             served.complete(KAZAKH, max_tokens=1, model=name) for name in ("kazakh-test", "default")
         ]

@@ -135,7 +135,7 @@ PROMPT = {"prompt": "Қазақстан"}
         ("completions", {**PROMPT, "temprature": 1}, "temprature", "did you mean 'temperature'"),
         ("completions", {**PROMPT, "trimix": {"weights": [1]}}, "trimix.weights", "two numbers"),
         ("completions", {**PROMPT, "trimix": {"weights": [1e9, 0]}}, "trimix.weights", "1e6"),
-        ("completions", {**PROMPT, "trimix": {"method": "best"}}, "trimix.method", "one of ppl"),
+        ("completions", {**PROMPT, "trimix": {"method": "best"}}, "trimix.method", "one of auto"),
         ("completions", {**PROMPT, "trimix": {"colour": 1}}, "trimix.colour", "unknown field"),
     ],
 )  # fmt: skip

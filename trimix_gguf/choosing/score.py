@@ -80,6 +80,14 @@ class Score:
         columns = [self.betas.index(b) for b in self.grid[1]]
         return self.mean_nll(average)[np.ix_(rows, columns)]
 
+    def surface(self, *, corners: bool) -> tuple[Sequence[float], Sequence[float], Float64]:
+        """Alphas, betas and mean_nll of the points to choose from; with `corners` 0 and 1 too."""
+        if not corners or self.continuous:
+            return *self.grid, self.on_grid()
+        alphas, betas = sorted(self.alphas), sorted(self.betas)
+        rows, columns = map(self.alphas.index, alphas), map(self.betas.index, betas)
+        return alphas, betas, self.mean_nll()[np.ix_(list(rows), list(columns))]
+
     def best(self, average: Average = "micro", *, corners: bool = False) -> Weights:
         """The weights with the lowest perplexity; with `corners` each single model is one of them.
 

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from trimix_gguf.answering.request import Event, Token
+from trimix_gguf.choosing.methods import AUTO
 from trimix_gguf.choosing.selection import Selection
 from trimix_gguf.server.openai import Call
 from trimix_gguf.trio.trio import Trio
@@ -223,8 +224,8 @@ def mix_json(selection: Selection) -> dict[str, Any]:
     score = selection.score
     perplexities, grid = selection.perplexities(), None
     if score is not None:
-        alphas, betas = score.grid
-        mean = [[_or_none(value) for value in row] for row in score.on_grid().tolist()]
+        alphas, betas, nll = score.surface(corners=selection.method == AUTO)
+        mean = [[_or_none(value) for value in row] for row in nll.tolist()]
         grid = {"alphas": alphas, "betas": betas, "mean_nll": mean}
     if perplexities is not None:
         perplexities = {name: _or_none(value) for name, value in perplexities.items()}

@@ -7,7 +7,7 @@ import pytest
 
 from trimix_gguf import Trio
 from trimix_gguf.bench import Run
-from trimix_gguf.mixing.fusion import Weights
+from trimix_gguf.mixing.fusion import Mix, Weights
 from trimix_gguf.roles import ROLES
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
@@ -94,7 +94,7 @@ def test_the_parts_of_a_step_are_all_of_it_and_nothing_stays_patched():
     with Trio.nano(n_threads=1) as trio:
         ids = trio.prompt("Абай — ақын. " * 4).segments[-1].ids["large_ins"]
         for k in (0, 3):
-            spent = cost_model.profile(trio, ids, Weights(0.1, 0.9), k, 12)
+            spent = cost_model.profile(trio, ids, Mix(Weights(0.1, 0.9)), k, 12)
             step = spent.pop("step")
             assert sum(spent.values()) == pytest.approx(step)
             assert spent["small_base"] == 0.0  # its coefficient is 0

@@ -14,6 +14,7 @@ from visitor import ENTER, GREEDY, KAZAKH, ask, ended, last_exchange, show, show
 from trimix_gguf.trio.trio import NANO
 
 WEIGHTS = {"alpha": 0.3, "beta": 0.5}
+LONG = {"mix": "fixed", "alpha": 0.1, "beta": 0.9}  # whose answers do not end by themselves
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_a_second_turn_goes_on_from_the_first_and_an_edited_question_begins_anew
 
 
 def test_stop_keeps_what_came_and_ends_the_work_and_retry_asks_again(window, server):
-    show(window, server.url, maxTokens=150, mix="fixed", alpha=0.1, beta=0.9)
+    show(window, server.url, maxTokens=400, **LONG)
     cancelled = 'trimix_requests_finished_total{reason="cancelled"}'
     before = server.metrics().get(cancelled, 0)
     window.type("#question", KAZAKH + ENTER)
@@ -183,14 +184,14 @@ def test_a_conversation_that_fits_no_context_is_said_to(window, server):
     show(window, server.url)
     assert ask(window, KAZAKH * 60)["end"]["failure"] == "context"
     assert "too long" in window.text("[role=alert]")
-    show(window, server.url, maxTokens=500, mix="fixed", alpha=0.1, beta=0.9)
+    show(window, server.url, maxTokens=500, **LONG)
     assert ask(window, f"{KAZAKH} " * 36)["end"]["name"] == "context"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals, limits or pipes as POSIX has them")
 def test_a_dead_server_is_one_plain_line_and_retry_asks_again(window):
     with serving() as served:
-        show(window, served.url, language="kk", maxTokens=150)
+        show(window, served.url, language="kk", maxTokens=400, **LONG)
         window.type("#question", KAZAKH + ENTER)
         window.wait("return turns[0].answer.text")
         os.kill(served.process.pid, signal.SIGKILL)

@@ -14,6 +14,7 @@ from typing import Any
 from trimix_gguf.errors import ModelError
 from trimix_gguf.machine import native
 from trimix_gguf.machine.files import put_in_place
+from trimix_gguf.machine.parts import parts_of
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.sums import PrefixSums
@@ -96,7 +97,8 @@ def _fingerprints(trio: Trio) -> dict[str, list[Any]]:
 
 def _fingerprint(model: Model) -> list[Any]:
     """What a state depends on: weights, adapter, cache types and layout, llama.cpp's version."""
-    files = [_digest(path) for path in (model.path, model.lora) if path is not None]
+    paths = [*parts_of(model.path), *([] if model.lora is None else [model.lora])]
+    files = list(map(_digest, paths))
     return [*files, *model.kv_types, model.flash_attn, native.build_info()["llama-cpp-python"]]
 
 

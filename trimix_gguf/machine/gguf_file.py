@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trimix_gguf.errors import ModelFileError
+from trimix_gguf.machine.parts import parts_of
 
 MAGIC = b"GGUF"
 # llama.cpp's LLAMA_MAX_LAYERS, GGML_MAX_DIMS and GGML_MAX_NAME less its terminating zero.
@@ -48,7 +49,7 @@ class GGUFArray:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One row of the tensor table; `shape` is innermost first, `offset` from the file's start."""
+    """One row of the tensor table; `shape` is innermost first, `offset` from its file's start."""
 
     name: str
     shape: tuple[int, ...]
@@ -59,9 +60,10 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """What a sound GGUF file declares; of a split model, what this part declares.
+    """What a sound GGUF file declares; of a split model, what all parts declare.
 
-    The properties raise ModelFileError where the file lacks the key they need.
+    `path` is the first part, which has the metadata. The properties raise ModelFileError where
+    the file lacks the key they need.
     """
 
     path: Path
@@ -72,8 +74,8 @@ class GGUFFile:
 
     @property
     def architecture(self) -> str:
-        """The model family, as 'qwen2'."""
-        return str(self.metadata["general.architecture"])
+        """The model family, as 'qwen2'; empty in a later part of a split model."""
+        return str(self.metadata.get("general.architecture") or "")
 
     @property
     def weight_bytes(self) -> int:
@@ -169,11 +171,52 @@ class GGUFFile:
 
 
 def read_gguf(path: Path) -> GGUFFile:
-    """Read and check a GGUF file's header, metadata and tensor table.
+    """Read and check a GGUF file's header, metadata and tensor table; of a split model, all parts.
 
     Raises ModelFileError, one line that names the file, where it is not a sound GGUF file.
-    Of a split model only the given part is checked.
     """
+    first, *others = parts_of(path)
+    file = _read_file(path)
+    _check_part(file, 0, n_parts=len(others) + 1)
+    if file.metadata.get("general.type") == "adapter" and others:
+        _refuse(path, "is an adapter in several files, which llama.cpp does not read; merge them")
+    named = file.metadata.get("general.architecture")
+    if not isinstance(named, str) or not named:
+        _refuse(path, "has no general.architecture; convert it again")
+    if not others:
+        return file
+    rows, n_bytes = {tensor.name: tensor for tensor in file.tensors}, file.file_size
+    for i, other in enumerate(others, 1):
+        part = _read_file(other)
+        _check_part(part, i, n_parts=len(others) + 1)
+        for tensor in part.tensors:
+            if tensor.name in rows:
+                _refuse(other, f"tensor {tensor.name!r} is in an earlier part too; split it again")
+            rows[tensor.name] = tensor
+        n_bytes += part.file_size
+    n_tensors = file.metadata.get("split.tensors.count")
+    if n_tensors != len(rows):
+        found = f"the parts hold {len(rows)} tensors, and the first names {n_tensors!r}"
+        _refuse(path, f"{found}; get all parts of one model")
+    return replace(file, tensors=tuple(rows.values()), file_size=n_bytes)
+
+
+def _check_part(file: GGUFFile, index: int, n_parts: int) -> None:
+    """Refuse a file that is not this part of a model, by what it says itself."""
+    number, count = (file.metadata.get(f"split.{key}", 0) for key in ("no", "count"))
+    if index == 0 and number != 0:
+        _refuse(file.path, "holds a later part; give the first file of this split model")
+    if number != index or (count or 1) != n_parts:
+        called = f"{index + 1} of {n_parts}" if n_parts > 1 else "a whole model"
+        held = f"number {number!r} from 0 of {count!r}" if count else "a whole model"
+        _refuse(
+            file.path,
+            f"is {called} by its name, and {held} by its content; rename it: "
+            "the first of three files is called NAME-00001-of-00003.gguf",
+        )
+
+
+def _read_file(path: Path) -> GGUFFile:
     try:
         if path.exists() and not path.is_file():
             _refuse(path, "is a directory; give a file" if path.is_dir() else "is not a file")
@@ -258,12 +301,6 @@ def _read_metadata(cursor: _Cursor, n_keys: int) -> dict[str, Any]:
             _refuse(cursor.path, f"{what} is there twice; convert it again")
         name, form = _value_type(cursor, what)
         metadata[key] = _read_array(cursor, what) if name == "ARRAY" else cursor.value(form, what)
-    architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str) or not architecture:
-        # Only the first file of a split model says what it is.
-        later = metadata.get("split.no")
-        mend = "give the first file of this split model" if later else "convert it again"
-        _refuse(cursor.path, f"has no general.architecture; {mend}")
     return metadata
 
 

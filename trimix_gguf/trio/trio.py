@@ -320,6 +320,10 @@ def concurrency(devices: Mapping[str, str]) -> str:
 def trio_paths(folder: Path) -> dict[str, Path]:
     """The three GGUF files of a folder, named after their roles."""
     paths = {role: folder / f"{role}.gguf" for role in ROLES}
+    for role, path in paths.items():
+        split = sorted(folder.glob(f"{role}-00001-of-*.gguf"))
+        if split and not path.is_file():
+            paths[role] = split[0]
     for path in paths.values():
         if not path.is_file():
             names = ", ".join(p.name for p in paths.values())

@@ -20,7 +20,7 @@ from typing import Any
 
 from trimix_gguf.errors import HubError
 from trimix_gguf.machine.files import ByteProgress, put_in_place
-from trimix_gguf.trios.store import sha256_of
+from trimix_gguf.machine.hashes import sha256_of
 
 Notify = Callable[[str], None]  # a line for the person who waits
 

@@ -14,8 +14,8 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from trimix_gguf.errors import ProgramError
 from trimix_gguf.machine.files import place_flushed, write_text
+from trimix_gguf.machine.hashes import sha256_of
 from trimix_gguf.trios import wheels
-from trimix_gguf.trios.store import sha256_of
 
 SUMS = "SHA256SUMS"
 HERE = "{}.{}".format(*sys.version_info)

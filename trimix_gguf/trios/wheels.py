@@ -21,7 +21,7 @@ from packaging.tags import Tag, parse_tag
 from trimix_gguf.errors import ProgramError
 from trimix_gguf.machine.files import write_text
 from trimix_gguf.machine.folders import cache_folder
-from trimix_gguf.trios.store import sha256_of
+from trimix_gguf.machine.hashes import sha256_of
 
 PACKAGE = "trimix-gguf"
 _FILE = Path(__file__).resolve()

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import ModelFileError, PromptError
+from trimix_gguf.machine import file_trial
+from trimix_gguf.machine.file_trial import FileTrial
 from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.machine.loading import Loading, LoadingOptions
 from trimix_gguf.machine.memory import check_fits
@@ -81,6 +83,7 @@ class Trio:
         asked: dict[str, LoadingOptions] = {r: {**options, **given.get(r, {})} for r in ROLES}
         loadings = {r: Loading(**one) for r, one in place(files, asked, adapter).items()}
         check_fits(files, loadings, adapter)
+        file_trial.require(_trials(paths, loadings, small_cpt_lora))
         models: dict[str, Model] = {}
         for role in LOADING_ORDER:
             share = next((m for m in models.values() if m.path == paths[role]), None)
@@ -308,6 +311,17 @@ class Trio:
         wanted = {role: {0: range(last[role] - n, last[role])} for role in roles}
         with self._atomic():
             return self.sequences.read(wanted, progress)
+
+
+def _trials(
+    paths: Mapping[str, Path], loadings: Mapping[str, Loading], lora: Path | str | None
+) -> Iterator[FileTrial]:
+    """The files as they are about to be opened; one child tries them all."""
+    for role in LOADING_ORDER:
+        tokenizer = role == ROLES[0]
+        yield FileTrial(paths[role], loadings[role], tokenizer=tokenizer)
+        if lora is not None and role == "small_cpt":
+            yield FileTrial(paths[role], loadings[role], lora=Path(lora), tokenizer=tokenizer)
 
 
 def concurrency(devices: Mapping[str, str]) -> str:

@@ -17,7 +17,7 @@ from trimix_gguf.errors import ConversionError
 from trimix_gguf.machine.files import ByteProgress
 
 from .checkpoint import TensorSource, to_bfloat16
-from .plan import Q8_0_BLOCK, PlannedTensor
+from .plan import BLOCK_SIZE, Q8_0_BLOCK, PlannedTensor
 
 QUANTIZATION_VERSION = 2  # of the block layouts, as ggml counts them
 F16_MAX = 65504.0
@@ -25,7 +25,6 @@ F16_MAX = 65504.0
 LIMITS = {GGMLQuantizationType.F16: F16_MAX, GGMLQuantizationType.Q8_0: 127 * F16_MAX}
 ROPE_FACTORS = "rope_freqs.weight"
 NO_FACTORS = np.empty(0, np.float32)
-BLOCK_SIZE = 200_000  # numbers: as float32 they fit in the cache of a core
 MAX_THREADS = 4
 ALMOST_HALF = np.nextafter(np.float32(0.5), np.float32(0))  # 0.5 would round 0.49999997 up
 

@@ -91,6 +91,24 @@ def folder(tmp_path):
     return folder
 
 
+@pytest.mark.parametrize("differs", [None, 0, N_VOCAB - 1])
+@pytest.mark.parametrize("type", ["f32", "q4_0"])
+def test_a_head_of_its_own_is_kept_whatever_the_config_says(folder, tmp_path, rng, type, differs):
+    """CPT that saves embedding and head leaves "tied" in the config: the trained head was lost."""
+    tensors = {name: ("F32", array.copy()) for name, array in Checkpoint(folder)}
+    table = rng.standard_normal((N_VOCAB, 64)).astype("f4")
+    head = table.copy()
+    if differs is not None:
+        head[differs, 5] += 1
+    tensors |= {"model.embed_tokens.weight": ("F32", table), "lm_head.weight": ("F32", head)}
+    write_safetensors(folder / "model.safetensors", tensors)
+    convert_hf(folder, tmp_path / "x.gguf", type=type)
+    stored = {t.name: t for t in GGUFReader(tmp_path / "x.gguf").tensors}
+    assert ("output.weight" in stored) == (differs is not None)
+    if differs is not None and type == "f32":
+        assert np.array_equal(stored["output.weight"].data, head)
+
+
 def test_tokenizer_metadata(folder):
     metadata = read_tokenizer(folder, CONFIG)
     assert (metadata.pre, metadata.merges) == ("qwen2", ["a b"])

@@ -366,6 +366,27 @@ def test_existing_output_needs_force(folder, tmp_path):
     assert out.read_bytes()[:4] == b"GGUF"
 
 
+@pytest.mark.parametrize("type", ["f32", "q4_0"])
+@pytest.mark.parametrize("force", [False, True])
+def test_of_two_conversions_to_one_output_the_second_is_refused(folder, tmp_path, type, force):
+    """Bug: both wrote it, and both said that it was theirs."""
+    out, other = tmp_path / "m.gguf", tmp_path / f".m.gguf.{os.getppid()}-0.part"
+    other.touch()
+    with pytest.raises(ConversionError, match=f"process {os.getppid()} is writing"):
+        convert_hf(folder, out, type=type, force=force)
+    other.unlink()
+    come = []
+
+    def comes(*_):
+        out.write_bytes(b"other")
+        come.append(1)
+
+    if not force:
+        with pytest.raises(ConversionError, match="exists"):
+            convert_hf(folder, out, type=type, progress=comes)
+        assert come and out.read_bytes() == b"other" and set(tmp_path.iterdir()) == {folder, out}
+
+
 def test_interruption_leaves_nothing(folder, tmp_path):
     def interrupt(*_):
         assert len(list(tmp_path.glob(".m.gguf.*.part"))) == 1

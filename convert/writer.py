@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,6 +14,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from trimix_gguf.errors import ConversionError
 from trimix_gguf.machine.files import ByteProgress
+from trimix_gguf.machine.threads import available_cores
 
 from .checkpoint import TensorSource, to_bfloat16
 from .plan import BLOCK_SIZE, Q8_0_BLOCK, PlannedTensor
@@ -85,7 +85,7 @@ def _write_tensors(
     align()
     file.write(factors.data)
     align()
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(MAX_THREADS, available_cores())) as pool:
         for tensor in plan:
             for block in pool.map(partial(_convert, source, tensor), _blocks(tensor)):
                 file.write(block.data)

@@ -33,7 +33,7 @@ class Piece:
     name: str
     n_bytes: int
     source: Path
-    open: Callable[[], IO[bytes]]
+    opener: Callable[[], IO[bytes]]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Reader:
     def opened(self, piece: Piece) -> Iterator["PieceReader"]:
         """Open a piece, and close it at the end of the block; raises TrioFileError."""
         try:
-            source = piece.open()
+            source = piece.opener()
         except FLAWS as error:
             raise TrioFileError(f"{piece.source} cannot be read: {error}") from None
         with source:

@@ -218,9 +218,7 @@ def plan_pull(
 def check_room(plan: PullPlan, *, force: bool = False) -> None:
     """Raise MemoryNeededError where the machine's memory is too small, unless `force`; HubError
     where the disk is."""
-    import psutil
-
-    need, have = plan.n_memory, int(psutil.virtual_memory().total)
+    need, have = plan.n_memory, memory.total()
     if need > have and not force:
         raise MemoryNeededError(
             f"{plan.trio.name} needs about {memory.in_gib(need)} of memory, and this machine has "

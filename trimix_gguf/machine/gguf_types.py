@@ -24,6 +24,8 @@ _TYPES: dict[str, tuple[str, tuple[str, ...], bool]] = {
     r"tokenizer\.ggml\.token_type": ("an array of whole numbers", _SIZES, True),
     r"tokenizer\.ggml\.scores": ("an array of numbers", _NUMBERS, True),
     r"tokenizer\.ggml\.\w+_token_id": ("a whole number", _SIZES, False),
+    r"trimix\.tokenizer\.(end_ids|lstrip|rstrip)": ("an array of whole numbers", _SIZES, True),
+    r"trimix\.tokenizer\.normalizer": ("a string", ("STRING",), False),
     r"tokenizer\.ggml\.add_\w+": ("a boolean", ("BOOL",), False),
     r"[^.]+\.(context_length|embedding_length|block_count|vocab_size|expert_count)": (
         "a whole number", _SIZES, False,

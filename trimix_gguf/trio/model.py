@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 
 from trimix_gguf.errors import ContextFullError, ModelError, ModelFileError
 from trimix_gguf.machine import file_trial, native
+from trimix_gguf.machine.added_tokens import AddedTokens
 from trimix_gguf.machine.file_trial import FileTrial
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
 from trimix_gguf.machine.loading import Loading
 from trimix_gguf.machine.native import lib
 from trimix_gguf.machine.threads import MOST_THREADS, available_cores
+from trimix_gguf.machine.vocabulary import END_IDS, NORMALIZER, usual_normalizer
 
 _ENDS = ("eos", "eot", "eom")  # token ids in a GGUF's metadata that end a text
 Logits = NDArray[np.float32]  # [n, n_vocab]
@@ -63,6 +65,7 @@ class Model:
             self.flash_attn = loading.has_flash_attention(offloaded=False)
         self.n_threads = loading.n_threads or available_cores()
         self.chat_template: str | None = self.file.metadata.get("tokenizer.chat_template")
+        self._added = AddedTokens.of(self.file) if tokenizer else None
         self.decode_seconds: dict[int, deque[float]] = {}  # ids decoded at once -> the last times
         self._weights: _Weights = (
             _Weights(self.file, loading, tokenizer) if share is None else share._weights
@@ -244,16 +247,19 @@ class Model:
     # -- text ↔ ids -------------------------------------------------------------------------
 
     def normalize(self, text: str) -> str:
-        """`text` as this tokenizer's training saw it; llama.cpp itself normalizes nothing.
-
-        Qwen's puts text in NFC: without it, most Bengali from the web is cut into other tokens.
-        """
-        in_nfc = str(self.file.metadata.get("tokenizer.ggml.pre", "")).startswith("qwen")
+        """`text` as this tokenizer's training saw it; llama.cpp itself normalizes nothing."""
+        metadata = self.file.metadata
+        usual = usual_normalizer(str(metadata.get("tokenizer.ggml.pre", "")))
+        in_nfc = metadata.get(NORMALIZER, usual) == "nfc"
         return unicodedata.normalize("NFC", text) if in_nfc else text
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text` without BOS; `special` reads control tokens such as <|im_start|>."""
-        return native.tokenize(self.vocab, text, special=special)
+        if self._added is None:
+            return native.tokenize(self.vocab, text, special=special)
+        return self._added.tokenize(
+            text, lambda part: native.tokenize(self.vocab, part), special=special
+        )
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """Bytes of one token; control tokens are empty unless `special`."""
@@ -272,10 +278,10 @@ class Model:
 
     def end_of_generation(self) -> frozenset[int]:
         """The ids that end a text: those the file names, and by their text those it does not."""
-        named = map(self.file.special_id, _ENDS)
+        named = [*map(self.file.special_id, _ENDS), *(self.file.array(END_IDS) or ())]
         is_eog = lib.llama_vocab_is_eog
         found = (i for i in range(self.n_vocab) if is_eog(self.vocab, i))
-        return frozenset((*found, *(i for i in named if i is not None)))
+        return frozenset((*found, *(i for i in named if i is not None and i < self.n_vocab)))
 
     def special_tokens(self) -> dict[str, int]:
         """The ids of "bos", "eos", "pad" and "unk" that the file names, as llama.cpp has them."""

@@ -5,7 +5,7 @@ transformers and llama.cpp look for them in different ways. What would give othe
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from trimix_gguf.errors import ConversionError
 
 from .checkpoint import read_json
 
+SPACE = "▁"  # how SentencePiece spells a space
 Entry = Mapping[str, Any]  # of tokenizer.json's added_tokens: id, content, special, …
 
 
@@ -42,6 +43,13 @@ def check_entries(folder: Path, entries: Mapping[int, Entry]) -> None:
             )
         if not entry["content"]:
             raise ConversionError(f"the tokenizer of {folder} has an added token without text")
+    strips = [e for e in entries.values() if e.get("lstrip") or e.get("rstrip")]
+    spaced = [e for e in entries.values() if e["content"].strip() != e["content"]]
+    if strips and spaced:
+        raise ConversionError(
+            f"the tokenizer of {folder} has {strips[0]['content']!r}, which takes the spaces "
+            f"beside it, and {spaced[0]['content']!r}, which has one at its end; remove one of them"
+        )
     by_text = {entry["content"]: _is_normalized(entry) for entry in entries.values()}
     for text in _meetings(by_text):
         first = {t for t, normalized in by_text.items() if not normalized}
@@ -55,6 +63,31 @@ def check_entries(folder: Path, entries: Mapping[int, Entry]) -> None:
             raise ConversionError(
                 f"added tokens of {folder} overlap in {text!r}, where llama.cpp would cut them in "
                 "another way than transformers; remove one of them"
+            )
+
+
+def check_spelled(
+    path: Path, entries: Iterable[Entry], *, prefix: bool, mergeable: Collection[str]
+) -> None:
+    """Raise ConversionError for tokens that SentencePiece's spelling of spaces changes.
+
+    transformers spells spaces as ▁, with one more in front where `prefix`, before it looks for
+    the tokens that are "normalized"; llama.cpp looks first. `mergeable` are the pieces that
+    merges make: for them it comes to the same.
+    """
+    for entry in entries:
+        text, spaces = entry["content"], SPACE in entry["content"] or " " in entry["content"]
+        strips = entry.get("lstrip") or entry.get("rstrip")
+        if _is_normalized(entry) and (prefix or spaces or strips):
+            raise ConversionError(
+                f"{path} looks for its token {text!r} in text whose spaces are spelled as {SPACE} "
+                '("normalized"), which llama.cpp does not; put the tokenizer.model beside it, or '
+                "set normalized to false if ids may differ"
+            )
+        if SPACE in text and text not in mergeable:
+            raise ConversionError(
+                f"{path} has the token {text!r}, which no merge makes; llama.cpp would find it in "
+                "spaces, and transformers does not"
             )
 
 

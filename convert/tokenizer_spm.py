@@ -17,6 +17,7 @@ from gguf import TokenType
 
 from trimix_gguf.errors import ConversionError
 
+from .added_tokens import check_spelled
 from .tokenizer_bpe import read_merges
 from .tokens import SPACE, Token, Vocabulary, list_tokens, user_defined, without_rows
 
@@ -110,9 +111,13 @@ def read_sentencepiece_json(
     """Read tokenizer.json at `path`, BPE with byte_fallback; scores come from the merges' order."""
     model = tokenizer["model"]
     add_space_prefix = _read_space_prefix(path, tokenizer)
+    merges = read_merges(path, model)
+    made = {left + right for left, right in merges}
+    listed = tokenizer.get("added_tokens") or []
+    check_spelled(path, listed, prefix=add_space_prefix, mergeable=made)
     # Matched in the text beforehand, so that no merge meets them.
     vocab = {text: id_ for text, id_ in model["vocab"].items() if id_ not in added}
-    scores = _score_pieces(path, vocab, read_merges(path, model))
+    scores = _score_pieces(path, vocab, merges)
     entries = {}
     for text, id_ in vocab.items():
         if text in BYTES:

@@ -11,9 +11,8 @@ from gguf import TokenType
 
 from trimix_gguf.errors import ConversionError
 
-from .added_tokens import check_entries, read_entries
+from .added_tokens import SPACE, check_entries, read_entries
 
-SPACE = "▁"  # how SentencePiece spells a space
 # Added tokens that are not marked special, but are not text either, as in llama.cpp's converter.
 CONTROL_TEXTS = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 CONTROL_AFFIXES = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))

@@ -111,6 +111,13 @@ GEMMA3 = Architecture(
         "use_bidirectional_attention": False,
     },
 )
+MOST_NUMBERS = 1 << 24  # of any size in config.json: far beyond every model
+MOST = {  # llama.cpp's LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS; a context is in 32 bits
+    "num_hidden_layers": 512,
+    "num_experts": 512,
+    "vocab_size": 1 << 22,
+    "max_position_embeddings": (1 << 31) - 1,
+}
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture(
         gguf="llama",
@@ -228,7 +235,12 @@ def read_sizes(architecture: Architecture, config: dict[str, Any]) -> dict[str, 
 def _positive(config: dict[str, Any], key: str, default: int | None = None) -> int:
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConversionError(f"config.json has {key} = {value!r}, expected a positive integer")
+        raise ConversionError(
+            f"config.json has {key} = {repr(value)[:80]}, expected a positive integer"
+        )
+    # Before anything is made of it: a tiny file could ask for all memory.
+    if value > (most := MOST.get(key, MOST_NUMBERS)):
+        raise ConversionError(f"config.json has {key} = {value:.6g}, expected at most {most}")
     return value
 
 

@@ -155,10 +155,11 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConversionError(
             f"{path} is missing; give the folder that save_pretrained or a download made"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else error
         raise ConversionError(
-            f"{path} cannot be read as JSON ({error}); download it again"
-        ) from error
+            f"{path} cannot be read as JSON ({reason}); download it again"
+        ) from None
     if not isinstance(value, dict):
         raise ConversionError(f"{path} is not a JSON object; download it again")
     return value
@@ -198,7 +199,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         entries.pop("__metadata__", None)
         tensors = {name: _locate(path, 8 + length, entry) for name, entry in entries.items()}
         end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ConversionError(f"{path} has a damaged header; download it again") from error
     if end > size:
         raise ConversionError(

@@ -117,6 +117,10 @@ def convert_lora(
         raise ConversionError(f"unknown type {type!r}; choose one of {', '.join(FLOATS)}")
     adapter = Adapter(adapter_dir)
     for module in adapter.replaced:
+        if module.endswith(("embed_tokens", "lm_head")):
+            adapter.refuse_other_rows(
+                module, base_dir, read_sizes(*read_config(base_dir))["n_vocab"]
+            )
         raise ConversionError(
             f"{adapter_dir} replaces {module} as a whole (modules_to_save), which a GGUF adapter "
             "cannot do; use merge-lora"

@@ -304,6 +304,11 @@ REFUSALS = {
             {n: ("F32", a.copy()) for n, a in Checkpoint(f)} | {"x": ("F32", np.zeros(1, "f4"))},
         )
     ),
+    r"num_hidden_layers = 1e\+09, expected at most 512": lambda f: edit_json(
+        f / "config.json", num_hidden_layers=10**9
+    ),
+    r"vocab_size = 1e\+30": lambda f: edit_json(f / "config.json", vocab_size=10**30),
+    "nested too deep": lambda f: (f / "config.json").write_text("[" * 100_000),
     "scales rope": lambda f: edit_json(f / "config.json", rope_scaling={"type": "dynamic"}),
     "factor = None": lambda f: edit_json(f / "config.json", rope_scaling={"type": "yarn"}),
     "beta_fast = 16": lambda f: edit_yarn(f, beta_fast=16),

@@ -270,3 +270,55 @@ def test_an_adapter_that_is_not_there_or_pickled_is_refused(base, tmp_path):
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(ConversionError, match="pickled"):
         Adapter(adapter)
+
+
+NAMED = {  # as PEFT's files name a tensor -> as a state_dict, or another tool, does
+    "an adapter's name": lambda n: n.replace(".weight", ".default.weight"),
+    "no prefix": lambda n: n.removeprefix("base_model.model."),
+}
+
+
+@pytest.mark.parametrize("way", NAMED)
+def test_usual_names_of_pairs_are_read(base, tmp_path, way):
+    """Bug: an adapter's name in the tensors was taken for a module that is replaced as a whole."""
+    plain = save_adapter(tmp_path / "plain", pair(Q, 8, 8))
+    convert_lora(plain, base, tmp_path / "plain.gguf")
+    tensors = {n: ("F32", a.copy()) for n, a in Checkpoint(plain, "adapter_model.safetensors")}
+    renamed = {NAMED[way](name): tensor for name, tensor in tensors.items()}
+    write_safetensors(plain / "adapter_model.safetensors", renamed)
+    convert_lora(plain, base, tmp_path / "other.gguf")
+    assert (tmp_path / "other.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ({f"{Q}.lora_a": (8, 2), f"{Q}.lora_b": (2, 8)}, "as MLX names an adapter"),
+        ({f"{Q}.lora_A.{x}.weight": (2, 8) for x in "ab"}, "holds 2 adapters: a, b"),
+        ({f"{'q' * 400}.lora_A.weight": (2, 8)}, "a name of over 300 letters"),
+        ({"lm_head.modules_to_save.weight": (32, 8)}, "replaces lm_head as a whole"),
+        ({"model.embed_tokens.weight": (36, 8)}, "has 36 rows in .* has 32: tokens were added"),
+    ],
+)
+def test_other_names_are_refused_with_the_true_reason(base, tmp_path, names, words):
+    folder = save_adapter(tmp_path / "adapter", names)
+    if "mlx" in words.lower():
+        tensors = {n: ("F32", np.zeros(s, "f4")) for n, s in names.items()}
+        write_safetensors(folder / "adapter_model.safetensors", tensors)
+    with pytest.raises(ConversionError, match=words):
+        convert_lora(folder, base, tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("pattern", ["([a-z_.0-9]+)+X", "(a|aa)+", ".*.*.*x", "q_proj" * 100])
+def test_patterns_that_could_take_for_ever_are_refused(base, tmp_path, pattern):
+    adapter = save_adapter(tmp_path / "a", pair(Q, 8, 8), rank_pattern={pattern: 2})
+    with pytest.raises(ConversionError, match="no regular expression that is read here"):
+        convert_lora(adapter, base, tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"layers\.\d+\.self_attn.*q_proj", "^model.layers.0.self_attn.q_proj$"]
+)
+def test_plain_patterns_are_read(base, tmp_path, pattern):
+    adapter = save_adapter(tmp_path / "a", pair(Q, 8, 8), r=7, rank_pattern={pattern: 2})
+    convert_lora(adapter, base, tmp_path / "a.gguf")

@@ -17,9 +17,9 @@ from gguf import TokenType
 
 from trimix_gguf.errors import ConversionError
 
-from .added_tokens import check_spelled
+from .added_tokens import SPACE, check_spelled
 from .tokenizer_bpe import read_merges
-from .tokens import SPACE, Token, Vocabulary, list_tokens, user_defined, without_rows
+from .tokens import Token, Vocabulary, list_tokens, user_defined, without_rows
 
 BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
 BPE = 2  # TrainerSpec.ModelType

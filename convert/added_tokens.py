@@ -29,6 +29,8 @@ def read_entries(
     if path.is_file():
         entries |= {id_: {"content": text} for text, id_ in read_json(path).items()}
     decoder = settings.get("added_tokens_decoder") or {}
+    if wrong := next((id_ for id_ in decoder if not id_.isdecimal() or len(id_) > 9), None):
+        raise ConversionError(f"{folder}/tokenizer_config.json has the token id {wrong[:40]!r}")
     entries |= {int(id_): entry for id_, entry in decoder.items()}
     return entries | {entry["id"]: entry for entry in tokenizer.get("added_tokens") or []}
 

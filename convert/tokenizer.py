@@ -16,7 +16,7 @@ from trimix_gguf.errors import ConversionError
 from trimix_gguf.machine.vocabulary import END_IDS, NORMALIZER, STRIPPING, usual_normalizer
 
 from .added_tokens import read_entries
-from .checkpoint import read_json
+from .checkpoint import check_inside, read_json, read_text
 from .tokenizer_bpe import read_byte_level_bpe
 from .tokenizer_spm import read_sentencepiece, read_sentencepiece_json
 from .tokens import Token, Vocabulary, read_added_tokens
@@ -271,9 +271,11 @@ def _template_ends(processor: Mapping[str, Any], at: int) -> set[str]:
 def _read_chat_template(folder: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        template = path.read_text(encoding="utf-8")
+        template = read_text(path)
         others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-        named = {"default": template} | {p.stem: p.read_text(encoding="utf-8") for p in others}
+        for other in others:
+            check_inside(folder, other)
+        named = {"default": template} | {p.stem: read_text(p) for p in others}
         if others:
             return [{"name": name, "template": text} for name, text in named.items()]
         return template

@@ -18,6 +18,7 @@ from gguf import TokenType
 from trimix_gguf.errors import ConversionError
 
 from .added_tokens import SPACE, check_spelled
+from .checkpoint import check_inside
 from .tokenizer_bpe import read_merges
 from .tokens import Token, Vocabulary, list_tokens, user_defined, without_rows
 
@@ -41,6 +42,7 @@ def read_sentencepiece(
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
     try:
+        check_inside(path.parent, path)
         for number, value in _fields(path.read_bytes()):
             if number == 1:
                 pieces.append(_piece(dict(_fields(value))))

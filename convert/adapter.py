@@ -226,10 +226,10 @@ class Adapter:
             if _matches(key, module):
                 value = given
                 break
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
             raise ConversionError(
                 f"{self.folder}/adapter_config.json gives {module} {default} = {value!r}, "
-                "expected a number > 0; take config and weights from the same training"
+                "expected a number > 0 and < 10^6; take config and weights from the same training"
             )
         return value
 

@@ -192,6 +192,11 @@ def read_config(model_dir: Path) -> tuple[Architecture, dict[str, Any]]:
 def read_sizes(architecture: Architecture, config: dict[str, Any]) -> dict[str, int]:
     """Return the sizes that the tables above are written in; ConversionError if one is amiss."""
     positive = partial(_positive, config)
+    for key in ("rms_norm_eps", "final_logit_softcapping"):
+        if not 0 <= config.get(key, 0) < 1e30:
+            raise ConversionError(
+                f"config.json has {key} = {config[key]!r}, expected a number >= 0"
+            )
     n_embd, n_head = positive("hidden_size"), positive("num_attention_heads")
     n_head_kv = positive("num_key_value_heads", n_head)
     head_dim = positive("head_dim", n_embd // n_head)

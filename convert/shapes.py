@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trimix_gguf.machine.typed_json import Shape
+from trimix_gguf.machine.typed_json import NEEDED, Shape
 
 _TEXT, _FLAG, _NUMBER = (None, str), (None, bool), (None, float)
 _ADDED = {
@@ -30,7 +30,7 @@ CONFIG = {
     "eos_token_id": (None, int, [int]),
 }
 TOKENIZER = {
-    "added_tokens": (None, [_ADDED]),
+    "added_tokens": (None, [{**_ADDED, NEEDED: ("id", "content")}]),
     "normalizer": (None, _STEP),
     "pre_tokenizer": (None, _STEP),
     "post_processor": (None, _STEP),
@@ -39,12 +39,12 @@ TOKENIZER = {
         "unk_token": _TEXT, "dropout": _NUMBER, "byte_fallback": _FLAG, "ignore_merges": _FLAG,
     }),
 }  # fmt: skip
-_TOKEN = (None, str, {"content": str})
+_TOKEN = (None, str, {"content": str, NEEDED: ("content",)})
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")
 TOKENIZER_CONFIG = {
     **{f"{role}_token": _TOKEN for role in _ROLES},
     **dict.fromkeys(("add_bos_token", "add_eos_token", "add_prefix_space"), _FLAG),
-    "added_tokens_decoder": (None, {str: {**_ADDED, "content": str}}),
+    "added_tokens_decoder": (None, {str: {**_ADDED, NEEDED: ("content",)}}),
     "chat_template": (None, str, [{"name": str, "template": str}]),
 }
 ADDED_TOKENS = {str: int}

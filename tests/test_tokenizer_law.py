@@ -243,7 +243,13 @@ def test_added_tokens_take_the_spaces_beside_them(model_of):
         ([{"content": "дом", "single_word": True}], "only as a whole word"),
         ([{"content": "ab"}, {"content": "bcd"}], "overlap in 'abcd'"),
         ([{"content": "<a>", "rstrip": True}, {"content": " b"}], "which has one at its end"),
-        ([{"content": ""}], "without text"),
+        ([{"content": ""}], "of 0 letters"),
+        ([{"content": "a" * 3000}], "of 3000 letters"),
+        (
+            [{"content": "ab" * i} for i in range(1, 60)]
+            + [{"content": "b" + "ab" * i} for i in range(60)],
+            "too many added tokens|overlap in",
+        ),
     ],
 )
 def test_what_would_be_matched_elsewhere_is_refused(model_of, added, words):

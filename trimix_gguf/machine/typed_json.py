@@ -1,13 +1,15 @@
 """JSON of files by others: read within limits, and compared with a shape before it is used.
 
 A shape is a type, or None, or a tuple of shapes (one of them), [shape] (a list of such), a dict of
-shapes by key (each key that is there fits; others may be there too), or {str: shape} (any keys).
+shapes by key (each key that is there fits; others may be there too; those that NEEDED lists must
+be there), or {str: shape} (any keys).
 """
 
 import json
 from typing import Any
 
 Shape = Any
+NEEDED = ""  # in a shape by key: the keys that must be there
 
 
 def parse(text: str | bytes, shape: Shape) -> Any:
@@ -34,9 +36,12 @@ def misfit(value: Any, shape: Shape, at: str = "") -> str | None:
     if isinstance(shape, dict):
         if not isinstance(value, dict):
             return _flaw(value, "an object", at)
-        any_key = shape.get(str)
-        pairs = ((key, any_key if str in shape else shape.get(key, object)) for key in value)
-        found = (misfit(value[key], one, f"{at}.{key}"[:80]) for key, one in pairs)
+        for key in shape.get(NEEDED, ()):
+            if key not in value:
+                return f"{at.lstrip('.') or 'it'} has no {key!r}"
+        by_key = {} if str in shape else {k: s for k, s in shape.items() if k != NEEDED}
+        shapes = {key: by_key.get(key, shape.get(str, object)) for key in value}
+        found = (misfit(value[key], one, f"{at}.{key}"[:80]) for key, one in shapes.items())
         return next((flaw for flaw in found if flaw is not None), None)
     if shape is None:
         return None if value is None else _flaw(value, "null", at)

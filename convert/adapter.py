@@ -17,18 +17,28 @@ from .checkpoint import Checkpoint, read_json
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# What follows a module's name in the weights -> what it is. PEFT's pair for an embedding changes
-# the transpose, [n_embd, n_vocab]: its A is our Bᵀ, its B our Aᵀ.
+# What follows a module's name in the weights -> what it is; NAME is an adapter's, which PEFT leaves
+# out of its files and a plain state_dict does not. PEFT's pair for an embedding changes the
+# transpose, [n_embd, n_vocab]: its A is our Bᵀ, its B our Aᵀ.
 PARTS = {
-    "lora_A.weight": "a",
-    "lora_B.weight": "b",
-    "lora_embedding_B": "embedding_a",
-    "lora_embedding_A": "embedding_b",
-    "lora_magnitude_vector": "magnitude",
-    "weight": "whole",
+    r"lora_A(\.NAME)?\.weight": "a",
+    r"lora_B(\.NAME)?\.weight": "b",
+    r"lora_embedding_B(\.NAME)?": "embedding_a",
+    r"lora_embedding_A(\.NAME)?": "embedding_b",
+    r"lora_magnitude_vector(\.NAME)?(\.weight)?": "magnitude",
+    r"modules_to_save(\.NAME)?\.weight": "whole",
     # The base's own, which PEFT saves with adapted embeddings.
-    "base_layer.weight": "base",
+    r"(base_layer|original_module)\.weight": "base",
+    r"weight": "whole",
 }
+_PARTS = [
+    (re.compile(rf"(?P<module>.+)\.{form.replace('NAME', '(?P<name>[A-Za-z0-9_-]+)')}"), part)
+    for form, part in PARTS.items()
+]
+_MLX = re.compile(r".+\.lora_[ab]")
+MOST_NAME = 300  # characters of a module's name, or of a pattern for some
+# Patterns that are read: names, digits, and at most two parts of any length.
+_PLAIN = re.compile(r"\^?(?:[\w-]|\\\.|\.\*|\.|(?:\\d|\[0-9\])\+?)*\$?")
 # Settings that change what the tensors mean: understood only where they are unset.
 UNSUPPORTED = (
     "fan_in_fan_out",
@@ -83,9 +93,10 @@ class Adapter:
         self.read_pair = lru_cache(maxsize=8)(self._read_pair)
         self.pairs: dict[str, Pair] = {}
         self.replaced: dict[str, str] = {}
+        self._check_names()
         modules: dict[str, dict[str, str]] = {}
         for name in self.stored.tensors:
-            module, part = self._split(name)
+            module, part, _ = self._split(name)
             modules.setdefault(module, {})[part] = name
         for module, parts in modules.items():
             if parts.keys() == {"whole"}:
@@ -106,9 +117,21 @@ class Adapter:
             if shapes.get(module) == shape:
                 continue
             came = f"has it as {list(shapes[module])}" if module in shapes else "has no such matrix"
+            if module in self.replaced and module in shapes and shapes[module][1:] == shape[1:]:
+                self.refuse_other_rows(module, base_dir, shapes[module][0])
             raise ConversionError(
                 f"{self.folder} adapts {module} as {list(shape)}, but {base_dir} {came}; give the "
                 f"base it was trained on ({self.config.get('base_model_name_or_path')})"
+            )
+
+    def refuse_other_rows(self, module: str, base_dir: Path, n_rows: int) -> None:
+        """Raise ConversionError where a replaced matrix has not the base's `n_rows`."""
+        own = self.stored.tensors[self.replaced[module]].shape[0]
+        if own != n_rows:
+            raise ConversionError(
+                f"{self.folder} has {own} rows in {module} and {base_dir} has {n_rows}: tokens "
+                "were added in training; resize the base for the adapter's tokenizer, and "
+                f"{MERGE_WITH_PEFT}"
             )
 
     def _read_pair(self, module: str) -> tuple[np.ndarray, np.ndarray]:
@@ -140,11 +163,30 @@ class Adapter:
                 "(save_pretrained with path_initial_model_for_weight_conversion)"
             )
 
-    def _split(self, name: str) -> tuple[str, str]:
-        """Cut a stored name into the base's module and what the tensor is to it."""
-        for suffix in sorted(PARTS, key=len, reverse=True):
-            if name.startswith(PREFIX) and name.endswith(f".{suffix}"):
-                return name[len(PREFIX) : -len(suffix) - 1], PARTS[suffix]
+    def _check_names(self) -> None:
+        """Raise ConversionError where tensors are named as no single adapter of PEFT's is."""
+        names = self.stored.tensors
+        if any(len(name) > MOST_NAME for name in names):
+            raise ConversionError(f"{self.folder / WEIGHTS} has a name of over {MOST_NAME} letters")
+        if names and all(_MLX.fullmatch(name) for name in names):
+            raise ConversionError(
+                f"{self.folder / WEIGHTS} is named as MLX names an adapter (lora_a, lora_b), and "
+                "MLX scales it in another way; fuse it with `mlx_lm.fuse --de-quantize`, and "
+                "convert the result"
+            )
+        adapters = {adapter for name in names if (adapter := self._split(name)[2]) is not None}
+        if len(adapters) > 1:
+            raise ConversionError(
+                f"{self.folder / WEIGHTS} holds {len(adapters)} adapters: "
+                f"{', '.join(sorted(adapters))}; save one of them"
+            )
+
+    def _split(self, name: str) -> tuple[str, str, str | None]:
+        """Cut a stored name into the base's module, what the tensor is to it, and the adapter."""
+        for form, part in _PARTS:
+            if match := form.fullmatch(name.removeprefix(PREFIX)):
+                found = match.groupdict().get("name")
+                return match["module"], part, found
         raise ConversionError(
             f"{self.folder / WEIGHTS} holds {name}, which is no part of a LoRA pair; "
             f"{MERGE_WITH_PEFT}"
@@ -184,20 +226,23 @@ class Adapter:
             if _matches(key, module):
                 value = given
                 break
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
             raise ConversionError(
                 f"{self.folder}/adapter_config.json gives {module} {default} = {value!r}, "
-                "expected a number > 0; take config and weights from the same training"
+                "expected a number > 0 and < 10^6; take config and weights from the same training"
             )
         return value
 
 
 def _matches(pattern: str, module: str) -> bool:
-    """Tell whether PEFT takes a key of rank_pattern or alpha_pattern to mean `module`."""
-    try:
-        return re.match(rf"(.*\.)?({pattern})$", module) is not None
-    except re.error as error:
+    """Tell whether PEFT takes a key of rank_pattern or alpha_pattern to mean `module`.
+
+    A pattern by others could take for ever: only plain ones are read.
+    """
+    n_open = pattern.count("*") + pattern.count("+")
+    if len(pattern) > MOST_NAME or n_open > 2 or not _PLAIN.fullmatch(pattern):
         raise ConversionError(
-            f"adapter_config.json has the pattern {pattern!r}, no regular expression ({error}); "
-            "mend it there"
-        ) from error
+            f"adapter_config.json has the pattern {pattern[:80]!r}, no regular expression that is "
+            "read here: modules by name, \\d+ and .* are; write the modules' names"
+        )
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None

@@ -111,6 +111,13 @@ GEMMA3 = Architecture(
         "use_bidirectional_attention": False,
     },
 )
+MOST_NUMBERS = 1 << 24  # of any size in config.json: far beyond every model
+MOST = {  # llama.cpp's LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS; a context is in 32 bits
+    "num_hidden_layers": 512,
+    "num_experts": 512,
+    "vocab_size": 1 << 22,
+    "max_position_embeddings": (1 << 31) - 1,
+}
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture(
         gguf="llama",
@@ -185,6 +192,11 @@ def read_config(model_dir: Path) -> tuple[Architecture, dict[str, Any]]:
 def read_sizes(architecture: Architecture, config: dict[str, Any]) -> dict[str, int]:
     """Return the sizes that the tables above are written in; ConversionError if one is amiss."""
     positive = partial(_positive, config)
+    for key in ("rms_norm_eps", "final_logit_softcapping"):
+        if not 0 <= config.get(key, 0) < 1e30:
+            raise ConversionError(
+                f"config.json has {key} = {config[key]!r}, expected a number >= 0"
+            )
     n_embd, n_head = positive("hidden_size"), positive("num_attention_heads")
     n_head_kv = positive("num_key_value_heads", n_head)
     head_dim = positive("head_dim", n_embd // n_head)
@@ -228,7 +240,12 @@ def read_sizes(architecture: Architecture, config: dict[str, Any]) -> dict[str, 
 def _positive(config: dict[str, Any], key: str, default: int | None = None) -> int:
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConversionError(f"config.json has {key} = {value!r}, expected a positive integer")
+        raise ConversionError(
+            f"config.json has {key} = {repr(value)[:80]}, expected a positive integer"
+        )
+    # Before anything is made of it: a tiny file could ask for all memory.
+    if value > (most := MOST.get(key, MOST_NUMBERS)):
+        raise ConversionError(f"config.json has {key} = {value:.6g}, expected at most {most}")
     return value
 
 

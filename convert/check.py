@@ -9,7 +9,8 @@ from typing import Any
 from gguf import LlamaFileType
 
 from trimix_gguf.errors import ModelFileError, VocabularyMismatch
-from trimix_gguf.machine import memory, native
+from trimix_gguf.machine import file_trial, memory, native
+from trimix_gguf.machine.file_trial import FileTrial
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
 from trimix_gguf.machine.loading import N_CTX, Loading
 from trimix_gguf.machine.vocabulary import check_contract
@@ -45,8 +46,14 @@ def check_trio(
         _check_adapter(adapter, files["small_base"])
     n_common = check_contract(files)
     _check_sizes(files)
-    need = memory.estimate(files, dict.fromkeys(files, Loading(n_ctx=n_ctx)), adapter)
+    loading = Loading(n_ctx=n_ctx)
+    need = memory.estimate(files, dict.fromkeys(files, loading), adapter)
     free = memory.available()
+    fits = sum(need.values()) <= free
+    trials = [FileTrial(file.path, loading, decode=fits) for file in files.values()]
+    if adapter is not None and fits:
+        trials.append(FileTrial(small_base, loading, lora=adapter.path))
+    file_trial.require(trials)
     models = {role: _describe(file) for role, file in files.items()}
     if adapter is not None:
         models["small_cpt"] |= {"file": small_cpt.name, "type": "adapter"}
@@ -60,7 +67,7 @@ def check_trio(
             **need,
             "needed": sum(need.values()),
             "free": free,
-            "fits": sum(need.values()) <= free,
+            "fits": fits,
         },
         "notes": _notes(files, n_ctx),
     }

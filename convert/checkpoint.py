@@ -16,6 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from trimix_gguf.errors import ConversionError
+from trimix_gguf.machine.typed_json import parse
+
+from .shapes import SHAPES
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -148,31 +151,51 @@ def to_bfloat16(data: np.ndarray) -> np.ndarray:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`; ConversionError if it is missing or is not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    """Return the JSON object in `path`, which fits shapes.SHAPES.
+
+    Raises ConversionError if it is missing, is not one, or holds other kinds of values.
+    """
+    if not path.exists():
         raise ConversionError(
             f"{path} is missing; give the folder that save_pretrained or a download made"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ConversionError(
-            f"{path} cannot be read as JSON ({error}); download it again"
-        ) from error
-    if not isinstance(value, dict):
-        raise ConversionError(f"{path} is not a JSON object; download it again")
+        )
+    try:
+        value: dict[str, Any] = parse(read_text(path), SHAPES.get(path.name, {}))
+    except ValueError as error:
+        raise ConversionError(f"{path}: not such JSON: {error}; download it again") from None
     return value
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file of a checkpoint; raises ConversionError."""
+    check_inside(path.parent, path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path} cannot be read ({error}); download it again") from None
+
+
+def check_inside(folder: Path, path: Path) -> None:
+    """Raise ConversionError where a file leads out of its folder by a link.
+
+    What a stranger's folder links to could be any file of the user's, and would be in the output.
+    The hub's own cache keeps the files of a snapshot in a folder beside it.
+    """
+    home, target = folder.resolve(), path.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
+        raise ConversionError(f"{path} leads out of {folder} by a link; copy the file there")
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
+    if weight_map is None:
         raise ConversionError(f"{index} has no weight_map; download it again")
     headers: dict[str, dict[str, StoredTensor]] = {}
     tensors: dict[str, StoredTensor] = {}
     for name, shard in weight_map.items():
         # An index names files beside it; anything else could reach outside the folder.
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if Path(shard).name != shard:
             raise ConversionError(f"{index} names {shard!r}, expected a file beside it")
         if shard not in headers:
             if not (folder / shard).is_file():
@@ -185,6 +208,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
+    check_inside(path.parent, path)
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -198,7 +222,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         entries.pop("__metadata__", None)
         tensors = {name: _locate(path, 8 + length, entry) for name, entry in entries.items()}
         end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ConversionError(f"{path} has a damaged header; download it again") from error
     if end > size:
         raise ConversionError(

@@ -8,12 +8,12 @@ from typing import Any
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from trimix_gguf.errors import ConversionError
-from trimix_gguf.machine.files import ByteProgress, temporary_file
+from trimix_gguf.machine.files import ByteProgress, temporary_path
 from trimix_gguf.machine.quantization import DIRECT, FLOATS, WEIGHT_TYPES
 
 from .architectures import Architecture, read_config, read_sizes, sliding_layers
 from .checkpoint import Checkpoint, TensorSource
-from .output import refuse_existing, whole_output
+from .output import refuse_existing, refuse_second, whole_output
 from .plan import plan_tensors
 from .quantize import quantize_gguf
 from .rope import llama3_rope_factors, read_rope, write_rope
@@ -49,10 +49,11 @@ def convert_hf(
         return
     source = checkpoint or Checkpoint(model_dir)
     refuse_existing(out, force)
+    refuse_second(out)
     dtypes = {stored.dtype for stored in source.tensors.values()}
     unrounded = [kind for kind in FLOATS if kind.upper() in dtypes]  # what the checkpoint holds
     whole = unrounded[0] if len(unrounded) == 1 else "f32"
-    with temporary_file(out, whole) as path:
+    with temporary_path(out, whole) as path:
         _write(model_dir, path, source, whole, pre=pre, name=name, force=True, progress=progress)
         quantize_gguf(path, out, type=type, force=force, progress=progress)
 

@@ -21,7 +21,7 @@ from .architectures import OUTER, read_config, read_sizes
 from .checkpoint import Checkpoint
 from .hf import convert_hf
 from .output import whole_output
-from .plan import PlannedTensor
+from .plan import PlannedTensor, has_own_head
 from .writer import QUANTIZATION_VERSION, write_gguf
 
 
@@ -60,10 +60,11 @@ class MergedCheckpoint(Checkpoint):
 
         PEFT leaves the other side as it was, unless it was told to keep the two tied.
         """
-        adapted = _adapted_tied(self.adapter, base_dir)
-        if not adapted:
-            return
         architecture, _ = read_config(base_dir)
+        if not _adapted_tied(self.adapter, base_dir) or (
+            has_own_head(architecture, Checkpoint(base_dir))
+        ):
+            return
         for prefix, head in architecture.prefixes.items():
             embedding = f"{prefix}embed_tokens.weight"
             if embedding not in self.tensors:
@@ -116,6 +117,10 @@ def convert_lora(
         raise ConversionError(f"unknown type {type!r}; choose one of {', '.join(FLOATS)}")
     adapter = Adapter(adapter_dir)
     for module in adapter.replaced:
+        if module.endswith(("embed_tokens", "lm_head")):
+            adapter.refuse_other_rows(
+                module, base_dir, read_sizes(*read_config(base_dir))["n_vocab"]
+            )
         raise ConversionError(
             f"{adapter_dir} replaces {module} as a whole (modules_to_save), which a GGUF adapter "
             "cannot do; use merge-lora"

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from trimix_gguf.errors import ConversionError
-from trimix_gguf.machine.files import ByteProgress, put_in_place
+from trimix_gguf.machine.files import ByteProgress, put_in_place, temporary_path
 
 from .checkpoint import (
     INDEX,
@@ -29,7 +29,7 @@ from .checkpoint import (
     read_json,
     write_safetensors,
 )
-from .output import check_free_space
+from .output import check_free_space, refuse_second
 
 METHODS = ("linear", "task-arithmetic", "ties")
 # The name that --dtype takes -> safetensors' and torch's.
@@ -331,22 +331,21 @@ def _whole_folder(out: Path, *, n_bytes: int, force: bool) -> Iterator[Path]:
             raise ConversionError(f"{out} exists; choose another name, or --force to replace it")
         _check_replaceable(out)
     check_free_space(out.parent, n_bytes)
-    partial, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        partial.mkdir()
-        yield partial
-        if out.exists():  # a folder cannot be renamed onto one that holds files
-            shutil.rmtree(old, ignore_errors=True)
-            put_in_place(out, old)
-        put_in_place(partial, out)
-    except OSError as error:
-        raise ConversionError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        if old.exists() and not out.exists():
-            put_in_place(old, out)
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+    with temporary_path(out, "part") as partial, temporary_path(out, "old") as old:
+        try:
+            partial.mkdir()
+            refuse_second(out)
+            yield partial
+            if out.exists():  # a folder cannot be renamed onto one that holds files
+                if not force:
+                    raise ConversionError(f"{out} has come meanwhile; choose another name")
+                put_in_place(out, old)
+            put_in_place(partial, out)
+        except OSError as error:
+            raise ConversionError(f"cannot write {out}: {error.strerror or error}") from error
+        finally:
+            if old.exists() and not out.exists():
+                put_in_place(old, out)
 
 
 def _check_replaceable(out: Path) -> None:

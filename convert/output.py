@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trimix_gguf.errors import ConversionError
-from trimix_gguf.machine.files import whole_file
+from trimix_gguf.machine.files import whole_file, writer_of
 
 
 @contextmanager
@@ -17,13 +17,17 @@ def whole_output(out: Path, *, n_bytes: int, force: bool) -> Iterator[Path]:
 
     `n_bytes` is the most that will be written. On any failure, Ctrl-C included, nothing is left;
     after a kill the temporary file is, and the next run for the same `out` removes it.
-    Raises ConversionError where `out` exists without `force`, or the disk is too small.
+    Raises ConversionError where `out` exists without `force`, another process is writing it, or
+    the disk is too small.
     """
     refuse_existing(out, force)
     check_free_space(out.parent, n_bytes)
     try:
         with whole_file(out) as partial:
+            partial.touch()  # others see that it is being written
+            refuse_second(out)
             yield partial
+            refuse_existing(out, force)  # it may have come while this one was written
     except OSError as error:
         raise ConversionError(f"cannot write {out}: {error.strerror or error}") from error
 
@@ -34,6 +38,14 @@ def refuse_existing(out: Path, force: bool) -> None:
         raise ConversionError(f"{out} is a folder; name a file")
     if out.exists() and not force:
         raise ConversionError(f"{out} exists; choose another name, or --force to replace it")
+
+
+def refuse_second(out: Path) -> None:
+    """Raise ConversionError where another process is writing `out`."""
+    if (pid := writer_of(out)) is not None:
+        raise ConversionError(
+            f"process {pid} is writing {out} at this moment; wait for it, or choose another name"
+        )
 
 
 def check_free_space(folder: Path, n_bytes: int) -> None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from gguf import GGMLQuantizationType
 from gguf.quants import quant_shape_to_byte_shape
 
@@ -15,6 +16,7 @@ from .architectures import OUTER, ROUTER, Architecture
 from .checkpoint import TensorSource
 
 Q8_0_BLOCK = 32
+BLOCK_SIZE = 200_000  # numbers: as float32 they fit in the cache of a core
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,12 @@ def plan_tensors(
         m for flag, ms in architecture.flagged_biases.items() if config.get(flag) for m in ms
     )
     biased = {*architecture.biases, *flagged}
-    tied = bool(config.get("tie_word_embeddings", False)) and not checkpoint.own_head
     prefixes = architecture.prefixes
     found = (p for p in prefixes if f"{p}embed_tokens.weight" in checkpoint.tensors)
     prefix = next(found, next(iter(prefixes)))
+    tied = bool(config.get("tie_word_embeddings", False)) and not (
+        checkpoint.own_head or has_own_head(architecture, checkpoint)
+    )
     plan = []
 
     def add(source: str, target: str, names: tuple[str, ...], permute: bool = False) -> None:
@@ -89,6 +93,28 @@ def plan_tensors(
     ignored = (*architecture.skipped, *((f"{prefixes[prefix]}.weight",) if tied else ()))
     _check_against(checkpoint, plan, ignored)
     return plan
+
+
+def has_own_head(architecture: Architecture, checkpoint: TensorSource) -> bool:
+    """Whether an output head is stored that differs from the embedding.
+
+    Such a head was trained: transformers keeps "tied" in the config of a model whose embedding
+    and head were both saved by an adapter. Reads both in blocks of rows, until they differ.
+    """
+    for prefix, head in architecture.prefixes.items():
+        names = f"{prefix}embed_tokens.weight", f"{head}.weight"
+        if not all(name in checkpoint.tensors for name in names):
+            continue
+        embedding, own = (checkpoint.tensors[name].shape for name in names)
+        if embedding != own or len(own) != 2:
+            return True
+        step = max(1, BLOCK_SIZE // max(1, own[1]))
+        for start in range(0, own[0], step):
+            rows = slice(start, start + step)
+            one, other = (checkpoint.read(name, rows) for name in names)
+            if not np.array_equal(one, other, equal_nan=True):
+                return True
+    return False
 
 
 def _check_against(

@@ -47,7 +47,7 @@ def read_rope(config: dict[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
     numbers = ("rope_theta", *NEEDED[rope["rope_type"]])
     for key in numbers + (("local_theta",) if "local_theta" in rope else ()):
         value = rope.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
             raise ConversionError(f"config.json has {key} = {value!r}, expected a number > 0")
     _check_fixed(rope)
     return rope

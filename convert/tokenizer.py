@@ -6,15 +6,17 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, section "Toke
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
 from trimix_gguf.errors import ConversionError
+from trimix_gguf.machine.vocabulary import END_IDS, NORMALIZER, STRIPPING, usual_normalizer
 
-from .checkpoint import read_json
+from .added_tokens import read_entries
+from .checkpoint import check_inside, read_json, read_text
 from .tokenizer_bpe import read_byte_level_bpe
 from .tokenizer_spm import read_sentencepiece, read_sentencepiece_json
 from .tokens import Token, Vocabulary, read_added_tokens
@@ -33,6 +35,8 @@ class TokenizerMetadata:
     add_bos: bool
     add_eos: bool
     chat_template: ChatTemplate | None
+    end_ids: tuple[int, ...] = ()  # beside "eos", by config.json and generation_config.json
+    stripping: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # ids by STRIPPING
 
     @property
     def pre(self) -> str:
@@ -78,6 +82,14 @@ class TokenizerMetadata:
         writer.add_add_eos_token(self.add_eos)
         if self.chat_template is not None:
             writer.add_chat_template(self.chat_template)
+        # What GGUF has no key for; trio/model.py reads these.
+        if self.end_ids:
+            writer.add_array(END_IDS, list(self.end_ids))
+        for flag, ids in self.stripping.items():
+            if ids:
+                writer.add_array(STRIPPING[flag], list(ids))
+        if vocabulary.normalizer != usual_normalizer(vocabulary.pre):
+            writer.add_string(NORMALIZER, vocabulary.normalizer)
 
 
 def read_tokenizer(
@@ -91,6 +103,8 @@ def read_tokenizer(
     settings = _read_optional_json(folder / "tokenizer_config.json")
     vocabulary = _read_vocabulary(folder, tokenizer, settings, int(config["vocab_size"]), pre)
     special_ids = _find_special_ids(vocabulary.tokens, settings, config)
+    ends = _end_ids(folder, config, len(vocabulary.tokens)) - {special_ids["eos"]}
+    _check_post_processor(folder, tokenizer.get("post_processor"))
     texts = {role: vocabulary.tokens[id_].text for role, id_ in special_ids.items()}
     add_bos = _adds("bos", texts.get("bos"), tokenizer, settings, vocabulary.model == "llama")
     if add_bos and "bos" not in special_ids:
@@ -106,6 +120,8 @@ def read_tokenizer(
         add_bos=add_bos,
         add_eos=_adds("eos", texts["eos"], tokenizer, settings, False),
         chat_template=_read_chat_template(folder, settings),
+        end_ids=tuple(sorted(ends)),
+        stripping=_read_stripping(folder, tokenizer, settings, len(vocabulary.tokens)),
     )
 
 
@@ -126,8 +142,15 @@ def _read_vocabulary(
     """
     path, model_path = folder / "tokenizer.json", folder / "tokenizer.model"
     model = tokenizer.get("model") or {}
+    if model and not model_path.is_file() and not model.get("vocab"):
+        raise ConversionError(f"{path} has no vocabulary; download it again")
     added = read_added_tokens(folder, tokenizer, settings)
     if model.get("type") == "BPE" and not model.get("byte_fallback"):
+        if settings.get("add_prefix_space"):
+            raise ConversionError(
+                f"{folder} puts a space in front of text (add_prefix_space), which llama.cpp does "
+                "not do for byte-level BPE; set it to false if ids may differ"
+            )
         return read_byte_level_bpe(path, tokenizer, added, n_vocab, pre)
     if pre is not None:
         raise ConversionError(
@@ -136,7 +159,7 @@ def _read_vocabulary(
         )
     if model_path.is_file():
         prefix = settings.get("add_prefix_space")  # transformers lets it overrule the file
-        return read_sentencepiece(model_path, added, n_vocab, prefix)
+        return read_sentencepiece(model_path, tokenizer, added, n_vocab, prefix)
     if not tokenizer:
         raise ConversionError(
             f"{folder} holds neither tokenizer.json nor tokenizer.model; download one of them"
@@ -147,6 +170,27 @@ def _read_vocabulary(
             "SentencePiece's BPE; no other kind can be converted"
         )
     return read_sentencepiece_json(path, tokenizer, added, n_vocab)
+
+
+def _read_stripping(
+    folder: Path, tokenizer: dict[str, Any], settings: dict[str, Any], n_tokens: int
+) -> dict[str, tuple[int, ...]]:
+    """The ids of added tokens that take the spaces on one side with them."""
+    entries = read_entries(folder, tokenizer, settings)
+    return {
+        flag: tuple(sorted(i for i, e in entries.items() if e.get(flag) and i < n_tokens))
+        for flag in STRIPPING
+    }
+
+
+def _end_ids(folder: Path, config: dict[str, Any], n_tokens: int) -> set[int]:
+    """Every id that ends a text for transformers: config.json and generation_config.json."""
+    found: set[int] = set()
+    for settings in (config, _read_optional_json(folder / "generation_config.json")):
+        ids = settings.get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [ids]
+        found |= {i for i in ids if type(i) is int and 0 <= i < n_tokens}
+    return found
 
 
 def _find_special_ids(
@@ -196,6 +240,25 @@ def _adds(
     return default if setting is None else bool(setting)
 
 
+def _check_post_processor(folder: Path, processor: Mapping[str, Any] | None) -> None:
+    """Raise ConversionError for one that does more than a token in front and one behind."""
+    if processor is None or processor.get("type") == "ByteLevel":
+        return
+    if processor.get("type") == "Sequence":
+        for part in processor.get("processors", []):
+            _check_post_processor(folder, part)
+        return
+    single = processor.get("single")
+    if processor.get("type") == "TemplateProcessing" and isinstance(single, list):
+        kinds = "".join("S" if "SpecialToken" in item else "A" for item in single)
+        if kinds in ("A", "SA", "AS", "SAS"):
+            return
+    raise ConversionError(
+        f"the tokenizer of {folder} adds by {processor.get('type')} what llama.cpp cannot add; "
+        "expected a BOS token in front, an EOS token behind, or neither"
+    )
+
+
 def _template_ends(processor: Mapping[str, Any], at: int) -> set[str]:
     """Return the special tokens that a post-processor puts first (at = 0) or last (at = -1)."""
     if processor.get("type") == "Sequence":
@@ -210,9 +273,11 @@ def _template_ends(processor: Mapping[str, Any], at: int) -> set[str]:
 def _read_chat_template(folder: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        template = path.read_text(encoding="utf-8")
+        template = read_text(path)
         others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-        named = {"default": template} | {p.stem: p.read_text(encoding="utf-8") for p in others}
+        for other in others:
+            check_inside(folder, other)
+        named = {"default": template} | {p.stem: read_text(p) for p in others}
         if others:
             return [{"name": name, "template": text} for name, text in named.items()]
         return template

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from gguf import TokenType
 
 from trimix_gguf.errors import ConversionError
 
-from .tokens import Token, Vocabulary, list_tokens
+from .tokens import Token, Vocabulary, list_tokens, without_rows
 
 DIGIT_SPLIT = r"\p{N}"
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -64,15 +65,65 @@ def read_byte_level_bpe(
                 f"{path} marks words by {option}, which llama.cpp cannot do; "
                 "expected byte-level BPE without it"
             )
-    _check_normalizer(path, tokenizer.get("normalizer"))
+    normalizer = _read_normalizer(path, tokenizer.get("normalizer"))
+    _check_bytes(path, tokenizer)
+    if normalizer == "nfc":
+        for token in added.values():
+            if not unicodedata.is_normalized("NFC", token.text):
+                raise ConversionError(
+                    f"{path} normalizes text to NFC, in which its token {token.text!r} is not; "
+                    "llama.cpp would never find it"
+                )
     pre = _recognise_pre(path, tokenizer) if pre is None else _check_pre(pre)
     entries = {id_: Token(text, TokenType.NORMAL) for text, id_ in model["vocab"].items()}
     return Vocabulary(
         model="gpt2",
         pre=pre,
-        tokens=list_tokens(path, {**entries, **added}, n_vocab),
+        tokens=list_tokens(path, {**entries, **without_rows(added, n_vocab)}, n_vocab),
         merges=[" ".join(pair) for pair in read_merges(path, model)],
+        normalizer=normalizer,
     )
+
+
+def _check_bytes(path: Path, tokenizer: Mapping[str, Any]) -> None:
+    """Raise ConversionError unless each text becomes pieces of bytes, and only by the merges."""
+    model = tokenizer["model"]
+    if model.get("dropout"):
+        raise ConversionError(f"{path} drops merges at random (dropout); set it to null")
+    steps = _flat(tokenizer.get("pre_tokenizer"))
+    kinds = [step.get("type") for step in steps]
+    if kinds.count("ByteLevel") != 1 or kinds[-1] != "ByteLevel":
+        raise ConversionError(
+            f"{path} cuts text by {', '.join(map(str, kinds)) or 'nothing'}, expected ByteLevel as "
+            "the last step; only byte-level BPE can be converted"
+        )
+    if steps[-1].get("add_prefix_space", True):
+        raise ConversionError(
+            f"{path} puts a space in front of text (add_prefix_space), which llama.cpp does not do "
+            "for byte-level BPE; set it to false if ids may differ"
+        )
+    lacking = [letter for letter in byte_letters() if letter not in model["vocab"]]
+    if model.get("unk_token") is not None and lacking:
+        raise ConversionError(
+            f"{path} has no token {lacking[0]!r} and spells such bytes as {model['unk_token']!r}, "
+            "which llama.cpp does not do"
+        )
+
+
+def _flat(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The steps of a pre-tokenizer, one after another."""
+    if step is None:
+        return []
+    if step.get("type") == "Sequence":
+        return [one for part in step.get("pretokenizers", []) for one in _flat(part)]
+    return [step]
+
+
+def byte_letters() -> list[str]:
+    """The letter that stands for each byte in GPT-2's alphabet, [256]."""
+    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return [chr(b) if b in shown else chr(256 + hidden.index(b)) for b in range(256)]
 
 
 def read_merges(path: Path, model: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -83,18 +134,25 @@ def read_merges(path: Path, model: Mapping[str, Any]) -> list[tuple[str, str]]:
         if len(pair) != 2 or not all(pair) or any(" " in part for part in pair):
             raise ConversionError(f"{path} has the merge {merge!r}, expected two pieces")
         merges.append((pair[0], pair[1]))
+    if len(set(merges)) != len(merges):
+        twice = next(pair for i, pair in enumerate(merges) if pair in set(merges[:i]))
+        raise ConversionError(f"{path} has the merge {' '.join(twice)!r} twice; download it again")
     return merges
 
 
-def _check_normalizer(path: Path, normalizer: Mapping[str, Any] | None) -> None:
-    # NFC passes, as with llama.cpp's converter, though it has no normalizer: most text is in NFC.
-    # Not all: Bengali and Tibetan letters are often typed composed, which NFC takes apart.
-    if normalizer is None or normalizer.get("type") == "NFC":
-        return
+def _read_normalizer(path: Path, normalizer: Mapping[str, Any] | None) -> str:
+    """What is done to a text first: "none" or "nfc". llama.cpp does nothing, so trio/model.py does.
+
+    Most text is in NFC, but not all: Bengali and Tibetan letters are often typed composed, which
+    NFC takes apart.
+    """
+    if normalizer is None:
+        return "none"
+    if normalizer.get("type") == "NFC":
+        return "nfc"
     if normalizer.get("type") == "Sequence":
-        for part in normalizer.get("normalizers", []):
-            _check_normalizer(path, part)
-        return
+        parts = {_read_normalizer(path, part) for part in normalizer.get("normalizers", [])}
+        return "nfc" if "nfc" in parts else "none"
     raise ConversionError(
         f"{path} normalizes text with {normalizer.get('type')}, which llama.cpp cannot do; "
         "expected no normalizer, or NFC"

@@ -17,24 +17,32 @@ from gguf import TokenType
 
 from trimix_gguf.errors import ConversionError
 
+from .added_tokens import SPACE, check_spelled
+from .checkpoint import check_inside
 from .tokenizer_bpe import read_merges
-from .tokens import SPACE, Token, Vocabulary, list_tokens, user_defined
+from .tokens import Token, Vocabulary, list_tokens, user_defined, without_rows
 
 BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
 BPE = 2  # TrainerSpec.ModelType
 
 
 def read_sentencepiece(
-    path: Path, added: Mapping[int, Token], n_vocab: int, add_space_prefix: bool | None = None
+    path: Path,
+    tokenizer: Mapping[str, Any],
+    added: Mapping[int, Token],
+    n_vocab: int,
+    add_space_prefix: bool | None = None,
 ) -> Vocabulary:
     """Read tokenizer.model at `path`; `added` tokens replace its pieces.
 
+    `tokenizer` is the tokenizer.json beside it, empty where there is none: it must be the same.
     `add_space_prefix` overrules the file's own word on a space in front of text.
     """
     pieces: list[Token] = []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
     try:
+        check_inside(path.parent, path)
         for number, value in _fields(path.read_bytes()):
             if number == 1:
                 pieces.append(_piece(dict(_fields(value))))
@@ -56,9 +64,47 @@ def read_sentencepiece(
             f"{_text(normalizer.get(1))!r}), which llama.cpp does not do; "
             "expected rule 'identity' and no removal of extra whitespace"
         )
+    own_prefix = bool(normalizer.get(3, 1))
+    if tokenizer:
+        prefix = own_prefix if add_space_prefix is None else None
+        _check_same(path, tokenizer, pieces, added, prefix)
     if add_space_prefix is None:
-        add_space_prefix = bool(normalizer.get(3, 1))
+        add_space_prefix = own_prefix
     return _vocabulary(path, dict(enumerate(pieces)), added, n_vocab, add_space_prefix)
+
+
+def _check_same(
+    path: Path,
+    tokenizer: Mapping[str, Any],
+    pieces: list[Token],
+    added: Mapping[int, Token],
+    prefix: bool | None,
+) -> None:
+    """Raise ConversionError where tokenizer.json, beside the tokenizer.model, is another one.
+
+    A vocabulary that was extended is often saved to only one of the two.
+    """
+    vocab = (tokenizer.get("model") or {}).get("vocab")
+    if not isinstance(vocab, dict):  # Unigram, or only added tokens
+        return
+    theirs = {id_: text for text, id_ in vocab.items() if id_ not in added}
+    own = {id_: piece.text for id_, piece in enumerate(pieces) if id_ not in added}
+    for id_ in sorted(theirs.keys() | own.keys()):
+        one, other = theirs.get(id_), own.get(id_)
+        if one is None or other is None or one.replace(SPACE, " ") != other.replace(SPACE, " "):
+            raise ConversionError(
+                f"token {id_} is {one!r} in tokenizer.json but {other!r} in {path}; take both from "
+                "the checkpoint that the model was trained with, or remove the wrong one"
+            )
+    try:
+        same = prefix is None or _read_space_prefix(path, tokenizer) == prefix
+    except ConversionError:  # it has other steps than expected; tokenizer.model says what they do
+        return
+    if not same:
+        raise ConversionError(
+            f"tokenizer.json and {path} disagree on a space in front of text; set add_prefix_space "
+            "in tokenizer_config.json to what the model was trained with"
+        )
 
 
 def read_sentencepiece_json(
@@ -67,9 +113,13 @@ def read_sentencepiece_json(
     """Read tokenizer.json at `path`, BPE with byte_fallback; scores come from the merges' order."""
     model = tokenizer["model"]
     add_space_prefix = _read_space_prefix(path, tokenizer)
+    merges = read_merges(path, model)
+    made = {left + right for left, right in merges}
+    listed = tokenizer.get("added_tokens") or []
+    check_spelled(path, listed, prefix=add_space_prefix, mergeable=made)
     # Matched in the text beforehand, so that no merge meets them.
     vocab = {text: id_ for text, id_ in model["vocab"].items() if id_ not in added}
-    scores = _score_pieces(path, vocab, read_merges(path, model))
+    scores = _score_pieces(path, vocab, merges)
     entries = {}
     for text, id_ in vocab.items():
         if text in BYTES:
@@ -88,11 +138,9 @@ def _vocabulary(
     n_vocab: int,
     add_space_prefix: bool,
 ) -> Vocabulary:
-    # Gemma 3's text models list <image_soft_token> past their last row.
     added = {
-        id_: token
-        for id_, token in added.items()
-        if id_ < n_vocab or token.type != TokenType.CONTROL
+        i: user_defined(t.text, t.score) if t.type == TokenType.USER_DEFINED else t
+        for i, t in without_rows(added, n_vocab).items()
     }
     tokens = list_tokens(path, {**entries, **added}, n_vocab)
     texts = {token.text for token in tokens}

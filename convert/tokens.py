@@ -11,9 +11,8 @@ from gguf import TokenType
 
 from trimix_gguf.errors import ConversionError
 
-from .checkpoint import read_json
+from .added_tokens import SPACE, check_entries, read_entries
 
-SPACE = "▁"  # how SentencePiece spells a space
 # Added tokens that are not marked special, but are not text either, as in llama.cpp's converter.
 CONTROL_TEXTS = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 CONTROL_AFFIXES = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
@@ -35,21 +34,28 @@ class Vocabulary:
     pre: str
     tokens: list[Token]
     merges: list[str] | None = None
+    normalizer: str = "none"  # or "nfc": what the runtime does to a text first
     add_space_prefix: bool | None = None
 
 
 def read_added_tokens(
     folder: Path, tokenizer: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> dict[int, Token]:
-    """Return the tokens that are matched in the text before anything else, by id."""
-    entries: dict[int, dict[str, Any]] = {}
-    path = folder / "added_tokens.json"
-    if path.is_file():
-        entries |= {id_: {"content": text} for text, id_ in read_json(path).items()}
-    decoder = settings.get("added_tokens_decoder") or {}
-    entries |= {int(id_): entry for id_, entry in decoder.items()}
-    entries |= {entry["id"]: entry for entry in tokenizer.get("added_tokens") or []}
+    """Return the tokens that are matched in the text before anything else, by id.
+
+    Raises ConversionError where files disagree, or llama.cpp would match in other places.
+    """
+    entries = read_entries(folder, tokenizer, settings)
+    check_entries(folder, entries)
     return {id_: _added_token(entry) for id_, entry in entries.items()}
+
+
+def without_rows(added: Mapping[int, Token], n_vocab: int) -> dict[int, Token]:
+    """The added tokens that the model has a row for, or that a text may hold.
+
+    A pad token is often listed past the last row; so is <image_soft_token> of Gemma 3.
+    """
+    return {i: t for i, t in added.items() if i < n_vocab or t.type != TokenType.CONTROL}
 
 
 def _added_token(entry: Mapping[str, Any]) -> Token:
@@ -58,7 +64,7 @@ def _added_token(entry: Mapping[str, Any]) -> Token:
         return Token(text, TokenType.CONTROL, -1000.0)
     if any(text.startswith(start) and text.endswith(end) for start, end in CONTROL_AFFIXES):
         return Token(text, TokenType.CONTROL, -1000.0)
-    return user_defined(text, -1000.0)
+    return Token(text, TokenType.USER_DEFINED, -1000.0)
 
 
 def user_defined(text: str, score: float) -> Token:

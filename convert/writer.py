@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,9 +14,10 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from trimix_gguf.errors import ConversionError
 from trimix_gguf.machine.files import ByteProgress
+from trimix_gguf.machine.threads import available_cores
 
 from .checkpoint import TensorSource, to_bfloat16
-from .plan import Q8_0_BLOCK, PlannedTensor
+from .plan import BLOCK_SIZE, Q8_0_BLOCK, PlannedTensor
 
 QUANTIZATION_VERSION = 2  # of the block layouts, as ggml counts them
 F16_MAX = 65504.0
@@ -25,7 +25,6 @@ F16_MAX = 65504.0
 LIMITS = {GGMLQuantizationType.F16: F16_MAX, GGMLQuantizationType.Q8_0: 127 * F16_MAX}
 ROPE_FACTORS = "rope_freqs.weight"
 NO_FACTORS = np.empty(0, np.float32)
-BLOCK_SIZE = 200_000  # numbers: as float32 they fit in the cache of a core
 MAX_THREADS = 4
 ALMOST_HALF = np.nextafter(np.float32(0.5), np.float32(0))  # 0.5 would round 0.49999997 up
 
@@ -86,7 +85,7 @@ def _write_tensors(
     align()
     file.write(factors.data)
     align()
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(MAX_THREADS, available_cores())) as pool:
         for tensor in plan:
             for block in pool.map(partial(_convert, source, tensor), _blocks(tensor)):
                 file.write(block.data)

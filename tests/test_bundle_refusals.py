@@ -153,3 +153,24 @@ def test_an_altered_folder_is_refused(home, small, tmp_path):
     refused(tmp_path / "x", f"{path} is not what trio.toml says", home)
     path.write_bytes(content[:-1])
     refused(tmp_path / "x", f"{path} is not what trio.toml says", home)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links as POSIX has them")
+@pytest.mark.parametrize("target", ["x.tar", "x"])
+@pytest.mark.parametrize("way", ["absolute", "dots", "link", "linked folder"])
+def test_an_export_takes_nothing_from_outside_the_trios_folder(small, tmp_path, way, target):
+    """A stranger's trio file named /etc/passwd as a model, and the export carried it."""
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "key").write_text("mine")
+    (small.folder / "link").symlink_to(secret / "key")
+    (small.folder / "linked").symlink_to(secret)
+    names = {
+        "absolute": str(secret / "key"),
+        "dots": "../secret/key",
+        "link": "link",
+        "linked folder": "linked/key",
+    }
+    with pytest.raises(TrioFileError, match="models.small_cpt: .* is not in the trio's folder"):
+        export_trio(small.with_model("small_cpt", path=names[way]), tmp_path / target)
+    assert not (tmp_path / target).exists()

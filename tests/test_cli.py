@@ -169,3 +169,15 @@ def test_real_trio_refuses_another_family(trimix, real_files):
         "--small-cpt-lora", real_files["small_cpt_lora"],
     )  # fmt: skip
     assert "smollm" in one_line_error(result)
+
+
+def test_layers_that_no_device_takes_are_said(trimix):
+    """Bug: --gpu-layers went without a word where llama.cpp was built for the CPU only."""
+    from trimix_gguf.machine import native
+
+    if native.gpu_offload():
+        pytest.skip("needs a llama.cpp without another device")
+    arguments = ("generate", "a", "-n", "1", "--weights", "1,0", "--gpu-layers")
+    done = trimix(*arguments, "large_ins=3")
+    assert done.returncode == 0 and b"note: gpu layers of large_ins stay on the CPU" in done.stderr
+    assert b"note" not in trimix(*arguments, "auto").stderr

@@ -91,6 +91,24 @@ def folder(tmp_path):
     return folder
 
 
+@pytest.mark.parametrize("differs", [None, 0, N_VOCAB - 1])
+@pytest.mark.parametrize("type", ["f32", "q4_0"])
+def test_a_head_of_its_own_is_kept_whatever_the_config_says(folder, tmp_path, rng, type, differs):
+    """CPT that saves embedding and head leaves "tied" in the config: the trained head was lost."""
+    tensors = {name: ("F32", array.copy()) for name, array in Checkpoint(folder)}
+    table = rng.standard_normal((N_VOCAB, 64)).astype("f4")
+    head = table.copy()
+    if differs is not None:
+        head[differs, 5] += 1
+    tensors |= {"model.embed_tokens.weight": ("F32", table), "lm_head.weight": ("F32", head)}
+    write_safetensors(folder / "model.safetensors", tensors)
+    convert_hf(folder, tmp_path / "x.gguf", type=type)
+    stored = {t.name: t for t in GGUFReader(tmp_path / "x.gguf").tensors}
+    assert ("output.weight" in stored) == (differs is not None)
+    if differs is not None and type == "f32":
+        assert np.array_equal(stored["output.weight"].data, head)
+
+
 def test_tokenizer_metadata(folder):
     metadata = read_tokenizer(folder, CONFIG)
     assert (metadata.pre, metadata.merges) == ("qwen2", ["a b"])
@@ -286,6 +304,11 @@ REFUSALS = {
             {n: ("F32", a.copy()) for n, a in Checkpoint(f)} | {"x": ("F32", np.zeros(1, "f4"))},
         )
     ),
+    r"num_hidden_layers = 1e\+09, expected at most 512": lambda f: edit_json(
+        f / "config.json", num_hidden_layers=10**9
+    ),
+    r"vocab_size = 1e\+30": lambda f: edit_json(f / "config.json", vocab_size=10**30),
+    "nested too deep": lambda f: (f / "config.json").write_text("[" * 100_000),
     "scales rope": lambda f: edit_json(f / "config.json", rope_scaling={"type": "dynamic"}),
     "factor = None": lambda f: edit_json(f / "config.json", rope_scaling={"type": "yarn"}),
     "beta_fast = 16": lambda f: edit_yarn(f, beta_fast=16),
@@ -346,6 +369,27 @@ def test_existing_output_needs_force(folder, tmp_path):
     assert out.read_bytes() == b"kept"
     convert_hf(folder, out, force=True)
     assert out.read_bytes()[:4] == b"GGUF"
+
+
+@pytest.mark.parametrize("type", ["f32", "q4_0"])
+@pytest.mark.parametrize("force", [False, True])
+def test_of_two_conversions_to_one_output_the_second_is_refused(folder, tmp_path, type, force):
+    """Bug: both wrote it, and both said that it was theirs."""
+    out, other = tmp_path / "m.gguf", tmp_path / f".m.gguf.{os.getppid()}-0.part"
+    other.touch()
+    with pytest.raises(ConversionError, match=f"process {os.getppid()} is writing"):
+        convert_hf(folder, out, type=type, force=force)
+    other.unlink()
+    come = []
+
+    def comes(*_):
+        out.write_bytes(b"other")
+        come.append(1)
+
+    if not force:
+        with pytest.raises(ConversionError, match="exists"):
+            convert_hf(folder, out, type=type, progress=comes)
+        assert come and out.read_bytes() == b"other" and set(tmp_path.iterdir()) == {folder, out}
 
 
 def test_interruption_leaves_nothing(folder, tmp_path):

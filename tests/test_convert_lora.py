@@ -157,10 +157,10 @@ CONFIG = {
 }
 
 
-def save_adapter(folder, shapes, **config):
+def save_adapter(folder, shapes, prefix="base_model.model.", **config):
     """Save an adapter of counting numbers: `shapes` by name, less PEFT's prefix."""
     folder.mkdir(exist_ok=True)
-    shapes = {f"base_model.model.{name}": shape for name, shape in shapes.items()}
+    shapes = {f"{prefix}{name}": shape for name, shape in shapes.items()}
     tensors = {name: StoredTensor(folder, 0, shape, "F32") for name, shape in shapes.items()}
     write_safetensors(
         folder / "adapter_model.safetensors",
@@ -270,3 +270,43 @@ def test_an_adapter_that_is_not_there_or_pickled_is_refused(base, tmp_path):
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(ConversionError, match="pickled"):
         Adapter(adapter)
+
+
+@pytest.mark.parametrize(("name", "prefix"), [(".default", "base_model.model."), ("", "")])
+def test_usual_names_of_pairs_are_read(base, tmp_path, name, prefix):
+    """Bug: an adapter's name in the tensors was taken for a module that is replaced as a whole."""
+    shapes, folder = pair(Q, 8, 8), tmp_path / "a"
+    convert_lora(save_adapter(folder, shapes), base, tmp_path / "plain.gguf")
+    renamed = {text.replace(".weight", f"{name}.weight"): s for text, s in shapes.items()}
+    convert_lora(save_adapter(folder, renamed, prefix), base, tmp_path / "other.gguf")
+    assert (tmp_path / "other.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ({f"{Q}.lora_a": (8, 2), f"{Q}.lora_b": (2, 8)}, "as MLX names an adapter"),
+        ({f"{Q}.lora_A.{x}.weight": (2, 8) for x in "ab"}, "holds 2 adapters: a, b"),
+        ({f"{'q' * 400}.lora_A.weight": (2, 8)}, "a name of over 300 letters"),
+        ({"lm_head.modules_to_save.weight": (32, 8)}, "replaces lm_head as a whole"),
+        ({"model.embed_tokens.weight": (36, 8)}, "has 36 rows in .* has 32: tokens were added"),
+    ],
+)
+def test_other_names_are_refused_with_the_true_reason(base, tmp_path, names, words):
+    prefix = "" if "MLX" in words else "base_model.model."
+    folder = save_adapter(tmp_path / "adapter", names, prefix)
+    with pytest.raises(ConversionError, match=words):
+        convert_lora(folder, base, tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("pattern", ["([a-z_.0-9]+)+X", "(a|aa)+", ".*.*.*x", "q_proj" * 100])
+def test_patterns_that_could_take_for_ever_are_refused(base, tmp_path, pattern):
+    adapter = save_adapter(tmp_path / "a", pair(Q, 8, 8), rank_pattern={pattern: 2})
+    with pytest.raises(ConversionError, match="no regular expression that is read here"):
+        convert_lora(adapter, base, tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("pattern", [r"layers\.\d+\.self_attn.*q_proj", f"^{Q}$"])
+def test_plain_patterns_are_read(base, tmp_path, pattern):
+    adapter = save_adapter(tmp_path / "a", pair(Q, 8, 8), r=7, rank_pattern={pattern: 2})
+    convert_lora(adapter, base, tmp_path / "a.gguf")

@@ -253,7 +253,8 @@ def test_interruption_keeps_what_was_there(models, tmp_path):
     names = []
 
     def interrupt(name, *_):
-        assert (tmp_path / ".out.part").is_dir()
+        (partial,) = tmp_path.glob(".out.*.part")
+        assert partial.is_dir()
         names.append(name)
         if len(names) % 2 == 0:
             raise KeyboardInterrupt
@@ -278,7 +279,7 @@ def test_a_failed_replacement_keeps_the_old_folder(models, tmp_path, monkeypatch
     replace = os.replace
 
     def refuse_new(source, target):
-        if source.name == ".out.part":
+        if source.suffix == ".part":
             raise PermissionError("no")
         replace(source, target)
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from trimix_gguf.machine.files import whole_file, write_text
+from trimix_gguf.machine.files import temporary_path, whole_file, write_text, writer_of
 
 
 def test_what_a_killed_process_left_is_removed_and_a_running_ones_file_is_not(tmp_path):
@@ -30,3 +30,17 @@ def test_until_the_block_ends_the_old_file_stays_and_a_failure_leaves_nothing(tm
         assert out.read_bytes() == b"old\n"
         raise failure
     assert out.read_bytes() == b"old\n" and list(tmp_path.iterdir()) == [out]
+
+
+def test_every_temporary_name_is_another_and_says_whose_it_is(tmp_path):
+    """Bug: two threads of one process wrote into one temporary file."""
+    out = tmp_path / "out"
+    with temporary_path(out, "part") as one, temporary_path(out, "part") as other:
+        assert one != other
+        one.mkdir()
+        (one / "x").touch()
+        assert writer_of(out) is None
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / f".out.{os.getppid()}-0.part").touch()
+    (tmp_path / ".out.99999999-0.part").touch()
+    assert writer_of(out) == os.getppid() and writer_of(tmp_path / "other") is None

@@ -232,11 +232,10 @@ def test_unsound_tensors_are_refused(tmp_path: Path, tensors: list[bytes], expec
     assert expected in refusal(by_hand(tmp_path / "model.gguf", [LLAMA], tensors))
 
 
-def test_version_2_and_one_part_of_a_split_are_read(tmp_path: Path) -> None:
-    keys = [LLAMA, key("split.count", U16, struct.pack("<H", 3))]
+def test_version_2_is_read(tmp_path: Path) -> None:
     tensors = [tensor("a", (8, 1), 0, 0), tensor("b", (64,), 8, 32)]
-    file = read_gguf(by_hand(tmp_path / "model.gguf", keys, tensors, version=2))
-    assert (file.version, file.metadata["split.count"], file.weight_bytes) == (2, 3, 32 + 68)
+    file = read_gguf(by_hand(tmp_path / "model.gguf", [LLAMA], tensors, version=2))
+    assert (file.version, file.weight_bytes) == (2, 32 + 68)
 
 
 def sized(**hparams: object) -> GGUFFile:

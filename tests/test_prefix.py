@@ -1,5 +1,6 @@
 """What the caches hold already is not read again, and nobody can tell by the numbers."""
 
+import json
 import random
 
 import numpy as np
@@ -9,6 +10,8 @@ from test_cli import one_line_error
 
 from trimix_gguf import Trio, Weights, generate, select_weights
 from trimix_gguf import score as score_prompts
+from trimix_gguf.answering.prompt_cache import load_prompt, save_prompt
+from trimix_gguf.errors import ModelError
 from trimix_gguf.trio.prompt import Prompt, Segment
 
 EXACT = {"flash_attn": False, "type_k": "f32", "type_v": "f32", "n_threads": 1}
@@ -177,3 +180,36 @@ def test_a_segment_that_goes_on_where_the_last_prompt_ended(kept, fresh, n):
     kept.forget()
     for length in (n, n + 1, len(ids)):
         assert_as_fresh(kept, fresh, Prompt((Segment.of(ids[:length]),)))
+
+
+TAMPERED = {
+    "ids": [{}, 5, {"large_ins": [-1]}, {"large_ins": ["1"]}, {"large_ins": [10**9]}],
+    "sums": [{"key": 5}, {"points": 5}, {"points": {}, "units": [], "sums": []}, "x"],
+    "models": [[], 5, {"large_ins": 5}],
+    "states": [[], {}],
+}
+
+
+@pytest.mark.parametrize("key", TAMPERED)
+def test_a_kept_prompt_of_other_types_is_refused_in_one_line(tmp_path, key):
+    """Bug: prompt.json with a number where a list is expected gave a traceback."""
+    folder = tmp_path / "saved"
+    with Trio.nano(**EXACT) as trio:
+        trio.prefill(trio.prompt(KAZAKH))
+        trio.rows()
+        save_prompt(trio, folder)
+        file = folder / "prompt.json"
+        whole = json.loads(file.read_text(encoding="utf-8"))
+        for value in TAMPERED[key]:
+            if key == "ids" and isinstance(value, dict) and value:
+                value = whole["ids"] | value
+            file.write_text(json.dumps(whole | {key: value}), encoding="utf-8")
+            if value == {"key": 5}:  # sums of an earlier version are left out
+                assert load_prompt(trio, folder)
+                continue
+            with pytest.raises(ModelError, match="remove it, or name another"):
+                load_prompt(trio, folder)
+        for text in ("[" * 100_000, "", "5", '{"ids": ' + "9" * 5000 + "}"):
+            file.write_text(text, encoding="utf-8")
+            with pytest.raises(ModelError, match="is not a saved prompt"):
+                load_prompt(trio, folder)

@@ -142,7 +142,7 @@ def test_a_damaged_or_foreign_verdict_is_tried_again_and_replaced(held, monkeypa
     monkeypatch.delenv("TRIMIX_SELF_TEST", raising=False)
     kept = cache_folder() / "self_test.txt"
     kept.parent.mkdir(parents=True, exist_ok=True)
-    other = self_test._fingerprint().replace(".so", ".dll").encode()
+    other = self_test.fingerprint().replace(".so", ".dll").encode()
     kept.write_bytes(other if held is None else held)
     runs = []
     monkeypatch.setattr(self_test, "run", lambda real=self_test.run: (runs.append(1), real()))
@@ -156,11 +156,11 @@ def test_other_libraries_or_another_processor_are_tried_anew(monkeypatch, tmp_pa
     libraries.mkdir()
     (libraries / "libllama.so").write_bytes(b"1")
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(libraries))
-    seen = [self_test._fingerprint()]
+    seen = [self_test.fingerprint()]
     (libraries / "libllama.so").write_bytes(b"2")
-    seen.append(self_test._fingerprint())
+    seen.append(self_test.fingerprint())
     monkeypatch.setattr(self_test.processor, "describe", lambda: ("another", "sse2"))
-    seen.append(self_test._fingerprint())
+    seen.append(self_test.fingerprint())
     assert len(set(seen)) == 3
 
 

@@ -18,15 +18,15 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small(tmp_path):
-    """A trio of a few kilobytes, where only its bytes count; large_ins is elsewhere."""
+    """A trio of a few kilobytes, where only its bytes count; large_ins is in a folder below."""
     draw = random.Random(0)
     folder = tmp_path / "small"
     folder.mkdir()
     models = {}
     for role in ROLES:
-        path = tmp_path / "elsewhere.bin" if role == "large_ins" else folder / f"{role}.bin"
-        path.write_bytes(draw.randbytes(draw.randrange(3000, 5000)))
-        name = str(path) if role == "large_ins" else path.name
+        name = "below/large.bin" if role == "large_ins" else f"{role}.bin"
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(draw.randbytes(draw.randrange(3000, 5000)))
         models[role] = ModelEntry(path=name, licence="CC0", adapter_of=None)
     trio = TrioFile(folder, "small", models, languages=("kk",), n_ctx=64)
     trio.write()

@@ -326,11 +326,9 @@ def _render(
 
 def _tokens(model: Model) -> dict[str, str]:
     """The control tokens that templates name: bos_token and so on."""
-    metadata, tokens = model.file.metadata, {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-        if (token := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
-            tokens[f"{name}_token"] = model.piece(token, special=True).decode()
-    return tokens
+    found = model.special_tokens().items()
+    pieces = {name: model.piece(token, special=True) for name, token in found}
+    return {f"{name}_token": piece.decode("utf-8", "replace") for name, piece in pieces.items()}
 
 
 def _refusal(model: Model, error: Exception) -> str:

@@ -1,7 +1,8 @@
 """A prompt that was read, on disk: the three caches, what is owed, and the running sums.
 
 A folder with one llama.cpp state per role and `prompt.json`. States hold no logits: the last token
-is read again when its row is asked for.
+is read again when its row is asked for. The folder is trusted as a program is: damage is seen by
+its SHA-256, but llama.cpp reads a state that was made to harm as any other.
 """
 
 import hashlib
@@ -13,12 +14,23 @@ from typing import Any
 
 from trimix_gguf.errors import ModelError
 from trimix_gguf.machine import native
-from trimix_gguf.machine.files import put_in_place
+from trimix_gguf.machine.files import put_in_place, temporary_path
+from trimix_gguf.machine.parts import parts_of
+from trimix_gguf.machine.typed_json import parse
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.sums import PrefixSums
 from trimix_gguf.trio.trio import Trio
 
+_NUMBERS = [float]
+_UNITS = [[object]]  # ids of the roles, and whether they are scored; checked as they are read
+_POINTS = {"alphas": _NUMBERS, "betas": _NUMBERS, "sloped": bool, "keep": float}
+_SHAPE = {
+    "models": {str: list},
+    "states": {str: str},
+    "ids": {str: [int]},
+    "sums": (None, {"points": _POINTS, "units": _UNITS, "sums": [[object]]}),
+}
 _ENDS = 1 << 20  # bytes hashed at either end of a model file, which holds gigabytes
 
 
@@ -27,10 +39,9 @@ def save_prompt(trio: Trio, folder: Path) -> None:
 
     Raises ModelError where llama.cpp cannot write a state, OSError.
     """
-    partial = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_path(folder, "part") as partial:
+        partial.mkdir()
         for role, model in trio.models.items():
             model.save_state(partial / f"{role}.state")
         contents = {
@@ -43,8 +54,6 @@ def save_prompt(trio: Trio, folder: Path) -> None:
         if (folder / "prompt.json").is_file():
             shutil.rmtree(folder)
         put_in_place(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_prompt(trio: Trio, folder: Path) -> bool:
@@ -56,11 +65,14 @@ def load_prompt(trio: Trio, folder: Path) -> bool:
     if not folder.exists():
         return False
     try:
-        contents = json.loads((folder / "prompt.json").read_text(encoding="utf-8"))
+        contents = parse((folder / "prompt.json").read_text(encoding="utf-8"), _SHAPE)
         known, states, ids, sums = (contents[key] for key in ("models", "states", "ids", "sums"))
+        _check_ids(trio, ids)
+        # Sums of an earlier version are not read: the prompt is scored again.
+        kept = PrefixSums.from_json(sums) if sums is not None and "points" in sums else None
         # llama.cpp ends the process on a damaged state.
         damaged = states != _state_digests(folder)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):
         raise ModelError(f"{folder} is not a saved prompt; remove it, or name another") from None
     if damaged:
         raise ModelError(f"{folder} is damaged; remove it, or name another")
@@ -77,9 +89,15 @@ def load_prompt(trio: Trio, folder: Path) -> bool:
         trio.forget()
         raise
     trio.ids = ids
-    # Sums of an earlier version are not read: the prompt is scored again.
-    trio.sums = PrefixSums.from_json(sums) if sums is not None and "points" in sums else None
+    trio.sums = kept
     return True
+
+
+def _check_ids(trio: Trio, ids: dict[str, list[int]]) -> None:
+    """Raise ValueError where these cannot be what a trio has read."""
+    for role in ROLES:
+        if not all(0 <= i < trio.models[role].n_vocab for i in ids[role]):
+            raise ValueError(f"{role} has no such ids")
 
 
 def _state_digests(folder: Path) -> dict[str, str]:
@@ -96,7 +114,8 @@ def _fingerprints(trio: Trio) -> dict[str, list[Any]]:
 
 def _fingerprint(model: Model) -> list[Any]:
     """What a state depends on: weights, adapter, cache types and layout, llama.cpp's version."""
-    files = [_digest(path) for path in (model.path, model.lora) if path is not None]
+    paths = [*parts_of(model.path), *([] if model.lora is None else [model.lora])]
+    files = list(map(_digest, paths))
     return [*files, *model.kv_types, model.flash_attn, native.build_info()["llama-cpp-python"]]
 
 

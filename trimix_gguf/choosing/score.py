@@ -1,6 +1,5 @@
 """Scoring: prompts streamed through a Trio into their NLL over a grid of mixes."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from trimix_gguf.mixing.scoring import (
     interpolate,
     large_ins_slopes,
     lowest,
+    perplexity_of,
 )
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.prefill import Window
@@ -104,8 +104,8 @@ class Score:
         mean = self.mean_nll(average)
         if weights.alpha in self.alphas and weights.beta in self.betas:
             i, j = self.alphas.index(weights.alpha), self.betas.index(weights.beta)
-            return math.exp(mean[i, j])
-        return math.exp(interpolate(self.on_grid(average), weights))
+            return perplexity_of(mean[i, j])
+        return perplexity_of(interpolate(self.on_grid(average), weights))
 
 
 def score(

@@ -104,6 +104,13 @@ def open_trio(options: dict[str, Any]) -> Any:
     verbose = bool(options.pop("verbose", False))
     native.set_verbose(verbose)
     trio = Trio.load(**arguments)
+    models = trio.models.items()
+    if idle := [role for role, m in models if m.n_gpu_layers and m.device == "CPU"]:
+        print(
+            f"note: gpu layers of {', '.join(idle)} stay on the CPU: this build of llama.cpp has "
+            "no other device (`trimix doctor`)",
+            file=sys.stderr,
+        )
     if verbose:
         places = {role: model.device for role, model in trio.models.items()}
         layers = ", ".join(f"{role} {m.n_gpu_layers}" for role, m in trio.models.items())

@@ -109,7 +109,7 @@ def _report(result: Any, average: str, default: Any) -> dict[str, Any]:
 
 
 def _table(report: dict[str, Any]) -> str:
-    import math
+    from trimix_gguf.mixing.scoring import perplexity_of
 
     chosen = {"fused": report["best"], "default": report.get("default")}
     lines = [f"{report['n_tokens']} tokens in {report['n_texts']} texts, {report['convention']}"]
@@ -121,7 +121,7 @@ def _table(report: dict[str, Any]) -> str:
     lines += ["", "fused perplexity; alpha down, beta across"]
     lines.append(" " * 6 + "".join(f"{b:>9.2f}" for b in grid["betas"]))
     for alpha, row in zip(grid["alphas"], grid["mean_nll"], strict=True):
-        lines.append(f"{alpha:>6.2f}" + "".join(f"{math.exp(v):>9.2f}" for v in row))
+        lines.append(f"{alpha:>6.2f}" + "".join(f"{perplexity_of(v):>9.2f}" for v in row))
     return "\n".join(lines)
 
 

@@ -196,10 +196,12 @@ def _report(trio: Any) -> dict[str, Any]:
     """Everything a trio file says, and of each model the path, and what is there."""
     from dataclasses import asdict
 
+    from trimix_gguf.machine.parts import is_here, n_bytes_of
+
     models = {}
     for role, entry in trio.models.items():
         path = trio.path(role)
-        n_bytes = path.stat().st_size if path.is_file() else None
+        n_bytes = n_bytes_of(path) if is_here(path) else None
         state = "missing" if n_bytes is None else "here"
         if n_bytes is not None and entry.n_bytes not in (None, n_bytes):
             state = "of another size"

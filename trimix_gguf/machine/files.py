@@ -1,7 +1,10 @@
 """Files that are complete or absent."""
 
 import glob
+import itertools
 import os
+import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +14,7 @@ import psutil
 
 ByteProgress = Callable[[str, int, int], None]  # what is worked at, bytes done, bytes in all
 
+_numbers = itertools.count()
 _PAUSES = (0.05, 0.1, 0.2, 0.4)  # seconds: a virus scanner is done by then
 
 
@@ -36,19 +40,40 @@ def place_flushed(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def temporary_file(out: Path, suffix: str) -> Iterator[Path]:
-    """Yield a path beside `out`, of this process only, so that renaming is atomic; then gone.
+def temporary_path(out: Path, suffix: str) -> Iterator[Path]:
+    """Yield a path beside `out`, only for this block, so that renaming is atomic; then gone.
 
-    What processes left there that were killed is removed first.
+    It is for a file or a folder. What processes left there that were killed is removed first.
     """
-    for left in out.parent.glob(f".{glob.escape(out.name)}.*.{suffix}"):
-        pid = left.name.split(".")[-2]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            left.unlink(missing_ok=True)
-    path = out.with_name(f".{out.name}.{os.getpid()}.{suffix}")
+    for left, pid in _unfinished(out):
+        if left.name.endswith(f".{suffix}") and not psutil.pid_exists(pid):
+            _discard(left)
+    # A number for each: threads of one process may write the same file.
+    path = out.with_name(f".{out.name}.{os.getpid()}-{next(_numbers)}.{suffix}")
     try:
         yield path
     finally:
+        _discard(path)
+
+
+def writer_of(out: Path) -> int | None:
+    """The process, other than this one, that is writing `out` at this moment; None for none."""
+    others = {pid for _, pid in _unfinished(out)} - {os.getpid()}
+    return next((pid for pid in sorted(others) if psutil.pid_exists(pid)), None)
+
+
+def _unfinished(out: Path) -> Iterator[tuple[Path, int]]:
+    """What temporary_path has given for `out`, to any process, and which one that was."""
+    form = re.compile(rf"\.{re.escape(out.name)}\.(\d+)(-\d+)?\.\w+")
+    for path in out.parent.glob(f".{glob.escape(out.name)}.*.*"):
+        if (match := form.fullmatch(path.name)) is not None:
+            yield path, int(match[1])
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
         path.unlink(missing_ok=True)
 
 
@@ -58,7 +83,7 @@ def whole_file(out: Path) -> Iterator[Path]:
 
     Readers see the old file or the new one. Raises OSError.
     """
-    with temporary_file(out, "part") as unfinished:
+    with temporary_path(out, "part") as unfinished:
         yield unfinished
         place_flushed(unfinished, out)
 

@@ -12,11 +12,12 @@ import mmap
 import re
 import struct
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 from trimix_gguf.errors import ModelFileError
+from trimix_gguf.machine.gguf_types import NO_WEIGHTS, tensor_types, value_types, wrong_type
+from trimix_gguf.machine.parts import parts_of
 
 MAGIC = b"GGUF"
 # llama.cpp's LLAMA_MAX_LAYERS, GGML_MAX_DIMS and GGML_MAX_NAME less its terminating zero.
@@ -48,7 +49,7 @@ class GGUFArray:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One row of the tensor table; `shape` is innermost first, `offset` from the file's start."""
+    """One row of the tensor table; `shape` is innermost first, `offset` from its file's start."""
 
     name: str
     shape: tuple[int, ...]
@@ -59,9 +60,10 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """What a sound GGUF file declares; of a split model, what this part declares.
+    """What a sound GGUF file declares; of a split model, what all parts declare.
 
-    The properties raise ModelFileError where the file lacks the key they need.
+    `path` is the first part, which has the metadata. The properties raise ModelFileError where
+    the file lacks the key they need.
     """
 
     path: Path
@@ -72,8 +74,8 @@ class GGUFFile:
 
     @property
     def architecture(self) -> str:
-        """The model family, as 'qwen2'."""
-        return str(self.metadata["general.architecture"])
+        """The model family, as 'qwen2'; empty in a later part of a split model."""
+        return str(self.metadata.get("general.architecture") or "")
 
     @property
     def weight_bytes(self) -> int:
@@ -124,13 +126,22 @@ class GGUFFile:
         found = self.metadata.get(key)
         if not isinstance(found, GGUFArray):
             return found and [v.encode() if isinstance(v, str) else v for v in found]
-        form = next(f for name, f in _value_types().values() if name == found.value_type)
+        form = next(f for name, f in value_types().values() if name == found.value_type)
         with open(self.path, "rb") as file:
             file.seek(found.offset)
             if form is not None:
                 raw = file.read(found.length * form.size)
                 return [item[0] for item in form.iter_unpack(raw)]
             return [file.read(_U64.unpack(file.read(8))[0]) for _ in range(found.length)]
+
+    def special_id(self, name: str) -> int | None:
+        """The id that a file names as its "bos", "eos", "padding", and so on.
+
+        None for an id that no token has: llama.cpp ignores it as well.
+        """
+        found = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        n_tokens = self.n_items("tokenizer.ggml.tokens")
+        return found if type(found) is int and 0 <= found < n_tokens else None
 
     def n_items(self, key: str) -> int:
         """Length of a metadata array; 0 where the key is absent."""
@@ -169,11 +180,54 @@ class GGUFFile:
 
 
 def read_gguf(path: Path) -> GGUFFile:
-    """Read and check a GGUF file's header, metadata and tensor table.
+    """Read and check a GGUF file's header, metadata and tensor table; of a split model, all parts.
 
     Raises ModelFileError, one line that names the file, where it is not a sound GGUF file.
-    Of a split model only the given part is checked.
     """
+    first, *others = parts_of(path)
+    file = _read_file(path)
+    _check_part(file, 0, n_parts=len(others) + 1)
+    if file.metadata.get("general.type") == "adapter" and others:
+        _refuse(path, "is an adapter in several files, which llama.cpp does not read; merge them")
+    named = file.metadata.get("general.architecture")
+    if not isinstance(named, str) or not named:
+        _refuse(path, "has no general.architecture; convert it again")
+    if len(named.encode()) > MAX_TENSOR_NAME:  # llama.cpp's settings take keys of 127 bytes
+        _refuse(path, f"has the unknown architecture {named[:40]}…; convert it again")
+    if not others:
+        return file
+    rows, n_bytes = {tensor.name: tensor for tensor in file.tensors}, file.file_size
+    for i, other in enumerate(others, 1):
+        part = _read_file(other)
+        _check_part(part, i, n_parts=len(others) + 1)
+        for tensor in part.tensors:
+            if tensor.name in rows:
+                _refuse(other, f"tensor {tensor.name!r} is in an earlier part too; split it again")
+            rows[tensor.name] = tensor
+        n_bytes += part.file_size
+    n_tensors = file.metadata.get("split.tensors.count")
+    if n_tensors != len(rows):
+        found = f"the parts hold {len(rows)} tensors, and the first names {n_tensors!r}"
+        _refuse(path, f"{found}; get all parts of one model")
+    return replace(file, tensors=tuple(rows.values()), file_size=n_bytes)
+
+
+def _check_part(file: GGUFFile, index: int, n_parts: int) -> None:
+    """Refuse a file that is not this part of a model, by what it says itself."""
+    number, count = (file.metadata.get(f"split.{key}", 0) for key in ("no", "count"))
+    if index == 0 and number != 0:
+        _refuse(file.path, "holds a later part; give the first file of this split model")
+    if number != index or (count or 1) != n_parts:
+        called = f"{index + 1} of {n_parts}" if n_parts > 1 else "a whole model"
+        held = f"number {number!r} from 0 of {count!r}" if count else "a whole model"
+        _refuse(
+            file.path,
+            f"is {called} by its name, and {held} by its content; rename it: "
+            "the first of three files is called NAME-00001-of-00003.gguf",
+        )
+
+
+def _read_file(path: Path) -> GGUFFile:
     try:
         if path.exists() and not path.is_file():
             _refuse(path, "is a directory; give a file" if path.is_dir() else "is not a file")
@@ -258,12 +312,8 @@ def _read_metadata(cursor: _Cursor, n_keys: int) -> dict[str, Any]:
             _refuse(cursor.path, f"{what} is there twice; convert it again")
         name, form = _value_type(cursor, what)
         metadata[key] = _read_array(cursor, what) if name == "ARRAY" else cursor.value(form, what)
-    architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str) or not architecture:
-        # Only the first file of a split model says what it is.
-        later = metadata.get("split.no")
-        mend = "give the first file of this split model" if later else "convert it again"
-        _refuse(cursor.path, f"has no general.architecture; {mend}")
+        if (expected := wrong_type(key, name, metadata[key])) is not None:
+            _refuse(cursor.path, f"{what} is a {name.lower()}; expected {expected}")
     return metadata
 
 
@@ -285,9 +335,9 @@ def _read_array(cursor: _Cursor, what: str) -> list[Any] | GGUFArray:
 
 def _value_type(cursor: _Cursor, what: str) -> tuple[str, struct.Struct | None]:
     value_type = cursor.number(_U32, what)
-    if value_type not in _value_types():
+    if value_type not in value_types():
         _refuse(cursor.path, f"{what} has the unknown value type {value_type}; download it again")
-    return _value_types()[value_type]
+    return value_types()[value_type]
 
 
 def _read_tensors(cursor: _Cursor, n_tensors: int, alignment: Any) -> tuple[TensorInfo, ...]:
@@ -324,38 +374,24 @@ def _read_tensor_info(cursor: _Cursor, index: int) -> TensorInfo:
         _refuse(cursor.path, f"{what} has {n_dims} dimensions; llama.cpp takes at most {limits}")
     shape = tuple(cursor.number(_U64, what) for _ in range(n_dims))
     type_id, offset = cursor.number(_U32, what), cursor.number(_U64, what)
-    if type_id not in _tensor_types():
+    if type_id not in tensor_types():
         _refuse(cursor.path, f"{what} has the unknown type {type_id}: damaged, or newer than gguf")
-    type_name, block, block_bytes = _tensor_types()[type_id]
+    type_name, block, block_bytes = tensor_types()[type_id]
+    if type_name in NO_WEIGHTS:
+        _refuse(cursor.path, f"{what} is {type_name}, in which no model's weights are")
     if (shape[0] if shape else 1) % block:
         _refuse(cursor.path, f"{what} has shape {shape}; {type_name} wants rows of {block}s")
     return TensorInfo(name, shape, type_name, offset, math.prod(shape) // block * block_bytes)
 
 
 def _row_bytes(n: int, type_name: str) -> int:
-    sizes = {name.lower(): (block, n_bytes) for name, block, n_bytes in _tensor_types().values()}
+    sizes = {name.lower(): (block, n_bytes) for name, block, n_bytes in tensor_types().values()}
     if type_name.lower() not in sizes:
         raise ValueError(f"unknown cache type {type_name!r}; expected f32, f16, q8_0 or the like")
     block, n_bytes = sizes[type_name.lower()]
     if n % block:
         raise ValueError(f"cache type {type_name!r}: heads of {n} are not whole blocks of {block}")
     return n // block * n_bytes
-
-
-@cache
-def _value_types() -> dict[int, tuple[str, struct.Struct | None]]:
-    from gguf.constants import GGUFValueType  # here, because it imports NumPy
-
-    forms = [struct.Struct("<" + c) if c != "-" else None for c in "BbHhIif?--Qqd"]
-    return {int(t): (t.name, forms[t]) for t in GGUFValueType}
-
-
-@cache
-def _tensor_types() -> dict[int, tuple[str, int, int]]:
-    """Name, elements in a block and bytes in a block, by type id."""
-    from gguf.constants import GGML_QUANT_SIZES
-
-    return {int(t): (t.name, *sizes) for t, sizes in GGML_QUANT_SIZES.items()}
 
 
 def _refuse(path: Path, flaw: str) -> NoReturn:

@@ -1,4 +1,7 @@
-"""SHA-256 of files; of large ones kept, as long as the file is not written again."""
+"""SHA-256 of files; of large ones kept, as long as the file is not written again.
+
+A model in several files has one: that of their bytes, one file after another.
+"""
 
 import hashlib
 import json
@@ -9,29 +12,34 @@ from typing import Any
 
 from trimix_gguf.machine.files import write_text
 from trimix_gguf.machine.folders import cache_folder
+from trimix_gguf.machine.parts import parts_of
 
-_CHUNK = 1 << 20
+CHUNK = 1 << 20  # bytes read at once
 _MOST_KEPT = 200
 
 
 def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """A file's SHA-256 in hexadecimal; `progress` gets the number of bytes just read."""
+    """A file's SHA-256 in hexadecimal; `progress` gets the number of bytes just read.
+
+    Where `path` is the first part of a split model, all parts are read.
+    """
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            if progress is not None:
-                progress(len(chunk))
+    for part in parts_of(path):
+        with open(part, "rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+                if progress is not None:
+                    progress(len(chunk))
     return digest.hexdigest()
 
 
 def kept_sha256(path: Path) -> str:
-    """The same, read again only when the file's size or time of writing has changed.
+    """The same, read again only when a file's size or time of writing has changed.
 
     Raises OSError where the file cannot be read. Where nothing can be kept, it is read each time.
     """
-    facts = path.stat()
-    state = [facts.st_size, facts.st_mtime_ns, facts.st_ino]
+    facts = [part.stat() for part in parts_of(path)]
+    state = [number for f in facts for number in (f.st_size, f.st_mtime_ns, f.st_ino)]
     kept, name = _read(), str(path.resolve())
     known = kept.get(name)
     if isinstance(known, list) and known[:-1] == state and isinstance(known[-1], str):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trimix_gguf.errors import MemoryNeededError, ModelError
+from trimix_gguf.machine import container
 from trimix_gguf.machine.gguf_file import GGUFFile, TensorInfo
 from trimix_gguf.machine.loading import Loading
 from trimix_gguf.machine.quantization import WEIGHT_TYPES
@@ -128,10 +129,21 @@ def estimate(
 
 
 def available() -> int:
-    """Bytes of memory that this machine can still give."""
+    """Bytes of memory that this machine, or the container, can still give."""
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    left = container.memory_left()
+    free = int(psutil.virtual_memory().available)
+    return free if left is None else min(free, left)
+
+
+def total() -> int:
+    """Bytes of memory that this machine has, or leaves to the container."""
+    import psutil
+
+    limit = container.memory_limit()
+    has = int(psutil.virtual_memory().total)
+    return has if limit is None else min(has, limit)
 
 
 def peak_rss() -> int:

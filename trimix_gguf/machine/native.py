@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import mmap
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -45,6 +46,8 @@ lib, _ggml, _grammar = _bindings("llama_cpp", "_ggml", "llama_grammar")
 libggml, json_schema_to_gbnf = _ggml.libggml, _grammar.json_schema_to_gbnf
 
 _WARN, _ERROR, _CONTINUE = 3, 4, 5
+# What llama.cpp adds after its reason, as the loading functions return.
+_SAYS_NOTHING = re.compile(r"failed to (load model|load vocab|apply lora adapter|initialize)\W*$")
 _errors: deque[str] = deque(maxlen=8)
 _verbose = False
 
@@ -61,7 +64,8 @@ _log_callback = lib.llama_log_callback(_log)
 
 
 def listen() -> None:
-    """Have llama.cpp log to us; importing llama_cpp whole, as others may, takes its log over."""
+    """Have llama.cpp log to us, from now on; importing llama_cpp whole takes its log over."""
+    _errors.clear()
     lib.llama_log_set(_log_callback, ctypes.c_void_p(0))
 
 
@@ -78,10 +82,10 @@ def set_verbose(verbose: bool) -> None:
 
 
 def last_error() -> str:
-    """llama.cpp's newest error line, to put into an error of this package."""
-    line = _errors.pop() if _errors else "llama.cpp gave no reason"
+    """llama.cpp's newest error line that says why, to put into an error of this package."""
+    lines = list(_errors) or ["llama.cpp gave no reason"]
     _errors.clear()
-    return line
+    return next((line for line in reversed(lines) if not _SAYS_NOTHING.search(line)), lines[-1])
 
 
 @contextmanager
@@ -227,14 +231,16 @@ def tokenize(vocab: Any, text: str, *, special: bool = False) -> list[int]:
     return list(ids[:n])
 
 
-def tokenize_texts(path: str, texts: list[str]) -> list[list[int]]:
+def tokenize_texts(path: str, texts: list[str], *, special: bool = False) -> list[list[int]]:
     """Ids of each text by the vocabulary of a GGUF, whose weights are not loaded."""
+    listen()
     params = lib.llama_model_default_params()
     params.vocab_only = True
     model = lib.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         raise ModelFileError(f"{path}: llama.cpp cannot read its vocabulary: {last_error()}")
     try:
-        return [tokenize(lib.llama_model_get_vocab(model), text) for text in texts]
+        vocab = lib.llama_model_get_vocab(model)
+        return [tokenize(vocab, text, special=special) for text in texts]
     finally:
         lib.llama_model_free(model)

@@ -3,8 +3,11 @@
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from functools import cache
 from threading import Condition
 from typing import TypeVar
+
+from trimix_gguf.machine import container
 
 MOST_THREADS = 4096  # for one model; far beyond it llama.cpp ends the process
 T = TypeVar("T")
@@ -41,5 +44,11 @@ def run_all(pool: ThreadPoolExecutor, work: Callable[[T], R], parts: Iterable[T]
 
 
 def available_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may run on, or whose time a container gives it."""
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    given = _processors()
+    return n if given is None else min(n, given)
+
+
+# Asked at each window of a prompt, and files are slow; a container keeps its share as it runs.
+_processors = cache(container.processors)

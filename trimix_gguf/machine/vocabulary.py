@@ -7,6 +7,10 @@ from trimix_gguf.errors import VocabularyMismatch
 from trimix_gguf.machine.gguf_file import GGUFFile
 
 _PREFIX = "tokenizer.ggml."
+# Keys of ours, for what GGUF has none: ids that end a text, what is done to a text first, and the
+# ids of added tokens that take the spaces on one side with them.
+END_IDS, NORMALIZER = "trimix.tokenizer.end_ids", "trimix.tokenizer.normalizer"
+STRIPPING = {side: f"trimix.tokenizer.{side}" for side in ("lstrip", "rstrip")}
 _ARRAYS = ("tokens", "token_type", "scores", "merges")
 _NORMAL, _CONTROL, _UNUSED = 1, 3, 5  # llama.cpp's token types; padding is unused
 # Pre-tokenizers that add BOS where a file does not say (llama.cpp, src/llama-vocab.cpp).
@@ -78,6 +82,14 @@ def _adds(file: GGUFFile, key: str) -> bool:
     if added is None and key == "bos":
         return _setting(file, "model") == "llama" or _setting(file, "pre") in _ADD_BOS
     return bool(added)
+
+
+def usual_normalizer(pre: str) -> str:
+    """What models of a pre-tokenizer do to a text first, where a file does not say: "nfc", "none".
+
+    Qwen's puts text in NFC: without it, most Bengali from the web is cut into other tokens.
+    """
+    return "nfc" if pre.startswith("qwen") else "none"
 
 
 class _Vocabulary:

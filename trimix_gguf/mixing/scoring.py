@@ -28,11 +28,17 @@ N_CHEBYSHEV = 13
 
 _FACTORS = 700_000  # most numbers in a block of both factors: 2.8 MB, for the last-level cache
 _PRODUCT = 250_000  # most multiplications a product: OpenBLAS wakes its threads above 262,144
+_MOST_NATS = 700.0
 _SAFE = math.exp(35.0)  # X, Y ≤ e^35: no product overflows float32, and what underflows is < e^−50
 _TINY = 1e-37  # a factor below this has lost digits: nothing may be multiplied up from it
 
 Float64 = NDArray[np.float64]
 Float32 = NDArray[np.float32]
+
+
+def perplexity_of(mean_nll: float) -> float:
+    """exp of the mean nats; at most e^700, so that it is a number in JSON too."""
+    return math.exp(min(mean_nll, _MOST_NATS))
 
 
 def grid_nll(

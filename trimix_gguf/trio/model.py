@@ -15,11 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import ContextFullError, ModelError, ModelFileError
-from trimix_gguf.machine import native
+from trimix_gguf.machine import file_trial, native
+from trimix_gguf.machine.added_tokens import AddedTokens
+from trimix_gguf.machine.file_trial import FileTrial
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
 from trimix_gguf.machine.loading import Loading
 from trimix_gguf.machine.native import lib
 from trimix_gguf.machine.threads import MOST_THREADS, available_cores
+from trimix_gguf.machine.vocabulary import END_IDS, NORMALIZER, usual_normalizer
 
 _ENDS = ("eos", "eot", "eom")  # token ids in a GGUF's metadata that end a text
 Logits = NDArray[np.float32]  # [n, n_vocab]
@@ -62,6 +65,7 @@ class Model:
             self.flash_attn = loading.has_flash_attention(offloaded=False)
         self.n_threads = loading.n_threads or available_cores()
         self.chat_template: str | None = self.file.metadata.get("tokenizer.chat_template")
+        self._added = AddedTokens.of(self.file) if tokenizer else None
         self.decode_seconds: dict[int, deque[float]] = {}  # ids decoded at once -> the last times
         self._weights: _Weights = (
             _Weights(self.file, loading, tokenizer) if share is None else share._weights
@@ -243,16 +247,19 @@ class Model:
     # -- text ↔ ids -------------------------------------------------------------------------
 
     def normalize(self, text: str) -> str:
-        """`text` as this tokenizer's training saw it; llama.cpp itself normalizes nothing.
-
-        Qwen's puts text in NFC: without it, most Bengali from the web is cut into other tokens.
-        """
-        in_nfc = str(self.file.metadata.get("tokenizer.ggml.pre", "")).startswith("qwen")
+        """`text` as this tokenizer's training saw it; llama.cpp itself normalizes nothing."""
+        metadata = self.file.metadata
+        usual = usual_normalizer(str(metadata.get("tokenizer.ggml.pre", "")))
+        in_nfc = metadata.get(NORMALIZER, usual) == "nfc"
         return unicodedata.normalize("NFC", text) if in_nfc else text
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text` without BOS; `special` reads control tokens such as <|im_start|>."""
-        return native.tokenize(self.vocab, text, special=special)
+        if self._added is None:
+            return native.tokenize(self.vocab, text, special=special)
+        return self._added.tokenize(
+            text, lambda part: native.tokenize(self.vocab, part), special=special
+        )
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """Bytes of one token; control tokens are empty unless `special`."""
@@ -271,10 +278,26 @@ class Model:
 
     def end_of_generation(self) -> frozenset[int]:
         """The ids that end a text: those the file names, and by their text those it does not."""
-        named = (self.file.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in _ENDS)
+        named = [*map(self.file.special_id, _ENDS), *(self.file.array(END_IDS) or ())]
         is_eog = lib.llama_vocab_is_eog
         found = (i for i in range(self.n_vocab) if is_eog(self.vocab, i))
-        return frozenset((*found, *(int(i) for i in named if i is not None)))
+        return frozenset((*found, *(i for i in named if i is not None and i < self.n_vocab)))
+
+    def special_tokens(self) -> dict[str, int]:
+        """The ids of "bos", "eos", "pad" and "unk" that the file names, as llama.cpp has them."""
+        # Where a file names none, llama.cpp takes some ordinary token. It tells nobody of "unk".
+        found = {
+            "bos": ("bos", lib.llama_vocab_bos),
+            "eos": ("eos", lib.llama_vocab_eos),
+            "pad": ("padding", lib.llama_vocab_pad),
+            "unk": ("unknown", lambda vocab: self.file.special_id("unknown")),
+        }
+        named = {
+            name: int(of(self.vocab))
+            for name, (key, of) in found.items()
+            if self.file.special_id(key) is not None
+        }
+        return {name: i for name, i in named.items() if 0 <= i < self.n_vocab}
 
     def unused(self) -> NDArray[np.bool_]:
         """bool [n_vocab]: ids of type UNUSED, which no mix may pick."""
@@ -291,6 +314,7 @@ class _Weights:
 
     def __init__(self, file: GGUFFile, loading: Loading, tokenizer: bool) -> None:
         path = file.path
+        file_trial.require([FileTrial(path, loading, tokenizer=tokenizer)])
         native.listen()
         params = lib.llama_model_default_params()
         if not tokenizer:
@@ -307,7 +331,7 @@ class _Weights:
             handle = None if chosen[0].kind == "CPU" else chosen[0].handle
             self._devices = (ctypes.c_void_p * 2)(handle, None)
             params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
-        self.path = path
+        self.path, self._loading, self._tokenizer = path, loading, tokenizer
         self.handle = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:
             raise ModelFileError(f"{path}: llama.cpp cannot load it: {native.last_error()}")
@@ -323,6 +347,9 @@ class _Weights:
         """Load a LoRA once; llama.cpp frees it with the model."""
         if path not in self._adapters:
             read_gguf(path)
+            trial = FileTrial(self.path, self._loading, lora=path, tokenizer=self._tokenizer)
+            file_trial.require([trial])
+            native.listen()
             handle = lib.llama_adapter_lora_init(self.handle, os.fsencode(path))
             if not handle:
                 raise ModelFileError(

@@ -3,6 +3,7 @@
 They belong to whoever owns the cache that holds the prompt.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -79,14 +80,23 @@ class PrefixSums:
 
     @staticmethod
     def from_json(saved: dict[str, Any]) -> "PrefixSums":
-        """From what to_json gave, after JSON made lists of its tuples."""
-        points = saved["points"]
-        axes = {name: tuple(points[name]) for name in ("alphas", "betas")}
-        return PrefixSums(
-            points=Points(**{**points, **axes}),
-            units=[(tuple(tuple(i) for i in ids), scored) for ids, scored in saved["units"]],
-            sums=[
-                Sum((mark[0], mark[1]), np.asarray(nll), n, np.asarray(slopes))
-                for mark, nll, n, slopes in saved["sums"]
-            ],
-        )
+        """From what to_json gave, after JSON made lists of its tuples.
+
+        Raises KeyError, TypeError or ValueError where it is something else.
+        """
+        axes = {name: tuple(saved["points"][name]) for name in ("alphas", "betas")}
+        points = Points(**{**saved["points"], **axes})
+        sums = [
+            Sum(
+                (operator.index(mark[0]), operator.index(mark[1])),
+                np.array(nll, dtype=np.float64).reshape(len(points.alphas), len(points.betas)),
+                operator.index(n),
+                np.array(slopes, dtype=np.float64).reshape(2),
+            )
+            for mark, nll, n, slopes in saved["sums"]
+        ]
+        units = [
+            (tuple(tuple(map(operator.index, i)) for i in ids), bool(scored))
+            for ids, scored in saved["units"]
+        ]
+        return PrefixSums(points=points, units=units, sums=sums)

@@ -1,16 +1,22 @@
-"""The self-test's child: read with the nano models, and compare with logits that are known.
+"""The child that llama.cpp may end: it tries the library itself, or files that are new.
 
-machine/self_test.py runs main() in a process of its own, since a wrong build of llama.cpp ends it.
+machine/self_test.py runs main() in a process of its own: without an argument to read with the
+nano models and compare with logits that are known, with one to load the files that it names
+(machine/file_trial.py).
 """
 
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trimix_gguf.errors import ModelFileError, TrimixError
+from trimix_gguf.machine import native
+from trimix_gguf.machine.file_trial import REFUSED
 from trimix_gguf.machine.loading import Loading
 from trimix_gguf.machine.self_test import WRONG
 from trimix_gguf.roles import ROLES
@@ -19,6 +25,7 @@ from trimix_gguf.trio.trio import NANO
 
 SIZES = (1, 8, 64)  # tokens read at once: llama.cpp has other code for each
 TOLERANCE = 0.2  # right builds differ by up to 0.05: instruction sets round in their own ways
+PROBE = "Қазақстан 12 x\n\n  Don't ঁ ᠮ 汉 🙂\t<|end|>"
 _KNOWN = Path(__file__).parent / "trial.json"  # role/size -> token id -> logit
 
 
@@ -28,12 +35,45 @@ def main() -> None:
         import ctypes
 
         ctypes.windll.kernel32.SetErrorMode(0x8003)  # no dialog box for a crash
+    if len(sys.argv) > 1:
+        try:
+            _try_files(json.loads(sys.argv[1]))
+        except TrimixError as error:
+            print(type(error).__name__, " ".join(str(error).split()), flush=True)
+            sys.exit(REFUSED)
+    else:
+        _compare()
+    print("passed", flush=True)
+
+
+def _compare() -> None:
     known = json.loads(_KNOWN.read_text(encoding="utf-8"))
     for name, logits in _rows():
         differences = [abs(logits[int(i)] - value) for i, value in known[name].items()]
         if not max(differences) <= TOLERANCE:  # NaN is wrong too
             sys.exit(WRONG)
-    print("passed", flush=True)
+
+
+def _try_files(asked: list[dict[str, Any]]) -> None:
+    """Open each file as it will be opened, and use it once."""
+    for number, one in enumerate(asked):
+        print(number, "reading its tokenizer", flush=True)
+        ids = native.tokenize_texts(one["path"], [PROBE], special=True)[0]
+        if not one["decode"]:
+            continue
+        print(number, "loading it", flush=True)
+        loading = Loading(**one["loading"])
+        model = Model(one["path"], loading, lora=one["lora"], tokenizer=one["tokenizer"])
+        if one["tokenizer"]:
+            print(number, "making text of its tokens", flush=True)
+            ids = model.bos + ids
+            for token in (*ids, *model.end_of_generation(), *model.special_tokens().values()):
+                model.piece(token, special=True)
+        for some in (ids[:32], ids[:1]):
+            print(number, f"decoding {len(some)} tokens", flush=True)
+            if not np.isfinite(model.decode(some)).all():
+                raise ModelFileError(f"{one['path']}: it gives no numbers, but NaN or infinity")
+        model.close()
 
 
 def keep() -> None:

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import ModelFileError, PromptError
+from trimix_gguf.machine import file_trial
+from trimix_gguf.machine.file_trial import FileTrial
 from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.machine.loading import Loading, LoadingOptions
 from trimix_gguf.machine.memory import check_fits
@@ -81,6 +83,7 @@ class Trio:
         asked: dict[str, LoadingOptions] = {r: {**options, **given.get(r, {})} for r in ROLES}
         loadings = {r: Loading(**one) for r, one in place(files, asked, adapter).items()}
         check_fits(files, loadings, adapter)
+        file_trial.require(_trials(paths, loadings, small_cpt_lora))
         models: dict[str, Model] = {}
         for role in LOADING_ORDER:
             share = next((m for m in models.values() if m.path == paths[role]), None)
@@ -310,6 +313,17 @@ class Trio:
             return self.sequences.read(wanted, progress)
 
 
+def _trials(
+    paths: Mapping[str, Path], loadings: Mapping[str, Loading], lora: Path | str | None
+) -> Iterator[FileTrial]:
+    """The files as they are about to be opened; one child tries them all."""
+    for role in LOADING_ORDER:
+        tokenizer = role == ROLES[0]
+        yield FileTrial(paths[role], loadings[role], tokenizer=tokenizer)
+        if lora is not None and role == "small_cpt":
+            yield FileTrial(paths[role], loadings[role], lora=Path(lora), tokenizer=tokenizer)
+
+
 def concurrency(devices: Mapping[str, str]) -> str:
     """In words, how models on these devices (by role) are decoded for one token."""
     if len(set(devices.values())) < 2:
@@ -320,6 +334,10 @@ def concurrency(devices: Mapping[str, str]) -> str:
 def trio_paths(folder: Path) -> dict[str, Path]:
     """The three GGUF files of a folder, named after their roles."""
     paths = {role: folder / f"{role}.gguf" for role in ROLES}
+    for role, path in paths.items():
+        split = sorted(folder.glob(f"{role}-00001-of-*.gguf"))
+        if split and not path.is_file():
+            paths[role] = split[0]
     for path in paths.values():
         if not path.is_file():
             names = ", ".join(p.name for p in paths.values())

@@ -9,28 +9,30 @@ import io
 import shutil
 import stat
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
 from trimix_gguf.errors import TrioFileError
 from trimix_gguf.machine.files import ByteProgress, put_in_place, whole_file
 from trimix_gguf.machine.hashes import sha256_of
+from trimix_gguf.machine.parts import is_here, n_bytes_of, part_names, parts_of
 from trimix_gguf.trios.bundle_files import (
     FLAWS,
     TAR,
     Advance,
-    BundleFile,
+    BundleModel,
+    Piece,
     Reader,
     advancing,
     cannot_write,
     check_file_system,
     check_space,
     refuse_altered,
-    write_file,
+    write_model,
 )
 from trimix_gguf.trios.store import (
     SHIPPED,
@@ -62,51 +64,76 @@ def export_trio(trio: TrioFile, target: Path, *, progress: ByteProgress | None =
     where a file is missing or altered, or where `target` holds other things or has no room.
     """
     trio.check_files()
-    sizes = {role: trio.path(role).stat().st_size for role in trio.models}
+    _check_inside(trio)
+    sizes = {role: n_bytes_of(trio.path(role)) for role in trio.models}
     is_tar = target.suffix.lower() == TAR
     folder = target.parent if is_tar else target
     (_check_tar if is_tar else _check_folder)(trio, target)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        check_file_system(target, sizes, is_tar)
+        pieces = (part.stat().st_size for r in trio.models for part in parts_of(trio.path(r)))
+        check_file_system(target, pieces, is_tar)
         there = 0 if is_tar else sum(n for role, n in sizes.items() if _has(trio, target, role, n))
         check_space(folder, sum(sizes.values()) - there)
         unread = sum(n for role, n in sizes.items() if trio.models[role].sha256 is None)
         advance = advancing(progress, sum(sizes.values()) + unread)
-        files = [_leaving(trio, role, n, advance) for role, n in sizes.items()]
-        (_write_tar if is_tar else _write_folder)(_carried(trio, files), files, target, advance)
+        models = [_leaving(trio, role, n, advance) for role, n in sizes.items()]
+        (_write_tar if is_tar else _write_folder)(_carried(trio, models), models, target, advance)
     except OSError as error:
         raise cannot_write(target, error) from None
 
 
-def _leaving(trio: TrioFile, role: str, n_bytes: int, advance: Advance) -> BundleFile:
+def _check_inside(trio: TrioFile) -> None:
+    """Raise TrioFileError where a model is not in the trio's folder.
+
+    A trio file may come from others: what it names elsewhere could be any file of the user's.
+    """
+    folder = trio.folder.resolve()
+    for role in trio.models:
+        for part in parts_of(trio.path(role)):
+            if not part.resolve().is_relative_to(folder):
+                raise TrioFileError(
+                    f"{trio.file}: models.{role}: {part} is not in the trio's folder, or leads out "
+                    "of it by a link; copy the file there (a hard link will do), and name it so"
+                )
+
+
+def _leaving(trio: TrioFile, role: str, n_bytes: int, advance: Advance) -> BundleModel:
     entry, path = trio.models[role], trio.path(role)
     if entry.n_bytes not in (None, n_bytes):
         refuse_altered(path)
     sha256 = entry.sha256 or sha256_of(path, partial(advance, role))
-    return BundleFile(role, _name(trio, role), n_bytes, sha256, path, _opener(path))
+    parts = parts_of(path)
+    names = _names(trio, role)
+    pieces = [
+        Piece(name, part.stat().st_size, part, _opener(part))
+        for name, part in zip(names, parts, strict=True)
+    ]
+    return BundleModel(role, sha256, pieces)
 
 
 def _opener(path: Path) -> Callable[[], IO[bytes]]:
     return lambda: open(path, "rb")
 
 
-def _name(trio: TrioFile, role: str) -> str:
-    """A model's file in a bundle, and where one was imported."""
-    return f"{role}_lora.gguf" if trio.models[role].adapter_of else f"{role}.gguf"
+def _names(trio: TrioFile, role: str) -> Sequence[str]:
+    """A model's files in a bundle, and where one was imported."""
+    stem = f"{role}_lora" if trio.models[role].adapter_of else role
+    n_parts = len(parts_of(trio.path(role)))
+    return [f"{stem}.gguf"] if n_parts == 1 else part_names(stem, n_parts)
 
 
 def _has(trio: TrioFile, folder: Path, role: str, n_bytes: int) -> bool:
-    """Whether an export that was cut off has left this file, by its size."""
-    path = folder / _name(trio, role)
-    return path.is_file() and path.stat().st_size == n_bytes
+    """Whether an export that was cut off has left this model, by its size."""
+    path = folder / _names(trio, role)[0]
+    return is_here(path) and n_bytes_of(path) == n_bytes
 
 
-def _carried(trio: TrioFile, files: Sequence[BundleFile]) -> TrioFile:
-    """The trio file that goes with the files."""
-    for file in files:
-        changes = {"path": file.name, "sha256": file.sha256, "n_bytes": file.n_bytes}
-        trio = trio.with_model(file.role, **changes)
+def _carried(trio: TrioFile, models: Sequence[BundleModel]) -> TrioFile:
+    """The trio file that goes with the models."""
+    for model in models:
+        changes = {"path": model.pieces[0].name, "sha256": model.sha256, "n_bytes": model.n_bytes}
+        trio = trio.with_model(model.role, **changes)
     return replace(trio, filename=FILENAME)
 
 
@@ -142,29 +169,33 @@ def _check_folder(trio: TrioFile, target: Path) -> None:
 
 
 def _write_folder(
-    trio: TrioFile, files: Sequence[BundleFile], folder: Path, advance: Advance
+    trio: TrioFile, models: Sequence[BundleModel], folder: Path, advance: Advance
 ) -> None:
     (folder / _MARK).touch()
     (folder / FILENAME).unlink(missing_ok=True)  # no bundle until all of it is there
-    for file in files:
-        if _has(trio, folder, file.role, file.n_bytes) and (
-            sha256_of(folder / file.name) == file.sha256
+    for model in models:
+        if _has(trio, folder, model.role, model.n_bytes) and (
+            sha256_of(folder / model.pieces[0].name) == model.sha256
         ):
-            advance(file.role, file.n_bytes)
+            advance(model.role, model.n_bytes)
         else:
-            write_file(file, folder / file.name, advance)
+            write_model(model, folder, advance)
     replace(trio, folder=folder).write()
     (folder / _MARK).unlink()
 
 
-def _write_tar(trio: TrioFile, files: Sequence[BundleFile], target: Path, advance: Advance) -> None:
+def _write_tar(
+    trio: TrioFile, models: Sequence[BundleModel], target: Path, advance: Advance
+) -> None:
     text = to_toml(trio).encode()
     with whole_file(target) as unfinished, tarfile.open(unfinished, mode="w") as tar:
         tar.addfile(_member(FILENAME, len(text)), io.BytesIO(text))
-        for file in files:
-            with Reader.of(file, advance) as reader:
-                tar.addfile(_member(file.name, file.n_bytes), reader)
-                reader.check()
+        for model in models:
+            reader = Reader(model, advance)
+            for piece in model.pieces:
+                with reader.opened(piece) as source:
+                    tar.addfile(_member(piece.name, piece.n_bytes), source)
+            reader.check()
 
 
 def _member(name: str, n_bytes: int) -> tarfile.TarInfo:
@@ -185,24 +216,24 @@ def import_trio(
     Where just this trio is installed already, it stays as it is. Raises TrioFileError where the
     bundle is incomplete, altered or unsafe, the name is taken, or the disk is too small.
     """
-    with (_open_folder if source.is_dir() else _open_tar)(source) as (trio, files):
+    with (_open_folder if source.is_dir() else _open_tar)(source) as (trio, models):
         name = trio.name if name is None else name
         target = installed_folder(name)
         if name == SHIPPED:
-            return _shipped(files)
+            return _shipped(models)
         if target.exists():
-            return _installed_already(target, files)
+            return _installed_already(target, models)
         clear_leftovers()
         temporary = temporary_folder("import", name)
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            n_bytes = sum(file.n_bytes for file in files)
+            n_bytes = sum(model.n_bytes for model in models)
             check_space(trios_folder(), n_bytes)
             advance = advancing(progress, n_bytes)
-            for file in files:
-                write_file(file, temporary / file.name, advance)
-            trio = replace(_carried(trio, files), name=name, folder=temporary)
+            for model in models:
+                write_model(model, temporary, advance)
+            trio = replace(_carried(trio, models), name=name, folder=temporary)
             trio.write()
             put_in_place(temporary, target)
         except OSError as error:
@@ -212,10 +243,10 @@ def import_trio(
     return replace(trio, folder=target)
 
 
-def _shipped(files: Sequence[BundleFile]) -> TrioFile:
-    """The shipped trio, where its files are these; else raises TrioFileError."""
+def _shipped(models: Sequence[BundleModel]) -> TrioFile:
+    """The shipped trio, where its models are these; else raises TrioFileError."""
     there = resolve(SHIPPED)
-    if _hashes(there) != {file.role: file.sha256 for file in files}:
+    if _hashes(there) != {model.role: model.sha256 for model in models}:
         raise TrioFileError(f"{SHIPPED} ships in the package; choose another --name")
     return there
 
@@ -224,11 +255,12 @@ def _hashes(trio: TrioFile) -> dict[str, str | None]:
     return {role: entry.sha256 for role, entry in trio.models.items()}
 
 
-def _installed_already(target: Path, files: Sequence[BundleFile]) -> TrioFile:
-    """The trio in `target`, where its files are these; else raises TrioFileError."""
+def _installed_already(target: Path, models: Sequence[BundleModel]) -> TrioFile:
+    """The trio in `target`, where its models are these; else raises TrioFileError."""
     if (target / FILENAME).is_file():
         there = TrioFile.read(target / FILENAME)
-        if _hashes(there) == {file.role: file.sha256 for file in files} and not there.missing():
+        same = _hashes(there) == {model.role: model.sha256 for model in models}
+        if same and not there.missing():
             return there
     raise TrioFileError(
         f"another trio {target.name} is here, or a part of one; give --name, or "
@@ -237,13 +269,13 @@ def _installed_already(target: Path, files: Sequence[BundleFile]) -> TrioFile:
 
 
 @contextmanager
-def _open_folder(folder: Path) -> Iterator[tuple[TrioFile, list[BundleFile]]]:
-    """The trio of a bundle's folder, and its files; raises TrioFileError."""
+def _open_folder(folder: Path) -> Iterator[tuple[TrioFile, list[BundleModel]]]:
+    """The trio of a bundle's folder, and its models; raises TrioFileError."""
     trio = TrioFile.read(folder / FILENAME, inside=True)
-    sizes, openers = {}, {}
-    for role, entry in trio.models.items():
+
+    def find(name: str) -> tuple[int, Callable[[], IO[bytes]]]:
         path = folder
-        for step in Path(entry.path).parts:
+        for step in Path(name).parts:
             path /= step
             if path.is_symlink():
                 raise TrioFileError(f"{path} is a link; an export has only plain files")
@@ -251,13 +283,14 @@ def _open_folder(folder: Path) -> Iterator[tuple[TrioFile, list[BundleFile]]]:
             raise TrioFileError(f"{path} is missing; export the trio again")
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
             raise TrioFileError(f"{path} is not a plain file; an export has only plain files")
-        sizes[role], openers[role] = path.stat().st_size, _opener(path)
-    yield trio, _arriving(trio, sizes, openers)
+        return path.stat().st_size, _opener(path)
+
+    yield trio, _arriving(trio, find)
 
 
 @contextmanager
-def _open_tar(file: Path) -> Iterator[tuple[TrioFile, list[BundleFile]]]:
-    """The trio of a bundle's tar, and its files; raises TrioFileError."""
+def _open_tar(file: Path) -> Iterator[tuple[TrioFile, list[BundleModel]]]:
+    """The trio of a bundle's tar, and its models; raises TrioFileError."""
     if not file.is_file():
         raise TrioFileError(f"{file}: no such file or folder")
     try:
@@ -269,18 +302,21 @@ def _open_tar(file: Path) -> Iterator[tuple[TrioFile, list[BundleFile]]]:
     with tar:
         members = _plain_members(tar, file)
         trio = _read_manifest(tar, members, file)
-        sizes, openers = {}, {}
-        for role, entry in trio.models.items():
-            member = members.get(entry.path)
+        named = {FILENAME}
+
+        def find(name: str) -> tuple[int, Callable[[], IO[bytes]]]:
+            member = members.get(name)
             if member is None:
-                raise TrioFileError(f"{file} ends before {entry.path}; copy or export it again")
-            sizes[role], openers[role] = member.size, partial(_extract, tar, member)
-        named = {FILENAME, *(entry.path for entry in trio.models.values())}
+                raise TrioFileError(f"{file} ends before {name}; copy or export it again")
+            named.add(name)
+            return member.size, partial(_extract, tar, member)
+
+        models = _arriving(trio, find)
         if unknown := members.keys() - named:
             raise TrioFileError(
                 f"{file} holds {min(unknown)!r}, which its {FILENAME} does not name"
             )
-        yield trio, _arriving(trio, sizes, openers)
+        yield trio, models
 
 
 def _plain_members(tar: tarfile.TarFile, file: Path) -> dict[str, tarfile.TarInfo]:
@@ -321,19 +357,26 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
 
 
 def _arriving(
-    trio: TrioFile, sizes: Mapping[str, int], openers: Mapping[str, Callable[[], IO[bytes]]]
-) -> list[BundleFile]:
-    """The files of a bundle by its trio file; raises TrioFileError where they are not those."""
-    files = []
+    trio: TrioFile, find: Callable[[str], tuple[int, Callable[[], IO[bytes]]]]
+) -> list[BundleModel]:
+    """The models of a bundle by its trio file; raises TrioFileError where they are not those.
+
+    `find` gives the size of a file of the bundle, and what opens it.
+    """
+    models = []
     for role, entry in trio.models.items():
         if entry.sha256 is None:
             raise TrioFileError(
                 f"{trio.file}: models.{role}.sha256 is missing; `trimix export` makes a bundle "
                 "with all of them"
             )
-        source = trio.folder / entry.path
-        if entry.n_bytes not in (None, sizes[role]):
-            refuse_altered(source)
-        name, n_bytes = _name(trio, role), sizes[role]
-        files.append(BundleFile(role, name, n_bytes, entry.sha256, source, openers[role]))
-    return files
+        pieces = []
+        folder = PurePosixPath(entry.path).parent
+        for name, part in zip(_names(trio, role), parts_of(trio.path(role)), strict=True):
+            n_bytes, opener = find(str(folder / part.name))
+            pieces.append(Piece(name, n_bytes, part, opener))
+        model = BundleModel(role, entry.sha256, pieces)
+        if entry.n_bytes not in (None, model.n_bytes):
+            refuse_altered(trio.path(role))
+        models.append(model)
+    return models

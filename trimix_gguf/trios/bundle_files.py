@@ -4,8 +4,8 @@ import errno
 import hashlib
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NoReturn
@@ -14,7 +14,7 @@ import psutil
 
 from trimix_gguf.errors import TrioFileError
 from trimix_gguf.machine.files import ByteProgress, whole_file
-from trimix_gguf.trios.store import CHUNK
+from trimix_gguf.machine.hashes import CHUNK
 from trimix_gguf.trios.triofile import FILENAME
 
 TAR = ".tar"
@@ -27,35 +27,62 @@ Advance = Callable[[str, int], None]  # what is read, bytes just read
 
 
 @dataclass(frozen=True)
-class BundleFile:
-    """One model's file on its way: `name` is what it is called there, `source` where it is here."""
+class Piece:
+    """One file on its way: `name` is what it is called there, `source` where it is here."""
 
-    role: str
     name: str
     n_bytes: int
-    sha256: str
     source: Path
-    open: Callable[[], IO[bytes]]
+    opener: Callable[[], IO[bytes]]
+
+
+@dataclass(frozen=True)
+class BundleModel:
+    """One model on its way: its file, or the parts of a split one; `sha256` is of all bytes."""
+
+    role: str
+    sha256: str
+    pieces: Sequence[Piece]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all pieces."""
+        return sum(piece.n_bytes for piece in self.pieces)
 
 
 class Reader:
-    """A file as it is read, with what its bytes come to; as much of a file as tarfile asks for."""
+    """A model's pieces as they are read one after another, and what their bytes come to."""
 
-    def __init__(self, file: BundleFile, source: IO[bytes], advance: Advance) -> None:
-        self._file, self._source, self._advance = file, source, advance
+    def __init__(self, model: BundleModel, advance: Advance) -> None:
+        self._model, self._advance = model, advance
         self._digest = hashlib.sha256()
-        self._left = file.n_bytes
 
-    @classmethod
     @contextmanager
-    def of(cls, file: BundleFile, advance: Advance) -> Iterator["Reader"]:
-        """Open a file, and close it at the end of the block; raises TrioFileError."""
+    def opened(self, piece: Piece) -> Iterator["PieceReader"]:
+        """Open a piece, and close it at the end of the block; raises TrioFileError."""
         try:
-            source = file.open()
+            source = piece.opener()
         except FLAWS as error:
-            raise TrioFileError(f"{file.source} cannot be read: {error}") from None
+            raise TrioFileError(f"{piece.source} cannot be read: {error}") from None
         with source:
-            yield cls(file, source, advance)
+            yield PieceReader(piece, source, self._take)
+
+    def _take(self, chunk: bytes) -> None:
+        self._digest.update(chunk)
+        self._advance(self._model.role, len(chunk))
+
+    def check(self) -> None:
+        """Raise TrioFileError where what was read is not what the trio file says."""
+        if self._digest.hexdigest() != self._model.sha256:
+            refuse_altered(self._model.pieces[0].source)
+
+
+class PieceReader:
+    """One piece as it is read; as much of a file as tarfile asks for."""
+
+    def __init__(self, piece: Piece, source: IO[bytes], take: Callable[[bytes], None]) -> None:
+        self._piece, self._source, self._take = piece, source, take
+        self._left = piece.n_bytes
 
     def read(self, n: int = CHUNK) -> bytes:
         """At most n bytes more, none after the last; raises TrioFileError where it ends early."""
@@ -63,29 +90,23 @@ class Reader:
         try:
             chunk = self._source.read(n)
         except FLAWS as error:
-            raise TrioFileError(f"{self._file.source} cannot be read: {error}") from None
+            raise TrioFileError(f"{self._piece.source} cannot be read: {error}") from None
         if n and not chunk:
-            raise TrioFileError(f"{self._file.source} ends early; copy it again")
+            raise TrioFileError(f"{self._piece.source} ends early; copy it again")
         self._left -= len(chunk)
-        self._digest.update(chunk)
-        self._advance(self._file.role, len(chunk))
+        self._take(chunk)
         return chunk
 
-    def check(self) -> None:
-        """Raise TrioFileError where what was read is not what the trio file says."""
-        if self._digest.hexdigest() != self._file.sha256:
-            refuse_altered(self._file.source)
 
-
-def write_file(file: BundleFile, out: Path, advance: Advance) -> None:
-    """Write and compare one file; it is at `out` whole or not at all."""
-    with (
-        whole_file(out) as unfinished,
-        Reader.of(file, advance) as reader,
-        open(unfinished, "wb") as written,
-    ):
-        while chunk := reader.read():
-            written.write(chunk)
+def write_model(model: BundleModel, folder: Path, advance: Advance) -> None:
+    """Write and compare one model's files; they are in `folder` all of them or none."""
+    reader = Reader(model, advance)
+    with ExitStack() as stack:
+        for piece in model.pieces:
+            unfinished = stack.enter_context(whole_file(folder / piece.name))
+            with reader.opened(piece) as source, open(unfinished, "wb") as written:
+                while chunk := source.read():
+                    written.write(chunk)
         reader.check()
 
 
@@ -117,9 +138,9 @@ def check_space(folder: Path, n_bytes: int) -> None:
         )
 
 
-def check_file_system(target: Path, sizes: dict[str, int], is_tar: bool) -> None:
+def check_file_system(target: Path, sizes: Iterable[int], is_tar: bool) -> None:
     """Raise TrioFileError where FAT32 would refuse a file, after 4 GiB of it were written."""
-    largest = sum(sizes.values()) if is_tar else max(sizes.values())
+    largest = sum(sizes) if is_tar else max(sizes)
     if largest < FAT32_LIMIT:
         return
     here = target.resolve()

@@ -17,6 +17,7 @@ from typing import Any
 
 from trimix_gguf.errors import HubError, MemoryNeededError, TrioFileError
 from trimix_gguf.machine import memory
+from trimix_gguf.machine.parts import is_here, n_bytes_of
 from trimix_gguf.machine.quantization import DIRECT, FLOATS, WEIGHT_TYPES
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trios.hub import Notify, RemoteFile, Repository, check_access, read_repository
@@ -130,13 +131,13 @@ class PullPlan:
         """About the bytes that the models take when they are loaded."""
         fetched = {part.role: part.n_bytes for part in self.parts}
         for role in self.trio.models.keys() - fetched.keys():
-            fetched[role] = (self.own_files.get(role) or self.trio.path(role)).stat().st_size
+            fetched[role] = n_bytes_of(self.own_files.get(role) or self.trio.path(role))
         return sum(n for role, n in fetched.items() if role in ROLES)
 
     @property
     def n_disk(self) -> int:
         """About the most free bytes that are taken while models are fetched and converted."""
-        kept = sum(path.stat().st_size for path in self.own_files.values())
+        kept = sum(map(n_bytes_of, self.own_files.values()))
         most = kept
         for part in self.parts:
             missing = self.n_missing(part)
@@ -217,9 +218,7 @@ def plan_pull(
 def check_room(plan: PullPlan, *, force: bool = False) -> None:
     """Raise MemoryNeededError where the machine's memory is too small, unless `force`; HubError
     where the disk is."""
-    import psutil
-
-    need, have = plan.n_memory, int(psutil.virtual_memory().total)
+    need, have = plan.n_memory, memory.total()
     if need > have and not force:
         raise MemoryNeededError(
             f"{plan.trio.name} needs about {memory.in_gib(need)} of memory, and this machine has "
@@ -303,15 +302,13 @@ def _same_source(asked: ModelEntry, have: ModelEntry, notify: Notify) -> bool:
 def _is_whole(trio: TrioFile, role: str) -> bool:
     """Whether a model is here, by its size; `trimix verify` looks closer."""
     path, entry = trio.path(role), trio.models[role]
-    if not path.is_file():
-        return False
-    return entry.n_bytes in (None, path.stat().st_size)
+    return is_here(path) and entry.n_bytes in (None, n_bytes_of(path))
 
 
 def _own_path(manifest: TrioFile, trio: TrioFile, role: str) -> Path:
     """Where the user's own model is: beside the manifest, or in the trio's folder already."""
     for path in (manifest.path(role), trio.path(role)):
-        if path.is_file():
+        if is_here(path):
             return path
     trio.path(role).parent.mkdir(parents=True, exist_ok=True)
     kind = trio.models[role].quantization

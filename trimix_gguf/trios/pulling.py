@@ -15,6 +15,7 @@ from trimix_gguf.machine.files import ByteProgress, place_flushed, put_in_place,
 from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.machine.hashes import sha256_of
 from trimix_gguf.machine.locking import alone
+from trimix_gguf.machine.parts import n_bytes_of, parts_of
 from trimix_gguf.machine.vocabulary import check_contract
 from trimix_gguf.trios.hub import Notify, fetch, read_repository
 from trimix_gguf.trios.pull_plan import WORK, Part, PullPlan
@@ -193,9 +194,10 @@ def _take_own(trio: TrioFile, role: str, path: Path, plan: PullPlan) -> TrioFile
     if path != target:
         target.parent.mkdir(parents=True, exist_ok=True)
         copy = plan.work / f"{role}.copy"
-        shutil.copyfile(path, copy)
-        put_in_place(copy, target)
-    return trio.with_model(role, sha256=sha256, n_bytes=target.stat().st_size)
+        for part, to in zip(parts_of(path), parts_of(target), strict=True):
+            shutil.copyfile(part, copy)
+            put_in_place(copy, to)
+    return trio.with_model(role, sha256=sha256, n_bytes=n_bytes_of(target))
 
 
 def _other_bytes(role: str, expected: str | None, came: str) -> TrioFileError:

@@ -15,13 +15,13 @@ from trimix_gguf.errors import TrioFileError
 from trimix_gguf.machine.files import ByteProgress, put_in_place
 from trimix_gguf.machine.folders import home_folder
 from trimix_gguf.machine.hashes import sha256_of
+from trimix_gguf.machine.parts import is_here, n_bytes_of
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.trio import NANO, trio_paths
 from trimix_gguf.trios.triofile import FILENAME, ModelEntry, TrioFile, check_name
 
 SHIPPED = "nano"
 PRESETS = Path(__file__).parent / "presets.toml"
-CHUNK = 1 << 20  # bytes read at once
 _TEMPORARY = re.compile(r"\.(?:import|remove)-(\d+)-(\d+)-")
 
 
@@ -140,15 +140,15 @@ def _alive(pid: int, started: int) -> bool:
 def verify(trio: TrioFile, progress: ByteProgress | None = None) -> dict[str, str]:
     """Each model's state: 'whole', 'altered', 'missing', or 'no sha256' to compare with."""
     states = dict.fromkeys(trio.models, "missing")
-    here = {role: path for role in trio.models if (path := trio.path(role)).is_file()}
+    here = {role: path for role in trio.models if is_here(path := trio.path(role))}
     for role, path in here.items():
         entry = trio.models[role]
-        same_size = entry.n_bytes in (None, path.stat().st_size)
+        same_size = entry.n_bytes in (None, n_bytes_of(path))
         states[role] = "to read" if same_size and entry.sha256 else "no sha256"
         if not same_size:
             states[role] = "altered"
     to_read = [role for role, state in states.items() if state == "to read"]
-    total, done = sum(here[role].stat().st_size for role in to_read), 0
+    total, done = sum(n_bytes_of(here[role]) for role in to_read), 0
     for role in to_read:
 
         def advance(n: int, role: str = role) -> None:

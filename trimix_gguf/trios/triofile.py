@@ -13,6 +13,7 @@ from trimix_gguf.choosing.methods import runtime_methods
 from trimix_gguf.errors import TrioFileError, WeightsError
 from trimix_gguf.machine.files import write_text
 from trimix_gguf.machine.hashes import kept_sha256
+from trimix_gguf.machine.parts import is_here, parts_of
 from trimix_gguf.machine.threads import MOST_THREADS
 from trimix_gguf.mixing.fusion import METHODS, Mix, Weights
 from trimix_gguf.roles import ROLES
@@ -125,17 +126,16 @@ class TrioFile:
         return None if self.weights is None else Mix(self.weights)
 
     def missing(self) -> list[str]:
-        """Models whose file is not there."""
-        return [role for role in self.models if not self.path(role).is_file()]
+        """Models of which a file is not there."""
+        return [role for role in self.models if not is_here(self.path(role))]
 
     def check_files(self) -> None:
         """Raise TrioFileError where a model's file is not there."""
         for role in self.missing():
             entry = self.models[role]
             mend = "`trimix pull` fetches it" if entry.repo else "put it there, or name its repo"
-            raise TrioFileError(
-                f"{self.file}: models.{role}: {self.path(role)} is not there; {mend}"
-            )
+            path = next(part for part in parts_of(self.path(role)) if not part.is_file())
+            raise TrioFileError(f"{self.file}: models.{role}: {path} is not there; {mend}")
 
     def load_arguments(self) -> dict[str, Any]:
         """Arguments of Trio.load: files, context, template, each model's settings in `per_role`."""

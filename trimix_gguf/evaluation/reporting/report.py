@@ -40,7 +40,7 @@ from trimix_gguf.evaluation.reporting.summary import (
 )
 from trimix_gguf.evaluation.run_files.answers import RunAnswers, TaskAnswers
 from trimix_gguf.evaluation.tasks.metrics import METRICS
-from trimix_gguf.mixing.scoring import Float64
+from trimix_gguf.mixing.scoring import Float64, perplexity_of
 from trimix_gguf.roles import ROLES
 
 LEVEL = 0.95  # of the intervals
@@ -194,7 +194,7 @@ def _method_summary(task: _Judged, name: str, n_resamples: int) -> MethodSummary
         a, b = task.points[name].T
         nats = nll[np.arange(len(nll)), a, b]
         micro, macro = nats.sum() / n_scored.sum(), (nats / n_scored).mean()
-        summary["perplexity"] = {"micro": math.exp(micro), "macro": math.exp(macro)}
+        summary["perplexity"] = {"micro": perplexity_of(micro), "macro": perplexity_of(macro)}
     return summary
 
 

@@ -1,6 +1,5 @@
 """run.json: what a run was asked for, and with which models; a run with another one is refused."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,9 @@ from typing import NotRequired, TypedDict
 from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.names.settings import RunSettingsRecord
 from trimix_gguf.evaluation.run_files.lines import read_json, write_json
+from trimix_gguf.machine.hashes import sha256_of
 from trimix_gguf.machine.locking import alone
+from trimix_gguf.machine.parts import n_bytes_of
 
 FORMAT = 1  # of run.json and of the lines
 # A run may continue with others of these: numbers change only by rounding.
@@ -84,6 +85,4 @@ def _keep(folder: Path, record: RunRecord) -> None:
 @cache
 def fingerprint(path: Path) -> ModelRecord:
     """A model's file: its name, size and SHA-256."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"file": path.name, "sha256": digest, "bytes": path.stat().st_size}
+    return {"file": path.name, "sha256": sha256_of(path), "bytes": n_bytes_of(path)}

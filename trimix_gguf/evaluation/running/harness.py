@@ -156,14 +156,14 @@ class TrimixLM(TemplateLM):  # type: ignore[misc, unused-ignore]
     @property
     def eot_token_id(self) -> int:
         """The token that ends a text."""
-        named = self._model.file.metadata.get("tokenizer.ggml.eos_token_id")
+        named = self._model.file.special_id("eos")
         return int(min(self._trio.end_of_generation) if named is None else named)
 
     @property
     def prefix_token_id(self) -> int:
         """The only token of an empty context: BOS, or the end of another text."""
-        named = self._model.file.metadata.get("tokenizer.ggml.bos_token_id", self.eot_token_id)
-        return int([*self._model.bos, named][0])
+        named = self._model.file.special_id("bos")
+        return int([*self._model.bos, self.eot_token_id if named is None else named][0])
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: object

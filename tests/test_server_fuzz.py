@@ -31,10 +31,10 @@ FIELDS = (
     "logit_bias", "stop", "stream", "response_format", "trimix", "model", "stream_options",
 )  # fmt: skip
 SCHEMAS = [
-    {"type": "nonsense"}, {"pattern": "^}$"}, {"pattern": "open"}, {"$ref": "#/nowhere"},
-    {"$ref": "https://evil.test/schema"}, {"type": "string", "maxLength": 10**6}, [], "object",
+    {"type": "nonsense"}, {"pattern": "^{$"}, {"pattern": "a++"}, {"$ref": "#/nowhere"},
+    {"$ref": "https://evil.test/schema"}, {"type": "string", "maxLength": 10**30}, [], "object",
     {"type": "array", "items": {}, "minItems": -1}, {"properties": 3}, {"enum": 5},
-    {"anyOf": [{"pattern": "^(a{9}){9}$"}]}, {"type": "string", "pattern": "^*$"},
+    {"anyOf": [{"pattern": "^(?=a)$"}]}, {"type": "string", "pattern": "^*$"},
 ]  # fmt: skip
 
 

@@ -112,11 +112,11 @@ PROMPT = {"prompt": "Қазақстан"}
         ("chat/completions", {**MESSAGES, "response_format": {"type": "xml"}},
          "response_format.type", "one of text"),
         ("chat/completions", {**MESSAGES, "response_format": {
-            "type": "json_schema", "json_schema": {"schema": {"pattern": "^]$"}}}},
-         "response_format.json_schema.schema", "do not pair"),
+            "type": "json_schema", "json_schema": {"schema": {"pattern": "^a++$"}}}},
+         "response_format.json_schema.schema", "quantifier"),
         ("chat/completions", {**MESSAGES, "response_format": {
             "type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}},
-         None, "JSON schema"),
+         "response_format.json_schema.schema", "JSON schema"),
         ("completions", {}, "prompt", "expected a string"),
         ("completions", {"prompt": ""}, "prompt", "empty"),
         ("completions", {"prompt": [1, "a"]}, "prompt", "a list of strings"),

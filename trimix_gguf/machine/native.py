@@ -41,8 +41,8 @@ def _bindings(*names: str) -> list[Any]:
 
 
 self_test.require()
-lib, _ggml, _grammar = _bindings("llama_cpp", "_ggml", "llama_grammar")
-libggml, json_schema_to_gbnf = _ggml.libggml, _grammar.json_schema_to_gbnf
+lib, _ggml = _bindings("llama_cpp", "_ggml")
+libggml = _ggml.libggml
 
 _WARN, _ERROR, _CONTINUE = 3, 4, 5
 _errors: deque[str] = deque(maxlen=8)

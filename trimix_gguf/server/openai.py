@@ -15,7 +15,6 @@ from trimix_gguf.errors import WeightsError
 from trimix_gguf.mixing.fusion import METHODS, Weights
 from trimix_gguf.server.errors import RequestError
 from trimix_gguf.server.fields import Fields, describe
-from trimix_gguf.server.schemas import check_schema
 
 MOST_TOP = 20  # alternatives to a token
 _MOST_TOKENS = 1 << 20
@@ -260,7 +259,9 @@ def _json_schema(fields: Fields) -> dict[str, object] | None:
     schema = None
     if kind == "json_schema":
         inner = Fields(form.take("json_schema"), "response_format.json_schema")
-        schema = check_schema(inner.take("schema"), "response_format.json_schema.schema")
+        schema = inner.take("schema")
+        if not isinstance(schema, dict):
+            inner.wrong("schema", schema, "an object")
         inner.ignore("name", "description", "strict")
         inner.done()
     form.done()

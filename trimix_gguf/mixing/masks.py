@@ -27,7 +27,7 @@ class TokenTree:
     """
 
     def __init__(self, pieces: Sequence[bytes]) -> None:
-        from llguidance import LLTokenizer, TokenizerWrapper  # 30 ms, for texts without a schema too
+        from llguidance import LLTokenizer, TokenizerWrapper
 
         self.n_vocab = len(pieces)
         self.tokenizer = LLTokenizer(TokenizerWrapper(_Tokens(pieces)))

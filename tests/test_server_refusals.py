@@ -125,7 +125,7 @@ PROMPT = {"prompt": "Қазақстан"}
         ("completions", {"prompt": "сөз " * 5000}, "prompt", "shorten it"),
         ("completions", {**PROMPT, "suffix": "b"}, "suffix", "not supported"),
         ("completions", {**PROMPT, "best_of": 2}, "best_of", "ask for n"),
-        ("completions", {**PROMPT, "max_tokens": -1}, "max_tokens", "an integer"),
+        ("completions", {**PROMPT, "max_tokens": -2}, "max_tokens", "an integer"),
         ("completions", {**PROMPT, "max_tokens": True}, "max_tokens", "an integer"),
         ("completions", {**PROMPT, "temperature": "hot"}, "temperature", "a number"),
         ("completions", {**PROMPT, "stop": [""]}, "stop", "not empty"),

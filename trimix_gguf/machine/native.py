@@ -6,6 +6,7 @@ import importlib.util
 import mmap
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -47,6 +48,7 @@ libggml = _ggml.libggml
 _WARN, _ERROR, _CONTINUE = 3, 4, 5
 _errors: deque[str] = deque(maxlen=8)
 _verbose = False
+_closing_stderr = threading.Lock()
 
 
 def _log(level: int, text: bytes, _: Any) -> None:
@@ -86,7 +88,16 @@ def last_error() -> str:
 
 @contextmanager
 def stderr_closed() -> Iterator[None]:
-    """Silence what llama.cpp prints past its log, such as a grammar's parse errors."""
+    """Silence what llama.cpp prints past its log, such as a grammar's parse errors.
+
+    One thread at a time: a second one would keep the first one's closed stream as its own.
+    """
+    with _closing_stderr, _stderr_closed():
+        yield
+
+
+@contextmanager
+def _stderr_closed() -> Iterator[None]:
     if sys.stderr is not None:
         sys.stderr.flush()
     try:

@@ -260,13 +260,13 @@ main()
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGTERM")
 def test_sigterm_ends_a_server_whose_engine_hangs():
-    with serving("--drain", 0, program=(sys.executable, "-c", HANGING)) as served:
-        with ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(served.post, "/v1/completions", {"prompt": "a"})
-            served.wait_until(is_running)
-            served.process.send_signal(signal.SIGTERM)
-            assert served.process.wait(PATIENCE_S) == 128 + signal.SIGTERM
-            assert error_of(asked.result(), 503)["code"] == "shutting_down"
+    program = (sys.executable, "-c", HANGING)
+    with serving("--drain", 0, program=program) as served, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(served.post, "/v1/completions", {"prompt": "a"})
+        served.wait_until(is_running)
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(PATIENCE_S) == 128 + signal.SIGTERM
+        assert error_of(asked.result(), 503)["code"] == "shutting_down"
 
 
 def refuses(port):

@@ -5,8 +5,10 @@ import importlib
 import importlib.util
 import mmap
 import os
+import re
 import sys
 import threading
+import unicodedata
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +22,8 @@ from trimix_gguf.machine import self_test
 from trimix_gguf.machine.quantization import FLOATS
 
 KV_TYPES = (*FLOATS, "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+MOST_RUN = 2000  # some 300 bytes of stack each; Windows has 1 MB
+_LONG_RUN = re.compile(rf"\S{{{MOST_RUN + 1},}}|\s{{{MOST_RUN + 1},}}")
 QUANTIZE_BUFFER = 256 << 20  # bytes of a tensor's rows that the quantizer holds at once
 
 
@@ -226,8 +230,39 @@ def quantize(source: str, out: str, file_type: int, *, requantize: bool) -> int:
     return int(lib.llama_model_quantize(*names, ctypes.byref(params)))
 
 
-def tokenize(vocab: Any, text: str, *, special: bool = False) -> list[int]:
-    """Ids of `text` without BOS; `special` reads control tokens such as <|im_start|>."""
+def cut_runs(text: str) -> list[str]:
+    """`text` in parts, none of which has a word, or white space, of more than MOST_RUN characters.
+
+    It is cut before a sign that follows a letter if there is one, as tokenizers cut there too.
+    """
+    parts, at = [], 0
+    for run in _LONG_RUN.finditer(text):
+        begin = run.start()
+        while run.end() - begin > MOST_RUN:
+            begin = _cut(text, begin)
+            parts.append(text[at:begin])
+            at = begin
+    return [*parts, text[at:]]
+
+
+def _cut(text: str, begin: int) -> int:
+    """Where to cut a run that begins there."""
+    kinds = [unicodedata.category(c) for c in text[begin : begin + MOST_RUN + 1]]
+    for i in range(MOST_RUN, MOST_RUN // 2, -1):
+        if kinds[i][0] in "PS" and kinds[i - 1][0] in "LMN":
+            return begin + i
+    whole = (i for i in range(MOST_RUN, MOST_RUN // 2, -1) if kinds[i][0] != "M")
+    return begin + next(whole, MOST_RUN)  # before no mark that goes on a letter
+
+
+def tokenize(vocab: Any, text: str, *, special: bool = False, long_runs: bool = True) -> list[int]:
+    """Ids of `text` without BOS; `special` reads control tokens such as <|im_start|>.
+
+    Without `long_runs`, they are cut: std::regex, by which llama.cpp cuts the text for many
+    tokenizers, needs stack for each character of a match.
+    """
+    if not long_runs:
+        return [i for part in cut_runs(text) for i in tokenize(vocab, part, special=special)]
     raw = text.encode("utf-8")
     room = len(raw) + 8
     ids = (lib.llama_token * room)()
@@ -246,6 +281,7 @@ def tokenize_texts(path: str, texts: list[str]) -> list[list[int]]:
     if not model:
         raise ModelFileError(f"{path}: llama.cpp cannot read its vocabulary: {last_error()}")
     try:
-        return [tokenize(lib.llama_model_get_vocab(model), text) for text in texts]
+        vocab = lib.llama_model_get_vocab(model)
+        return [tokenize(vocab, text, long_runs=False) for text in texts]
     finally:
         lib.llama_model_free(model)

@@ -21,6 +21,8 @@ from trimix_gguf.machine.loading import Loading
 from trimix_gguf.machine.native import lib
 from trimix_gguf.machine.threads import MOST_THREADS, available_cores
 
+# Pre-tokenizers that llama.cpp has code of its own for; the others go through std::regex.
+_WITHOUT_REGEX = ("qwen2", "llama-bpe", "gpt-2", "smollm")
 _ENDS = ("eos", "eot", "eom")  # token ids in a GGUF's metadata that end a text
 Logits = NDArray[np.float32]  # [n, n_vocab]
 Entry = tuple[int, int, int, bool]  # id, position, sequence, whether its row is wanted
@@ -65,6 +67,11 @@ class Model:
         self.decode_seconds: dict[int, deque[float]] = {}  # ids decoded at once -> the last times
         self._weights: _Weights = (
             _Weights(self.file, loading, tokenizer) if share is None else share._weights
+        )
+        known = self.file.metadata
+        self._takes_long_runs = (
+            known.get("tokenizer.ggml.model") != "gpt2"
+            or known.get("tokenizer.ggml.pre") in _WITHOUT_REGEX
         )
         self.vocab = lib.llama_model_get_vocab(self._weights.handle)
         self.n_vocab = int(lib.llama_vocab_n_tokens(self.vocab))
@@ -252,7 +259,8 @@ class Model:
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text` without BOS; `special` reads control tokens such as <|im_start|>."""
-        return native.tokenize(self.vocab, text, special=special)
+        long_runs = self._takes_long_runs
+        return native.tokenize(self.vocab, text, special=special, long_runs=long_runs)
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """Bytes of one token; control tokens are empty unless `special`."""

@@ -275,13 +275,19 @@ def tokenize(vocab: Any, text: str, *, special: bool = False, long_runs: bool = 
 
 def tokenize_texts(path: str, texts: list[str]) -> list[list[int]]:
     """Ids of each text by the vocabulary of a GGUF, whose weights are not loaded."""
+    with vocabulary(path) as vocab:
+        return [tokenize(vocab, text, long_runs=False) for text in texts]
+
+
+@contextmanager
+def vocabulary(path: str) -> Iterator[Any]:
+    """The vocabulary of a GGUF, whose weights are not loaded; raises ModelFileError."""
     params = lib.llama_model_default_params()
     params.vocab_only = True
     model = lib.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         raise ModelFileError(f"{path}: llama.cpp cannot read its vocabulary: {last_error()}")
     try:
-        vocab = lib.llama_model_get_vocab(model)
-        return [tokenize(vocab, text, long_runs=False) for text in texts]
+        yield lib.llama_model_get_vocab(model)
     finally:
         lib.llama_model_free(model)

@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import SamplerError
-from trimix_gguf.machine import native
 from trimix_gguf.machine.native import lib
+from trimix_gguf.mixing.grammar import CANDIDATE, Grammar, candidate_array
 from trimix_gguf.mixing.masks import SchemaMask, TokenTree
 from trimix_gguf.mixing.sampling import N_SEEDS, Sampling
 
-_CANDIDATE = np.dtype([("id", "<i4"), ("logit", "<f4"), ("p", "<f4")])  # llama_token_data
 _DRY_BREAKERS = ("\n", ":", '"', "*")  # llama.cpp's defaults
 
 
@@ -44,7 +43,7 @@ class Sampler:
             lib.llama_sampler_chain_add(self._chain, link)
         self._rules = _rules(vocab, sampling, self._stop_ids, tree)
         self._ids = np.arange(n_vocab, dtype=np.int32)
-        self._candidates = np.zeros(n_vocab, dtype=_CANDIDATE)
+        self._candidates = np.zeros(n_vocab, dtype=CANDIDATE)
 
     def sample(self, fused: NDArray[np.float32]) -> int:
         """Pick from one fused row [n_vocab]; accept() then tells which token was taken."""
@@ -80,7 +79,7 @@ class Sampler:
         if constrained:
             assert self._rules is not None
             self._rules.apply(self._candidates)
-        array = _array(self._candidates)
+        array = candidate_array(self._candidates)
         lib.llama_sampler_apply(self._chain, ctypes.byref(array))
         if array.selected < 0:
             raise SamplerError("the sampler picked nothing; loosen its cut-offs")
@@ -90,40 +89,8 @@ class Sampler:
         return int(picked.id)
 
 
-def _array(candidates: NDArray[Any]) -> Any:
-    data = candidates.ctypes.data_as(lib.llama_token_data_p)
-    return lib.llama_token_data_array(data=data, size=len(candidates), selected=-1, sorted=False)
-
-
-class _Grammar:
-    """llama.cpp's grammar: which tokens may come next."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-        weakref.finalize(self, lib.llama_sampler_free, handle)
-
-    def apply(self, candidates: NDArray[Any]) -> None:
-        """Set the logits of tokens that may not come next to minus infinity."""
-        array = _array(candidates)
-        lib.llama_sampler_apply(self._handle, ctypes.byref(array))
-
-    def allows(self, token: int) -> bool:
-        """Whether this token may come next."""
-        one = np.array([(token, 1.0, 0.0)], dtype=_CANDIDATE)
-        self.apply(one)
-        return bool(one["logit"][0] != -np.inf)
-
-    def accept(self, token: int) -> None:
-        """Take a token into the text."""
-        lib.llama_sampler_accept(self._handle, token)
-
-    def clone(self) -> "_Grammar":
-        """An independent copy in the same state."""
-        return _Grammar(lib.llama_sampler_clone(self._handle))
-
-
 class _Schema:
-    """A JSON schema: as _Grammar; a text may end where it is valid."""
+    """A JSON schema: as a Grammar; a text may end where it is valid."""
 
     def __init__(self, mask: SchemaMask, stop_ids: frozenset[int]) -> None:
         self._mask, self._stop_ids = mask, stop_ids
@@ -191,16 +158,10 @@ def _rules(
     sampling: Sampling,
     stop_ids: frozenset[int],
     tree: Callable[[], TokenTree] | None,
-) -> _Grammar | _Schema | None:
+) -> Grammar | _Schema | None:
     """What the text has to follow; None where it is free."""
     if sampling.json_schema is not None:
         if tree is None:
             raise ValueError("a JSON schema needs the tree of tokens")
         return _Schema(SchemaMask(tree(), sampling.json_schema), stop_ids)
-    if sampling.grammar is None:
-        return None
-    with native.stderr_closed():
-        grammar = lib.llama_sampler_init_grammar(vocab, sampling.grammar.encode(), b"root")
-    if not grammar:
-        raise SamplerError("llama.cpp cannot parse the grammar; check its GBNF")
-    return _Grammar(grammar)
+    return None if sampling.grammar is None else Grammar.parse(vocab, sampling.grammar)

@@ -273,6 +273,17 @@ def tokenize(vocab: Any, text: str, *, special: bool = False, long_runs: bool = 
     return list(ids[:n])
 
 
+def piece(vocab: Any, token: int, *, special: bool = False) -> bytes:
+    """Bytes of one token; control tokens are empty unless `special`."""
+    size = 64
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        n = lib.llama_token_to_piece(vocab, token, buffer, size, 0, special)
+        if n >= 0:
+            return buffer.raw[:n]
+        size = -n
+
+
 def tokenize_texts(path: str, texts: list[str]) -> list[list[int]]:
     """Ids of each text by the vocabulary of a GGUF, whose weights are not loaded."""
     with vocabulary(path) as vocab:

@@ -97,6 +97,7 @@ def answer_calls(answer: Callable[[Any], object]) -> None:
     if sys.platform != "win32":
         import resource
 
+        os.nice(10)  # whoever waits for the answer of a model goes first
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_AS, (_MOST_BYTES, _MOST_BYTES))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

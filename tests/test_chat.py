@@ -225,12 +225,17 @@ def test_refusals_are_one_line(trio):
         ("{{ 1 + 'a' }}", "refuses"),
         ("{% for %}", "refuses"),
         ("{{ ''.__class__.__mro__ }}", "refuses"),
+        # Of Jinja before 3.1.6: the environment of the process.
+        ("{{ ('{0.__globals__[json]}' | attr('format'))(strftime_now) }}", "refuses"),
+        ("{{ ('' | attr('format')).__self__ }}", "refuses"),
+        ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", "refuses"),
     ]:
         with pytest.raises(PromptError, match=words) as caught:
             chat_prompt(trio, twice, template=template)
         assert "\n" not in str(caught.value)
     half = [{"role": "user", "content": "\ud83d"}]
-    for messages in ([], [{"role": "tool", "content": "a"}], [{"role": "user"}], half):
+    no_text = [{"role": "assistant", "content": "a", "reasoning_content": 5}]
+    for messages in ([], [{"role": "tool", "content": "a"}], [{"role": "user"}], half, no_text):
         with pytest.raises(PromptError, match="expected|no message|surrogate"):
             chat_prompt(trio, messages)
 

@@ -171,12 +171,16 @@ def _checked(
                 f"message {i + 1} has role {role!r} and {type(text).__name__} content; "
                 "expected system, user or assistant, and text"
             )
-        if any("\ud800" <= c <= "\udfff" for c in text):
+        reasoning = message.get("reasoning_content")
+        if not isinstance(reasoning, str | None):
+            kind = type(reasoning).__name__
+            raise PromptError(f"message {i + 1} has {kind} reasoning_content; expected text")
+        if any("\ud800" <= c <= "\udfff" for c in text + (reasoning or "")):
             raise PromptError(f"message {i + 1} holds half a surrogate pair; send it as UTF-8")
         known = answers.get(i)
         ids = None if known is None else tuple(known)
         text = model.normalize(text) if ids is None else text
-        reasoning = message.get("reasoning_content")
+        reasoning = reasoning and model.normalize(reasoning)
         turns.append(_Turn(role, text, ids, scored=i not in answers, reasoning=reasoning))
     if not turns:
         raise PromptError("the chat has no message; give one of a user")

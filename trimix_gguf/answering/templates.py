@@ -57,7 +57,7 @@ def render(
     ]
     try:
         text = _compile(template).render(
-            **{**variables, "messages": marked, "tools": None, "documents": None}
+            {**variables, "messages": marked, "tools": None, "documents": None}
         )
     except (TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
         raise TemplateError(str(error)) from error

@@ -153,8 +153,8 @@ class _Protocol(H11Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether it asks for nothing now."""
-        return self.cycle is None or bool(self.cycle.response_complete)
+        """Whether it asks for nothing now, or has not yet said what it asks for."""
+        return self.cycle is None or bool(self.cycle.response_complete or self.cycle.more_body)
 
     def on_response_complete(self) -> None:
         """Begin to be idle."""

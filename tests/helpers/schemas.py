@@ -63,6 +63,9 @@ BROKEN = [
     ({"pattern": "^\\S$"}, [" ", "\x1c", "\u3000"]),
     ({"pattern": "^a.b$"}, ["a\nb", "ab"]),
     ({"const": {"a": [1, "б"]}}, [{"a": [1]}, {"a": [1, "б"], "c": 0}]),
+    ({"type": "integer", "maximum": 2**63 - 1}, [2**63, 2**63 - 1 + 2**11]),  # it rounds
+    ({"type": "integer", "minimum": -(2**63)}, [-(2**63) - 1, -(2**64)]),
+    ({"type": "number", "maximum": 1e308, "minimum": -1e308}, [1.5e308, -1.5e308, "1"]),
     ({"x-guidance": {"lenient": True, "coerce_one_of": True}, "type": "null"}, [1, "a"]),
     ({"$defs": {"a": {"type": "null"}}, "items": {"$ref": "#/$defs/a"}}, [[1], [None, 2]]),
 ]
@@ -84,6 +87,12 @@ REFUSED = [
     ({"type": "array", "minItems": 3, "maxItems": 1}, "minItems"),
     ({"multipleOf": 0.01}, "multipleOf"),
     ({"type": "object", "minProperties": 3}, "minProperties"),
+    ({"const": 2**53 + 1}, "const"),
+    ({"enum": [{"a": [1e30]}]}, "enum"),
+    ({"minimum": 10**400}, "minimum"),
+    ({"items": [{"type": "null"}]}, "items"),
+    ({"const": float("inf")}, "JSON"),
+    ({"const": "\ud83d"}, "JSON"),
     ({"format": "нысан"}, "format"),
     ({"$ref": "https://example.com/schema"}, "$ref"),
     ({"$ref": "#/nowhere"}, "$ref"),

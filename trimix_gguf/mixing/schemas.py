@@ -24,6 +24,8 @@ _APPLICATORS = ("allOf", "anyOf", "oneOf", "$ref")
 _REMARKS = ("title", "description", "default", "examples", "$comment", "$schema", "$id", "$defs",
             "definitions", "readOnly", "writeOnly", "deprecated")  # fmt: skip
 _SPACE = r"\x20|\n[\x20\t]{0,20}"  # between tokens of JSON, as in llama.cpp's grammars
+_EXACT = 2**53  # up to it, every integer is a float64
+_BOUNDS = {"minimum": 1, "exclusiveMinimum": 1, "maximum": -1, "exclusiveMaximum": -1}
 _COUNTS = re.compile(r"(min|max)(Length|Items|Properties)")
 
 
@@ -35,6 +37,7 @@ def read_schema(schema: object) -> Any:
     try:
         text = schema if isinstance(schema, str) else json.dumps(schema)
         value = json.loads(text)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # half a pair, infinity
     except (ValueError, TypeError, RecursionError) as error:
         raise refused(f"it is not JSON: {error}") from None
     if not isinstance(value, dict | bool):
@@ -87,7 +90,7 @@ def _check_size(value: Any) -> None:
 class _Walk:
     """Visits every schema within a schema; `places` are their JSON pointers, decoded."""
 
-    def __init__(self, root: object) -> None:
+    def __init__(self, root: Any) -> None:
         self.root, self.places = root, {"#"}
         self.references: list[str] = []
         self.walked: list[dict[str, Any]] = []
@@ -127,6 +130,8 @@ class _Walk:
             if name == "patternProperties":
                 walked = {_pattern(k, name): v for k, v in walked.items()}
             return walked
+        if name == "items" and isinstance(value, list) and "$schema" not in self.root:
+            raise refused("items as a list is of older drafts; use prefixItems, or say $schema")
         if (name in _LISTS or name == "items") and isinstance(value, list):
             return [self.schema(v, f"{inner}/{i}") for i, v in enumerate(value)]
         if name in _SINGLE:
@@ -139,7 +144,7 @@ class _Walk:
             self.references.append(value)
             return quote(value, safe="#/%:?&=@!$'()*+,;~")
         _check_keyword(node, name, value, is_root=at == "#")
-        return value
+        return _inward(name, value)
 
     def check_references(self) -> None:
         """Raise where one leads out of the schema, or to what is no schema in it."""
@@ -154,6 +159,8 @@ def _check_keyword(node: Mapping[str, Any], name: str, value: Any, *, is_root: b
     """Raise for what llguidance would take, and not hold to."""
     if name == "multipleOf" and isinstance(value, float) and not value.is_integer():
         raise refused("multipleOf of a fraction is not supported: binary numbers are not exact")
+    if name in ("const", "enum", "multipleOf") and _has_large_number(value):
+        raise refused(f"{name} with a number beyond 2^53 is not supported: it would be rounded")
     if name in ("$id", "id") and isinstance(value, str) and not is_root:
         raise refused(f"{name} below the root is not supported")
     if name == "minProperties" and isinstance(value, int):
@@ -161,6 +168,26 @@ def _check_keyword(node: Mapping[str, Any], name: str, value: Any, *, is_root: b
         # Names may repeat in its grammar, and count once in a value.
         if value > max(1, len(required) if isinstance(required, list) else 0):
             raise refused("minProperties above the number of required properties is not supported")
+
+
+def _has_large_number(value: Any) -> bool:
+    level = [value]
+    while level:
+        if any(isinstance(v, int | float) and abs(v) > _EXACT for v in level):
+            return True
+        inner = [v for v in level if isinstance(v, dict | list)]
+        level = [w for v in inner for w in (v.values() if isinstance(v, dict) else v)]
+    return False
+
+
+def _inward(name: str, value: Any) -> Any:
+    """A bound within what llguidance keeps exactly; what is left is valid too."""
+    side = _BOUNDS.get(name)
+    if side is None or type(value) not in (int, float) or abs(value) <= _EXACT:
+        return value
+    if value * side > 0:
+        raise refused(f"{name} beyond 2^53 is not supported: numbers would be rounded")
+    return -side * _EXACT
 
 
 def _pattern(pattern: str, name: str) -> str:

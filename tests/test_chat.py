@@ -5,6 +5,7 @@ import os
 import gguf
 import pytest
 from conftest import KAZAKH
+from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -357,6 +358,27 @@ def test_a_message_is_followed_through_what_templates_do_to_texts(operation):
     assert "".join(text for _, text in pieces) == by_jinja(template, messages)
     assert {i for i, _ in pieces} == {OWN, 0, 1}
     assert not any(c in text for i, text in pieces if i == OWN for c in "abcABC")
+
+
+UNFOLLOWED = [
+    "'{:>20}'.format(c)", "'%-20s|' % c", "c | center(30)", "(c ~ '') | length", "c | tojson",
+    "c.__len__()", "c[::-1]", "c * 2", "(c ~ 'x')[3:]", "(c ~ ' ') | trim | reverse",
+    "c.translate({97: 98})", "c.zfill(30)", "c.swapcase()", "c.encode()", "c | urlencode",
+    "c.expandtabs()", "c.casefold()", "(c ~ c) | replace('b', 'x')", "c.ljust(20)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("operation", [*UNFOLLOWED, *OPERATIONS])
+def test_a_rendering_is_jinjas_own_or_refused(operation):
+    """Marks are not to be counted, padded or turned round without a word."""
+    template = "{% for m in messages %}{% set c = m.content %}<{{ " + operation + " }}>{% endfor %}"
+    for texts in (("aab bca c", " b\nac "), ("a", "ab"), ("", " ")):
+        messages = said(*texts, roles=("user", "assistant"))
+        try:
+            pieces = render(template=template, messages=messages, variables={})
+        except TemplateError:
+            continue
+        assert "".join(text for _, text in pieces) == by_jinja(template, messages)
 
 
 COSTLY = {

@@ -22,9 +22,11 @@ from trimix_gguf.machine.worker import answer_calls
 
 Piece = tuple[int, str]  # of which message, or OWN; its text
 OWN = -1  # the template's own text
+_CONTENTS = ("content", "reasoning_content")
 _MOST_CHARACTERS = 1 << 24  # of a rendering
 _FIRST, _MOST_MESSAGES = 0xF0000, 1 << 15  # planes of characters that no text has
 _MARK = "".join(chr(0x100000 + secrets.randbelow(0xFFF0)) for _ in range(4))
+_clock = {"now": datetime.now()}  # of one rendering
 _MARKS = re.compile(f"{_MARK}([\U000f0000-\U000fffff])")
 
 
@@ -55,15 +57,12 @@ def render(
         {k: _Text._of(v, i) if k in _CONTENTS and isinstance(v, str) else v for k, v in m.items()}
         for i, m in enumerate(messages)
     ]
-    try:
-        text = _compile(template).render(
-            {**variables, "messages": marked, "tools": None, "documents": None}
-        )
-    except (TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
-        raise TemplateError(str(error)) from error
-    if len(text) > _MOST_CHARACTERS:
-        raise TemplateError(f"it writes more than {_MOST_CHARACTERS} characters")
-    pieces = list(_pieces(str(text)))
+    known = {**variables, "tools": None, "documents": None}
+    _clock["now"] = datetime.now()
+    pieces = list(_pieces(_rendered(template, {**known, "messages": marked})))
+    plain = _rendered(template, {**known, "messages": [dict(m) for m in messages]})
+    if "".join(text for _, text in pieces) != plain:
+        raise _lost()
     said = dict.fromkeys(range(OWN, len(messages)), 0)
     for index, piece in pieces:
         said[index] += len(piece)
@@ -73,7 +72,14 @@ def render(
     return pieces
 
 
-_CONTENTS = ("content", "reasoning_content")
+def _rendered(template: str, known: Mapping[str, Any]) -> str:
+    try:
+        text = str(_compile(template).render(known))
+    except (TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
+        raise TemplateError(str(error)) from error
+    if len(text) > _MOST_CHARACTERS:
+        raise TemplateError(f"it writes more than {_MOST_CHARACTERS} characters")
+    return text
 
 
 def _pieces(text: str) -> Iterator[Piece]:
@@ -258,7 +264,7 @@ def _compile(template: str) -> Any:
     environment.filters["tojson"] = _to_json
     environment.filters["replace"] = _replace  # jinja's own would replace in the marks
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["strftime_now"] = lambda form: _clock["now"].strftime(form)
     return environment.from_string(template)
 
 

@@ -181,3 +181,18 @@ def test_layers_that_no_device_takes_are_said(trimix):
     done = trimix(*arguments, "large_ins=3")
     assert done.returncode == 0 and b"note: gpu layers of large_ins stay on the CPU" in done.stderr
     assert b"note" not in trimix(*arguments, "auto").stderr
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", ""])
+def test_the_newline_that_ends_a_file_is_not_part_of_the_prompt(trimix, tmp_path, end):
+    """Bug: `echo … | trimix generate` answered another prompt than the same argument."""
+    options = ("-n", 6, "--temperature", 0, "--weights", "0.5,0.5")
+    said = trimix("generate", "Қазақстан", *options).stdout
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(("Қазақстан" + end).encode())
+    assert trimix("generate", *options, stdin=path.read_bytes()).stdout == said
+    assert trimix("generate", "-f", path, *options).stdout == said
+    path.write_bytes(("Қазақстан" + "\n\n").encode())
+    more = json.loads(trimix("generate", "-f", path, "--json", *options).stdout)
+    less = json.loads(trimix("generate", "Қазақстан", "--json", *options).stdout)
+    assert more["n_prompt_tokens"] > less["n_prompt_tokens"]

@@ -46,7 +46,10 @@ def test_chat_is_rendered_as_transformers_does(trio, template, add_generation_pr
         bos_token="<s>",
     )
     ours = render_chat(
-        template, MESSAGES, add_generation_prompt=add_generation_prompt, bos_token="<s>"
+        template,
+        MESSAGES,
+        add_generation_prompt=add_generation_prompt,
+        variables={"bos_token": "<s>"},
     )
     assert ours == theirs[0] and MESSAGES[-1]["content"] == "Жауап: "
 

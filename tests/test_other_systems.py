@@ -228,6 +228,9 @@ GUARDED = {
     ("trimix_gguf/cli/chat.py", "import readline"): "ImportError is suppressed",
     ("trimix_gguf/machine/processor.py", "'/proc/cpuinfo'"): "on Linux only",
     ("trimix_gguf/machine/memory.py", "import resource"): "not on Windows",
+    ("trimix_gguf/machine/worker.py", "import resource"): "not on Windows",
+    ("trimix_gguf/machine/worker.py", "os.nice"): "not on Windows",
+    ("trimix_gguf/machine/worker.py", "signal.setitimer"): "not on Windows",
     ("trimix_gguf/machine/memory.py", "'/proc/self/status'"): "where it exists",
 }
 METHODS = {

@@ -62,6 +62,12 @@ def test_what_is_imported_is_declared(folder):
     assert not undeclared
 
 
+def test_floors_have_no_known_escapes():
+    """Bug: with Jinja 3.1.5 the template of a GGUF read the environment (CVE-2025-27516)."""
+    (floor,) = [d for d in PROJECT["dependencies"] if d.startswith("jinja2")]
+    assert floor == "jinja2>=3.1.6"
+
+
 def test_what_is_declared_is_imported():
     imported = {name for folder in ("trimix_gguf", "convert") for _, name in third_parties(folder)}
     loaded_by_name = {"llama-cpp-python"}  # native.py, without its own start

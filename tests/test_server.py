@@ -245,6 +245,58 @@ def test_json_is_what_was_asked_for(server):
     assert text.lstrip().startswith("{")
 
 
+def chat_of(*messages):
+    return {"messages": list(messages), "max_tokens": 4}
+
+
+ASK, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+PART = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {**chat_of(ASK), "stop": ""},
+        {**chat_of(ASK), "seed": -1},
+        {**chat_of(ASK), "top_k": 40, "min_p": 0.1, "repeat_penalty": 1.1},
+        {**chat_of(ASK), "top_k": -1},
+        {**chat_of(ASK), "chat_template_kwargs": {"enable_thinking": False}},
+        {**chat_of(ASK, ANSWER, ASK), "max_tokens": -1, "stop": [" ", "а", "е", "і", "ы", "\n"]},
+        chat_of({"role": "user", "content": [PART]}),
+        chat_of(ASK, {**ANSWER, "content": None}, ASK),
+        chat_of(ASK, {**ANSWER, "reasoning_content": "c"}, ASK),
+    ],
+    ids=lambda body: str(sorted(body))[:50],
+)
+def test_what_clients_send_is_taken(server, body):
+    """Bug: usual fields were refused."""
+    response = server.post("/v1/chat/completions", body)
+    assert response.status_code == 200, response.text
+
+
+def test_fields_that_clients_send_mean_what_they_say(server):
+    def text(**fields):
+        body = {"prompt": TEXTS[0], "max_tokens": 16, **ENDLESS, **fields}
+        return server.post("/v1/completions", body).json()["choices"][0]["text"]
+
+    assert text(top_k=1, seed=1) == text(top_k=1, seed=2) == text(temperature=0)
+    assert text(top_k=1, seed=1) != text(top_k=-1, seed=1)
+    assert len({text(seed=-1) for _ in range(4)}) > 1
+
+
+def test_variables_reach_the_template(nano_files, tmp_path):
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ hint }}"
+    models = {role: ModelEntry(str(path)) for role, path in nano_files.items()}
+    TrioFile(tmp_path, "hinted", models, chat_template=template).write()
+    with serving("--trio", tmp_path) as served:
+
+        def n_prompt(**fields):
+            reply = served.post("/v1/chat/completions", {**chat_of(ASK), **fields}).json()
+            return reply["usage"]["prompt_tokens"]
+
+        assert n_prompt(chat_template_kwargs={"hint": "бір екі үш"}) > n_prompt() + 2
+
+
 def test_tokenize_and_back(server, trio):
     model = trio.models["large_ins"]
     answer = server.post("/tokenize", {"content": KAZAKH, "add_special": True}).json()

@@ -1,5 +1,6 @@
 """Many clients of one server, those that leave, and how it ends."""
 
+import asyncio
 import json
 import math
 import os
@@ -10,11 +11,19 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
 from conftest import KAZAKH
-from served import ENDLESS, TEXTS, error_of, events_of, serving
+from served import ENDLESS, PATIENCE_S, TEXTS, error_of, events_of, serving
+
+from trimix_gguf import Weights
+from trimix_gguf.answering.batching import Batcher
+from trimix_gguf.answering.request import Request
+from trimix_gguf.errors import QueueFull
+from trimix_gguf.server.events import Events
+from trimix_gguf.trios.triofile import ModelEntry, TrioFile
 
 
 @pytest.fixture(scope="module")
@@ -91,23 +100,99 @@ def test_who_reads_nothing_holds_no_place_for_ever(trio):
     assert ended['trimix_requests_finished_total{reason="cancelled"}'] > 0
 
 
-def test_too_many_are_told_to_come_again_and_time_is_limited():
-    long = {"prompt": KAZAKH, "max_tokens": 8000, **ENDLESS}
-    with serving("--n-ctx", 8192, "--parallel", 1, "--queue", 0, "--timeout", 2) as served:
-        with ThreadPoolExecutor(1) as pool:
-            streamed = pool.submit(served.post, "/v1/completions", {**long, "stream": True})
+def test_too_many_are_told_to_come_again():
+    long = {"prompt": KAZAKH, "max_tokens": 8000, "stream": True, **ENDLESS}
+    with serving("--n-ctx", 8192, "--parallel", 1, "--queue", 0) as served:
+        assert served.health() == "ok"
+        with httpx.stream("POST", f"{served.url}/v1/completions", json=long, timeout=PATIENCE_S):
             served.wait_until(is_running)
+            assert served.health() == "busy"
             refused = served.post("/v1/completions", {"prompt": "a", "max_tokens": 1})
             assert error_of(refused, 429)["code"] == "queue_full"
             assert int(refused.headers["retry-after"]) > 0
-        *chunks, last = events_of(streamed.result().text)
-        assert json.loads(last)["error"]["code"] == "timeout"
-        assert "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks)
-        assert error_of(served.post("/v1/completions", long), 504)["code"] == "timeout"
         served.wait_until(is_idle)
         too_many = served.post("/v1/completions", {"prompt": "a", "n": 2})
         assert error_of(too_many, 400)["param"] == "n"
         assert served.complete("a", max_tokens=1)
+
+
+def test_the_time_of_an_answer_is_limited():
+    long = {"prompt": KAZAKH, "max_tokens": 30_000, **ENDLESS}
+    with serving("--n-ctx", 32_000, "--parallel", 1, "--timeout", 2) as served:
+        streamed = served.post("/v1/completions", {**long, "stream": True})
+        while streamed.status_code == 504:  # its first token came too late
+            streamed = served.post("/v1/completions", {**long, "stream": True})
+        *chunks, last = events_of(streamed.text)
+        assert json.loads(last)["error"]["code"] == "timeout"
+        assert "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks)
+        assert error_of(served.post("/v1/completions", long), 504)["code"] == "timeout"
+        served.wait_until(is_idle)
+
+
+# -- what one asks costs the others little ----------------------------------------------------
+
+
+def test_a_template_that_does_not_end_holds_nobody_up(nano_files, tmp_path):
+    """Bug: it held the one thread that prepared all requests, and SIGTERM ended nothing."""
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    models = {role: ModelEntry(str(path)) for role, path in nano_files.items()}
+    TrioFile(tmp_path, "loops", models, chat_template=loops).write()
+    with serving("--trio", tmp_path) as served, ThreadPoolExecutor(8) as pool:
+        body = {"messages": [{"role": "user", "content": "a"}]}
+        chats = [pool.submit(served.post, "/v1/chat/completions", body) for _ in range(8)]
+        assert served.complete("a", max_tokens=2, trimix={"weights": [0.3, 0.6]})
+        assert not all(chat.done() for chat in chats)  # it did not wait for them
+        for chat in chats:
+            assert "refuses the messages" in error_of(chat.result(), 400)["message"]
+        pool.submit(served.post, "/v1/chat/completions", body)
+        served.process.send_signal(signal.SIGTERM)
+    assert served.process.returncode == 0
+
+
+def test_many_messages_are_refused_first(server):
+    """Bug: 30,000 held all others for two minutes."""
+    body = {"messages": [{"role": "user", "content": "a"}] * 30_000, "max_tokens": 1}
+    error = error_of(server.post("/v1/chat/completions", body), 400)
+    assert error["param"] == "messages" and "do not fit" in error["message"]
+
+
+def test_idle_connections_make_room_for_who_asks(server):
+    """Bug: as many as the system has files could be held open, and then nobody was answered."""
+    with ExitStack() as stack:
+        for i in range(300):
+            address = ("127.0.0.1", server.port)
+            made = stack.enter_context(socket.create_connection(address, timeout=PATIENCE_S))
+            with suppress(OSError):  # some have been hung up on
+                made.sendall(post_head("/v1/completions", b"{}") if i % 2 else b"")
+        assert server.complete("a", max_tokens=1)
+
+
+def test_nothing_is_prepared_for_whom_there_is_no_room(trio):
+    batcher = Batcher(trio, n_parallel=1, n_queue=1)
+    try:
+        batcher.reserve(2)
+        assert batcher.is_busy
+        with pytest.raises(QueueFull):
+            batcher.reserve(1)
+        with pytest.raises(QueueFull):
+            batcher.submit(Request("а", Weights(1, 0), max_tokens=1), print)
+        ended = threading.Event()
+        request = Request("а", Weights(1, 0), max_tokens=1)
+        batcher.submit(request, lambda event: event.finish_reason and ended.set(), reserved=True)
+        batcher.release(1)
+        ended.wait(PATIENCE_S)
+
+        async def ask():
+            Events(batcher, fail, n=3, executor=None, receive=None, timeout_s=1)
+
+        def fail():
+            raise AssertionError("it was prepared")
+
+        with pytest.raises(QueueFull):
+            asyncio.run(ask())
+    finally:
+        batcher.close()
+    trio.forget()
 
 
 # -- the end --------------------------------------------------------------------------------
@@ -115,7 +200,9 @@ def test_too_many_are_told_to_come_again_and_time_is_limited():
 
 def stream_lines(served, lines, **body):
     body = {"prompt": KAZAKH, "stream": True, **ENDLESS, **body}
-    with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=60) as response:
+    with httpx.stream(
+        "POST", f"{served.url}/v1/completions", json=body, timeout=PATIENCE_S
+    ) as response:
         lines += response.iter_lines()
 
 
@@ -133,8 +220,8 @@ def test_what_runs_has_its_time_to_end(sent, drain, n, code):
         thread.start()
         served.wait_until(lambda m: m["trimix_generated_tokens_total"] or is_running(m))
         served.process.send_signal(sent)
-        thread.join(60)
-        assert served.process.wait(60) == code
+        thread.join(PATIENCE_S)
+        assert served.process.wait(PATIENCE_S) == code
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{served.url}/health")
     events = [line.removeprefix("data: ") for line in lines if line]
@@ -157,14 +244,39 @@ def test_a_second_ctrl_c_does_not_wait():
         while served.process.poll() is None and not refuses(served.port):
             time.sleep(0.02)  # until the first signal was taken in
         served.process.send_signal(signal.SIGINT)
-        thread.join(60)
-        assert served.process.wait(60) == 130
+        thread.join(PATIENCE_S)
+        assert served.process.wait(PATIENCE_S) == 130
     assert "shutting_down" in [line for line in lines if line][-1]
+
+
+HANGING = """
+import sys, time
+from trimix_gguf.answering import batching
+from trimix_gguf.answering.batching import Batcher
+from trimix_gguf.server import running
+running._GRACE_S = 0.5
+batching.LONG_STEP_S = 0.0
+Batcher._step = lambda self: time.sleep(10**6)
+from trimix_gguf.cli import main
+main()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGTERM")
+def test_sigterm_ends_a_server_whose_engine_hangs():
+    program = (sys.executable, "-c", HANGING)
+    with serving("--drain", 0, program=program) as served, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(served.post, "/v1/completions", {"prompt": "a"})
+        served.wait_until(is_running)
+        assert served.health() == "busy"
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(PATIENCE_S) == 128 + signal.SIGTERM
+        assert error_of(asked.result(), 503)["code"] == "shutting_down"
 
 
 def refuses(port):
     try:
-        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S).close()
     except ConnectionRefusedError:
         return True
     return False

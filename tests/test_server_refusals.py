@@ -112,11 +112,11 @@ PROMPT = {"prompt": "Қазақстан"}
         ("chat/completions", {**MESSAGES, "response_format": {"type": "xml"}},
          "response_format.type", "one of text"),
         ("chat/completions", {**MESSAGES, "response_format": {
-            "type": "json_schema", "json_schema": {"schema": {"pattern": "^]$"}}}},
-         "response_format.json_schema.schema", "do not pair"),
+            "type": "json_schema", "json_schema": {"schema": {"pattern": "^a++$"}}}},
+         "response_format.json_schema.schema", "quantifier"),
         ("chat/completions", {**MESSAGES, "response_format": {
             "type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}},
-         None, "JSON schema"),
+         "response_format.json_schema.schema", "JSON schema"),
         ("completions", {}, "prompt", "expected a string"),
         ("completions", {"prompt": ""}, "prompt", "empty"),
         ("completions", {"prompt": [1, "a"]}, "prompt", "a list of strings"),
@@ -125,7 +125,7 @@ PROMPT = {"prompt": "Қазақстан"}
         ("completions", {"prompt": "сөз " * 5000}, "prompt", "shorten it"),
         ("completions", {**PROMPT, "suffix": "b"}, "suffix", "not supported"),
         ("completions", {**PROMPT, "best_of": 2}, "best_of", "ask for n"),
-        ("completions", {**PROMPT, "max_tokens": -1}, "max_tokens", "an integer"),
+        ("completions", {**PROMPT, "max_tokens": -2}, "max_tokens", "an integer"),
         ("completions", {**PROMPT, "max_tokens": True}, "max_tokens", "an integer"),
         ("completions", {**PROMPT, "temperature": "hot"}, "temperature", "a number"),
         ("completions", {**PROMPT, "stop": [""]}, "stop", "not empty"),

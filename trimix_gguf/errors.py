@@ -9,7 +9,8 @@ TrimixError
  ├── VocabularyMismatch   models that do not speak the same tokens
  ├── PromptError          a prompt that cannot be read, scored or fitted
  ├── WeightsError         weights or a grid outside what the mix allows
- ├── SamplerError         a grammar, schema or setting that llama.cpp refuses
+ ├── SamplerError         a grammar or setting that llama.cpp refuses
+ │    └── SchemaError         a JSON schema that no answer could be held to
  ├── DataError            evaluation data that is absent, damaged or not what a task asks for
  ├── TrioFileError        a trio that is unknown, incomplete, damaged, or not one
  ├── QueueFull            more requests at once than may wait
@@ -58,7 +59,11 @@ class WeightsError(TrimixError):
 
 
 class SamplerError(TrimixError):
-    """A grammar, schema or sampling setting that llama.cpp refuses."""
+    """A grammar or a sampling setting that llama.cpp refuses."""
+
+
+class SchemaError(SamplerError):
+    """A JSON schema that no answer could be held to."""
 
 
 class DataError(TrimixError):

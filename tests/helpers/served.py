@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import httpx
 
+# For what never comes; a busy machine may take long for what does.
+PATIENCE_S = 600
 # The nano trio ends a text by id 0; without it, answers are as long as they may be.
 ENDLESS = {"logit_bias": {"0": -100}}
 TEXTS = [
@@ -36,7 +38,7 @@ class Served:
         return f"http://127.0.0.1:{self.port}"
 
     def post(self, path, body, **options):
-        return httpx.post(self.url + path, json=body, timeout=60, **options)
+        return httpx.post(self.url + path, json=body, timeout=PATIENCE_S, **options)
 
     def complete(self, prompt, **body):
         """The JSON of a completion that must succeed."""
@@ -44,15 +46,18 @@ class Served:
         assert response.status_code == 200, response.text
         return response.json()
 
+    def health(self):
+        return httpx.get(f"{self.url}/health", timeout=PATIENCE_S).json()["status"]
+
     def metrics(self, **headers):
         """Samples of /metrics by name and labels."""
-        text = httpx.get(f"{self.url}/metrics", headers=headers).text
+        text = httpx.get(f"{self.url}/metrics", headers=headers, timeout=PATIENCE_S).text
         lines = (line for line in text.splitlines() if not line.startswith("#"))
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
     def wait_until(self, condition):
-        """The metrics, once `condition` holds for them; some time at most."""
-        deadline = time.monotonic() + 30
+        """The metrics, once `condition` holds for them."""
+        deadline = time.monotonic() + PATIENCE_S
         while not condition(found := self.metrics()):
             assert time.monotonic() < deadline, found
             time.sleep(0.02)
@@ -72,7 +77,7 @@ def serving(*arguments, program=(sys.executable, "-m", "trimix_gguf.cli")):
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=PATIENCE_S)
     assert b"Traceback" not in error, error.decode()
 
 

@@ -202,7 +202,8 @@ class TextStream:
 def new_sampler(trio: Trio, prompt: Prompt, sampling: Sampling) -> Sampler:
     """A sampler of a trio's tokens that has read the prompt, for its penalties."""
     vocab, end_ids = trio.models["large_ins"].vocab, tuple(trio.end_of_generation)
-    sampler = Sampler(vocab, trio.n_vocab, sampling, stop_ids=end_ids)
+    tree = lambda: trio.token_tree  # noqa: E731
+    sampler = Sampler(vocab, trio.n_vocab, sampling, stop_ids=end_ids, tree=tree)
     for segment in prompt.segments:
         sampler.read_prompt(segment.ids["large_ins"])
     return sampler

@@ -37,6 +37,7 @@ class Statistics:
     step_seconds: float = 0.0
 
 
+LONG_STEP_S = 5.0
 Wanted = dict[str, dict[int, list[int]]]  # role -> sequence -> its ids whose rows are wanted
 
 
@@ -56,24 +57,55 @@ class Batcher:
         self._kept: dict[int, PrefixSums] = {}  # of finished requests, the longest unused first
         self._statistics = Statistics()
         self._changed = threading.Condition()
+        self._n_reserved = 0
+        self._step_began: float | None = None
         self._closing: float | None = None  # when requests that still run are cancelled
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request, on_event: Callable[[Event], None]) -> Job:
+    def reserve(self, n: int) -> None:
+        """Hold `n` places, before anything is prepared for them; raises QueueFull."""
+        with self._changed:
+            self._check_room(n)
+            self._n_reserved += n
+
+    def release(self, n: int) -> None:
+        """Give back places that were not used."""
+        with self._changed:
+            self._n_reserved -= n
+
+    def submit(
+        self, request: Request, on_event: Callable[[Event], None], *, reserved: bool = False
+    ) -> Job:
         """Queue a request; this Batcher's thread calls `on_event`, which must not raise.
 
-        Raises QueueFull, PromptError, SamplerError.
+        A `reserved` one uses up a place that was held. Raises QueueFull, PromptError, SamplerError.
         """
         job = Job(self.trio, request, on_event)
         with self._changed:
-            if self._closing is not None or not self._thread.is_alive():
-                raise QueueFull("the server is shutting down; try again later")
-            if len(self._waiting) >= self._n_queue + self._n_parallel - len(self._running):
-                raise QueueFull(f"{self._n_queue} requests wait already; try again later")
+            self._check_room(0 if reserved else 1)
+            self._n_reserved -= reserved
             self._waiting.append(job)
             self._changed.notify()
         return job
+
+    def _check_room(self, n: int) -> None:
+        if self._closing is not None or not self._thread.is_alive():
+            raise QueueFull("the server is shutting down; try again later")
+        if n > self._n_free:
+            raise QueueFull(f"{self._n_queue} requests wait already; try again later")
+
+    @property
+    def _n_free(self) -> int:
+        """Places that are neither taken nor held."""
+        taken = len(self._waiting) + len(self._running) + self._n_reserved
+        return self._n_queue + self._n_parallel - taken
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether one more request would be refused, or a step takes long."""
+        began = self._step_began
+        return self._n_free <= 0 or (began is not None and time.monotonic() - began > LONG_STEP_S)
 
     @property
     def is_alive(self) -> bool:
@@ -98,11 +130,12 @@ class Batcher:
             while self._has_work():
                 self._end_cancelled()
                 self._let_in()
-                started = time.perf_counter()
+                started, self._step_began = time.perf_counter(), time.monotonic()
                 try:
                     self._step()
                 except TrimixError as error:  # of a decode: no one request is at fault
                     self._abandon(error)
+                self._step_began = None
                 took = self._statistics.step_seconds + time.perf_counter() - started
                 self._statistics = replace(self._statistics, step_seconds=took)
         finally:

@@ -1,29 +1,24 @@
 """Chat: messages -> prompt, by the chat template of a GGUF.
 
 large_ins reads its own template around each message. The small models never saw its control
-tokens, so they read a plain template. The messages are the same ids for all three. They never pass
-through a template: it is rendered with placeholders for them, and cut there.
+tokens, so they read a plain template. The messages are the same ids for all three, as the
+template of large_ins has them: it may strip white space, or the reasoning of earlier answers.
 """
 
-import json
-import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
-from functools import cache
+from itertools import groupby
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from trimix_gguf.errors import PromptError
+from trimix_gguf.machine.worker import CPU_S, TooCostly, Worker
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.prompt import Prompt, Segment
 from trimix_gguf.trio.trio import Trio
 
-Message = dict[str, str]  # role, content
+Message = dict[str, str]  # role, content; of an assistant also reasoning_content
 _HERE = "<the message goes on here>"
 # A line for each role: the space of "User: " would be a token that texts do not have there.
 PLAIN_TEMPLATE = (
@@ -32,6 +27,11 @@ PLAIN_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}Assistant:{{ '\n' }}{% endif %}"
 )
 PLAIN_STOPS = ("\n\nUser:", "\nUser:")  # where a model begins to write the next question
+_renderer = Worker("trimix_gguf.answering.templates")
+
+
+class _Refused(Exception):
+    """A template refuses the messages; says why."""
 
 
 def chat_prompt(
@@ -41,6 +41,7 @@ def chat_prompt(
     template: str | None = None,
     add_generation_prompt: bool = True,
     answers: Mapping[int, Sequence[int] | None] | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> Prompt:
     """Messages {"role": system | user | assistant, "content": text} as a prompt for three models.
 
@@ -48,31 +49,24 @@ def chat_prompt(
     model's, or the plain one, which the small models always read. Each content is shared and
     scored; control tokens in it are only text. `answers` are contents that were generated, by the
     message's index: they are not scored, and keep these ids, if any. Without the generation prompt
-    the last message stays open, to be continued. A system message that the template does not take
-    is put before the first user message. Raises PromptError where the template refuses them.
+    the last message stays open, to be continued. `variables` are for the template, such as
+    enable_thinking. A system message that the template does not take is put before the first user
+    message. Raises PromptError where the template refuses them.
     """
     model = trio.models[ROLES[0]]
-    turns = _checked(messages, answers or {}, model)
+    turns = _checked(messages, answers or {}, model, trio.n_ctx)
     own = template or model.chat_template or PLAIN_TEMPLATE
-
-    def cut(turns: list[_Turn], template: str) -> _Layout:
-        return _cut(turns, _renderer(template, add_generation_prompt, _tokens(model)), is_open)
-
-    def lay_out(turns: list[_Turn]) -> _Layout:
-        return cut(_stripped(turns, _renderer(own, add_generation_prompt, _tokens(model))), own)
-
-    is_open = not add_generation_prompt
+    known = {**(variables or {}), **_tokens(model), "add_generation_prompt": add_generation_prompt}
     try:
         try:
-            layout = lay_out(turns)
-        except TemplateError:
+            layout = _lay_out(turns, own, known)
+        except _Refused:
             if turns[0].role != "system":
                 raise
-            layout = lay_out(_fold_system(turns))
-        plain = cut(layout.turns, PLAIN_TEMPLATE)
-    except TemplateError as error:
+            layout = _lay_out(_fold_system(turns), own, known)
+    except _Refused as error:
         raise PromptError(_refusal(model, error)) from None
-    return Prompt(tuple(_segments(model, layout, plain)))
+    return Prompt(tuple(_segments(model, layout, _plain_around(layout, add_generation_prompt))))
 
 
 def template_of(model: Model) -> str:
@@ -89,15 +83,38 @@ def apply_template(
 
     Raises PromptError where the template refuses them.
     """
+    template = template_of(model)
     try:
         return render_chat(
-            template_of(model),
-            list(messages),
+            template,
+            messages,
             add_generation_prompt=add_generation_prompt,
-            **_tokens(model),
+            variables=_tokens(model),
         )
-    except TemplateError as error:
+    except PromptError as error:
         raise PromptError(_refusal(model, error)) from None
+
+
+def render_chat(
+    template: str,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool,
+    variables: Mapping[str, Any] | None = None,
+) -> str:
+    """Messages by a chat template; raises PromptError where it refuses them.
+
+    Without the generation prompt the last message is left open, for its continuation.
+    """
+    turns = [_Turn(m["role"], m["content"], reasoning=m.get("reasoning_content")) for m in messages]
+    known = {**(variables or {}), "add_generation_prompt": add_generation_prompt}
+    try:
+        pieces = _render(template, turns, known)
+        if not add_generation_prompt:
+            pieces = _opened(pieces, turns)
+    except _Refused as error:
+        raise PromptError(str(error)) from None
+    return "".join(text for _, text in pieces)
 
 
 def around_message(model: Model) -> tuple[list[int], list[int]]:
@@ -110,25 +127,9 @@ def around_message(model: Model) -> tuple[list[int], list[int]]:
     )
 
 
-def render_chat(
-    template: str, messages: list[Message], *, add_generation_prompt: bool, **tokens: str
-) -> str:
-    """Messages by a chat template, in the sandbox and with the helpers that transformers gives it.
-
-    Without the generation prompt the last message is left open, for its continuation. Raises
-    jinja2.TemplateError. Source: transformers, utils/chat_template_utils.py.
-    """
-    messages = [dict(m) for m in messages]
-    end = "" if add_generation_prompt else f"{_HERE} "
-    messages[-1]["content"] += end
-    text = _render(template, messages, add_generation_prompt, tokens)
-    if not end:
-        return text
-    before, mark, after = text.rpartition(end.strip())
-    if not mark:
-        raise TemplateError("it leaves the last message out")
-    # A template that strips its messages has taken the space after the mark.
-    return before if after.startswith(" ") else before.rstrip()
+def close_renderer() -> None:
+    """End the processes that render templates, also where one is at work."""
+    _renderer.close()
 
 
 # -- messages -> segments -------------------------------------------------------------------
@@ -142,23 +143,26 @@ class _Turn:
     text: str
     ids: tuple[int, ...] | None = None
     scored: bool = True
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Messages in a template's order, those that have a content, and the texts around these."""
+    """The messages, what the template wrote of them, and its texts around these parts."""
 
     turns: list[_Turn]
-    contents: list[_Turn]
+    contents: list[tuple[int, _Turn]]  # the index of the message it is from
     around: list[str]  # one more than there are contents
 
 
-_Render = Callable[[Sequence[_Turn]], str]
-
-
 def _checked(
-    messages: Sequence[Message], answers: Mapping[int, Sequence[int] | None], model: Model
+    messages: Sequence[Message],
+    answers: Mapping[int, Sequence[int] | None],
+    model: Model,
+    n_ctx: int,
 ) -> list[_Turn]:
+    if sum(bool(message.get("content")) for message in messages) > n_ctx:  # a token each, at least
+        raise PromptError(f"{len(messages)} messages do not fit a context of {n_ctx} tokens")
     turns = []
     for i, message in enumerate(messages):
         role, text = message.get("role"), message.get("content")
@@ -167,12 +171,17 @@ def _checked(
                 f"message {i + 1} has role {role!r} and {type(text).__name__} content; "
                 "expected system, user or assistant, and text"
             )
-        if any("\ud800" <= c <= "\udfff" for c in text):
+        reasoning = message.get("reasoning_content")
+        if not isinstance(reasoning, str | None):
+            kind = type(reasoning).__name__
+            raise PromptError(f"message {i + 1} has {kind} reasoning_content; expected text")
+        if any("\ud800" <= c <= "\udfff" for c in text + (reasoning or "")):
             raise PromptError(f"message {i + 1} holds half a surrogate pair; send it as UTF-8")
         known = answers.get(i)
         ids = None if known is None else tuple(known)
         text = model.normalize(text) if ids is None else text
-        turns.append(_Turn(role, text, ids, scored=i not in answers))
+        reasoning = reasoning and model.normalize(reasoning)
+        turns.append(_Turn(role, text, ids, scored=i not in answers, reasoning=reasoning))
     if not turns:
         raise PromptError("the chat has no message; give one of a user")
     return turns
@@ -187,84 +196,82 @@ def _fold_system(turns: list[_Turn]) -> list[_Turn]:
     return [replace(system, role="user"), *rest]
 
 
-def _renderer(template: str, add_generation_prompt: bool, tokens: Mapping[str, str]) -> _Render:
-    def render(turns: Sequence[_Turn]) -> str:
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-        return _render(template, messages, add_generation_prompt, tokens)
+def _lay_out(turns: list[_Turn], template: str, variables: Mapping[str, Any]) -> _Layout:
+    """What a template makes of the messages; raises _Refused."""
+    pieces = _render(template, turns, variables)
+    if not variables["add_generation_prompt"]:
+        pieces = _opened(pieces, turns)
+    written = {i for i, _ in pieces}
+    if any(turn.text.strip() and i not in written for i, turn in enumerate(turns)):
+        raise _Refused("it leaves a message out")
+    contents: list[tuple[int, _Turn]] = []
+    around = [""]
+    for i, text in pieces:
+        if i < 0:
+            around[-1] += text
+        elif text or turns[i].ids:
+            contents.append((i, _written(turns[i], text)))
+            around.append("")
+    return _Layout(turns, contents, around)
 
-    return render
+
+def _written(turn: _Turn, text: str) -> _Turn:
+    """A part of a message as the template has it; it keeps its ids if it is the whole."""
+    whole = text.strip() == turn.text.strip()
+    return turn if turn.ids and whole else replace(turn, text=text, ids=None)
 
 
-def _stripped(turns: list[_Turn], render: _Render) -> list[_Turn]:
-    """The messages without the outer white space that a template takes off them.
+def _opened(pieces: list[tuple[int, str]], turns: Sequence[_Turn]) -> list[tuple[int, str]]:
+    """The rendering up to the end of the last message, which is to be continued."""
+    last = max((n for n, (i, _) in enumerate(pieces) if i >= 0), default=-1)
+    if last < 0 or pieces[last][0] != len(turns) - 1:
+        raise _Refused("it does not end with the last message, which is to stay open")
+    return pieces[: last + 1]
 
-    A placeholder with the same white space around it shows what the template leaves of it.
+
+def _render(
+    template: str, turns: Sequence[_Turn], variables: Mapping[str, Any]
+) -> list[tuple[int, str]]:
+    """Pieces of the rendering, by the message they are of (-1: the template's own text).
+
+    A process of its own renders it, within limits. Raises _Refused.
     """
-    outer = [_outer_space(turn) for turn in turns]
-    if not any(before or after for before, after in outer):
-        return turns
-    marks = [secrets.token_hex(12) if turn.text or turn.ids else "" for turn in turns]
-
-    def around(befores: Sequence[str], afters: Sequence[str]) -> tuple[list[int], list[str]]:
-        texts = [b + m + a for b, m, a in zip(befores, marks, afters, strict=True)]
-        return _split(
-            render([replace(t, text=x) for t, x in zip(turns, texts, strict=True)]), marks
+    messages = []
+    for turn in turns:
+        message = {"role": turn.role, "content": turn.text}
+        if turn.reasoning is not None:
+            message["reasoning_content"] = turn.reasoning
+        messages.append(message)
+    try:
+        answer = _renderer.call(
+            {"template": template, "messages": messages, "variables": dict(variables)}
         )
-
-    none = [""] * len(turns)
-    order, bare = around(none, none)
-    _, begun = around([before for before, _ in outer], none)
-    _, ended = around(none, [after for _, after in outer])
-    kept = list(turns)
-    for at, i in enumerate(order):
-        before = begun[at][len(bare[at]) :]
-        after = ended[at + 1][: len(ended[at + 1]) - len(bare[at + 1])]
-        core = turns[i].text.strip()
-        if turns[i].ids is None:
-            text = before + core + after if core else min(before, after, key=len)
-            kept[i] = replace(turns[i], text=text)
-    return kept
+    except TooCostly:
+        raise _Refused(f"it took more than {CPU_S:g} s, or too much memory") from None
+    if "error" in answer:
+        raise _Refused(answer["error"])
+    return [(i, text) for i, text in answer["pieces"]]
 
 
-def _outer_space(turn: _Turn) -> tuple[str, str]:
-    """White space before and after a message; an empty one has it on both sides."""
-    text, core = turn.text, turn.text.strip()
-    if turn.ids is not None or not core:
-        return ("", "") if turn.ids is not None else (text, text)
-    at = text.index(core)
-    return text[:at], text[at + len(core) :]
+def _plain_around(layout: _Layout, add_generation_prompt: bool) -> list[str]:
+    """What the small models read around the contents: PLAIN_TEMPLATE, in the same order."""
+    order = [i for i, _ in layout.contents]
+    counts = Counter(order)
+    groups = [(i, counts[i]) for i in range(len(layout.turns))]
+    if order != sorted(order):
+        groups = [(i, len(list(parts))) for i, parts in groupby(order)]
+    around, between = [""], ""
+    for i, n_parts in groups:
+        around[-1] += f"{between}{layout.turns[i].role.capitalize()}:\n"
+        for part in range(n_parts):
+            around[-1] += "\n\n" if part else ""
+            around.append("")
+        between = "\n\n"
+    around[-1] += f"{between}Assistant:\n" if add_generation_prompt else ""
+    return around
 
 
-def _cut(turns: list[_Turn], render: _Render, is_open: bool) -> _Layout:
-    """Where a template puts the messages; it gets empty ones as they are."""
-    last = turns[-1]
-    marks = [
-        secrets.token_hex(12) if turn.text or turn.ids or (is_open and turn is last) else ""
-        for turn in turns
-    ]
-    text = render([replace(t, text=mark) for t, mark in zip(turns, marks, strict=True)])
-    order, around = _split(text, marks)
-    contents = [turns[i] for i in order]
-    if is_open:
-        if contents[-1] is not last:
-            raise TemplateError("it does not end with the last message, which is to stay open")
-        around[-1] = ""
-    return _Layout(turns if order == sorted(order) else contents, contents, around)
-
-
-def _split(text: str, marks: Sequence[str]) -> tuple[list[int], list[str]]:
-    """Indices of the marks in the order of the text, and the texts around them."""
-    if any(mark and text.count(mark) != 1 for mark in marks):
-        raise TemplateError("it leaves a message out, or says one twice")
-    order = sorted((i for i, m in enumerate(marks) if m), key=lambda i: text.index(marks[i]))
-    around = []
-    for i in order:
-        before, _, text = text.partition(marks[i])
-        around.append(before)
-    return order, [*around, text]
-
-
-def _segments(model: Model, layout: _Layout, plain: _Layout) -> Iterator[Segment]:
+def _segments(model: Model, layout: _Layout, plain: list[str]) -> Iterator[Segment]:
     begin = model.bos
 
     def around(own: str, small: str) -> Iterator[Segment]:
@@ -276,7 +283,7 @@ def _segments(model: Model, layout: _Layout, plain: _Layout) -> Iterator[Segment
         if any(by_role.values()):
             yield Segment.per_role(by_role)
 
-    for turn, own, small in zip(layout.contents, layout.around, plain.around, strict=False):
+    for (_, turn), own, small in zip(layout.contents, layout.around, plain, strict=False):
         text = turn.text if turn.ids is None else _text(model, turn.ids[:1])
         space = ""
         if own.endswith(" ") and text and (turn.ids is None or text.startswith(" ")):
@@ -287,7 +294,7 @@ def _segments(model: Model, layout: _Layout, plain: _Layout) -> Iterator[Segment
             yield Segment.of(turn.ids, scored=False)
         elif turn.text and turn.ids is None:
             yield Segment.of(inner_ids(model, space + turn.text), scored=turn.scored)
-    yield from around(layout.around[-1], plain.around[-1])
+    yield from around(layout.around[-1], plain[-1])
 
 
 def inner_ids(model: Model, text: str, *, special: bool = False) -> list[int]:
@@ -304,26 +311,6 @@ def _text(model: Model, ids: Sequence[int]) -> str:
     return b"".join(model.piece(i) for i in ids).decode("utf-8", "replace")
 
 
-# -- templates ------------------------------------------------------------------------------
-
-
-def _render(
-    template: str, messages: list[Message], add_generation_prompt: bool, tokens: Mapping[str, str]
-) -> str:
-    """Raises TemplateError for any failure in the template."""
-    try:
-        text = _compile(template).render(
-            messages=messages,
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **tokens,
-        )
-    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
-        raise TemplateError(str(error)) from error
-    return str(text)
-
-
 def _tokens(model: Model) -> dict[str, str]:
     """The control tokens that templates name: bos_token and so on."""
     found = model.special_tokens().items()
@@ -334,32 +321,3 @@ def _tokens(model: Model) -> dict[str, str]:
 def _refusal(model: Model, error: Exception) -> str:
     reason = " ".join(str(error).split())
     return f"the chat template of {model.path.name} refuses the messages: {reason}"
-
-
-class _Generation(Extension):
-    """{% generation %} marks what to train on; it has no effect here."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@cache
-def _compile(template: str) -> Any:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
-
-
-def _to_json(value: Any, **options: Any) -> str:
-    return json.dumps(value, **{"ensure_ascii": False, **options})  # jinja's own escapes HTML
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)

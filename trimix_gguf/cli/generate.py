@@ -42,12 +42,15 @@ from trimix_gguf.cli.task_weights import task_weights
 def generate(prompt: str | None, file: str | None, **options: Any) -> None:
     """Continue PROMPT with the mix of three models.
 
-    The prompt is the argument, a file, or standard input. Without --trio, the small Kazakh trio
+    The prompt is the argument, a file, or standard input; the newline at the end of these two is
+    not part of it. Without --trio, the small Kazakh trio
     that ships in the package answers.
     """
     if prompt is not None and file is not None:
         raise click.UsageError("give PROMPT or --file, not both")
-    text = prompt if prompt not in (None, "-") else read_text(file or "-")
+    text = prompt
+    if text in (None, "-"):  # a text file ends with a newline that is none of the prompt's
+        text = read_text(file or "-").removesuffix("\n").removesuffix("\r")
     settings = generation_settings(options)
     settings |= _own_settings(options)
     with ExitStack() as stack:

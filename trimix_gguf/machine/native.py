@@ -7,6 +7,8 @@ import mmap
 import os
 import re
 import sys
+import threading
+import unicodedata
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +22,8 @@ from trimix_gguf.machine import self_test
 from trimix_gguf.machine.quantization import FLOATS
 
 KV_TYPES = (*FLOATS, "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+MOST_RUN = 2000  # some 300 bytes of stack each; Windows has 1 MB
+_LONG_RUN = re.compile(rf"\S{{{MOST_RUN + 1},}}|\s{{{MOST_RUN + 1},}}")
 QUANTIZE_BUFFER = 256 << 20  # bytes of a tensor's rows that the quantizer holds at once
 
 
@@ -42,14 +46,15 @@ def _bindings(*names: str) -> list[Any]:
 
 
 self_test.require()
-lib, _ggml, _grammar = _bindings("llama_cpp", "_ggml", "llama_grammar")
-libggml, json_schema_to_gbnf = _ggml.libggml, _grammar.json_schema_to_gbnf
+lib, _ggml = _bindings("llama_cpp", "_ggml")
+libggml = _ggml.libggml
 
 _WARN, _ERROR, _CONTINUE = 3, 4, 5
 # What llama.cpp adds after its reason, as the loading functions return.
 _SAYS_NOTHING = re.compile(r"failed to (load model|load vocab|apply lora adapter|initialize)\W*$")
 _errors: deque[str] = deque(maxlen=8)
 _verbose = False
+_closing_stderr = threading.Lock()
 
 
 def _log(level: int, text: bytes, _: Any) -> None:
@@ -90,7 +95,16 @@ def last_error() -> str:
 
 @contextmanager
 def stderr_closed() -> Iterator[None]:
-    """Silence what llama.cpp prints past its log, such as a grammar's parse errors."""
+    """Silence what llama.cpp prints past its log, such as a grammar's parse errors.
+
+    One thread at a time: a second one would keep the first one's closed stream as its own.
+    """
+    with _closing_stderr, _stderr_closed():
+        yield
+
+
+@contextmanager
+def _stderr_closed() -> Iterator[None]:
     if sys.stderr is not None:
         sys.stderr.flush()
     try:
@@ -219,8 +233,39 @@ def quantize(source: str, out: str, file_type: int, *, requantize: bool) -> int:
     return int(lib.llama_model_quantize(*names, ctypes.byref(params)))
 
 
-def tokenize(vocab: Any, text: str, *, special: bool = False) -> list[int]:
-    """Ids of `text` without BOS; `special` reads control tokens such as <|im_start|>."""
+def cut_runs(text: str) -> list[str]:
+    """`text` in parts, none of which has a word, or white space, of more than MOST_RUN characters.
+
+    It is cut before a sign that follows a letter if there is one, as tokenizers cut there too.
+    """
+    parts, at = [], 0
+    for run in _LONG_RUN.finditer(text):
+        begin = run.start()
+        while run.end() - begin > MOST_RUN:
+            begin = _cut(text, begin)
+            parts.append(text[at:begin])
+            at = begin
+    return [*parts, text[at:]]
+
+
+def _cut(text: str, begin: int) -> int:
+    """Where to cut a run that begins there."""
+    kinds = [unicodedata.category(c) for c in text[begin : begin + MOST_RUN + 1]]
+    for i in range(MOST_RUN, MOST_RUN // 2, -1):
+        if kinds[i][0] in "PS" and kinds[i - 1][0] in "LMN":
+            return begin + i
+    whole = (i for i in range(MOST_RUN, MOST_RUN // 2, -1) if kinds[i][0] != "M")
+    return begin + next(whole, MOST_RUN)  # before no mark that goes on a letter
+
+
+def tokenize(vocab: Any, text: str, *, special: bool = False, long_runs: bool = True) -> list[int]:
+    """Ids of `text` without BOS; `special` reads control tokens such as <|im_start|>.
+
+    Without `long_runs`, they are cut: std::regex, by which llama.cpp cuts the text for many
+    tokenizers, needs stack for each character of a match.
+    """
+    if not long_runs:
+        return [i for part in cut_runs(text) for i in tokenize(vocab, part, special=special)]
     raw = text.encode("utf-8")
     room = len(raw) + 8
     ids = (lib.llama_token * room)()
@@ -231,8 +276,26 @@ def tokenize(vocab: Any, text: str, *, special: bool = False) -> list[int]:
     return list(ids[:n])
 
 
+def piece(vocab: Any, token: int, *, special: bool = False) -> bytes:
+    """Bytes of one token; control tokens are empty unless `special`."""
+    size = 64
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        n = lib.llama_token_to_piece(vocab, token, buffer, size, 0, special)
+        if n >= 0:
+            return buffer.raw[:n]
+        size = -n
+
+
 def tokenize_texts(path: str, texts: list[str], *, special: bool = False) -> list[list[int]]:
     """Ids of each text by the vocabulary of a GGUF, whose weights are not loaded."""
+    with vocabulary(path) as vocab:
+        return [tokenize(vocab, text, special=special, long_runs=False) for text in texts]
+
+
+@contextmanager
+def vocabulary(path: str) -> Iterator[Any]:
+    """The vocabulary of a GGUF, whose weights are not loaded; raises ModelFileError."""
     listen()
     params = lib.llama_model_default_params()
     params.vocab_only = True
@@ -240,7 +303,6 @@ def tokenize_texts(path: str, texts: list[str], *, special: bool = False) -> lis
     if not model:
         raise ModelFileError(f"{path}: llama.cpp cannot read its vocabulary: {last_error()}")
     try:
-        vocab = lib.llama_model_get_vocab(model)
-        return [tokenize(vocab, text, special=special) for text in texts]
+        yield lib.llama_model_get_vocab(model)
     finally:
         lib.llama_model_free(model)

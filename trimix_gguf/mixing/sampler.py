@@ -1,33 +1,38 @@
-"""llama.cpp's own sampler chain, and its grammar, over fused logits."""
+"""llama.cpp's own sampler chain over fused logits, within a grammar or a JSON schema."""
 
 import ctypes
-import json
 import secrets
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import SamplerError
-from trimix_gguf.machine import native
 from trimix_gguf.machine.native import lib
+from trimix_gguf.mixing.grammar import CANDIDATE, Grammar, candidate_array
+from trimix_gguf.mixing.masks import SchemaMask, TokenTree
 from trimix_gguf.mixing.sampling import N_SEEDS, Sampling
 
-_CANDIDATE = np.dtype([("id", "<i4"), ("logit", "<f4"), ("p", "<f4")])  # llama_token_data
 _DRY_BREAKERS = ("\n", ":", '"', "*")  # llama.cpp's defaults
 
 
 class Sampler:
     """Picks token ids from fused rows; the same seed and rows give the same ids.
 
-    `stop_ids` end a text, and the grammar never sees them. Raises SamplerError for a grammar or a
-    JSON schema that llama.cpp cannot use.
+    `stop_ids` end a text, and the grammar never sees them. `tree` makes what a JSON schema needs.
+    Raises SamplerError for a grammar or a JSON schema that cannot be used.
     """
 
     def __init__(
-        self, vocab: Any, n_vocab: int, sampling: Sampling, *, stop_ids: Sequence[int] = ()
+        self,
+        vocab: Any,
+        n_vocab: int,
+        sampling: Sampling,
+        *,
+        stop_ids: Sequence[int] = (),
+        tree: Callable[[], TokenTree] | None = None,
     ) -> None:
         self.seed = secrets.randbelow(N_SEEDS) if sampling.seed is None else sampling.seed
         self._stop_ids = frozenset(stop_ids)
@@ -36,24 +41,22 @@ class Sampler:
         changing = _adjusters(vocab, n_vocab, sampling)
         for link in (*changing, *_pickers(n_vocab, sampling, self.seed)):
             lib.llama_sampler_chain_add(self._chain, link)
-        self._grammar = _grammar(vocab, sampling)
-        if self._grammar is not None:
-            weakref.finalize(self, lib.llama_sampler_free, self._grammar)
+        self._rules = _rules(vocab, sampling, self._stop_ids, tree)
         self._ids = np.arange(n_vocab, dtype=np.int32)
-        self._candidates = np.zeros(n_vocab, dtype=_CANDIDATE)
+        self._candidates = np.zeros(n_vocab, dtype=CANDIDATE)
 
     def sample(self, fused: NDArray[np.float32]) -> int:
         """Pick from one fused row [n_vocab]; accept() then tells which token was taken."""
         token = self._pick(fused, constrained=False)
-        if self._grammar is not None and not self._allowed(token):
+        if self._rules is not None and not self._rules.allows(token):
             token = self._pick(fused, constrained=True)
         return token
 
     def accept(self, token: int) -> None:
         """Tell penalties, DRY and the grammar that `token` is now part of the text."""
         lib.llama_sampler_accept(self._chain, token)
-        if self._grammar is not None and token not in self._stop_ids:
-            lib.llama_sampler_accept(self._grammar, token)
+        if self._rules is not None and token not in self._stop_ids:
+            self._rules.accept(token)
 
     def clone(self) -> "Sampler":
         """An independent copy in the same state, random stream included."""
@@ -61,9 +64,7 @@ class Sampler:
         twin.__dict__.update(self.__dict__)
         twin._chain = lib.llama_sampler_clone(self._chain)
         weakref.finalize(twin, lib.llama_sampler_free, twin._chain)
-        if self._grammar is not None:
-            twin._grammar = lib.llama_sampler_clone(self._grammar)
-            weakref.finalize(twin, lib.llama_sampler_free, twin._grammar)
+        twin._rules = self._rules and self._rules.clone()
         return twin
 
     def read_prompt(self, ids: Sequence[int]) -> None:
@@ -75,9 +76,10 @@ class Sampler:
         # Samplers sort and cut in place, so ids and size are set for each row.
         self._candidates["id"] = self._ids
         self._candidates["logit"] = fused
-        array = self._array(self._candidates)
         if constrained:
-            lib.llama_sampler_apply(self._grammar, ctypes.byref(array))
+            assert self._rules is not None
+            self._rules.apply(self._candidates)
+        array = candidate_array(self._candidates)
         lib.llama_sampler_apply(self._chain, ctypes.byref(array))
         if array.selected < 0:
             raise SamplerError("the sampler picked nothing; loosen its cut-offs")
@@ -86,18 +88,30 @@ class Sampler:
             raise SamplerError("every token is ruled out by the grammar, biases or masks")
         return int(picked.id)
 
-    def _allowed(self, token: int) -> bool:
-        one = np.array([(token, 1.0, 0.0)], dtype=_CANDIDATE)
-        array = self._array(one)
-        lib.llama_sampler_apply(self._grammar, ctypes.byref(array))
-        return bool(array.data[0].logit != -np.inf)
 
-    @staticmethod
-    def _array(candidates: NDArray[Any]) -> Any:
-        data = candidates.ctypes.data_as(lib.llama_token_data_p)
-        return lib.llama_token_data_array(
-            data=data, size=len(candidates), selected=-1, sorted=False
-        )
+class _Schema:
+    """A JSON schema: as a Grammar; a text may end where it is valid."""
+
+    def __init__(self, mask: SchemaMask, stop_ids: frozenset[int]) -> None:
+        self._mask, self._stop_ids = mask, stop_ids
+
+    def apply(self, candidates: NDArray[Any]) -> None:
+        """Set the logits of tokens that may not come next to minus infinity."""
+        allowed = self._mask.allowed()
+        allowed[list(self._stop_ids)] = self._mask.may_end
+        candidates["logit"][~allowed] = -np.inf
+
+    def allows(self, token: int) -> bool:
+        """Whether this token may come next."""
+        return self._mask.may_end if token in self._stop_ids else self._mask.allows(token)
+
+    def accept(self, token: int) -> None:
+        """Take a token into the text."""
+        self._mask.accept(token)
+
+    def clone(self) -> "_Schema":
+        """An independent copy in the same state."""
+        return _Schema(self._mask.clone(), self._stop_ids)
 
 
 def _adjusters(vocab: Any, n_vocab: int, sampling: Sampling) -> Iterator[Any]:
@@ -139,25 +153,15 @@ def _pickers(n_vocab: int, sampling: Sampling, seed: int) -> Iterator[Any]:
         yield lib.llama_sampler_init_dist(seed)
 
 
-def _grammar(vocab: Any, sampling: Sampling) -> Any:
-    """llama.cpp's sampler for the grammar or the schema; None where there is neither."""
-    text = sampling.grammar if sampling.json_schema is None else _gbnf(sampling.json_schema)
-    if text is None:
-        return None
-    with native.stderr_closed():
-        grammar = lib.llama_sampler_init_grammar(vocab, text.encode(), b"root")
-    if not grammar:
-        raise SamplerError("llama.cpp cannot parse the grammar; check its GBNF")
-    return grammar
-
-
-def _gbnf(schema: object) -> str:
-    """A JSON schema, as text or dict, as a grammar."""
-    try:
-        text = schema if isinstance(schema, str) else json.dumps(schema)
-        json.loads(text)
-        return str(native.json_schema_to_gbnf(text))
-    except (
-        ValueError, TypeError, LookupError, AttributeError, AssertionError, RecursionError,
-    ) as error:  # fmt: skip
-        raise SamplerError(f"the JSON schema cannot be used: {error}") from None
+def _rules(
+    vocab: Any,
+    sampling: Sampling,
+    stop_ids: frozenset[int],
+    tree: Callable[[], TokenTree] | None,
+) -> Grammar | _Schema | None:
+    """What the text has to follow; None where it is free."""
+    if sampling.json_schema is not None:
+        if tree is None:
+            raise ValueError("a JSON schema needs the tree of tokens")
+        return _Schema(SchemaMask(tree(), sampling.json_schema), stop_ids)
+    return None if sampling.grammar is None else Grammar.parse(vocab, sampling.grammar)

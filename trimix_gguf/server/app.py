@@ -19,8 +19,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trimix_gguf.answering.batching import Batcher
+from trimix_gguf.answering.chat import close_renderer
 from trimix_gguf.answering.request import Options, Request
-from trimix_gguf.errors import TrimixError
+from trimix_gguf.errors import QueueFull, TrimixError
 from trimix_gguf.roles import ROLES
 from trimix_gguf.server.errors import RequestError, as_request_error, error_json, error_response
 from trimix_gguf.server.events import Events, stopping
@@ -66,8 +67,10 @@ class Api:
         self._created = int(time.time())
         self._metrics = Metrics()
         self._open: set[Events] = set()
-        # One thread: two at once must not silence the errors of a grammar.
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+        # Few threads: each takes turns with the engine's for Python's lock.
+        self._executor = ThreadPoolExecutor(4, thread_name_prefix="prepare")
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._n_aside = 0
 
     def application(
         self, *, local: bool = True, api_key: str | None = None, cors: Sequence[str] = ()
@@ -101,6 +104,7 @@ class Api:
         """End every answer that is not finished, and say why."""
         for events in self._open:
             events.end(stopping())
+        close_renderer()
 
     # -- replies ----------------------------------------------------------------------------
 
@@ -129,6 +133,7 @@ class Api:
         events = Events(
             self._batcher,
             lambda: make_requests(self._trio, call, defaults=self._defaults),
+            n=n,
             executor=self._executor,
             receive=request.receive,
             timeout_s=self._limits.timeout_s,
@@ -247,13 +252,19 @@ class Api:
         return JSONResponse({"content": text, "prompt": text})
 
     async def _in_thread(self, call: Callable[[], Any]) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+        if self._n_aside > self._limits.queue:
+            raise QueueFull(f"{self._n_aside} requests wait already; try again later")
+        self._n_aside += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._aside, call)
+        finally:
+            self._n_aside -= 1
 
     async def health(self, _: HttpRequest) -> Response:
-        """Whether the engine runs."""
+        """Whether the engine runs, and takes more requests."""
         if not self._batcher.is_alive:
             raise RequestError("the engine has stopped", status=503, code="engine_stopped")
-        return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "busy" if self._batcher.is_busy else "ok"})
 
     async def metrics(self, _: HttpRequest) -> Response:
         """Counts for Prometheus."""

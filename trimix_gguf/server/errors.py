@@ -9,11 +9,19 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from trimix_gguf.errors import PromptError, QueueFull, SamplerError, TrimixError, WeightsError
+from trimix_gguf.errors import (
+    PromptError,
+    QueueFull,
+    SamplerError,
+    SchemaError,
+    TrimixError,
+    WeightsError,
+)
 
 _LINGER_S = 2.0  # how long a client's bytes are read and dropped
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _RETRY_S = 5
+_SCHEMA = "response_format.json_schema.schema"
 
 
 class RequestError(TrimixError):
@@ -47,6 +55,8 @@ def as_request_error(error: TrimixError) -> RequestError:
         return RequestError(text, status=429, code="queue_full", headers=wait)
     if isinstance(error, PromptError):
         return RequestError(text, code="invalid_prompt")
+    if isinstance(error, SchemaError):
+        return RequestError(text, param=_SCHEMA, code="invalid_schema")
     if isinstance(error, SamplerError | WeightsError):
         return RequestError(text, code="invalid_value")
     return RequestError(text, status=500, code="engine_error")

@@ -19,7 +19,8 @@ from trimix_gguf.server.errors import RequestError, as_request_error
 class Events:
     """The events of one client's jobs, until these end, it leaves, or its time is up.
 
-    `prepare` makes the requests; it runs in `executor`, as it tokenizes and parses grammars.
+    `prepare` makes the requests, `n` at most; it runs in `executor`, as it tokenizes and renders
+    templates. Their places are held before. Raises QueueFull.
     """
 
     def __init__(
@@ -27,11 +28,13 @@ class Events:
         batcher: Batcher,
         prepare: Callable[[], Sequence[Request]],
         *,
+        n: int,
         executor: Executor,
         receive: Receive,
         timeout_s: float,
     ) -> None:
-        self._batcher, self._prepare = batcher, prepare
+        batcher.reserve(n)
+        self._batcher, self._prepare, self._n_reserved = batcher, prepare, n
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Event] | Exception | None] = asyncio.Queue()
         self._jobs: list[Job] = []
@@ -48,13 +51,15 @@ class Events:
         submitted.add_done_callback(self._on_submitted)
 
     def _submit(self) -> None:
-        if self._closed:
-            return
-        for index, request in enumerate(self._prepare()):
-            job = self._batcher.submit(request, partial(self._listen, index))
-            self._jobs.append(job)
-            if self._closed:  # meanwhile, by the event loop's thread
-                job.cancel()
+        try:
+            for index, request in enumerate(() if self._closed else self._prepare()):
+                job = self._batcher.submit(request, partial(self._listen, index), reserved=True)
+                self._n_reserved -= 1
+                self._jobs.append(job)
+                if self._closed:  # meanwhile, by the event loop's thread
+                    job.cancel()
+        finally:
+            self._batcher.release(self._n_reserved)
 
     def _on_submitted(self, submitted: asyncio.Future[None]) -> None:
         error = None if submitted.cancelled() else submitted.exception()

@@ -127,12 +127,13 @@ class Fields:
         self._known.append(name)
         return self._left.pop(name, None)
 
-    def integer(self, name: str, low: int, high: int) -> int | None:
-        """An integer within limits; None where it is absent."""
+    def integer(self, name: str, low: int, high: int, *, but: Sequence[int] = ()) -> int | None:
+        """An integer within limits, `but` for some; None where it is absent."""
         value = self.take(name)
-        if value is None or (type(value) is int and low <= value <= high):
+        if value is None or (type(value) is int and low <= value <= high and value not in but):
             return value
-        self.wrong(name, value, f"an integer from {low} to {high}")
+        without = "".join(f", but not {n}" for n in but)
+        self.wrong(name, value, f"an integer from {low} to {high}{without}")
 
     def number(self, name: str, low: float, high: float) -> float | None:
         """A number within limits, as float; None where it is absent."""
@@ -188,7 +189,7 @@ class Fields:
     def done(self) -> None:
         """Raise for the first field that was not taken."""
         for name in self._left:
-            near = get_close_matches(name, self._known, n=1)
+            near = get_close_matches(name[:80], self._known, n=1)
             raise RequestError(
                 f"unknown field {describe(self._at + name)}"
                 + (f"; did you mean {near[0]!r}?" if near else "; leave it out"),

@@ -15,7 +15,6 @@ from trimix_gguf.errors import WeightsError
 from trimix_gguf.mixing.fusion import METHODS, Weights
 from trimix_gguf.server.errors import RequestError
 from trimix_gguf.server.fields import Fields, describe
-from trimix_gguf.server.schemas import check_schema
 
 MOST_TOP = 20  # alternatives to a token
 _MOST_TOKENS = 1 << 20
@@ -38,6 +37,7 @@ class Call:
     kind: Literal["chat", "completion"]
     model: str | None = None
     messages: tuple[dict[str, str], ...] = ()
+    template_variables: dict[str, object] = field(default_factory=dict)
     prompts: tuple[Source, ...] = ()
     n: int = 1
     stream: bool = False
@@ -78,8 +78,12 @@ def parse_chat(body: object) -> Call:
     fields.refuse("modalities", "the models write only text", harmless=(["text"],))
     for name in ("audio", "web_search_options"):
         fields.refuse(name, "the models read and write only text")
-    limit = fields.integer("max_completion_tokens", 1, _MOST_TOKENS)
-    return _call(fields, Call("chat", messages=messages, options=options), limit)
+    variables = fields.take("chat_template_kwargs")
+    if not isinstance(variables, dict | None):
+        fields.wrong("chat_template_kwargs", variables, "an object")
+    limit = _no_limit(fields.integer("max_completion_tokens", -1, _MOST_TOKENS, but=(0,)))
+    call = Call("chat", messages=messages, template_variables=variables or {}, options=options)
+    return _call(fields, call, limit)
 
 
 def parse_completion(body: object) -> Call:
@@ -104,7 +108,8 @@ def parse_completion(body: object) -> Call:
 
 def _call(fields: Fields, call: Call, limit: int | None) -> Call:
     """`call` with the fields that both kinds share, once its own are taken out."""
-    max_tokens = fields.integer("max_tokens", 0 if call.kind == "completion" else 1, _MOST_TOKENS)
+    never = () if call.kind == "completion" else (0,)
+    max_tokens = _no_limit(fields.integer("max_tokens", -1, _MOST_TOKENS, but=never))
     if limit is not None and max_tokens is not None and limit != max_tokens:
         raise RequestError(
             "max_tokens and max_completion_tokens differ; give one of them", param="max_tokens"
@@ -128,11 +133,19 @@ def _call(fields: Fields, call: Call, limit: int | None) -> Call:
         n=fields.integer("n", 1, 128) or 1,
         stream=stream,
         include_usage=include_usage,
-        seed=fields.integer("seed", -(2**63), 2**63 - 1),
+        seed=_drawn(fields.integer("seed", -(2**63), 2**63 - 1)),
     )
     fields.ignore(*_IGNORED)
     fields.done()
     return call
+
+
+def _no_limit(n: int | None) -> int | None:
+    return None if n == -1 else n  # as clients of llama.cpp say it
+
+
+def _drawn(seed: int | None) -> int | None:
+    return None if seed == -1 else seed  # as clients of llama.cpp ask for a random one
 
 
 # -- what to continue -----------------------------------------------------------------------
@@ -153,13 +166,17 @@ def _message(value: object, at: str) -> dict[str, str]:
     content = fields.take("content")
     if isinstance(content, list):
         content = "".join(_part(part, f"{at}.content[{i}]") for i, part in enumerate(content))
+    if content is None and role == "assistant":  # as clients send an answer without text
+        content = ""
     if not isinstance(content, str):
         fields.wrong("content", content, "a string, or a list of text parts")
+    reasoning = fields.text("reasoning_content")
     for name in ("tool_calls", "function_call", "audio"):
         fields.refuse(name, "the models read only text", harmless=([],))
     fields.ignore("name", "refusal", "annotations")
     fields.done()
-    return {"role": _ROLES[role], "content": content}
+    message = {"role": _ROLES[role], "content": content}
+    return message if reasoning is None else {**message, "reasoning_content": reasoning}
 
 
 def _part(value: object, at: str) -> str:
@@ -174,6 +191,7 @@ def _part(value: object, at: str) -> str:
     text = fields.text("text")
     if text is None:
         fields.wrong("text", None, "a string")
+    fields.ignore("cache_control")  # what was read is kept anyway
     fields.done()
     return text
 
@@ -209,6 +227,9 @@ def _options(fields: Fields) -> Options:
         "top_p": fields.number("top_p", 0, 1),
         "presence_penalty": fields.number("presence_penalty", -2, 2),
         "frequency_penalty": fields.number("frequency_penalty", -2, 2),
+        "top_k": _top_k(fields),
+        "min_p": fields.number("min_p", 0, 1),
+        "repeat_penalty": fields.number("repeat_penalty", 0.01, 100),
         "logit_bias": _logit_bias(fields),
         "json_schema": _json_schema(fields),
     }
@@ -225,12 +246,17 @@ def _present(given: dict[str, object]) -> Options:
 
 def _stops(fields: Fields) -> tuple[str, ...]:
     value = fields.take("stop")
-    stops = [value] if isinstance(value, str) else [] if value is None else value
+    stops = [] if value in (None, "") else [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > _MOST_STOPS:
         fields.wrong("stop", value, f"a string, or a list of up to {_MOST_STOPS}")
     if not all(isinstance(stop, str) and stop for stop in stops):
         fields.wrong("stop", value, "strings that are not empty")
     return tuple(stops)
+
+
+def _top_k(fields: Fields) -> int | None:
+    value = fields.integer("top_k", -1, 2**31 - 1)
+    return 0 if value == -1 else value  # both mean: no cut-off
 
 
 def _logit_bias(fields: Fields) -> dict[int, float] | None:
@@ -260,7 +286,9 @@ def _json_schema(fields: Fields) -> dict[str, object] | None:
     schema = None
     if kind == "json_schema":
         inner = Fields(form.take("json_schema"), "response_format.json_schema")
-        schema = check_schema(inner.take("schema"), "response_format.json_schema.schema")
+        schema = inner.take("schema")
+        if not isinstance(schema, dict):
+            inner.wrong("schema", schema, "an object")
         inner.ignore("name", "description", "strict")
         inner.done()
     form.done()
@@ -280,7 +308,7 @@ def _mix(fields: Fields) -> Options:
     method = inner.one_of("method", runtime_methods())
     given: dict[str, object] = {
         "trace": "mix" if inner.boolean("trace") else None,
-        "top_k": inner.integer("top_k", 0, 2**31 - 1),
+        "top_k": _top_k(inner),
         "min_p": inner.number("min_p", 0, 1),
         "repeat_penalty": inner.number("repeat_penalty", 0.01, 100),
     }

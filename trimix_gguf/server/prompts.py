@@ -40,6 +40,9 @@ def prompt_texts(trio: Trio, call: Call) -> list[str]:
     """The prompts as text, where a completion gives them back; else an empty list."""
     if not call.echo:
         return []
+    for source in call.prompts:
+        if not isinstance(source, str) and len(source) >= trio.n_ctx:  # before all are read
+            raise _too_long(len(source), "the smallest", trio.n_ctx, "prompt")
     return [source if isinstance(source, str) else _text(trio, source) for source in call.prompts]
 
 
@@ -52,7 +55,7 @@ def _text(trio: Trio, ids: tuple[int, ...]) -> str:
 
 def _chat(trio: Trio, call: Call) -> Prompt:
     try:
-        return chat_prompt(trio, call.messages)
+        return chat_prompt(trio, call.messages, variables=call.template_variables)
     except PromptError as error:
         raise RequestError(str(error), param="messages", code="invalid_prompt") from None
 
@@ -86,9 +89,13 @@ def _check_id(trio: Trio, token: int, param: str) -> None:
 def _check_length(trio: Trio, prompt: Prompt, param: str) -> None:
     for role, model in trio.models.items():
         if prompt.n_tokens(role) >= model.n_ctx:
-            raise RequestError(
-                f"the prompt is {prompt.n_tokens(role)} tokens, and {role}'s context holds "
-                f"{model.n_ctx}; shorten it, or start the server with a larger --n-ctx",
-                param=param,
-                code="context_length_exceeded",
-            )
+            raise _too_long(prompt.n_tokens(role), f"{role}'s", model.n_ctx, param)
+
+
+def _too_long(n: int, whose: str, n_ctx: int, param: str) -> RequestError:
+    return RequestError(
+        f"the prompt is {n} tokens, and {whose} context holds {n_ctx}; shorten it, or start the "
+        "server with a larger --n-ctx",
+        param=param,
+        code="context_length_exceeded",
+    )

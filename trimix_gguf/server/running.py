@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -17,6 +19,8 @@ from trimix_gguf.server.errors import RequestError, error_json
 
 _MOST_HEADERS = 1 << 16  # bytes
 _LAST_WORDS_S = 1.0  # for answers that are cut off to say so
+_GRACE_S = 20.0  # after these, whatever still runs is ended with the process
+_MOST_CONNECTIONS = 256
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -95,6 +99,11 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to end. (uvicorn's own method would raise the signal again afterwards.)"""
         self._hurry = self.should_exit
+        if not self.signal:
+            seconds = self._drain_s + _LAST_WORDS_S + _GRACE_S
+            watchdog = threading.Timer(seconds, os._exit, (128 + sig,))
+            watchdog.daemon = True
+            watchdog.start()
         self.signal = self.signal or sig
         self.should_exit = True
 
@@ -117,6 +126,7 @@ class _Server(uvicorn.Server):
         await asyncio.sleep(_LAST_WORDS_S)
         for connection in list(self.server_state.connections):
             connection.transport.abort()  # it does not read
+        self.force_exit = True  # do not wait for what no client waits for
 
 
 class _Protocol(H11Protocol):
@@ -125,11 +135,31 @@ class _Protocol(H11Protocol):
     config: _Config
     _header_timer: asyncio.TimerHandle | None = None
     _is_refused = False
+    _idle_since = 0.0
 
     def connection_made(self, transport: Any) -> None:
-        """Begin to wait for headers."""
+        """Begin to wait for headers; where there are too many, the one idle longest ends."""
         super().connection_made(transport)
+        self._idle_since = self.loop.time()
         self._watch_headers()
+        if len(self.connections) > _MOST_CONNECTIONS:
+            others = [c for c in self.connections if isinstance(c, _Protocol) and c is not self]
+            idle = [c for c in others if c.is_idle]
+            if not idle:
+                message = f"{_MOST_CONNECTIONS} connections are open already; try again later"
+                self._refuse(RequestError(message, status=503, code="too_many_connections"))
+                return
+            min(idle, key=lambda c: c._idle_since).transport.abort()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it asks for nothing now, or has not yet said what it asks for."""
+        return self.cycle is None or bool(self.cycle.response_complete or self.cycle.more_body)
+
+    def on_response_complete(self) -> None:
+        """Begin to be idle."""
+        self._idle_since = self.loop.time()
+        super().on_response_complete()
 
     def data_received(self, data: bytes) -> None:
         """Take bytes in; nothing after a refusal."""

@@ -24,6 +24,8 @@ from trimix_gguf.machine.native import lib
 from trimix_gguf.machine.threads import MOST_THREADS, available_cores
 from trimix_gguf.machine.vocabulary import END_IDS, NORMALIZER, usual_normalizer
 
+# Pre-tokenizers that llama.cpp has code of its own for; the others go through std::regex.
+_WITHOUT_REGEX = ("qwen2", "llama-bpe", "gpt-2", "smollm")
 _ENDS = ("eos", "eot", "eom")  # token ids in a GGUF's metadata that end a text
 Logits = NDArray[np.float32]  # [n, n_vocab]
 Entry = tuple[int, int, int, bool]  # id, position, sequence, whether its row is wanted
@@ -69,6 +71,11 @@ class Model:
         self.decode_seconds: dict[int, deque[float]] = {}  # ids decoded at once -> the last times
         self._weights: _Weights = (
             _Weights(self.file, loading, tokenizer) if share is None else share._weights
+        )
+        known = self.file.metadata
+        self._takes_long_runs = (
+            known.get("tokenizer.ggml.model") != "gpt2"
+            or known.get("tokenizer.ggml.pre") in _WITHOUT_REGEX
         )
         self.vocab = lib.llama_model_get_vocab(self._weights.handle)
         self.n_vocab = int(lib.llama_vocab_n_tokens(self.vocab))
@@ -255,21 +262,18 @@ class Model:
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text` without BOS; `special` reads control tokens such as <|im_start|>."""
+        long_runs = self._takes_long_runs
         if self._added is None:
-            return native.tokenize(self.vocab, text, special=special)
+            return native.tokenize(self.vocab, text, special=special, long_runs=long_runs)
         return self._added.tokenize(
-            text, lambda part: native.tokenize(self.vocab, part), special=special
+            text,
+            lambda part: native.tokenize(self.vocab, part, long_runs=long_runs),
+            special=special,
         )
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """Bytes of one token; control tokens are empty unless `special`."""
-        size = 64
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            n = lib.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
-            if n >= 0:
-                return buffer.raw[:n]
-            size = -n
+        return native.piece(self.vocab, token, special=special)
 
     @property
     def bos(self) -> list[int]:

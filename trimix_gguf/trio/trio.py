@@ -19,6 +19,7 @@ from trimix_gguf.machine.memory import check_fits
 from trimix_gguf.machine.planner import place
 from trimix_gguf.machine.vocabulary import check_contract
 from trimix_gguf.mixing.fusion import Rows
+from trimix_gguf.mixing.masks import TokenTree
 from trimix_gguf.roles import LOADING_ORDER, ROLES
 from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.prefill import Prefill, PromptMark, Window
@@ -134,6 +135,14 @@ class Trio:
         """The union of the three models' own."""
         distinct = {m.path: m for m in self.models.values()}.values()
         return frozenset().union(*(m.end_of_generation() for m in distinct))
+
+    @cached_property
+    def token_tree(self) -> TokenTree:
+        """The tokens as JSON schemas need them; those that no text has are empty."""
+        none = np.zeros(self.n_vocab, dtype=np.bool_) if self.unused is None else self.unused
+        piece = self.models["large_ins"].piece
+        never = {*np.flatnonzero(none).tolist(), *self.end_of_generation}
+        return TokenTree([b"" if i in never else piece(i) for i in range(self.n_vocab)])
 
     def prompt(
         self, text: str, *, special: bool = False, spans: tuple[str, str] | None = None

@@ -1,0 +1,16 @@
+"""What `trimix adapt` needs beside the default install."""
+
+import importlib
+from types import ModuleType
+
+from trimix_gguf.errors import TrimixError
+
+INSTALL = "pip install 'trimix-gguf[adapt]' (about 1.5 GB with PyTorch)"
+
+
+def need(module: str) -> ModuleType:
+    """A module of the extra `adapt`; raises TrimixError, with what to install, where it is not."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise TrimixError(f"`trimix adapt` needs {module.partition('.')[0]}: {INSTALL}") from None

@@ -1,6 +1,10 @@
 """What `trimix adapt` needs beside the default install."""
 
+import contextlib
 import importlib
+import io
+import warnings
+from collections.abc import Iterator
 from types import ModuleType
 
 from trimix_gguf.errors import TrimixError
@@ -14,3 +18,11 @@ def need(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError:
         raise TrimixError(f"`trimix adapt` needs {module.partition('.')[0]}: {INSTALL}") from None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what these libraries say of themselves off the screen; their errors are raised."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

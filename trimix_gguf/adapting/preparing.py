@@ -16,8 +16,7 @@ from trimix_gguf.errors import DataError
 from trimix_gguf.machine.files import whole_file
 
 FEWEST_LETTERS = 20  # of a document
-MOST_HELD_OUT = 120_000  # characters
-SHARE_HELD_OUT = 0.02
+HELD_OUT_CHARACTERS = (24_000, 120_000)  # at least, where that is not too much of the text; at most
 _READ, LEARNED, HELD_OUT = "read.jsonl", "learned.jsonl", "heldout.jsonl"
 
 ShowRead = Callable[[str, int], None]  # a file's name, documents so far
@@ -132,7 +131,9 @@ def _split(kept: Path, folder: Path, report: Report) -> None:
     sizes = [(digest(one.text), len(one.text)) for one in documents_of(kept)]
     if len(sizes) < 2:
         raise DataError("the text is too short: after cleaning less than two documents are left")
-    wanted = min(SHARE_HELD_OUT * sum(n for _, n in sizes), MOST_HELD_OUT)
+    least, most = HELD_OUT_CHARACTERS
+    total = sum(n for _, n in sizes)
+    wanted = min(max(0.02 * total, min(least, 0.1 * total)), most)
     held: set[int] = set()
     n_held = 0
     for key, n in sorted(sizes):

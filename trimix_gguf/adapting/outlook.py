@@ -1,0 +1,137 @@
+"""What adapting will take on this machine, said before it starts: time, memory, disk, and use."""
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from trimix_gguf.adapting.bases import Base
+from trimix_gguf.errors import MemoryNeededError, TrimixError
+
+GIB = 1 << 30
+EPOCHS = 3  # times that text is read, where neither tokens nor minutes are given
+RANK = 32
+ROWS_PER_STEP = 4
+ROWS_AT_ONCE = 2  # whose intermediate results are in memory together
+STATES = 2  # kept on disk
+_PROGRAM = 0.45e9  # bytes of Python with PyTorch
+_EFFICIENCY = 0.45  # of what one matrix product reaches, in a training step
+_ENOUGH = (  # tokens from which on -> what to expect
+    (20_000_000, "plenty: more text will help less than a larger small model"),
+    (3_000_000, "good: fluent sentences; the mix should answer better than without it"),
+    (500_000, "fair: the words and their forms; knowledge of the world only from the large model"),
+    (100_000, "little: spelling and common words; expect a lower perplexity, few better answers"),
+    (0, "too little to teach a language: use it to try the way, and gather 100,000 tokens or more"),
+)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """About what a run takes: `n_tokens` read in all, seconds, bytes."""
+
+    n_tokens: int
+    seconds: float
+    memory: float
+    disk: float
+    free_memory: float
+    free_disk: float
+
+    def lines(self) -> list[str]:
+        """In words."""
+        return [
+            f"to learn  {self.n_tokens:,} tokens: about {in_words(self.seconds)} on this machine",
+            f"memory    about {self.memory / GIB:.1f} GiB, {self.free_memory / GIB:.1f} free; "
+            f"disk about {self.disk / GIB:.1f} GiB, {self.free_disk / GIB:.1f} free",
+        ]
+
+    def check(self) -> None:
+        """Raise MemoryNeededError or TrimixError where the machine is too small."""
+        if self.memory > self.free_memory:
+            raise MemoryNeededError(
+                f"adapting needs about {self.memory / GIB:.1f} GiB of memory, and "
+                f"{self.free_memory / GIB:.1f} are free; close programs, lower --rank, or take a "
+                "smaller --base"
+            )
+        if self.disk > self.free_disk:
+            raise TrimixError(
+                f"adapting needs about {self.disk / GIB:.1f} GiB of disk, and "
+                f"{self.free_disk / GIB:.1f} are free; free some, or set --work to another disk"
+            )
+
+
+def look_ahead(
+    base: Base,
+    work: Path,
+    *,
+    n_tokens: int,
+    n_characters: int,
+    dtype_bytes: int,
+    rank: int = RANK,
+    full: bool = False,
+    tokens_per_second: float | None = None,
+) -> Outlook:
+    """Estimate a run; without a measured speed, from what one matrix product reaches here."""
+    n = base.n_parameters
+    trained = n if full else n_adapted(base, rank)
+    file = base.file
+    n_ff = int(file.metadata.get(f"{file.architecture}.feed_forward_length", 4 * file.n_embd))
+    # Intermediate results, in numbers for each token: of attention, of the MLP, of both norms.
+    per_token = file.n_layer * (10 * file.n_embd + 5 * n_ff)
+    n_block = base.n_block
+    heads = int(file.metadata.get(f"{file.architecture}.attention.head_count", 1))
+    at_once = ROWS_AT_ONCE * n_block * (per_token * dtype_bytes + 4 * heads * n_block)
+    logits = 3 * 4 * ROWS_AT_ONCE * n_block * min(8192, file.n_items("tokenizer.ggml.tokens"))
+    weights = n * (4 if full else dtype_bytes)
+    memory = _PROGRAM + weights + 16 * trained + at_once + logits
+    if tokens_per_second is None:
+        tokens_per_second = _EFFICIENCY * _products_per_second() / ((6 if full else 4) * n)
+    return Outlook(
+        n_tokens=n_tokens,
+        seconds=n_tokens / tokens_per_second,
+        memory=memory,
+        disk=STATES * 12 * trained + 10 * 4 * trained + 5 * n_tokens + 4 * n_characters,
+        free_memory=psutil.virtual_memory().available,
+        free_disk=shutil.disk_usage(_existing(work)).free,
+    )
+
+
+def n_adapted(base: Base, rank: int) -> int:
+    """Numbers of a LoRA over all linear layers."""
+    return sum(
+        rank * sum(t.shape)
+        for t in base.file.tensors
+        if t.name.startswith("blk.") and len(t.shape) == 2
+    )
+
+
+def suffices(n_tokens: int) -> str:
+    """What to expect of so many different tokens."""
+    return next(text for least, text in _ENOUGH if n_tokens >= least)
+
+
+def in_words(seconds: float) -> str:
+    """A duration as a person says it."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"
+
+
+def _products_per_second() -> float:
+    """Multiplications and additions per second of one matrix product in float32, measured."""
+    a = np.ones((1024, 1024), np.float32)
+    best = 0.0
+    for _ in range(4):
+        started = time.perf_counter()
+        a @ a
+        best = max(best, 2 * 1024**3 / (time.perf_counter() - started))
+    return best
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the first above it that is there."""
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())

@@ -1,0 +1,97 @@
+"""The model in training: which of its numbers change, and its loss over the tokens that occur."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trimix_gguf.adapting.extras import need, quiet
+from trimix_gguf.adapting.outlook import RANK
+from trimix_gguf.adapting.rows import Rows
+
+if TYPE_CHECKING:
+    import torch
+
+ALPHA_OF_RANK = 2.0  # the scale of B·A: alpha = 2 √rank where it is divided by √rank
+
+
+def add_adapter(model: Any, rank: int = RANK) -> Any:
+    """Put rank-stabilised LoRA pairs on all linear layers, in float32; the rest is frozen."""
+    peft = need("peft")
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=ALPHA_OF_RANK * math.sqrt(rank),
+        use_rslora=True,
+        target_modules="all-linear",
+        lora_dropout=0.0,
+        bias="none",
+    )
+    with quiet():
+        return peft.get_peft_model(model, config)
+
+
+def inner_model(model: Any) -> Any:
+    """The transformers model, below PEFT's where that is around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def trained_numbers(model: Any) -> dict[str, torch.Tensor]:
+    """The parameters that change, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def make_taught(model: Any, rows: Rows) -> Any:
+    """A torch module: (ids, counts) [n_rows, n_block] -> the mean loss over `rows`' own tokens.
+
+    Other tokens of the vocabulary would take a third to a half of the time, most of it for
+    scripts that the text never has.
+    """
+    torch = need("torch")
+    occurring = torch.from_numpy(np.unique(np.asarray(rows.ids)).astype(np.int64))
+
+    class Taught(torch.nn.Module):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+            self.register_buffer("occurring", occurring, persistent=False)
+
+        def forward(self, ids: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+            whole = inner_model(self.model)
+            decoder = getattr(whole, whole.base_model_prefix)
+            hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+            head = whole.get_output_embeddings().weight[self.occurring]
+            logits = torch.nn.functional.linear(hidden, head.to(hidden.dtype)).float()
+            targets = torch.searchsorted(self.occurring, ids[:, 1:].contiguous())
+            nll = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), reduction="none"
+            )
+            weights = counts[:, 1:].flatten().float()
+            return nll @ weights / weights.sum()
+
+    return Taught()
+
+
+def faster_dtype(n_in: int, n_out: int, n_rows: int = 1024) -> str:
+    """'bfloat16' where products of these sizes are clearly faster in it than in float32.
+
+    It takes about a second. Graphics cards have bfloat16 where PyTorch says so.
+    """
+    torch = need("torch")
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    if not torch.backends.mkldnn.is_available():
+        return "float32"
+    seconds = {}
+    for name in ("float32", "bfloat16"):
+        a = torch.ones(n_rows, n_in, dtype=getattr(torch, name))
+        b = torch.ones(n_out, n_in, dtype=getattr(torch, name))
+        times = []
+        for _ in range(4):
+            started = time.perf_counter()
+            torch.nn.functional.linear(a, b)
+            times.append(time.perf_counter() - started)
+        seconds[name] = min(times)
+    return "bfloat16" if seconds["bfloat16"] < 0.8 * seconds["float32"] else "float32"

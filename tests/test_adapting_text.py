@@ -112,7 +112,7 @@ def test_a_dump_is_read_as_a_stream(tmp_path):
 
 
 def test_wiki_markup_becomes_plain_text():
-    markup = """{{Infobox|a={{b|c}}}}'''Almaty''' is a [[city|big city]] in [[Kazakhstan]].<ref>x</ref>
+    markup = """{{Infobox|a={{b|c}}}}'''Almaty''' is a [[city|big city]] in [[Asia]].<ref>x</ref>
 == History ==
 {| class="x"
 | cell || {{n}}
@@ -120,7 +120,7 @@ def test_wiki_markup_becomes_plain_text():
 * [[Файл:A.jpg|thumb|with [[link]]]]Founded in&nbsp;1854 [https://x.kz on the site].<!-- no -->
 [[Category:Cities]]"""
     assert plain_text(markup).replace("\xa0", " ").splitlines() == [
-        "Almaty is a big city in Kazakhstan.",
+        "Almaty is a big city in Asia.",
         "Founded in 1854 on the site.",
     ]
 
@@ -166,7 +166,12 @@ def test_what_is_dropped_is_counted_with_samples(prepared):
     texts = [f"{made_text(seed)}\n{menu} {seed}" for seed in range(OFTEN + 5)]
     near = made_text(1) + " бір"
     report, learned, heldout = prepared(
-        *texts, texts[0], near, "An English text about something else entirely.", "12 34", "a\ud800b"
+        *texts,
+        texts[0],
+        near,
+        "An English text about something else entirely.",
+        "12 34",
+        "a\ud800b",
     )
     assert report.dropped.keys() == {
         "with hardly a letter",

@@ -51,13 +51,16 @@ class Asked:
     exercises: float | None = None
     full: bool = False
     merge: bool = False
+    output: Path | None = None
     seed: int = 0
 
     def settings(self) -> dict[str, Any]:
         """What is compared when a run goes on; files are compared by their content."""
         left_out = ("texts", "pairs", "replay", "keep_out")
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
-        return {**found, "base": None if self.base is None else str(self.base)}
+        return {
+            **found, **{n: p and str(p) for n, p in (("base", self.base), ("output", self.output))}
+        }
 
     def files(self) -> list[Path]:
         """All that is read."""
@@ -76,7 +79,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Adapted:
-    """What came of it; `trio` is None after a dry run."""
+    """What came of it; `trio` is None after a dry run, and where only a file was asked for."""
 
     report: Report
     outlook: Outlook
@@ -89,16 +92,12 @@ def adapt(asked: Asked, work: Workplace, shown: Shown, *, dry_run: bool = False)
 
     A run that was stopped goes on from `work`. Raises TrimixError; training.Stopped after Ctrl-C.
     """
-    check_name(asked.name)
-    if asked.name == SHIPPED or asked.name in installed():
-        raise TrioFileError(
-            f"trio {asked.name} is here already; take another name, or `trimix remove` it"
-        )
+    _check_free(asked)
     with work.held():
         work.check_asked(asked.settings(), asked.files())
         trio = resolve(asked.trio)
         trio.check_files()
-        base = find_base(trio, asked.base, work.folder)
+        base = find_base(trio, asked.base, work.folder, alone=asked.output is not None)
         with tokenizer_of(base) as tokenizer:
             run = _Run(asked, work, shown, trio, base, tokenizer)
             report = run.prepare()
@@ -109,6 +108,20 @@ def adapt(asked: Asked, work: Workplace, shown: Shown, *, dry_run: bool = False)
                 return Adapted(report, ahead)
             ahead.check()
             return run.make(report, ahead)
+
+
+def _check_free(asked: Asked) -> None:
+    """Raise TrioFileError or DataError where the result's name is taken."""
+    check_name(asked.name)
+    if asked.output is not None:
+        if asked.output.exists():
+            raise DataError(f"{asked.output} is there already; remove it, or name another file")
+        if not asked.output.absolute().parent.is_dir():
+            raise DataError(f"folder {asked.output.parent} does not exist; create it first")
+    elif asked.name == SHIPPED or asked.name in installed():
+        raise TrioFileError(
+            f"trio {asked.name} is here already; take another name, or `trimix remove` it"
+        )
 
 
 class _Run:
@@ -215,8 +228,7 @@ class _Run:
             taught, rows, recipe, judge, self.folder, show=self.shown.step, say=self.shown.say
         )
         choose(taught, judge, history, self.folder, dtype, self.shown.say)
-        trio = self._publish(model, report)
-        return Adapted(report, ahead, history, trio)
+        return Adapted(report, ahead, history, self._publish(model, report))
 
     def _dtype(self) -> str:
         file = self.base.file
@@ -271,7 +283,7 @@ class _Run:
 
     # -- result ---------------------------------------------------------------------------------
 
-    def _publish(self, model: Any, report: Report) -> TrioFile:
+    def _publish(self, model: Any, report: Report) -> TrioFile | None:
         made: dict[str, Path] = {}
         if self.base.folder is not None:
             made["small_base"] = self.base.gguf
@@ -281,6 +293,9 @@ class _Run:
         if self.asked.full or self.asked.merge:
             made["whole"] = self.folder / publishing.MODEL
             publishing.write_model(model, self.base, self.folder, made["whole"])
+        if self.asked.output is not None:
+            shutil.move(made.get("whole") or made["small_cpt"], self.asked.output)
+            return None
         return publishing.install(
             self.asked.name,
             self.trio,
@@ -305,9 +320,3 @@ def summary(adapted: Adapted) -> dict[str, Any]:
         "outlook": asdict(adapted.outlook),
         "history": history,
     }
-
-
-def check_text(report: Report) -> None:
-    """Raise DataError where nothing is left to learn from."""
-    if not report.learned.n_tokens:
-        raise DataError("nothing is left of the text after cleaning; see what was dropped above")

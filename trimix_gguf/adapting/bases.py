@@ -55,10 +55,13 @@ class Base:
         return min(LONGEST_BLOCK, self.file.n_ctx_train)
 
 
-def find_base(trio: TrioFile, given: Path | None, work: Path) -> Base:
+def find_base(
+    trio: TrioFile, given: Path | None, work: Path, *, alone: bool = False
+) -> Base:
     """The small_base of a trio, or `given` in its place: a GGUF, or a folder that is converted.
 
-    Raises VocabularyMismatch where it does not go with the trio's large_ins, ConversionError.
+    Raises ConversionError, and VocabularyMismatch where it does not go with the trio's large_ins,
+    unless it is to stand alone.
     """
     base = Base(trio.path("small_base"))
     if given is not None and given.is_dir():
@@ -71,9 +74,9 @@ def find_base(trio: TrioFile, given: Path | None, work: Path) -> Base:
             convert_hf(given, base.gguf)
     elif given is not None:
         base = Base(given)
-    check_contract(
-        {"large_ins": read_gguf(trio.path("large_ins")), "small_base": read_gguf(base.gguf)}
-    )
+    if not alone:
+        large_ins = read_gguf(trio.path("large_ins"))
+        check_contract({"large_ins": large_ins, "small_base": read_gguf(base.gguf)})
     if trio.models["small_base"].adapter_of is not None:
         raise TrioFileError(f"{trio.file}: small_base is an adapter; give --base a whole model")
     return base

@@ -44,7 +44,4 @@ def choose(
 
 def _average(several: list[dict[str, Any]]) -> dict[str, Any]:
     """The mean of each number, in float32."""
-    return {
-        name: sum(one[name].float() for one in several) / len(several)  # type: ignore[misc]
-        for name in several[0]
-    }
+    return {name: sum(one[name].float() for one in several) / len(several) for name in several[0]}

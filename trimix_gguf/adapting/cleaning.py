@@ -25,7 +25,10 @@ def clean(text: str) -> str:
 def _settings() -> Any:
     """Only what repairs: quotation marks, wide letters and ligatures stay as they were written."""
     return need("ftfy").TextFixerConfig(
-        normalization="NFC", uncurl_quotes=False, fix_character_width=False, fix_latin_ligatures=False
+        normalization="NFC",
+        uncurl_quotes=False,
+        fix_character_width=False,
+        fix_latin_ligatures=False,
     )
 
 
@@ -49,7 +52,8 @@ class Boilerplate:
 
     def split(self, text: str) -> tuple[str, list[str]]:
         """The text without boilerplate, and the lines that were."""
-        kept, gone = [], []
+        kept: list[str] = []
+        gone: list[str] = []
         for line in text.splitlines():
             often = bool(line) and self._counts[line_key(line)] >= OFTEN
             (gone if often else kept).append(line)

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from trimix_gguf.adapting.extras import need
 from trimix_gguf.adapting.wikipedia import read_pages
@@ -82,48 +81,32 @@ def _kind(file: Path) -> str:
     return kind if kind in (*TEXTS, *JSON_LINES, *DUMPS) else ""
 
 
-def _open(file: Path, stack: ExitStack) -> IO[bytes]:
-    raw = stack.enter_context(open(file, "rb"))
+def _open(file: Path, stack: ExitStack) -> io.BufferedReader:
+    raw = stack.enter_context(file.open("rb"))
     packing = file.suffix.lower()
     if packing == ".gz":
-        return stack.enter_context(gzip.open(raw))
+        return io.BufferedReader(stack.enter_context(gzip.GzipFile(fileobj=raw)))
     if packing == ".bz2":
-        return stack.enter_context(bz2.open(raw))
+        return io.BufferedReader(stack.enter_context(bz2.BZ2File(raw)))
     if packing == ".zst":
         reader = need("zstandard").ZstdDecompressor().stream_reader(raw, read_across_frames=True)
         return stack.enter_context(io.BufferedReader(reader))
     return raw
 
 
-def _lines(file: Path, raw: IO[bytes]) -> Iterator[str]:
-    head = raw.read(4)
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+def _lines(file: Path, raw: io.BufferedReader) -> Iterator[str]:
+    if raw.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{file} is UTF-16; save it as UTF-8")
     # Bytes that are not UTF-8 become lone surrogates, which Document.is_utf8 finds.
-    whole = io.BufferedReader(_Again(head, raw))
-    text = io.TextIOWrapper(whole, encoding="utf-8-sig", errors="surrogateescape")
-    while line := text.readline(_LONGEST_LINE):
-        yield line
+    text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape")
+    try:
+        while line := text.readline(_LONGEST_LINE):
+            yield line
+    finally:
+        text.detach()  # who opened it closes it
 
 
-class _Again(io.RawIOBase):
-    """A stream whose first bytes were read already."""
-
-    def __init__(self, head: bytes, rest: IO[bytes]) -> None:
-        self._head, self._rest = head, rest
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
-        found = self._head or self._rest.read(len(buffer))
-        self._head = found[len(buffer) :]
-        found = found[: len(buffer)]
-        buffer[: len(found)] = found
-        return len(found)
-
-
-def _text(file: Path, raw: IO[bytes]) -> Iterator[Document]:
+def _text(file: Path, raw: io.BufferedReader) -> Iterator[Document]:
     held: list[str] = []
     n_held = first = 0
     for number, line in enumerate(_lines(file, raw), 1):
@@ -141,21 +124,23 @@ def _text(file: Path, raw: IO[bytes]) -> Iterator[Document]:
         yield Document(f"{file.name}:{first}", "".join(held))
 
 
-def _json_lines(file: Path, raw: IO[bytes]) -> Iterator[Document]:
+def _json_lines(file: Path, raw: io.BufferedReader) -> Iterator[Document]:
     for number, line in enumerate(_lines(file, raw), 1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
-            raise DataError(f"{file}, line {number}: not JSON; expected one object a line") from None
+            raise DataError(
+                f"{file}, line {number}: not JSON; expected one object a line"
+            ) from None
         text = entry.get("text") if isinstance(entry, dict) else None
         if not isinstance(text, str):
             raise DataError(f'{file}, line {number}: expected {{"text": "…"}}')
         yield from _pieces(f"{file.name}:{number}", text)
 
 
-def _dump(file: Path, raw: IO[bytes]) -> Iterator[Document]:
+def _dump(file: Path, raw: io.BufferedReader) -> Iterator[Document]:
     for title, text in read_pages(raw, file):
         yield from _pieces(f"{file.name}: {title}", text)
 

@@ -39,7 +39,7 @@ class Judgement:
     english: float | None
     right: float | None  # share of the exercises answered right
     sure: list[float] = field(default_factory=list)
-    loss: float | None = None  # of the last steps of training
+    loss: float | None = None  # of the step before
 
     def to_json(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -116,9 +116,7 @@ class Judge:
         return zip(answers, self.questions, strict=True)
 
 
-def _questions(
-    texts: Sequence[str], tokenizer: Tokenizer, n_ctx: int, seed: int
-) -> list[Question]:
+def _questions(texts: Sequence[str], tokenizer: Tokenizer, n_ctx: int, seed: int) -> list[Question]:
     """PER_KIND exercises of each kind that fits the context; none where the text is too short."""
     passages = passages_of(line for text in texts for line in text.splitlines())
     try:

@@ -42,7 +42,8 @@ class KeptOut:
         """The text without such lines, and the lines."""
         if not self._seen:
             return text, []
-        kept, gone = [], []
+        kept: list[str] = []
+        gone: list[str] = []
         for line in text.splitlines():
             (gone if self.has(line) else kept).append(line)
         return "\n".join(kept).strip(), gone

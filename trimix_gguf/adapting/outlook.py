@@ -87,7 +87,9 @@ def look_ahead(
     weights = n * (4 if full else dtype_bytes)
     memory = _PROGRAM + weights + 16 * trained + at_once + logits
     if tokens_per_second is None:
-        tokens_per_second = _EFFICIENCY * _products_per_second() / ((6 if full else 4) * n)
+        # Forward, and back to the inputs; with all weights also to these. Two for a weight each.
+        per_weight = 6 if full else 4
+        tokens_per_second = _EFFICIENCY * _products_per_second() / (per_weight * n_in_layers(base))
     return Outlook(
         n_tokens=n_tokens,
         seconds=n_tokens / tokens_per_second,
@@ -95,6 +97,15 @@ def look_ahead(
         disk=STATES * 12 * trained + 10 * 4 * trained + 5 * n_tokens + 4 * n_characters,
         free_memory=psutil.virtual_memory().available,
         free_disk=shutil.disk_usage(_existing(work)).free,
+    )
+
+
+def n_in_layers(base: Base) -> int:
+    """Numbers in the matrices of the layers, which every token is multiplied by."""
+    return sum(
+        t.shape[0] * t.shape[1]
+        for t in base.file.tensors
+        if t.name.startswith("blk.") and len(t.shape) == 2
     )
 
 

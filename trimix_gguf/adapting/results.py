@@ -1,4 +1,4 @@
-"""What a new trio is worth on text that nothing was learned from, and what is kept of its making."""
+"""What a new trio is worth on held-out text, and what is kept of its making."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ SAMPLED = 200  # documents whose tokens say how many all have
 
 @dataclass(frozen=True)
 class Rows:
-    """`ids` int32 [n_rows, n_block]; `counts` uint8 of that shape: what a token weighs in a loss."""
+    """`ids` int32 [n_rows, n_block]; `counts` uint8, of that shape: each token's weight."""
 
     ids: NDArray[np.int32]
     counts: NDArray[np.uint8]
@@ -39,13 +39,16 @@ def write_rows(
     documents: Iterable[Pieces], tokenizer: Tokenizer, folder: Path, *, n_rows: int, n_block: int
 ) -> Rows:
     """Write the first `n_rows` rows of the documents, end to end, to `folder`."""
-    with whole_file(folder / "rows.ids") as ids, whole_file(folder / "rows.counts") as counts:
-        with open(ids, "wb") as a, open(counts, "wb") as b:
-            for (row, weights), _ in zip(
-                blocks(documents, tokenizer, n_block), range(n_rows), strict=False
-            ):
-                a.write(np.asarray(row, np.int32).tobytes())
-                b.write(np.asarray(weights, np.uint8).tobytes())
+    made = zip(blocks(documents, tokenizer, n_block), range(n_rows), strict=False)
+    with (
+        whole_file(folder / "rows.ids") as ids,
+        whole_file(folder / "rows.counts") as counts,
+        ids.open("wb") as a,
+        counts.open("wb") as b,
+    ):
+        for (row, weights), _ in made:
+            a.write(np.asarray(row, np.int32).tobytes())
+            b.write(np.asarray(weights, np.uint8).tobytes())
     write_text(folder / "rows.json", json.dumps([n_rows, n_block]))
     rows = Rows.open(folder)
     assert rows is not None
@@ -73,7 +76,9 @@ def blocks(
 def measured_rows(texts: Sequence[str], tokenizer: Tokenizer, *, n_rows: int, n_block: int) -> Rows:
     """Rows to measure with, from the first texts on; fewer or shorter where there is less."""
     found = list(
-        zip(blocks(([(text, 1)] for text in texts), tokenizer, n_block), range(n_rows), strict=False)
+        zip(
+            blocks(([(text, 1)] for text in texts), tokenizer, n_block), range(n_rows), strict=False
+        )
     )
     if not found and texts:
         ids = [i for text in texts for i in tokenizer.ids(text)]

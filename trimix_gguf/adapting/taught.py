@@ -58,7 +58,7 @@ def make_taught(model: Any, rows: Rows) -> Any:
             self.model = model
             self.register_buffer("occurring", occurring, persistent=False)
 
-        def forward(self, ids: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        def forward(self, ids: Any, counts: Any) -> Any:
             whole = inner_model(self.model)
             decoder = getattr(whole, whole.base_model_prefix)
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]

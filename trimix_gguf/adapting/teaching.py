@@ -1,4 +1,4 @@
-"""The mix that a small model learns from: text, English so that it is not forgotten, pairs, exercises.
+"""What a small model learns from: text, English so that it is not forgotten, pairs, exercises.
 
 Exercises are made of the text itself and of sentence pairs; no label that a person gave. What is
 answered counts more in the loss than what is asked: an exercise is read for it. Their kinds are
@@ -9,6 +9,7 @@ import csv
 import json
 import random
 import re
+import weakref
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,7 +41,8 @@ class Texts(Sequence[str]):
     """The documents of a file that prepare() wrote; only where they begin is in memory."""
 
     def __init__(self, file: Path) -> None:
-        self._file = open(file, "rb")
+        self._file = file.open("rb")
+        weakref.finalize(self, self._file.close)
         self._starts = array("q")
         at = 0
         for line in self._file:
@@ -59,10 +61,6 @@ class Texts(Sequence[str]):
             return [self[i] for i in range(*index.indices(len(self)))]
         self._file.seek(self._starts[index])
         return str(json.loads(self._file.readline())[1])
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 def shares_of(

@@ -268,7 +268,8 @@ def _watch(
             is_last = step >= recipe.n_steps
             look = None
             if step % recipe.steps_between_looks == 0 or is_last:
-                look = judge.look(taught.model, step, recipe.dtype, float(np.mean(losses)))
+                own = list(losses)[-(recipe.rows_per_step // recipe.rows_at_once) :]
+                look = judge.look(taught.model, step, recipe.dtype, float(np.mean(own)))
                 if state.is_world_process_zero:
                     save_candidate(taught, folder, step)
                     history.add(look)

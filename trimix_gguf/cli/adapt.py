@@ -3,8 +3,8 @@
 import json
 import sys
 import time
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,14 @@ from trimix_gguf.cli.options import option_group
     ),
     click.option("--full", is_flag=True, help="Train all weights, not an adapter."),
     click.option("--merge", is_flag=True, help="Write the taught model as one whole GGUF too."),
+    click.option(
+        "-o",
+        "--output",
+        metavar="FILE.gguf",
+        help="Write only the taught model (or adapter) there; make no trio.",
+    ),
     click.option("--seed", type=int, help="Seed of the order of the text. Default 0."),
-    click.option("--work", metavar="DIR", help="Folder for the run. Default: in the user's data."),
+    click.option("--work", metavar="DIR", help="Where the run keeps its files. Default: in the user's data."),
     click.option("--dry-run", is_flag=True, help="Only read the text, and say what it would take."),
     click.option("--plot", metavar="FILE.png", help="Draw what was measured on the way."),
     click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the folder."),
@@ -106,23 +112,26 @@ def adapt(name: str, texts: tuple[str, ...], **options: Any) -> None:
         if figure is not None and adapted.history is not None:
             _draw(adapted.history.all, figure, plot)
         _tune(adapted.trio)
-        adaptation.clear(work)
         _say(f"{name} is complete: trimix chat --trio {name}")
+    if not dry_run:
+        adaptation.clear(work)
     if as_json:
         print(json.dumps(adaptation.summary(adapted), ensure_ascii=False))
     elif adapted.trio is not None:
         print(adapted.trio.folder)
+    elif not dry_run:
+        print(asked.output)
 
 
 def _tune(trio: Any) -> None:
     """The one place that asks the new trio its exercises: `trimix tune` is called here."""
-    _say(f"which mix answers best is not measured yet: trimix score, trimix eval --trio {trio.name}")
+    _say(f"which mix answers best is not measured yet; see trimix eval --trio {trio.name}")
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     """The options that the user set, files as paths: defaults live in Asked."""
     given = {key: value for key, value in options.items() if value not in (None, ())}
-    for key in ("base", "pairs"):
+    for key in ("base", "pairs", "output"):
         if key in given:
             given[key] = Path(given[key])
     for key in ("replay", "keep_out"):
@@ -135,8 +144,8 @@ def _work(given: str | None, name: str) -> Path:
     from trimix_gguf.machine.folders import home_folder
     from trimix_gguf.trios.triofile import check_name
 
-    if given is not None:
-        return Path(given)
+    if given is not None:  # a folder of its own below it, which is removed at the end
+        return Path(given) / check_name(name)
     return home_folder() / "adapt" / check_name(name)
 
 

@@ -36,6 +36,7 @@ QUESTIONS = "questions.jsonl"  # what evaluation.md shows first
 
 # Commands that begin so are parsed but do not run, for this reason.
 NOT_RUN = {
+    "adapt": "needs the extra `adapt`; test_adapting.py runs it",
     "pull": "needs the Hugging Face hub",
     "serve": "runs until somebody stops it",
     "doctor --mend": "may build llama.cpp",

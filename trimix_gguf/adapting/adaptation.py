@@ -59,7 +59,8 @@ class Asked:
         left_out = ("texts", "pairs", "replay", "keep_out")
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         return {
-            **found, **{n: p and str(p) for n, p in (("base", self.base), ("output", self.output))}
+            **found,
+            **{n: p and str(p) for n, p in (("base", self.base), ("output", self.output))},
         }
 
     def files(self) -> list[Path]:

@@ -55,9 +55,7 @@ class Base:
         return min(LONGEST_BLOCK, self.file.n_ctx_train)
 
 
-def find_base(
-    trio: TrioFile, given: Path | None, work: Path, *, alone: bool = False
-) -> Base:
+def find_base(trio: TrioFile, given: Path | None, work: Path, *, alone: bool = False) -> Base:
     """The small_base of a trio, or `given` in its place: a GGUF, or a folder that is converted.
 
     Raises ConversionError, and VocabularyMismatch where it does not go with the trio's large_ins,

@@ -34,8 +34,10 @@ def table(trio: TrioFile, work: Path) -> str:
     return text
 
 
-def write_results(adapted: Adapted) -> None:
-    """Keep in the trio's folder what was read, dropped and measured."""
+def write_results(adapted: Adapted, work: Path) -> None:
+    """Keep in the trio's folder what was read, dropped and measured, and the held-out text."""
     assert adapted.trio is not None
+    held = (" ".join(d.text.split()) for d in documents_of(work / HELD_OUT))
+    keep(adapted.trio, "text.txt", "".join(f"{text}\n" for text in held))
     text = json.dumps(summary(adapted), ensure_ascii=False, indent=1)
     keep(adapted.trio, "adapted.json", text + "\n")

@@ -71,7 +71,9 @@ from trimix_gguf.cli.options import option_group
         help="Write only the taught model (or adapter) there; make no trio.",
     ),
     click.option("--seed", type=int, help="Seed of the order of the text. Default 0."),
-    click.option("--work", metavar="DIR", help="Where the run keeps its files. Default: in the user's data."),
+    click.option(
+        "--work", metavar="DIR", help="Where the run keeps its files. Default: in the user's data."
+    ),
     click.option("--dry-run", is_flag=True, help="Only read the text, and say what it would take."),
     click.option("--plot", metavar="FILE.png", help="Draw what was measured on the way."),
     click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the folder."),
@@ -107,7 +109,7 @@ def adapt(name: str, texts: tuple[str, ...], **options: Any) -> None:
     if adapted.trio is not None:
         from trimix_gguf.adapting.results import table, write_results
 
-        write_results(adapted)
+        write_results(adapted, work.folder)
         _say(table(adapted.trio, work.folder))
         if figure is not None and adapted.history is not None:
             _draw(adapted.history.all, figure, plot)

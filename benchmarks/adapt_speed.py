@@ -18,14 +18,18 @@ import numpy as np
 import psutil
 import torch
 
-from trimix_gguf.adapting.bases import Base, load_base, tokenizer_of
-from trimix_gguf.adapting.outlook import ROWS_AT_ONCE, look_ahead
+from trimix_gguf.adapting.bases import Base, Tokenizer, load_base
+from trimix_gguf.adapting.outlook import MOST_ROWS_AT_ONCE, look_ahead
 from trimix_gguf.adapting.rows import Rows, measured_rows
 from trimix_gguf.adapting.taught import add_adapter, faster_dtype, make_taught
 from trimix_gguf.machine import processor
 
 BEFORE = ("before", "float32", 1)
-WAYS = (BEFORE, ("float32", "float32", ROWS_AT_ONCE), ("bfloat16", "bfloat16", ROWS_AT_ONCE))
+WAYS = (
+    BEFORE,
+    ("float32", "float32", MOST_ROWS_AT_ONCE),
+    ("bfloat16", "bfloat16", MOST_ROWS_AT_ONCE),
+)
 
 
 def main() -> None:
@@ -37,8 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     base = Base(options.base)
     text = options.text.read_text(encoding="utf-8")[:40_000]
-    with tokenizer_of(base) as tokenizer:
-        rows = measured_rows([text], tokenizer, n_rows=ROWS_AT_ONCE, n_block=base.n_block)
+    rows = measured_rows([text], Tokenizer(base), n_rows=MOST_ROWS_AT_ONCE, n_block=base.n_block)
     found: dict[str, float] = {}
     for dtype in ("float32", "bfloat16"):
         torch.manual_seed(0)

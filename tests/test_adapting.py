@@ -17,7 +17,7 @@ for needed in ("ftfy", "datasketch", "zstandard", "fontTools"):
 
 from trimix_gguf import Trio, generate  # noqa: E402
 from trimix_gguf.adapting import extras, training  # noqa: E402
-from trimix_gguf.adapting.bases import Base, load_base, tokenizer_of  # noqa: E402
+from trimix_gguf.adapting.bases import Base, Tokenizer, load_base  # noqa: E402
 from trimix_gguf.adapting.history import History, best_of  # noqa: E402
 from trimix_gguf.adapting.judging import Judge, Judgement  # noqa: E402
 from trimix_gguf.adapting.rows import Rows, blocks, measured_rows, write_rows  # noqa: E402
@@ -128,10 +128,10 @@ def learning(tmp_path, text_file, with_torch):
         n_steps=9, learning_rate=3e-3, dtype="float32", n_warm_up=2, steps_between_looks=3,
         save_every_s=0,
     )  # fmt: skip
-    with tokenizer_of(base) as tokenizer:
-        documents = ([(text, 1)] for text in itertools.cycle(texts[8:]))
-        rows = write_rows(documents, tokenizer, tmp_path, n_rows=36, n_block=64)
-        judge = Judge(measured_rows(texts[:8], tokenizer, n_rows=2, n_block=64), None, [])
+    tokenizer = Tokenizer(base)
+    documents = ([(text, 1)] for text in itertools.cycle(texts[8:]))
+    rows = write_rows(documents, tokenizer, tmp_path, n_rows=36, n_block=64)
+    judge = Judge(measured_rows(texts[:8], tokenizer, n_rows=2, n_block=64), None, [])
 
     def run(folder, recipe=recipe, show=lambda standing: None, model=None):
         import torch
@@ -299,7 +299,7 @@ def test_rows_hold_every_token_once_and_what_it_counts(tmp_path):
     rows = write_rows(documents, tokenizer, tmp_path, n_rows=2, n_block=5)
     assert rows.ids.tolist() == [[97, 98, 99, 100, 101], [0, 102, 103, 104, 105]]
     assert rows.counts.tolist() == [[1, 1, 1, 8, 8], [1, 1, 1, 1, 1]]
-    assert np.array_equal(Rows.open(tmp_path).ids, rows.ids)
+    assert np.array_equal(Rows.load(tmp_path).ids, rows.ids)
     assert len(list(blocks(documents, tokenizer, 4))) == 3
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from trimix_gguf.adapting import outlook, publishing, teaching, training
-from trimix_gguf.adapting.bases import ENGLISH, Base, Tokenizer, find_base, load_base, tokenizer_of
+from trimix_gguf.adapting.bases import ENGLISH, Base, Tokenizer, find_base, load_base
 from trimix_gguf.adapting.candidates import choose
 from trimix_gguf.adapting.documents import list_files
+from trimix_gguf.adapting.extras import is_here, need
 from trimix_gguf.adapting.history import History
 from trimix_gguf.adapting.judging import Judge
 from trimix_gguf.adapting.measuring import tokens_per_second
@@ -99,16 +100,15 @@ def adapt(asked: Asked, work: Workplace, shown: Shown, *, dry_run: bool = False)
         trio = resolve(asked.trio)
         trio.check_files()
         base = find_base(trio, asked.base, work.folder, alone=asked.output is not None)
-        with tokenizer_of(base) as tokenizer:
-            run = _Run(asked, work, shown, trio, base, tokenizer)
-            report = run.prepare()
-            for line in report.lines():
-                shown.say(line)
-            ahead = run.look_ahead(report)
-            if dry_run:
-                return Adapted(report, ahead)
-            ahead.check()
-            return run.make(report, ahead)
+        run = _Run(asked, work, shown, trio, base, Tokenizer(base))
+        report = run.prepare()
+        for line in report.lines():
+            shown.say(line)
+        ahead = run.look_ahead(report)
+        if dry_run:
+            return Adapted(report, ahead)
+        ahead.check()
+        return run.make(report, ahead)
 
 
 def _check_free(asked: Asked) -> None:
@@ -183,14 +183,13 @@ class _Run:
 
     def look_ahead(self, report: Report, speed: float | None = None) -> Outlook:
         """Estimate the run, and say it."""
-        decided = self.work.read(DECIDED) or {}
-        n_bytes = 4 if decided.get("dtype", "float32") == "float32" else 2
+        dtype = self._dtype() if is_here("torch") else "float32"
         ahead = look_ahead(
             self.base,
             self.folder,
             n_tokens=self.n_tokens(report, speed),
             n_characters=report.learned.n_characters,
-            dtype_bytes=n_bytes,
+            dtype_bytes=4 if dtype == "float32" else 2,
             rank=self.asked.rank,
             full=self.asked.full,
             tokens_per_second=speed,
@@ -206,10 +205,10 @@ class _Run:
 
     def make(self, report: Report, ahead: Outlook) -> Adapted:
         """Train, choose, write the trio, and measure it."""
-        dtype = (self.work.read(DECIDED) or {}).get("dtype") or self._dtype()
+        dtype = self._dtype()
         model = self._model(dtype)
         decided = self.work.once(DECIDED, lambda: self._decide(model, dtype, report))
-        rows = Rows.open(self.folder) or self._rows(decided)
+        rows = Rows.load(self.folder) or self._rows(decided)
         judge = Judge.make(
             self._texts(HELD_OUT), self._texts(HELD_OUT, True), self.tokenizer, self.base,
             self.asked.seed,
@@ -221,6 +220,7 @@ class _Run:
             n_steps=decided["n_steps"],
             learning_rate=self._rate(),
             dtype=dtype,
+            rows_at_once=decided["n_rows"],
             seed=self.asked.seed,
             n_warm_up=max(1, min(50, decided["n_steps"] // 20)),
             steps_between_looks=min(100, -(-decided["n_steps"] // N_LOOKS)),
@@ -232,15 +232,15 @@ class _Run:
         return Adapted(report, ahead, history, self._publish(model, report))
 
     def _dtype(self) -> str:
+        """The faster one here, measured once."""
         file = self.base.file
         n_ff = int(file.metadata.get(f"{file.architecture}.feed_forward_length", file.n_embd))
-        return faster_dtype(file.n_embd, n_ff)
+        return str(self.work.once("dtype.json", lambda: faster_dtype(file.n_embd, n_ff)))
 
     def _model(self, dtype: str) -> Any:
         """The base, with pairs of the same random numbers each time."""
+        need("peft")  # before the long work of loading
         self.shown.say(f"loading {(self.base.folder or self.base.gguf).name}, {dtype}")
-        from trimix_gguf.adapting.extras import need
-
         model = load_base(self.base, "float32" if self.asked.full else dtype)
         need("torch").manual_seed(self.asked.seed)
         return model if self.asked.full else add_adapter(model, self.asked.rank)
@@ -254,18 +254,20 @@ class _Run:
     def _decide(self, model: Any, dtype: str, report: Report) -> dict[str, Any]:
         """What is measured or drawn once, and stays so when the run goes on."""
         learned, n_block = self._texts(LEARNED), self.base.n_block
-        few = measured_rows(
-            [learned[at] for at in range(min(20, len(learned)))],
-            self.tokenizer,
-            n_rows=outlook.ROWS_AT_ONCE,
-            n_block=n_block,
+        n_rows = outlook.rows_at_once(
+            self.base,
+            dtype_bytes=4 if dtype == "float32" else 2,
+            rank=self.asked.rank,
+            full=self.asked.full,
         )
+        texts = [learned[at] for at in range(min(20, len(learned)))]
+        few = measured_rows(texts, self.tokenizer, n_rows=n_rows, n_block=n_block)
         speed = tokens_per_second(model, few, dtype)
         n_tokens = self.n_tokens(report, speed)
         n_steps = max(1, n_tokens // (outlook.ROWS_PER_STEP * n_block))
         left = outlook.in_words(n_steps * outlook.ROWS_PER_STEP * n_block / speed)
         self.shown.say(f"measured: {speed:.0f} tokens/s; {n_steps} steps take about {left}")
-        return {"dtype": dtype, "n_steps": n_steps, "tokens_per_second": round(speed, 1)}
+        return {"n_steps": n_steps, "n_rows": n_rows, "tokens_per_second": round(speed, 1)}
 
     def _rows(self, decided: dict[str, Any]) -> Rows:
         asked, learned = self.asked, self._texts(LEARNED)

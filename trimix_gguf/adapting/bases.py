@@ -1,18 +1,18 @@
 """The small model that is taught: as GGUF for its tokens, and as PyTorch for its training."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trimix_gguf.adapting.extras import need, quiet
-from trimix_gguf.errors import ConversionError, TrioFileError
+from trimix_gguf.errors import ConversionError, ModelFileError, TrioFileError
+from trimix_gguf.machine import native
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
-from trimix_gguf.machine.loading import Loading
+from trimix_gguf.machine.native import lib
 from trimix_gguf.machine.vocabulary import check_contract
-from trimix_gguf.trio.model import Model
 from trimix_gguf.trios.triofile import TrioFile
 
 LONGEST_BLOCK = 512  # tokens of a row: most exercises fit whole
@@ -81,27 +81,24 @@ def find_base(trio: TrioFile, given: Path | None, work: Path, *, alone: bool = F
 
 
 class Tokenizer:
-    """llama.cpp's, as the trio will use it."""
+    """llama.cpp's, as the trio will use it; no weights are loaded for it."""
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        ends = model.file.metadata.get("tokenizer.ggml.eos_token_id")
-        self.end = int(ends) if ends is not None else min(model.end_of_generation())
-        self.bos = model.bos
+    def __init__(self, base: Base) -> None:
+        params = lib.llama_model_default_params()
+        params.vocab_only = True
+        native.listen()
+        handle = lib.llama_model_load_from_file(os.fsencode(base.gguf), params)
+        if not handle:
+            raise ModelFileError(f"{base.gguf}: llama.cpp cannot load it: {native.last_error()}")
+        weakref.finalize(self, lib.llama_model_free, handle)
+        self._vocab = lib.llama_model_get_vocab(handle)
+        self.end = int(lib.llama_vocab_eos(self._vocab))
+        adds_bos = lib.llama_vocab_get_add_bos(self._vocab)
+        self.bos = [int(lib.llama_vocab_bos(self._vocab))] if adds_bos else []
 
     def ids(self, text: str) -> list[int]:
-        """Token ids, control tokens read as text."""
-        return self._model.tokenize(self._model.normalize(text))
-
-
-@contextmanager
-def tokenizer_of(base: Base) -> Iterator[Tokenizer]:
-    """The base's tokenizer; its weights are only mapped."""
-    model = Model(base.gguf, Loading(n_ctx=8, n_window=1, n_batch=8, mmap=True, n_threads=1))
-    try:
-        yield Tokenizer(model)
-    finally:
-        model.close()
+        """Token ids of a text in NFC; control tokens are read as text."""
+        return native.tokenize(self._vocab, text, special=False)
 
 
 def load_base(base: Base, dtype: str) -> Any:

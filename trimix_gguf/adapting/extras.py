@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import io
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,11 @@ def need(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError:
         raise TrimixError(f"`trimix adapt` needs {module.partition('.')[0]}: {INSTALL}") from None
+
+
+def is_here(module: str) -> bool:
+    """Whether a module can be imported; it is not imported for that."""
+    return importlib.util.find_spec(module) is not None
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from trimix_gguf.adapting.extras import need, quiet
-from trimix_gguf.adapting.outlook import ROWS_AT_ONCE
 from trimix_gguf.adapting.rows import Rows
 from trimix_gguf.adapting.taught import make_taught
 
@@ -16,12 +15,11 @@ N_MEASURED = 3  # passes; the first warms up
 
 
 def tokens_per_second(model: Any, rows: Rows, dtype: str) -> float:
-    """Of forward and backward passes of ROWS_AT_ONCE rows; the model stays as it was."""
+    """Of forward and backward passes of all the rows; the model stays as it was."""
     torch = need("torch")
-    few = Rows(rows.ids[:ROWS_AT_ONCE], rows.counts[:ROWS_AT_ONCE])
-    taught = make_taught(model, few)
-    ids = torch.from_numpy(np.asarray(few.ids, np.int64))
-    counts = torch.from_numpy(np.array(few.counts))
+    taught = make_taught(model, rows)
+    ids = torch.from_numpy(np.asarray(rows.ids, np.int64))
+    counts = torch.from_numpy(np.array(rows.counts))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     taught.to(device)
     seconds = []
@@ -33,4 +31,4 @@ def tokens_per_second(model: Any, rows: Rows, dtype: str) -> float:
         float(loss.detach())  # waits for a card
         seconds.append(time.perf_counter() - started)
         taught.zero_grad(set_to_none=True)
-    return float(few.ids.size / min(seconds[1:]))
+    return float(rows.ids.size / min(seconds[1:]))

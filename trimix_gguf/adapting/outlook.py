@@ -15,9 +15,10 @@ GIB = 1 << 30
 EPOCHS = 3  # times that text is read, where neither tokens nor minutes are given
 RANK = 32
 ROWS_PER_STEP = 4
-ROWS_AT_ONCE = 2  # whose intermediate results are in memory together
+MOST_ROWS_AT_ONCE = 2  # whose intermediate results are in memory together
+COMFORTABLE = 6 * GIB
 STATES = 2  # kept on disk
-_PROGRAM = 0.45e9  # bytes of Python with PyTorch
+_PROGRAM = 0.5e9  # bytes of Python with PyTorch
 _EFFICIENCY = 0.45  # of what one matrix product reaches, in a training step
 _ENOUGH = (  # tokens from which on -> what to expect
     (20_000_000, "plenty: more text will help less than a larger small model"),
@@ -74,18 +75,14 @@ def look_ahead(
     tokens_per_second: float | None = None,
 ) -> Outlook:
     """Estimate a run; without a measured speed, from what one matrix product reaches here."""
-    n = base.n_parameters
-    trained = n if full else n_adapted(base, rank)
-    file = base.file
-    n_ff = int(file.metadata.get(f"{file.architecture}.feed_forward_length", 4 * file.n_embd))
-    # Intermediate results, in numbers for each token: of attention, of the MLP, of both norms.
-    per_token = file.n_layer * (10 * file.n_embd + 5 * n_ff)
-    n_block = base.n_block
-    heads = int(file.metadata.get(f"{file.architecture}.attention.head_count", 1))
-    at_once = ROWS_AT_ONCE * n_block * (per_token * dtype_bytes + 4 * heads * n_block)
-    logits = 3 * 4 * ROWS_AT_ONCE * n_block * min(8192, file.n_items("tokenizer.ggml.tokens"))
-    weights = n * (4 if full else dtype_bytes)
-    memory = _PROGRAM + weights + 16 * trained + at_once + logits
+    trained = base.n_parameters if full else n_adapted(base, rank)
+    memory = memory_needed(
+        base,
+        n_rows=rows_at_once(base, dtype_bytes=dtype_bytes, rank=rank, full=full),
+        dtype_bytes=dtype_bytes,
+        rank=rank,
+        full=full,
+    )
     if tokens_per_second is None:
         # Forward, and back to the inputs; with all weights also to these. Two for a weight each.
         per_weight = 6 if full else 4
@@ -98,6 +95,27 @@ def look_ahead(
         free_memory=psutil.virtual_memory().available,
         free_disk=shutil.disk_usage(_existing(work)).free,
     )
+
+
+def memory_needed(base: Base, *, n_rows: int, dtype_bytes: int, rank: int, full: bool) -> float:
+    """Bytes of a training step that has `n_rows` rows in memory together."""
+    file, n = base.file, base.n_parameters
+    n_ff = int(file.metadata.get(f"{file.architecture}.feed_forward_length", 4 * file.n_embd))
+    # Numbers that a token leaves in a layer for the way back, as benchmarks/adapt_speed.py saw.
+    per_token = file.n_layer * (20 * file.n_embd + 10 * n_ff)
+    kept = n_rows * base.n_block * per_token * (2 if dtype_bytes == 2 else 4.6)
+    n_occurring = min(8192, file.n_items("tokenizer.ggml.tokens"))
+    logits = 3 * 4 * n_rows * base.n_block * n_occurring
+    weights = n * (4 if full else dtype_bytes)
+    return _PROGRAM + weights + 16 * (n if full else n_adapted(base, rank)) + kept + logits
+
+
+def rows_at_once(base: Base, *, dtype_bytes: int, rank: int, full: bool) -> int:
+    """The most rows, up to MOST_ROWS_AT_ONCE, that a laptop with COMFORTABLE memory takes."""
+    two = memory_needed(
+        base, n_rows=MOST_ROWS_AT_ONCE, dtype_bytes=dtype_bytes, rank=rank, full=full
+    )
+    return MOST_ROWS_AT_ONCE if two <= COMFORTABLE else 1
 
 
 def n_in_layers(base: Base) -> int:

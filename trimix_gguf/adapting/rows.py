@@ -26,7 +26,7 @@ class Rows:
         return len(self.ids)
 
     @staticmethod
-    def open(folder: Path) -> "Rows | None":
+    def load(folder: Path) -> "Rows | None":
         """What write_rows() left in a folder, mapped; None where it did not get to its end."""
         if not (folder / "rows.json").is_file():
             return None
@@ -50,7 +50,7 @@ def write_rows(
             a.write(np.asarray(row, np.int32).tobytes())
             b.write(np.asarray(weights, np.uint8).tobytes())
     write_text(folder / "rows.json", json.dumps([n_rows, n_block]))
-    rows = Rows.open(folder)
+    rows = Rows.load(folder)
     assert rows is not None
     return rows
 

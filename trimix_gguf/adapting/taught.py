@@ -30,7 +30,12 @@ def add_adapter(model: Any, rank: int = RANK) -> Any:
         bias="none",
     )
     with quiet():
-        return peft.get_peft_model(model, config)
+        adapted = peft.get_peft_model(model, config)
+    for module in adapted.modules():
+        # Else PEFT makes a float32 copy of what each pair reads, and keeps it until the way back.
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
+    return adapted
 
 
 def inner_model(model: Any) -> Any:

@@ -25,7 +25,7 @@ import numpy as np
 from trimix_gguf.adapting.extras import need
 from trimix_gguf.adapting.history import History
 from trimix_gguf.adapting.judging import Judge, Judgement
-from trimix_gguf.adapting.outlook import ROWS_AT_ONCE, ROWS_PER_STEP, STATES
+from trimix_gguf.adapting.outlook import MOST_ROWS_AT_ONCE, ROWS_PER_STEP, STATES
 from trimix_gguf.adapting.rows import Rows
 from trimix_gguf.adapting.taught import trained_numbers
 from trimix_gguf.errors import TrimixError
@@ -46,7 +46,7 @@ class Recipe:
     n_warm_up: int = 10
     final_share: float = 0.05
     rows_per_step: int = ROWS_PER_STEP
-    rows_at_once: int = ROWS_AT_ONCE
+    rows_at_once: int = MOST_ROWS_AT_ONCE
     steps_between_looks: int = 20
     save_every_s: float = 300.0
     n_halvings: int = 0  # of the rate, after a loss that was not a number

@@ -21,7 +21,7 @@ import torch
 from trimix_gguf.adapting.bases import Base, Tokenizer, load_base
 from trimix_gguf.adapting.outlook import MOST_ROWS_AT_ONCE, look_ahead
 from trimix_gguf.adapting.rows import Rows, measured_rows
-from trimix_gguf.adapting.taught import add_adapter, faster_dtype, make_taught
+from trimix_gguf.adapting.taught import add_adapter, faster_dtype, make_taught, products_per_second
 from trimix_gguf.machine import processor
 
 BEFORE = ("before", "float32", 1)
@@ -52,7 +52,8 @@ def main() -> None:
                 found[name] = tokens_per_second(model, few, dtype, options.repeats)
                 print(f"{name:<10}{n_rows} rows{found[name]:>8.1f} tokens/s", flush=True)
         del model
-    chosen = faster_dtype(base.file.n_embd, 4 * base.file.n_embd)
+    products = products_per_second(base.file.n_embd, 4 * base.file.n_embd)
+    chosen = faster_dtype(products)
     estimate = look_ahead(
         base, Path.cwd(), n_tokens=0, n_characters=0, dtype_bytes=2 if chosen == "bfloat16" else 4
     )
@@ -61,7 +62,7 @@ def main() -> None:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    said = {"chosen": chosen, "said_gib": round(estimate.memory / 2**30, 2)}
+    said = {"products": products, "chosen": chosen, "said_gib": round(estimate.memory / 2**30, 2)}
     peak = {"peak_gib": round(psutil.Process().memory_info().rss / 2**30, 2)}
     print(json.dumps({**facts, "threads": torch.get_num_threads(), **found, **said, **peak}))
 

@@ -235,7 +235,11 @@ def test_a_loss_that_is_no_number_goes_back_with_half_the_rate(
 
 def test_something_else_than_was_begun_with_is_refused(adapt, text_file, tmp_path):
     work = Workplace(tmp_path / "work")
-    work.check_asked({"tokens": 5, "base": None}, [text_file])
+    work.check_asked({"tokens": 4}, [text_file])
+    work.write("report.json", {})
+    work.check_asked({"tokens": 5, "base": None}, [text_file])  # nothing is lost: not begun
+    assert work.read("report.json") is None
+    work.write("decided.json", {"n_steps": 1})
     work.check_asked({"tokens": 5, "base": None}, [text_file])
     with pytest.raises(DataError, match="--tokens 5, not 6"):
         work.check_asked({"tokens": 6, "base": None}, [text_file])
@@ -245,6 +249,7 @@ def test_something_else_than_was_begun_with_is_refused(adapt, text_file, tmp_pat
         work.check_asked({"tokens": 5, "base": None}, [text_file, other])
     begun = Workplace(tmp_path / "begun")
     begun.check_asked({}, [other])
+    begun.write("decided.json", {"n_steps": 1})
     other.write_text("b", encoding="utf-8")
     with pytest.raises(DataError, match="other.txt changed"):
         begun.check_asked({}, [other])

@@ -21,7 +21,7 @@ from trimix_gguf.adapting.outlook import Outlook, look_ahead
 from trimix_gguf.adapting.preparing import HELD_OUT, LEARNED, Wanted, prepare
 from trimix_gguf.adapting.report import Report
 from trimix_gguf.adapting.rows import Rows, count_tokens, measured_rows, write_rows
-from trimix_gguf.adapting.taught import add_adapter, faster_dtype, make_taught
+from trimix_gguf.adapting.taught import add_adapter, faster_dtype, make_taught, products_per_second
 from trimix_gguf.adapting.workplace import DECIDED, REPORT, Workplace
 from trimix_gguf.errors import DataError, TrioFileError
 from trimix_gguf.trios.store import SHIPPED, installed, resolve
@@ -67,7 +67,7 @@ class Asked:
     def files(self) -> list[Path]:
         """All that is read."""
         pairs = [] if self.pairs is None else [self.pairs]
-        return [*list_files([*self.texts, *self.replay]), *pairs, *self.keep_out]
+        return list_files([*self.texts, *self.replay, *pairs, *self.keep_out])
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,7 @@ class _Run:
     def look_ahead(self, report: Report, speed: float | None = None) -> Outlook:
         """Estimate the run, and say it."""
         dtype = self._dtype() if is_here("torch") else "float32"
+        products = self._products()[dtype] if is_here("torch") else None
         ahead = look_ahead(
             self.base,
             self.folder,
@@ -193,6 +194,7 @@ class _Run:
             rank=self.asked.rank,
             full=self.asked.full,
             tokens_per_second=speed,
+            products_per_second=products,
         )
         epochs = ahead.n_tokens / max(report.learned.n_tokens, 1)
         self.shown.say(f"enough?   {outlook.suffices(report.learned.n_tokens)}")
@@ -232,10 +234,17 @@ class _Run:
         return Adapted(report, ahead, history, self._publish(model, report))
 
     def _dtype(self) -> str:
-        """The faster one here, measured once."""
+        """The faster one here."""
+        return faster_dtype(self._products())
+
+    def _products(self) -> dict[str, float]:
+        """How fast this machine multiplies, measured once."""
         file = self.base.file
         n_ff = int(file.metadata.get(f"{file.architecture}.feed_forward_length", file.n_embd))
-        return str(self.work.once("dtype.json", lambda: faster_dtype(file.n_embd, n_ff)))
+        found: dict[str, float] = self.work.once(
+            "products.json", lambda: products_per_second(file.n_embd, n_ff)
+        )
+        return found
 
     def _model(self, dtype: str) -> Any:
         """The base, with pairs of the same random numbers each time."""

@@ -24,8 +24,8 @@ from trimix_gguf.tuning.exercises import kinds_of
 from trimix_gguf.tuning.probe import head
 from trimix_gguf.tuning.text import passages_of
 
-N_ROWS = 12  # of held-out text, and a third of it of English
-PER_KIND = 8  # exercises
+N_ROWS = 6  # of held-out text, and a third of it of English
+PER_KIND = 6  # exercises
 FALL = 0.02  # of the probability of the right answers: a smaller fall is none
 _CHUNK = 128  # tokens whose logits over the whole vocabulary are in memory together
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from trimix_gguf.errors import DataError
 from trimix_gguf.machine.files import write_text
 from trimix_gguf.machine.locking import alone
 
-ASKED, DECIDED, REPORT = "asked.json", "decided.json", "report.json"
+ASKED, DECIDED, REPORT, LOCK = "asked.json", "decided.json", "report.json", "lock"
 
 
 class Workplace:
@@ -25,14 +26,19 @@ class Workplace:
     def held(self) -> Iterator[None]:
         """Only for this process; raises DataError where another one works there."""
         busy = DataError(f"another process works in {self.folder}; wait for it, or set --work")
-        with alone(self.folder / "lock", busy):
+        with alone(self.folder / LOCK, busy):
             yield
 
     def check_asked(self, settings: Mapping[str, Any], files: Sequence[Path]) -> None:
-        """Write down what is asked; raises DataError, which names it, where it was other before."""
+        """Write down what is asked; raises DataError, which names what is other than before.
+
+        Before training begins, another wish begins again.
+        """
         asked = {**settings, "files": {str(file.resolve()): _sha256(file) for file in files}}
         before = self.read(ASKED)
-        if before is None:
+        if self.read(DECIDED) is None:
+            if before != json.loads(json.dumps(asked)):
+                self._empty()
             self.write(ASKED, asked)
             return
         mend = f"give it as before, or remove {self.folder} to begin again"
@@ -47,6 +53,13 @@ class Workplace:
                 there = name in asked["files"] and name in before["files"]
                 what = "changed" if there else "was not there, or is not any more"
                 raise DataError(f"{name} {what} since this run was begun; {mend}")
+
+    def _empty(self) -> None:
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
 
     def read(self, name: str) -> Any:
         """A JSON file; None where it is not there."""

@@ -31,11 +31,13 @@ PAGES = [README, *(FOLDER / f"{topic}.md" for topic in TOPICS)]
 LINKED = [*PAGES, ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md"]
 WIDTH = 78  # of code in a page: a terminal has 80 columns, and rich indents it by one
 TRIO = "qwen2.5-1.5b-3b-ug"  # in the pages; here it is nano under that name
+ADAPTED = "my-language"  # what `trimix adapt` makes in the pages; nano here too
 STICK = "/media/stick"
 QUESTIONS = "questions.jsonl"  # what evaluation.md shows first
 
 # Commands that begin so are parsed but do not run, for this reason.
 NOT_RUN = {
+    "adapt": "needs the extra `adapt`; test_adapting.py runs it",
     "pull": "needs the Hugging Face hub",
     "serve": "runs until somebody stops it",
     "doctor --mend": "may build llama.cpp",
@@ -150,14 +152,15 @@ def material(tmp_path_factory, nano_files, checkpoint, adapter):
 
 @pytest.fixture
 def place(material, tmp_path, monkeypatch):
-    """A folder with those files, where a page's commands run, and a home with a trio."""
+    """A folder with those files, where a page's commands run, and a home with two trios."""
     folder = tmp_path / "a folder"
     shutil.copytree(material, folder, symlinks=True)
     home = tmp_path / "home"
-    shutil.copytree(NANO, home / "trios" / TRIO)
-    file = home / "trios" / TRIO / "trio.toml"
-    named = file.read_text(encoding="utf-8").replace('name = "nano"', f'name = "{TRIO}"')
-    file.write_text(named, encoding="utf-8")
+    for name in (TRIO, ADAPTED):
+        shutil.copytree(NANO, home / "trios" / name)
+        file = home / "trios" / name / "trio.toml"
+        named = file.read_text(encoding="utf-8").replace('name = "nano"', f'name = "{name}"')
+        file.write_text(named, encoding="utf-8")
     monkeypatch.setenv("TRIMIX_HOME", str(home))
     monkeypatch.chdir(folder)
     return folder

@@ -19,12 +19,13 @@ EXTRAS = PROJECT["optional-dependencies"]
 DISTRIBUTIONS = {"llama_cpp": "llama-cpp-python", "PIL": "pillow", "yaml": "pyyaml"}
 # Where a module of an extra may be imported: what needs it says which extra to install.
 PLACES = {
+    "trimix_gguf/adapting": ("adapt",),
     "trimix_gguf/evaluation": ("eval", "lm-eval"),
     "trimix_gguf/cli/options.py": ("plot",),
     "convert/nano": ("train",),
     "convert/training.py": ("train",),
-    "tests": ("dev", "eval", "lm-eval", "oracle"),
-    "benchmarks": ("dev", "eval", "oracle"),
+    "tests": ("adapt", "dev", "eval", "lm-eval", "oracle"),
+    "benchmarks": ("adapt", "dev", "eval", "oracle"),
 }
 
 

@@ -1,59 +1,57 @@
-"""The text that benchmarks/train_adapter.py teaches with: its exercises have the right answers."""
+"""The text that `trimix adapt` teaches with: its exercises have the right answers."""
 
 import random
 import re
-import sys
 from itertools import islice
-from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-import teaching_text
+from trimix_gguf.adapting import teaching
+from trimix_gguf.adapting.teaching import Pair, read_pairs, shares_of, teach
+from trimix_gguf.errors import DataError
 
 SUBJECTS = ("budget", "harvest", "school", "bridge", "museum", "doctor", "railway", "climate")
+TEXT = ["\n".join(" ".join(f"сөз{line}н{at}" for at in range(8)) + "." for line in range(60))]
+ENGLISH = [f"This is line {line} of a novel." for line in range(60)]
 
 
 @pytest.fixture
-def data(tmp_path):
-    """Raw and aligned text in which every word tells its line."""
-    for folder in ("corpus/kk", "corpus/en", "parallel"):
-        (tmp_path / folder).mkdir(parents=True)
-    kazakh = [" ".join(f"сөз{line}н{at}" for at in range(8)) + "." for line in range(60)]
-    (tmp_path / "corpus/kk/train.txt").write_text("\n".join(kazakh), encoding="utf-8")
-    english = [f"This is line {line} of a novel." for line in range(60)]
-    (tmp_path / "corpus/en/an-author.txt").write_text("\n".join(english), encoding="utf-8")
+def pairs(tmp_path):
+    """Aligned text in which every word tells its line; half of it is aligned badly."""
     rows = ["kk\ten\tscore\tsite"]
     for at in range(20 * len(SUBJECTS)):
         word = SUBJECTS[at % len(SUBJECTS)]
         rows.append(f"мәтін {word} туралы {at} .\tthe {word} of year {at} .\t0.9\tnews")
         rows.append(f"қате {word} туралы {at} .\tnothing of year {at} .\t0.1\tnews")
-    (tmp_path / "parallel/kk-en.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return tmp_path
+    (tmp_path / "pairs.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return read_pairs(tmp_path / "pairs.tsv")
 
 
-def exercises(data, wanted):
-    """(asked, answer) of the first documents whose text has `wanted`, and their heads."""
+def documents(pairs, seed, shares):
+    return teach(TEXT, ENGLISH, pairs, shares, random.Random(seed))
+
+
+def exercises(pairs, wanted):
+    """(head, asked, answer) of the first documents whose text has `wanted`."""
     found = []
-    for pieces in islice(teaching_text.documents(data, random.Random(3), 1.0), 80):
+    for pieces in islice(documents(pairs, 3, {"exercises": 1.0}), 80):
         texts = [text for text, _ in pieces]
         if wanted in "".join(texts):
-            answers = [at for at, (_, count) in enumerate(pieces) if count == teaching_text.ANSWER]
+            answers = [at for at, (_, count) in enumerate(pieces) if count == teaching.ANSWER]
             found += [(texts[0], texts[at - 1], texts[at].strip()) for at in answers]
     assert len(found) > 50
     return found
 
 
-def test_a_subject_is_that_of_the_translation_and_one_of_those_named(data):
-    for head, asked, answer in exercises(data, "туралы"):
+def test_a_subject_is_that_of_the_translation_and_one_of_those_named(pairs):
+    for head, asked, answer in exercises(pairs, "туралы"):
         assert f" {answer} " in asked and answer in head
         assert "қате" not in asked.lower()
 
 
-def test_the_letter_is_that_of_the_word_that_fills_the_gap(data):
-    lines = (data / "corpus/kk/train.txt").read_text("utf-8").splitlines()
-    letters = set()
-    for _, asked, answer in exercises(data, "A"):
+def test_the_letter_is_that_of_the_word_that_fills_the_gap(pairs):
+    lines, letters = TEXT[0].splitlines(), set()
+    for _, asked, answer in exercises(pairs, "A"):
         if not (choices := dict(re.findall(r"^([A-D])[.)] (.+)$", asked, re.M))):
             continue
         sentence = re.search(r": (.*___.*)", asked)[1]
@@ -67,8 +65,8 @@ def test_the_letter_is_that_of_the_word_that_fills_the_gap(data):
     assert letters == set("ABCD")
 
 
-def test_missing_words_are_in_the_passage(data):
-    for _, asked, answer in exercises(data, "___"):
+def test_missing_words_are_in_the_passage(pairs):
+    for _, asked, answer in exercises(pairs, "___"):
         if "\nA" in asked:
             continue
         passage, question = re.fullmatch(r"\w+: (.*)\n\w+: (.*)\n\w+:", asked).groups()
@@ -77,8 +75,36 @@ def test_missing_words_are_in_the_passage(data):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.45])
-def test_shares_of_the_text(data, share):
+def test_shares_of_the_text(pairs, share):
+    shares = shares_of(pairs=True, replay=True, exercises=share, text=TEXT)
+    assert sum(shares.values()) == pytest.approx(1) and shares.get("exercises", 0) == share
     read = {True: 0, False: 0}
-    for pieces in islice(teaching_text.documents(data, random.Random(1), share), 400):
+    for pieces in islice(documents(pairs, 1, shares), 400):
         read[len(pieces) > 1] += sum(len(text) for text, _ in pieces)
-    assert read[True] / sum(read.values()) == pytest.approx(share, abs=0.02)
+    assert read[True] / sum(read.values()) == pytest.approx(share, abs=0.03)
+
+
+def test_what_is_not_there_leaves_its_share_to_the_text():
+    assert shares_of(pairs=False, replay=False, exercises=None, text=["қысқа мәтін"]) == {"text": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("only one column\n", "line 1: expected two columns"),
+        ("kk\ten\tscore\na\tb\tgood\n", "line 2: its score"),
+        ("бір\tone\n", "no pair"),
+    ],
+)
+def test_bad_pairs_are_one_line(tmp_path, content, said):
+    (tmp_path / "pairs.tsv").write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=said):
+        read_pairs(tmp_path / "pairs.tsv")
+
+
+def test_pairs_are_read_as_they_are_written(tmp_path):
+    line = "үкімет жаңа ( 2020 ) заң қарады .\tthe government read a new law ."
+    (tmp_path / "pairs.tsv").write_text(line, encoding="utf-8")
+    assert read_pairs(tmp_path / "pairs.tsv") == [
+        Pair("Үкімет жаңа (2020) заң қарады.", "The government read a new law.")
+    ]

@@ -136,7 +136,7 @@ def test_a_run_ends_after_its_seconds_also_where_two_runs_took_them(tmp_path, mo
 
 def test_the_rate_warms_up_then_falls_by_a_cosine(tmp_path):
     state = tmp_path / "state.pt"
-    adapter = Settings(3e-4, state=state, n_steps=488)  # as benchmarks/train_adapter.py has it
+    adapter = Settings(3e-4, state=state, n_steps=488)  # of an adapter
     for step in (0, 19, 20, 244, 487):
         slope = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / 488))
         assert adapter.rate(step, 0) == 3e-4 * min(1, (step + 1) / 20) * slope

@@ -1,13 +1,13 @@
-"""Train the nano trio from raw text: tokenizer, small_base, small_cpt, large_base, large_ins.
+"""Train the nano trio from raw text: tokenizer, small_base, large_base, large_ins.
 
     python convert/nano/train.py tokenizer  --data DATA --work WORK
     python convert/nano/train.py small_base --data DATA --work WORK
-    python convert/nano/train.py small_cpt  --data DATA --work WORK   # continues small_base
-    python convert/nano/train.py large_base --data DATA --work WORK   # may run beside the two
+    python convert/nano/train.py large_base --data DATA --work WORK   # may run beside it
     python convert/nano/train.py large_ins  --data DATA --work WORK   # continues large_base
 
-Each model trains on `--threads` cores. After Ctrl-C it goes on where it was, after a kill where it
-was a few minutes before. `make nano` runs all of it and converts the result to GGUF.
+`trimix adapt` makes small_cpt from small_base. Each model trains on `--threads` cores. After Ctrl-C
+it goes on where it was, after a kill where it was a few minutes before. `make nano` runs all of it
+and converts the result to GGUF.
 """
 
 import argparse
@@ -58,7 +58,6 @@ class Recipe:
 
 RECIPES = {
     "small_base": Recipe(192, 5, 512, 6, 2, 2_600_000, 4e-3),
-    "small_cpt": Recipe(192, 5, 512, 6, 2, 4_000_000, 3e-3, start="small_base"),
     "large_base": Recipe(320, 7, 832, 10, 5, 3_300_000, 3e-3),
     "large_ins": Recipe(320, 7, 832, 10, 5, 450_000, 1e-3, start="large_base"),
 }
@@ -68,8 +67,6 @@ def documents(role: str, data: Path) -> list[str]:
     """What each role reads; the small share of Kazakh stands for what any web crawl holds."""
     if role == "small_base":
         return corpus.mix(1, (corpus.english(data, 1), 1), (corpus.kazakh(data, 1), 0.08))
-    if role == "small_cpt":
-        return corpus.mix(2, (corpus.kazakh(data, 2), 1))
     if role == "large_ins":  # a short second stage: instructions, and more of the language
         return corpus.mix(
             4,

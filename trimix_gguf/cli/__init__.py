@@ -23,6 +23,7 @@ COMMANDS = {  # name -> (module, and function in it where that is called otherwi
     "remove": ("trios:remove", "Delete a trio that was pulled or imported."),
     "export": ("trios:export_", "Write a trio to a folder or a tar, for another machine."),
     "import": ("trios:import_", "Install a trio that was exported."),
+    "adapt": ("adapt", "Teach a trio's small model your language from raw text."),
     "doctor": ("doctor", "Test llama.cpp; show devices, and whether a trio fits."),
     "plan": ("plan", "Show which layers go to which device, and what to change."),
     "check": ("check", "Check whether three GGUF files make a trio."),

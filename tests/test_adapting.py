@@ -1,0 +1,360 @@
+"""`trimix adapt` with the nano trio: from text to a trio, and what a stop or a bad loss does."""
+
+import itertools
+import json
+import random
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+from click.testing import CliRunner
+
+for needed in ("ftfy", "datasketch", "zstandard", "fontTools"):
+    pytest.importorskip(needed, reason="needs the extra: pip install -e '.[adapt]'")
+
+from trimix_gguf import Trio, generate  # noqa: E402
+from trimix_gguf.adapting import extras, training  # noqa: E402
+from trimix_gguf.adapting.bases import Base, Tokenizer, load_base  # noqa: E402
+from trimix_gguf.adapting.history import History, best_of  # noqa: E402
+from trimix_gguf.adapting.judging import Judge, Judgement  # noqa: E402
+from trimix_gguf.adapting.rows import Rows, blocks, measured_rows, write_rows  # noqa: E402
+from trimix_gguf.adapting.workplace import Workplace  # noqa: E402
+from trimix_gguf.cli import trimix as program  # noqa: E402
+from trimix_gguf.errors import DataError, TrimixError  # noqa: E402
+from trimix_gguf.trio.trio import NANO  # noqa: E402
+from trimix_gguf.trios.store import installed, resolve  # noqa: E402
+
+VERBS = ("қарады", "көрді", "айтты", "жазды", "ашты", "жапты", "алды", "берді", "оқыды", "салды")
+NOUNS = ("үкімет", "мектеп", "бала", "дәрігер", "мұғалім", "қала", "ауыл", "кітап", "заң", "жол")
+TIMES = ("бүгін", "кеше", "ертең", "былтыр", "жазда", "қыста", "күзде", "көктемде")
+PLACES = ("Алматыда", "Астанада", "Шымкентте", "Атырауда", "Семейде", "Таразда", "Ақтөбеде")
+
+
+def kazakh(n_documents=60, n_sentences=24):
+    """Simple sentences, so that a small model learns them in a minute; no two documents alike."""
+    rng = random.Random(5)
+    for _ in range(n_documents):
+        lines = []
+        for _ in range(n_sentences):
+            words = [rng.choice(part) for part in (TIMES, PLACES, NOUNS, NOUNS)]
+            lines.append(f"{' '.join(words)} туралы {rng.randint(2, 999)} рет {rng.choice(VERBS)}.")
+        yield "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "kazakh.jsonl"
+    lines = [json.dumps({"text": text}) for text in kazakh()]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def adapt(monkeypatch, tmp_path):
+    """Run `trimix adapt` in this process, in a home of its own."""
+    monkeypatch.setenv("TRIMIX_HOME", str(tmp_path / "home"))
+
+    def run(*words):
+        return CliRunner().invoke(program, ["adapt", *map(str, words)])
+
+    return run
+
+
+@pytest.fixture
+def with_torch():
+    for name in ("torch", "transformers", "peft", "accelerate"):
+        pytest.importorskip(name, reason="needs PyTorch: pip install -e '.[adapt]'")
+
+
+# -- the whole way ----------------------------------------------------------------------------
+
+
+def test_nano_learns_a_text_and_becomes_a_trio(adapt, text_file, tmp_path, with_torch):
+    picture = tmp_path / "a.png"
+    options = ("--tokens", 50_000, "--lang", "kk", "--learning-rate", 5e-3, "--plot", picture)
+    done = adapt("qazaq", text_file, *options)
+    assert done.exit_code == 0, done.output
+    trio = resolve("qazaq")
+    assert trio.models["small_cpt"].adapter_of == "small_base" and trio.languages == ("kk",)
+    made = json.loads((trio.folder / "adapted.json").read_text(encoding="utf-8"))
+    first, *_, last = [one["perplexity"] for one in made["history"]]
+    assert last < 0.6 * first
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    held = dict(
+        line.split()[:2]
+        for line in (trio.folder / "heldout.txt").read_text("utf-8").splitlines()[1:]
+    )
+    assert float(held["small_cpt"]) < 0.6 * float(held["small_base"])
+    with Trio.load(**trio.load_arguments()) as opened:
+        assert generate(opened, "бүгін", max_tokens=4).text
+    assert not list((tmp_path / "home" / "adapt").iterdir())  # nothing is left of the run
+    again = adapt("qazaq", text_file)
+    assert again.exit_code == 1 and "here already" in str(again.exception)
+
+
+def test_all_weights_are_taught_and_only_a_file_is_written(adapt, text_file, tmp_path, with_torch):
+    out = tmp_path / "small_cpt.gguf"
+    done = adapt("whole", text_file, "--full", "--tokens", 8192, "-o", out, "--exercises", 0)
+    assert done.exit_code == 0 and done.stdout.strip() == str(out), done.output
+    assert installed() == []
+    files = {role: NANO / f"{role}.gguf" for role in ("large_ins", "small_base")}
+    with Trio.load(**files, small_cpt=out, n_ctx=64) as opened:
+        assert generate(opened, "бүгін", max_tokens=4).text
+    assert adapt("whole", text_file, "-o", out).exit_code == 1
+
+
+def test_a_dry_run_says_what_it_would_take_and_leaves_nothing(adapt, text_file, tmp_path):
+    done = adapt("qazaq", text_file, "--dry-run", "--tokens", 1000)
+    assert done.exit_code == 0, done.output
+    for said in ("60 documents", "held out", "tokens per character", "enough?", "memory", "disk"):
+        assert said in done.stderr
+    assert not list((tmp_path / "home" / "adapt").iterdir())
+
+
+# -- a stopped run ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def learning(tmp_path, text_file, with_torch):
+    """What training.train takes, for nano with an adapter, short rows and few steps."""
+    from trimix_gguf.adapting.taught import add_adapter, make_taught
+
+    base = Base(NANO / "small_base.gguf")
+    texts = [json.loads(line)["text"] for line in text_file.read_text("utf-8").splitlines()]
+    recipe = training.Recipe(
+        n_steps=9, learning_rate=3e-3, dtype="float32", n_warm_up=2, steps_between_looks=3,
+        save_every_s=0,
+    )  # fmt: skip
+    tokenizer = Tokenizer(base)
+    documents = ([(text, 1)] for text in itertools.cycle(texts[8:]))
+    rows = write_rows(documents, tokenizer, tmp_path, n_rows=36, n_block=64)
+    judge = Judge(measured_rows(texts[:8], tokenizer, n_rows=2, n_block=64), None, [])
+
+    def run(folder, recipe=recipe, show=lambda standing: None, model=None):
+        import torch
+
+        torch.manual_seed(1)
+        folder.mkdir(exist_ok=True)
+        taught = make_taught(add_adapter(load_base(base, "float32"), 4), rows)
+        said = []
+        arguments = (taught, rows, recipe, judge, folder)
+        history = training.train(*arguments, show=show, say=said.append)
+        numbers = {name: p.detach().clone() for name, p in training.trained_numbers(taught).items()}
+        return SimpleNamespace(numbers=numbers, history=history, said=said)
+
+    run.recipe = recipe
+    return run
+
+
+def same(one, other):
+    return all((one[name] == other[name]).all() for name in one | other)
+
+
+def test_a_run_that_was_killed_at_any_step_ends_as_one_that_was_not(learning, tmp_path):
+    whole = learning(tmp_path / "whole")
+    steps = []
+
+    def stop(standing):
+        steps.append(standing.step)
+        if standing.step in (2, 6, 7) and steps.count(standing.step) == 1:
+            raise KeyboardInterrupt  # before this step is saved, as a kill
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            learning(tmp_path / "broken", show=stop)
+        # What a kill leaves of a state that was being written.
+        source = tmp_path / "whole/states/checkpoint-9"
+        target = tmp_path / "broken/states/checkpoint-8"
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns(training.WHOLE))
+    broken = learning(tmp_path / "broken", show=stop)
+    assert steps == [1, 2, 2, 3, 4, 5, 6, 6, 7, 7, 8, 9]
+    assert same(whole.numbers, broken.numbers)
+    assert whole.history.all == broken.history.all
+    assert [one.step for one in whole.history.all] == [0, 3, 6, 9]
+
+
+def test_ctrl_c_ends_the_step_and_saves_it(learning, tmp_path):
+    import signal
+
+    def stop(standing):
+        if standing.step == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(training.Stopped):
+        learning(tmp_path / "run", replace(learning.recipe, save_every_s=999), show=stop)
+    assert (tmp_path / "run/states/checkpoint-4" / training.WHOLE).is_file()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_full_disk_leaves_the_state_before(learning, tmp_path, monkeypatch):
+    real, n_written = training.save_numbers, itertools.count()
+
+    def full(taught, path):
+        if "states" in path.parts and next(n_written) == 4:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(taught, path)
+
+    monkeypatch.setattr(training, "save_numbers", full)
+    with pytest.raises(OSError, match="No space"):
+        learning(tmp_path / "run")
+    monkeypatch.setattr(training, "save_numbers", real)
+    assert same(learning(tmp_path / "run").numbers, learning(tmp_path / "whole").numbers)
+
+
+@pytest.mark.parametrize("n_bad", [1, 99])
+def test_a_loss_that_is_no_number_goes_back_with_half_the_rate(
+    learning, tmp_path, monkeypatch, n_bad
+):
+    import torch
+
+    real, at = torch.nn.functional.cross_entropy, itertools.count()
+    bad = itertools.count()
+
+    def sometimes(logits, targets, **options):
+        found = real(logits, targets, **options)
+        is_training = options["reduction"] == "none" and found.requires_grad
+        # Two losses for a step: the tenth is of the fifth.
+        if is_training and next(at) >= 9 and next(bad) < n_bad:
+            return found * float("nan")
+        return found
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", sometimes)
+    if n_bad > training.MOST_HALVINGS:
+        with pytest.raises(TrimixError, match="--learning-rate"):
+            learning(tmp_path / "run")
+        return
+    run = learning(tmp_path / "run")
+    assert len(run.said) == n_bad and "half the rate" in run.said[0]
+    assert (tmp_path / "run/halvings").read_text(encoding="utf-8") == "1"
+    assert all(np.isfinite(one.perplexity) for one in run.history.all)
+
+
+def test_something_else_than_was_begun_with_is_refused(adapt, text_file, tmp_path):
+    work = Workplace(tmp_path / "work")
+    work.check_asked({"tokens": 4}, [text_file])
+    work.write("report.json", {})
+    work.check_asked({"tokens": 5, "base": None}, [text_file])  # nothing is lost: not begun
+    assert work.read("report.json") is None
+    work.write("decided.json", {"n_steps": 1})
+    work.check_asked({"tokens": 5, "base": None}, [text_file])
+    with pytest.raises(DataError, match="--tokens 5, not 6"):
+        work.check_asked({"tokens": 6, "base": None}, [text_file])
+    other = tmp_path / "other.txt"
+    other.write_text("a", encoding="utf-8")
+    with pytest.raises(DataError, match="other.txt was not there"):
+        work.check_asked({"tokens": 5, "base": None}, [text_file, other])
+    begun = Workplace(tmp_path / "begun")
+    begun.check_asked({}, [other])
+    begun.write("decided.json", {"n_steps": 1})
+    other.write_text("b", encoding="utf-8")
+    with pytest.raises(DataError, match="other.txt changed"):
+        begun.check_asked({}, [other])
+
+
+# -- bad input --------------------------------------------------------------------------------
+
+
+def refused(done):
+    assert done.exit_code == 1 and isinstance(done.exception, TrimixError), done.output
+    assert "\n" not in str(done.exception)
+    return str(done.exception)
+
+
+def test_what_cannot_be_done_is_one_line(adapt, text_file, tmp_path, monkeypatch):
+    assert "no such file" in refused(adapt("a", tmp_path / "absent.txt"))
+    (tmp_path / "empty.txt").write_text("", encoding="utf-8")
+    assert "no letters" in refused(adapt("a", tmp_path / "empty.txt"))
+    assert "Arabic" in refused(adapt("b", text_file, "--script", "Arab"))
+    assert "config.json" in refused(adapt("c", text_file, "--base", tmp_path))
+    assert "reserved" not in refused(adapt("nano", text_file))
+    free = psutil.virtual_memory()._replace(available=1 << 20)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    assert "GiB of memory" in refused(adapt("d", text_file))
+
+
+def test_a_base_with_another_vocabulary_is_refused(adapt, text_file, real_files):
+    done = adapt("a", text_file, "--base", real_files["small_base"])
+    assert "small_base" in refused(done)
+
+
+@pytest.mark.parametrize("module", ["torch", "ftfy"])
+def test_an_absent_library_is_one_line_with_what_to_install(adapt, text_file, monkeypatch, module):
+    real = extras.importlib.import_module
+
+    def absent(name):
+        if name == module:
+            raise ImportError(name)
+        return real(name)
+
+    monkeypatch.setattr(extras.importlib, "import_module", absent)
+    said = refused(adapt("a", text_file, "--tokens", 2048))
+    assert module in said and "pip install 'trimix-gguf[adapt]'" in said and "GB" in said
+
+
+# -- rows, losses, choices --------------------------------------------------------------------
+
+
+def test_rows_hold_every_token_once_and_what_it_counts(tmp_path):
+    tokenizer = SimpleNamespace(ids=lambda text: list(map(ord, text)), end=0)
+    documents = [[("abc", 1), ("de", 8)], [("fghij", 1)]]
+    rows = write_rows(documents, tokenizer, tmp_path, n_rows=2, n_block=5)
+    assert rows.ids.tolist() == [[97, 98, 99, 100, 101], [0, 102, 103, 104, 105]]
+    assert rows.counts.tolist() == [[1, 1, 1, 8, 8], [1, 1, 1, 1, 1]]
+    assert np.array_equal(Rows.load(tmp_path).ids, rows.ids)
+    assert len(list(blocks(documents, tokenizer, 4))) == 3
+
+
+def test_the_loss_is_over_the_tokens_that_occur(with_torch):
+    import torch
+
+    from trimix_gguf.adapting.taught import make_taught
+
+    model = load_base(Base(NANO / "small_base.gguf"), "float32")
+    ids = np.random.default_rng(1).integers(5, 300, (2, 12)).astype(np.int32)
+    counts = np.random.default_rng(2).choice([1, 8], (2, 12)).astype(np.uint8)
+    taught = make_taught(model, Rows(ids, counts))
+    with torch.no_grad():
+        found = taught(torch.from_numpy(ids).long(), torch.from_numpy(counts))
+        logits = model(torch.from_numpy(ids).long()).logits[:, :-1].double()
+    own = np.unique(ids)
+    logprobs = logits[..., own].log_softmax(-1).numpy()
+    at = np.searchsorted(own, ids[:, 1:])
+    nll = -np.take_along_axis(logprobs, at[..., None], -1)[..., 0]
+    assert float(found) == pytest.approx(
+        (nll * counts[:, 1:]).sum() / counts[:, 1:].sum(), rel=1e-4
+    )
+
+
+def looked(step, perplexity, *sure):
+    return Judgement(step, perplexity, None, 0.5 if sure else None, list(sure))
+
+
+def test_the_lowest_perplexity_wins_among_those_that_still_answer():
+    able = looked(1, 9.0, *[0.6] * 20)
+    better = looked(2, 7.0, *[0.59] * 20)
+    forgot = looked(3, 5.0, *[0.3] * 20)
+    assert best_of([able, better, forgot]) is better
+    assert best_of([looked(1, 9.0), looked(2, 7.0)]).step == 2
+
+
+def test_training_ends_when_answers_get_worse_twice(tmp_path):
+    history = History(tmp_path)
+    for step, sure in enumerate((0.5, 0.6, 0.3)):
+        history.add(looked(step, 9.0 - step, *[sure] * 20))
+        assert not history.falls
+    history.add(looked(3, 5.0, *[0.3] * 20))
+    assert history.falls and History(tmp_path).all == history.all
+    history.forget_after(2)
+    assert not history.falls and len(History(tmp_path).all) == 3
+
+
+def test_the_rate_warms_up_then_falls():
+    recipe = training.Recipe(n_steps=100, learning_rate=1e-3, dtype="float32", n_warm_up=10)
+    slopes = [recipe.slope(step) for step in range(101)]
+    assert slopes[0] == pytest.approx(0.1, rel=0.01) and max(slopes) == max(slopes[9:12])
+    assert slopes[100] == pytest.approx(0.05) and slopes == sorted(slopes[:10]) + slopes[10:]
+    assert replace(recipe, n_halvings=2).slope(50) == slopes[50] / 4

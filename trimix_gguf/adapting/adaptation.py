@@ -1,0 +1,334 @@
+"""The whole way: raw text -> a taught small_cpt -> a trio in the store, and what it is worth."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from trimix_gguf.adapting import outlook, publishing, teaching, training
+from trimix_gguf.adapting.bases import ENGLISH, Base, Tokenizer, find_base, load_base
+from trimix_gguf.adapting.candidates import choose
+from trimix_gguf.adapting.documents import list_files
+from trimix_gguf.adapting.extras import is_here, need
+from trimix_gguf.adapting.history import History
+from trimix_gguf.adapting.judging import Judge
+from trimix_gguf.adapting.measuring import tokens_per_second
+from trimix_gguf.adapting.outlook import Outlook, look_ahead
+from trimix_gguf.adapting.preparing import HELD_OUT, LEARNED, Wanted, prepare
+from trimix_gguf.adapting.report import Report
+from trimix_gguf.adapting.rows import Rows, count_tokens, measured_rows, write_rows
+from trimix_gguf.adapting.taught import add_adapter, faster_dtype, make_taught, products_per_second
+from trimix_gguf.adapting.workplace import DECIDED, REPORT, Workplace
+from trimix_gguf.errors import DataError, TrioFileError
+from trimix_gguf.trios.store import SHIPPED, installed, resolve
+from trimix_gguf.trios.triofile import TrioFile, check_name
+
+N_LOOKS = 6  # measurements on the way, or more in a long run
+# Learning rates for a model as wide as WIDTH; a narrower one takes, and needs, larger steps.
+FULL_RATE, ADAPTER_RATE, WIDTH = 1e-4, 5e-4, 896
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a user asks for; all of it stays the same when a run goes on."""
+
+    name: str
+    texts: Sequence[Path]
+    trio: str = SHIPPED
+    base: Path | None = None
+    pairs: Path | None = None
+    replay: Sequence[Path] = ()
+    keep_out: Sequence[Path] = ()
+    lang: str | None = None
+    script: str | None = None
+    tokens: int | None = None
+    minutes: float | None = None
+    rank: int = outlook.RANK
+    learning_rate: float | None = None
+    exercises: float | None = None
+    full: bool = False
+    merge: bool = False
+    output: Path | None = None
+    seed: int = 0
+
+    def settings(self) -> dict[str, Any]:
+        """What is compared when a run goes on; files are compared by their content."""
+        left_out = ("texts", "pairs", "replay", "keep_out")
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        return {
+            **found,
+            **{n: p and str(p) for n, p in (("base", self.base), ("output", self.output))},
+        }
+
+    def files(self) -> list[Path]:
+        """All that is read."""
+        pairs = [] if self.pairs is None else [self.pairs]
+        return list_files([*self.texts, *self.replay, *pairs, *self.keep_out])
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a run tells while it works."""
+
+    say: Callable[[str], None]
+    read: Callable[[str, int], None]
+    step: Callable[[training.Standing], None]
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What came of it; `trio` is None after a dry run, and where only a file was asked for."""
+
+    report: Report
+    outlook: Outlook
+    history: History | None = None
+    trio: TrioFile | None = None
+
+
+def adapt(asked: Asked, work: Workplace, shown: Shown, *, dry_run: bool = False) -> Adapted:
+    """Make a trio of that name from text; with `dry_run`, only say what it would take.
+
+    A run that was stopped goes on from `work`. Raises TrimixError; training.Stopped after Ctrl-C.
+    """
+    _check_free(asked)
+    with work.held():
+        work.check_asked(asked.settings(), asked.files())
+        trio = resolve(asked.trio)
+        trio.check_files()
+        base = find_base(trio, asked.base, work.folder, alone=asked.output is not None)
+        run = _Run(asked, work, shown, trio, base, Tokenizer(base))
+        report = run.prepare()
+        for line in report.lines():
+            shown.say(line)
+        ahead = run.look_ahead(report)
+        if dry_run:
+            return Adapted(report, ahead)
+        ahead.check()
+        return run.make(report, ahead)
+
+
+def _check_free(asked: Asked) -> None:
+    """Raise TrioFileError or DataError where the result's name is taken."""
+    check_name(asked.name)
+    if asked.output is not None:
+        if asked.output.exists():
+            raise DataError(f"{asked.output} is there already; remove it, or name another file")
+        if not asked.output.absolute().parent.is_dir():
+            raise DataError(f"folder {asked.output.parent} does not exist; create it first")
+    elif asked.name == SHIPPED or asked.name in installed():
+        raise TrioFileError(
+            f"trio {asked.name} is here already; take another name, or `trimix remove` it"
+        )
+
+
+class _Run:
+    """The steps of one run, each of which keeps in the workplace what it found."""
+
+    def __init__(
+        self,
+        asked: Asked,
+        work: Workplace,
+        shown: Shown,
+        trio: TrioFile,
+        base: Base,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self.asked, self.work, self.shown = asked, work, shown
+        self.trio, self.base, self.tokenizer = trio, base, tokenizer
+        self.folder = work.folder
+
+    # -- text -----------------------------------------------------------------------------------
+
+    def prepare(self) -> Report:
+        """Clean the text, and the replay beside it."""
+        return Report.from_json(self.work.once(REPORT, self._prepare))
+
+    def _prepare(self) -> dict[str, Any]:
+        asked = self.asked
+        wanted = Wanted(asked.script, asked.keep_out)
+        report = prepare(list_files(asked.texts), self.folder, wanted, self.shown.read)
+        if asked.replay:
+            self._replay.mkdir(exist_ok=True)
+            files = list_files(asked.replay)
+            prepare(files, self._replay, Wanted(None, asked.keep_out), self.shown.read)
+        learned = teaching.Texts(self.folder / LEARNED)
+        held = teaching.Texts(self.folder / HELD_OUT)
+        for part, texts in ((report.learned, learned), (report.heldout, held)):
+            part.n_tokens = count_tokens(texts, self.tokenizer, part.n_characters)
+        report.english_tokens_per_character = len(self.tokenizer.ids(ENGLISH)) / len(ENGLISH)
+        return report.to_json()
+
+    @property
+    def _replay(self) -> Path:
+        return self.folder / "replay"
+
+    def _texts(self, name: str, replay: bool = False) -> Sequence[str]:
+        if replay and not self.asked.replay:
+            return ()
+        return teaching.Texts((self._replay if replay else self.folder) / name)
+
+    # -- what it takes --------------------------------------------------------------------------
+
+    def n_tokens(self, report: Report, speed: float | None) -> int:
+        """How many to learn from: as asked, or EPOCHS times the text."""
+        if self.asked.tokens is not None:
+            return self.asked.tokens
+        if self.asked.minutes is not None and speed is not None:
+            return int(self.asked.minutes * 60 * speed)
+        return outlook.EPOCHS * report.learned.n_tokens
+
+    def look_ahead(self, report: Report, speed: float | None = None) -> Outlook:
+        """Estimate the run, and say it."""
+        dtype = self._dtype() if is_here("torch") else "float32"
+        products = self._products()[dtype] if is_here("torch") else None
+        ahead = look_ahead(
+            self.base,
+            self.folder,
+            n_tokens=self.n_tokens(report, speed),
+            n_characters=report.learned.n_characters,
+            dtype_bytes=4 if dtype == "float32" else 2,
+            rank=self.asked.rank,
+            full=self.asked.full,
+            tokens_per_second=speed,
+            products_per_second=products,
+        )
+        epochs = ahead.n_tokens / max(report.learned.n_tokens, 1)
+        self.shown.say(f"enough?   {outlook.suffices(report.learned.n_tokens)}")
+        for line in ahead.lines():
+            self.shown.say(line)
+        self.shown.say(f"epochs    {epochs:.1f} times the text, if it were all that is read")
+        return ahead
+
+    # -- training -------------------------------------------------------------------------------
+
+    def make(self, report: Report, ahead: Outlook) -> Adapted:
+        """Train, choose, write the trio, and measure it."""
+        dtype = self._dtype()
+        model = self._model(dtype)
+        decided = self.work.once(DECIDED, lambda: self._decide(model, dtype, report))
+        rows = Rows.load(self.folder) or self._rows(decided)
+        judge = Judge.make(
+            self._texts(HELD_OUT), self._texts(HELD_OUT, True), self.tokenizer, self.base,
+            self.asked.seed,
+        )  # fmt: skip
+        if not judge.questions:
+            self.shown.say("the held-out text is too short for exercises: perplexity decides")
+        taught = make_taught(model, rows)
+        recipe = training.Recipe(
+            n_steps=decided["n_steps"],
+            learning_rate=self._rate(),
+            dtype=dtype,
+            rows_at_once=decided["n_rows"],
+            seed=self.asked.seed,
+            n_warm_up=max(1, min(50, decided["n_steps"] // 20)),
+            steps_between_looks=min(100, -(-decided["n_steps"] // N_LOOKS)),
+        )
+        history = training.train(
+            taught, rows, recipe, judge, self.folder, show=self.shown.step, say=self.shown.say
+        )
+        choose(taught, judge, history, self.folder, dtype, self.shown.say)
+        return Adapted(report, ahead, history, self._publish(model, report))
+
+    def _dtype(self) -> str:
+        """The faster one here."""
+        return faster_dtype(self._products())
+
+    def _products(self) -> dict[str, float]:
+        """How fast this machine multiplies, measured once."""
+        file = self.base.file
+        n_ff = int(file.metadata.get(f"{file.architecture}.feed_forward_length", file.n_embd))
+        found: dict[str, float] = self.work.once(
+            "products.json", lambda: products_per_second(file.n_embd, n_ff)
+        )
+        return found
+
+    def _model(self, dtype: str) -> Any:
+        """The base, with pairs of the same random numbers each time."""
+        need("peft")  # before the long work of loading
+        self.shown.say(f"loading {(self.base.folder or self.base.gguf).name}, {dtype}")
+        model = load_base(self.base, "float32" if self.asked.full else dtype)
+        need("torch").manual_seed(self.asked.seed)
+        return model if self.asked.full else add_adapter(model, self.asked.rank)
+
+    def _rate(self) -> float:
+        if self.asked.learning_rate is not None:
+            return self.asked.learning_rate
+        rate = FULL_RATE if self.asked.full else ADAPTER_RATE
+        return rate * WIDTH / self.base.file.n_embd
+
+    def _decide(self, model: Any, dtype: str, report: Report) -> dict[str, Any]:
+        """What is measured or drawn once, and stays so when the run goes on."""
+        learned, n_block = self._texts(LEARNED), self.base.n_block
+        n_rows = outlook.rows_at_once(
+            self.base,
+            dtype_bytes=4 if dtype == "float32" else 2,
+            rank=self.asked.rank,
+            full=self.asked.full,
+        )
+        texts = [learned[at] for at in range(min(20, len(learned)))]
+        few = measured_rows(texts, self.tokenizer, n_rows=n_rows, n_block=n_block)
+        speed = tokens_per_second(model, few, dtype)
+        n_tokens = self.n_tokens(report, speed)
+        n_steps = max(1, n_tokens // (outlook.ROWS_PER_STEP * n_block))
+        left = outlook.in_words(n_steps * outlook.ROWS_PER_STEP * n_block / speed)
+        self.shown.say(f"measured: {speed:.0f} tokens/s; {n_steps} steps take about {left}")
+        return {"n_steps": n_steps, "n_rows": n_rows, "tokens_per_second": round(speed, 1)}
+
+    def _rows(self, decided: dict[str, Any]) -> Rows:
+        asked, learned = self.asked, self._texts(LEARNED)
+        replay = self._texts(LEARNED, True)
+        pairs = [] if asked.pairs is None else teaching.read_pairs(asked.pairs)
+        shares = teaching.shares_of(
+            pairs=bool(pairs), replay=bool(replay), exercises=asked.exercises, text=learned
+        )
+        mix = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
+        self.shown.say(f"the mix: {mix}")
+        documents = teaching.teach(learned, replay, pairs, shares, random.Random(asked.seed))
+        n_rows = decided["n_steps"] * outlook.ROWS_PER_STEP
+        return write_rows(
+            documents, self.tokenizer, self.folder, n_rows=n_rows, n_block=self.base.n_block
+        )
+
+    # -- result ---------------------------------------------------------------------------------
+
+    def _publish(self, model: Any, report: Report) -> TrioFile | None:
+        made: dict[str, Path] = {}
+        if self.base.folder is not None:
+            made["small_base"] = self.base.gguf
+        if not self.asked.full:
+            made["small_cpt"] = self.folder / publishing.ADAPTER
+            publishing.write_adapter(model, self.folder, made["small_cpt"])
+        if self.asked.full or self.asked.merge:
+            made["whole"] = self.folder / publishing.MODEL
+            publishing.write_model(model, self.base, self.folder, made["whole"])
+        if self.asked.output is not None:
+            shutil.move(made.get("whole") or made["small_cpt"], self.asked.output)
+            return None
+        return publishing.install(
+            self.asked.name,
+            self.trio,
+            self.base,
+            made,
+            language=self.asked.lang,
+            description=f"made by trimix adapt from {report.learned.n_tokens:,} tokens of text",
+        )
+
+
+def clear(work: Workplace) -> None:
+    """Remove a run's folder once its trio is there."""
+    shutil.rmtree(work.folder, ignore_errors=True)
+
+
+def summary(adapted: Adapted) -> dict[str, Any]:
+    """What a run found, as JSON has it."""
+    history = [] if adapted.history is None else [one.to_json() for one in adapted.history.all]
+    return {
+        "trio": None if adapted.trio is None else adapted.trio.name,
+        "text": adapted.report.to_json(),
+        "outlook": asdict(adapted.outlook),
+        "history": history,
+    }

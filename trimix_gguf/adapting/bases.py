@@ -1,0 +1,138 @@
+"""The small model that is taught: as GGUF for its tokens, and as PyTorch for its training."""
+
+import json
+import os
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimix_gguf.adapting.extras import need, quiet
+from trimix_gguf.errors import ConversionError, ModelFileError, TrioFileError
+from trimix_gguf.machine import native
+from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
+from trimix_gguf.machine.native import lib
+from trimix_gguf.machine.vocabulary import check_contract
+from trimix_gguf.trios.triofile import TrioFile
+
+LONGEST_BLOCK = 512  # tokens of a row: most exercises fit whole
+# A text whose tokens stand for English: what a vocabulary made for English does best.
+ENGLISH = (
+    "The town lies on both banks of the river, which is crossed by three bridges. Every autumn "
+    "the farmers of the valley bring apples, grain and wool to the market, and traders come from "
+    "far away to buy them. In winter the road over the mountains is closed for several weeks, so "
+    "people store food and wood in good time. Most children go to the school next to the old "
+    "library, where they learn to read and write before they are seven years old."
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """`gguf` is what the trio runs; `folder` has the same model for PyTorch, if it came so."""
+
+    gguf: Path
+    folder: Path | None = None
+
+    @property
+    def file(self) -> GGUFFile:
+        """The header of the GGUF."""
+        return read_gguf(self.gguf)
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers in its tensors."""
+        total = 0
+        for tensor in self.file.tensors:
+            n = 1
+            for size in tensor.shape:
+                n *= size
+            total += n
+        return total
+
+    @property
+    def n_block(self) -> int:
+        """Tokens of a row of training."""
+        return min(LONGEST_BLOCK, self.file.n_ctx_train)
+
+
+def find_base(trio: TrioFile, given: Path | None, work: Path, *, alone: bool = False) -> Base:
+    """The small_base of a trio, or `given` in its place: a GGUF, or a folder that is converted.
+
+    Raises ConversionError, and VocabularyMismatch where it does not go with the trio's large_ins,
+    unless it is to stand alone.
+    """
+    base = Base(trio.path("small_base"))
+    if given is not None and given.is_dir():
+        if not (given / "config.json").is_file():
+            raise ConversionError(f"{given} has no config.json; give the folder of a checkpoint")
+        from trimix_gguf.convert.hf import convert_hf
+
+        base = Base(work / "small_base.gguf", given)
+        if not base.gguf.is_file():
+            convert_hf(given, base.gguf)
+    elif given is not None:
+        base = Base(given)
+    if not alone:
+        large_ins = read_gguf(trio.path("large_ins"))
+        check_contract({"large_ins": large_ins, "small_base": read_gguf(base.gguf)})
+    if trio.models["small_base"].adapter_of is not None:
+        raise TrioFileError(f"{trio.file}: small_base is an adapter; give --base a whole model")
+    return base
+
+
+class Tokenizer:
+    """llama.cpp's, as the trio will use it; no weights are loaded for it."""
+
+    def __init__(self, base: Base) -> None:
+        params = lib.llama_model_default_params()
+        params.vocab_only = True
+        native.listen()
+        handle = lib.llama_model_load_from_file(os.fsencode(base.gguf), params)
+        if not handle:
+            raise ModelFileError(f"{base.gguf}: llama.cpp cannot load it: {native.last_error()}")
+        weakref.finalize(self, lib.llama_model_free, handle)
+        self._vocab = lib.llama_model_get_vocab(handle)
+        self.end = int(lib.llama_vocab_eos(self._vocab))
+        adds_bos = lib.llama_vocab_get_add_bos(self._vocab)
+        self.bos = [int(lib.llama_vocab_bos(self._vocab))] if adds_bos else []
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text in NFC; control tokens are read as text."""
+        return native.tokenize(self._vocab, text, special=False)
+
+
+def load_base(base: Base, dtype: str) -> Any:
+    """The base as a transformers model, on the CPU; a GGUF is dequantized.
+
+    `dtype` is a name in torch. Raises ConversionError for a family that transformers cannot read.
+    """
+    torch, transformers = need("torch"), need("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    source = base.folder
+    if source is None:
+        source = base.gguf.parent
+        options["gguf_file"] = base.gguf.name
+        if hasattr(transformers, "GgufConfig"):  # since 5.2: weights stay packed otherwise
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        with quiet():
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                str(source), local_files_only=True, **options
+            )
+    except (ValueError, KeyError, OSError) as error:
+        raise ConversionError(
+            f"transformers cannot read {base.gguf if base.folder is None else source} "
+            f"({' '.join(str(error).split())[:160]}); give --base the folder of its checkpoint"
+        ) from None
+    model.hf_quantizer = None  # it was dequantized in loading; else it cannot be saved
+    model.config.__dict__.pop("quantization_config", None)
+    model.config.architectures = [type(model).__name__]
+    return model
+
+
+def write_config(model: Any, folder: Path) -> None:
+    """config.json of a model: what a conversion reads of a base."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]

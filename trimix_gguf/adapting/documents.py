@@ -1,0 +1,157 @@
+"""Files of raw text -> documents, one after another: memory does not grow with a file."""
+
+import bz2
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from trimix_gguf.adapting.extras import need
+from trimix_gguf.adapting.wikipedia import read_pages
+from trimix_gguf.errors import DataError
+
+TEXTS, JSON_LINES, DUMPS = (".txt", ".md", ".text"), (".jsonl", ".ndjson"), (".xml",)
+PACKED = (".gz", ".zst", ".bz2")
+FEWEST_CHARACTERS = 1000  # of a document, before a blank line ends it
+MOST_CHARACTERS = 2000  # a longer text becomes several documents
+_LONGEST_LINE = 1 << 20  # characters read at once
+
+
+@dataclass(frozen=True)
+class Document:
+    """A piece of text, and where it comes from."""
+
+    source: str
+    text: str
+
+    @property
+    def is_utf8(self) -> bool:
+        """Whether it is Unicode text: bytes that were not UTF-8 stand there as lone surrogates."""
+        try:
+            self.text.encode()
+        except UnicodeEncodeError:
+            return False
+        return True
+
+
+def list_files(paths: Sequence[Path]) -> list[Path]:
+    """The files, and those in the folders whose kind is known, in order; raises DataError."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file))
+            if not inside:
+                known = " ".join((*TEXTS, *JSON_LINES, *DUMPS))
+                raise DataError(f"{path} holds no text; expected files named {known}, or packed")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise DataError(f"{path}: no such file or folder")
+    return list(dict.fromkeys(found))
+
+
+def read_documents(file: Path) -> Iterator[Document]:
+    """The documents of one file; raises DataError where it cannot be read or unpacked."""
+    readers = {JSON_LINES: _json_lines, DUMPS: _dump}
+    read = next((r for kinds, r in readers.items() if _kind(file) in kinds), _text)
+    try:
+        with ExitStack() as stack:
+            yield from read(file, _open(file, stack))
+    except _damage(file) as error:
+        raise DataError(f"{file} cannot be read: {error}; get it again") from None
+
+
+def _damage(file: Path) -> tuple[type[Exception], ...]:
+    """What reading a damaged file raises."""
+    packed = [need("zstandard").ZstdError] if file.suffix.lower() == ".zst" else []
+    return (OSError, EOFError, zlib.error, *packed)
+
+
+def _kind(file: Path) -> str:
+    """The ending that says how to read a file, below that of its packing; '' for none known."""
+    endings = [ending.lower() for ending in file.suffixes]
+    while endings and endings[-1] in PACKED:
+        endings.pop()
+    kind = endings[-1] if endings else ""
+    return kind if kind in (*TEXTS, *JSON_LINES, *DUMPS) else ""
+
+
+def _open(file: Path, stack: ExitStack) -> io.BufferedReader:
+    raw = stack.enter_context(file.open("rb"))
+    packing = file.suffix.lower()
+    if packing == ".gz":
+        return io.BufferedReader(stack.enter_context(gzip.GzipFile(fileobj=raw)))
+    if packing == ".bz2":
+        return io.BufferedReader(stack.enter_context(bz2.BZ2File(raw)))
+    if packing == ".zst":
+        reader = need("zstandard").ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        return stack.enter_context(io.BufferedReader(reader))
+    return raw
+
+
+def _lines(file: Path, raw: io.BufferedReader) -> Iterator[str]:
+    if raw.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{file} is UTF-16; save it as UTF-8")
+    # Bytes that are not UTF-8 become lone surrogates, which Document.is_utf8 finds.
+    text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape")
+    try:
+        while line := text.readline(_LONGEST_LINE):
+            yield line
+    finally:
+        text.detach()  # who opened it closes it
+
+
+def _text(file: Path, raw: io.BufferedReader) -> Iterator[Document]:
+    held: list[str] = []
+    n_held = first = 0
+    for number, line in enumerate(_lines(file, raw), 1):
+        is_blank = not line.strip()
+        if held and (
+            n_held + len(line) > MOST_CHARACTERS or (is_blank and n_held >= FEWEST_CHARACTERS)
+        ):
+            yield Document(f"{file.name}:{first}", "".join(held))
+            held, n_held = [], 0
+        if held or not is_blank:
+            first = first if held else number
+            held.append(line)
+            n_held += len(line)
+    if held:
+        yield Document(f"{file.name}:{first}", "".join(held))
+
+
+def _json_lines(file: Path, raw: io.BufferedReader) -> Iterator[Document]:
+    for number, line in enumerate(_lines(file, raw), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            raise DataError(
+                f"{file}, line {number}: not JSON; expected one object a line"
+            ) from None
+        text = entry.get("text") if isinstance(entry, dict) else None
+        if not isinstance(text, str):
+            raise DataError(f'{file}, line {number}: expected {{"text": "…"}}')
+        yield from _pieces(f"{file.name}:{number}", text)
+
+
+def _dump(file: Path, raw: io.BufferedReader) -> Iterator[Document]:
+    for title, text in read_pages(raw, file):
+        yield from _pieces(f"{file.name}: {title}", text)
+
+
+def _pieces(source: str, text: str) -> Iterator[Document]:
+    """A text as documents that end at the end of a line, unless a line is longer than one."""
+    held = ""
+    for line in text.splitlines(keepends=True):
+        if held and len(held) + len(line) > MOST_CHARACTERS:
+            yield Document(source, held)
+            held = ""
+        held += line
+    if held.strip():
+        yield Document(source, held)

@@ -1,0 +1,32 @@
+"""Texts as sets of word sequences: what near duplicates and leaked test questions are found by."""
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+_WORD = re.compile(r"\w+")
+_LONG_WORD = 14  # characters: longer on average, the script writes no spaces
+
+
+def units_of(text: str) -> list[str]:
+    """Words in lower case; characters where the script writes no spaces between words."""
+    words = _WORD.findall(text.lower())
+    if sum(map(len, words)) > _LONG_WORD * len(words):
+        return list("".join(words))
+    return words
+
+
+def grams(units: Sequence[str], n: int) -> Iterator[str]:
+    """Every `n` that follow each other; all of them together where there are fewer."""
+    for at in range(max(len(units) - n, 0) + 1):
+        yield " ".join(units[at : at + n])
+
+
+def digest(text: str) -> int:
+    """A number of 64 bits for a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def digests(texts: Iterable[str]) -> set[int]:
+    """The numbers of several."""
+    return {digest(text) for text in texts}

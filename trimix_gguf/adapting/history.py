@@ -1,0 +1,53 @@
+"""What was measured during training, on disk, and which model of it to keep."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from trimix_gguf.adapting.judging import Judgement
+from trimix_gguf.machine.files import write_text
+
+PATIENCE = 2  # measurements in a row that answer worse, before training ends
+
+
+class History:
+    """The judgements of a run, in the file `history.jsonl` of its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "history.jsonl"
+        self.all: list[Judgement] = []
+        if self._file.is_file():
+            lines = self._file.read_text(encoding="utf-8").splitlines()
+            self.all = [Judgement(**json.loads(line)) for line in lines]
+
+    def add(self, one: Judgement) -> None:
+        """Write one more down; the file is whole at any moment."""
+        self.all.append(one)
+        self._write()
+
+    def forget_after(self, step: int) -> None:
+        """Take back what a run measured beyond the state that it goes on from."""
+        self.all = [one for one in self.all if one.step <= step]
+        self._write()
+
+    def _write(self) -> None:
+        write_text(self._file, "".join(json.dumps(one.to_json()) + "\n" for one in self.all))
+
+    @property
+    def falls(self) -> bool:
+        """Whether the last PATIENCE answer clearly worse than the best before them."""
+        best = surest(self.all)
+        last = self.all[-PATIENCE:]
+        return len(self.all) > PATIENCE and all(one.falls_below(best) for one in last)
+
+
+def surest(judgements: Sequence[Judgement]) -> Judgement:
+    """The one that gives the right answers the highest probability on average."""
+    return max(judgements, key=lambda one: sum(one.sure) / max(len(one.sure), 1))
+
+
+def best_of(judgements: Sequence[Judgement]) -> Judgement:
+    """The one with the lowest perplexity of those that do not answer clearly worse than others."""
+    best = surest(judgements)
+    able = [one for one in judgements if not one.falls_below(best)]
+    return min(able, key=lambda one: one.perplexity)

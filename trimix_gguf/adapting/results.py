@@ -1,0 +1,43 @@
+"""What a new trio is worth on held-out text, and what is kept of its making."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from trimix_gguf.adapting.adaptation import Adapted, summary
+from trimix_gguf.adapting.preparing import HELD_OUT, documents_of
+from trimix_gguf.adapting.publishing import keep
+from trimix_gguf.choosing.score import score
+from trimix_gguf.choosing.selection import SINGLE
+from trimix_gguf.trio.trio import Trio
+from trimix_gguf.trios.triofile import TrioFile
+
+MOST_TEXTS = 8
+MOST_CHARACTERS = 1200  # of each, so that it fits a small context
+
+
+def table(trio: TrioFile, work: Path) -> str:
+    """Perplexity of held-out text under each model and the best mix, by llama.cpp."""
+    texts = [document.text[:MOST_CHARACTERS] for document in documents_of(work / HELD_OUT)]
+    with Trio.load(**trio.load_arguments()) as opened:
+        n_most = opened.n_ctx - 8
+        prompts = [opened.prompt(text) for text in texts[:MOST_TEXTS]]
+        result = score(opened, [p for p in prompts if p.n_tokens() <= n_most] or prompts[:1])
+    best = result.best()
+    lines = [f"perplexity of {sum(result.n_tokens)} held-out tokens:"]
+    lines += [f"  {role:<12}{result.perplexity(w):>9.1f}" for role, w in SINGLE.items()]
+    mix = f"alpha {best.alpha:.2g}, beta {best.beta:.2g}"
+    lines.append(f"  {'best mix':<12}{result.perplexity(best):>9.1f}  ({mix})")
+    text = "\n".join(lines)
+    keep(trio, "heldout.txt", text + "\n")
+    return text
+
+
+def write_results(adapted: Adapted, work: Path) -> None:
+    """Keep in the trio's folder what was read, dropped and measured, and the held-out text."""
+    assert adapted.trio is not None
+    held = (" ".join(d.text.split()) for d in documents_of(work / HELD_OUT))
+    keep(adapted.trio, "text.txt", "".join(f"{text}\n" for text in held))
+    text = json.dumps(summary(adapted), ensure_ascii=False, indent=1)
+    keep(adapted.trio, "adapted.json", text + "\n")

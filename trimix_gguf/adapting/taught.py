@@ -1,0 +1,108 @@
+"""The model in training: which of its numbers change, and its loss over the tokens that occur."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trimix_gguf.adapting.extras import need, quiet
+from trimix_gguf.adapting.outlook import RANK
+from trimix_gguf.adapting.rows import Rows
+
+if TYPE_CHECKING:
+    import torch
+
+ALPHA_OF_RANK = 2.0  # the scale of B·A: alpha = 2 √rank where it is divided by √rank
+
+
+def add_adapter(model: Any, rank: int = RANK) -> Any:
+    """Put rank-stabilised LoRA pairs on all linear layers, in float32; the rest is frozen."""
+    peft = need("peft")
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=ALPHA_OF_RANK * math.sqrt(rank),
+        use_rslora=True,
+        target_modules="all-linear",
+        lora_dropout=0.0,
+        bias="none",
+    )
+    with quiet():
+        adapted = peft.get_peft_model(model, config)
+    for module in adapted.modules():
+        # Else PEFT makes a float32 copy of what each pair reads, and keeps it until the way back.
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
+    return adapted
+
+
+def inner_model(model: Any) -> Any:
+    """The transformers model, below PEFT's where that is around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def trained_numbers(model: Any) -> dict[str, torch.Tensor]:
+    """The parameters that change, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def make_taught(model: Any, rows: Rows) -> Any:
+    """A torch module: (ids, counts) [n_rows, n_block] -> the mean loss over `rows`' own tokens.
+
+    Other tokens of the vocabulary would take a third to a half of the time, most of it for
+    scripts that the text never has.
+    """
+    torch = need("torch")
+    occurring = torch.from_numpy(np.unique(np.asarray(rows.ids)).astype(np.int64))
+
+    class Taught(torch.nn.Module):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+            self.register_buffer("occurring", occurring, persistent=False)
+
+        def forward(self, ids: Any, counts: Any) -> Any:
+            whole = inner_model(self.model)
+            decoder = getattr(whole, whole.base_model_prefix)
+            hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+            head = whole.get_output_embeddings().weight[self.occurring]
+            logits = torch.nn.functional.linear(hidden, head.to(hidden.dtype)).float()
+            targets = torch.searchsorted(self.occurring, ids[:, 1:].contiguous())
+            nll = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), reduction="none"
+            )
+            weights = counts[:, 1:].flatten().float()
+            return nll @ weights / weights.sum()
+
+    return Taught()
+
+
+def products_per_second(n_in: int, n_out: int, n_rows: int = 512) -> dict[str, float]:
+    """Multiplications and additions per second in each type that can be trained in, measured.
+
+    It takes about a second. On a graphics card, bfloat16 is listed where PyTorch says it has it.
+    """
+    torch = need("torch")
+    on_card = torch.cuda.is_available()
+    names = ["float32", "bfloat16"]
+    if not (torch.cuda.is_bf16_supported() if on_card else torch.backends.mkldnn.is_available()):
+        names.remove("bfloat16")
+    found = {}
+    for name in names:
+        options = {"dtype": getattr(torch, name), "device": "cuda" if on_card else "cpu"}
+        a, b = torch.ones(n_rows, n_in, **options), torch.ones(n_out, n_in, **options)
+        times = []
+        for _ in range(8):
+            started = time.perf_counter()
+            float(torch.nn.functional.linear(a, b)[0, 0])  # waits for a card
+            times.append(time.perf_counter() - started)
+        found[name] = 2 * n_rows * n_in * n_out / min(times)
+    return found
+
+
+def faster_dtype(products: Mapping[str, float]) -> str:
+    """'bfloat16' where it is clearly faster than float32."""
+    return "bfloat16" if products.get("bfloat16", 0) > 1.25 * products["float32"] else "float32"

@@ -1,0 +1,84 @@
+"""The folder of one run: what was asked, so that going on with something else is refused."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trimix_gguf.errors import DataError
+from trimix_gguf.machine.files import write_text
+from trimix_gguf.machine.locking import alone
+
+ASKED, DECIDED, REPORT, LOCK = "asked.json", "decided.json", "report.json", "lock"
+
+
+class Workplace:
+    """A folder whose run may be stopped and goes on; its files are written whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Only for this process; raises DataError where another one works there."""
+        busy = DataError(f"another process works in {self.folder}; wait for it, or set --work")
+        with alone(self.folder / LOCK, busy):
+            yield
+
+    def check_asked(self, settings: Mapping[str, Any], files: Sequence[Path]) -> None:
+        """Write down what is asked; raises DataError, which names what is other than before.
+
+        Before training begins, another wish begins again.
+        """
+        asked = {**settings, "files": {str(file.resolve()): _sha256(file) for file in files}}
+        before = self.read(ASKED)
+        if self.read(DECIDED) is None:
+            if before != json.loads(json.dumps(asked)):
+                self._empty()
+            self.write(ASKED, asked)
+            return
+        mend = f"give it as before, or remove {self.folder} to begin again"
+        for key, value in json.loads(json.dumps(settings)).items():
+            if before.get(key) != value:
+                raise DataError(
+                    f"this run was begun with --{key.replace('_', '-')} {before.get(key)}, "
+                    f"not {value}; {mend}"
+                )
+        for name in sorted({*before["files"], *asked["files"]}):
+            if before["files"].get(name) != asked["files"].get(name):
+                there = name in asked["files"] and name in before["files"]
+                what = "changed" if there else "was not there, or is not any more"
+                raise DataError(f"{name} {what} since this run was begun; {mend}")
+
+    def _empty(self) -> None:
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+
+    def read(self, name: str) -> Any:
+        """A JSON file; None where it is not there."""
+        file = self.folder / name
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def write(self, name: str, value: Any) -> None:
+        """Write a JSON file."""
+        write_text(self.folder / name, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What the file has; where it is not there, what `make` gives, which is then kept."""
+        found = self.read(name)
+        if found is None:
+            found = make()
+            self.write(name, found)
+        return found
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -9,7 +9,6 @@ from unicodedata import category
 
 from trimix_gguf.errors import PromptError
 
-
 _TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # turn the text around
 
 

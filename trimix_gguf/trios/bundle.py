@@ -292,7 +292,7 @@ def _open_tar(file: Path) -> Iterator[tuple[TrioFile, list[BundleModel]]]:
     if manifest is None or manifest.n_bytes > MOST_BYTES:
         raise TrioFileError(f"{file} has no {FILENAME}, so it is not a trio")
     try:
-        with manifest.open() as opened:
+        with manifest.opener() as opened:
             text = opened.read(manifest.n_bytes).decode()
     except (OSError, ValueError) as error:
         raise TrioFileError(f"{file}: {FILENAME} cannot be read: {error}") from None
@@ -304,7 +304,7 @@ def _open_tar(file: Path) -> Iterator[tuple[TrioFile, list[BundleModel]]]:
         if member is None:
             raise TrioFileError(f"{file} ends before {name}; copy or export it again")
         named.add(name)
-        return member.n_bytes, member.open
+        return member.n_bytes, member.opener
 
     models = _arriving(trio, find)
     if unknown := members.keys() - named:

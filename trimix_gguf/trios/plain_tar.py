@@ -26,7 +26,7 @@ class Member:
     offset: int
     n_bytes: int
 
-    def open(self) -> IO[bytes]:
+    def opener(self) -> IO[bytes]:
         """The tar, at this file's first byte; it does not end where the file does."""
         opened = open(self.file, "rb")  # noqa: SIM115  # the caller's
         opened.seek(self.offset)

@@ -142,7 +142,8 @@ def _read_vocabulary(
     """
     path, model_path = folder / "tokenizer.json", folder / "tokenizer.model"
     model = tokenizer.get("model") or {}
-    if model and not model_path.is_file() and not model.get("vocab"):
+    own = model.get("type") == "BPE" and not model_path.is_file()
+    if own and not isinstance(model.get("vocab"), dict):
         raise ConversionError(f"{path} has no vocabulary; download it again")
     added = read_added_tokens(folder, tokenizer, settings)
     if model.get("type") == "BPE" and not model.get("byte_fallback"):

@@ -14,6 +14,7 @@ from small_trio import contents, refused
 from trimix_gguf.errors import TrioFileError
 from trimix_gguf.trios import store
 from trimix_gguf.trios.bundle import export_trio, import_trio
+from trimix_gguf.trios.plain_tar import read_members
 from trimix_gguf.trios.triofile import to_toml
 
 
@@ -174,3 +175,44 @@ def test_an_export_takes_nothing_from_outside_the_trios_folder(small, tmp_path, 
     with pytest.raises(TrioFileError, match="models.small_cpt: .* is not in the trio's folder"):
         export_trio(small.with_model("small_cpt", path=names[way]), tmp_path / target)
     assert not (tmp_path / target).exists()
+
+
+def header(name, size, kind=b"0"):
+    """A tar's header with any size field, and the sum that fits it."""
+    raw = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
+    raw[124:136], raw[156:157], raw[148:156] = size, kind, b" " * 8
+    raw[148:156] = b"%06o\0 " % sum(raw)
+    return bytes(raw)
+
+
+PAX = header("x", b"00000000020\0", b"x")
+HOSTILE = {
+    "a size below zero": header("trio.toml", b"\xff" * 12),
+    "a size beyond all": header("trio.toml", b"\x80" + b"\xff" * 11),
+    "a size that is none": header("trio.toml", b"x" * 12),
+    "a header for a header": (PAX + b"16 size=1234567\n".ljust(512, b"\0")) * 3,
+    "a size of another kind": PAX + b"16 size=-123456\n".ljust(512, b"\0") + header("a", b"0" * 12),
+    "a record that is none": PAX + b"99999 x=1\n".ljust(512, b"\0") + header("a", b"0" * 12),
+    "a long name": header("././@LongLink", b"00000000005\0", b"L") + bytes(512),
+    "a folder as a file": header("trio.toml/", b"00000000000\0"),
+    "a wrong sum": header("trio.toml", b"00000000000\0").replace(b"trio", b"rtio"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_headers_that_tarfile_would_follow_are_refused(home, tmp_path, name):
+    (tmp_path / "x.tar").write_bytes(HOSTILE[name] + bytes(1024))
+    refused(tmp_path / "x.tar", "x.tar", home)
+
+
+def test_a_model_of_more_than_eight_gib_is_read(tmp_path):
+    """Its size does not fit into a plain header: pax and GNU have ways of their own."""
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        info = tarfile.TarInfo("large.gguf")
+        info.size = 9 << 30
+        head = info.tobuf(form)
+        with open(tmp_path / "x.tar", "wb") as file:
+            file.write(head)
+            file.truncate(len(head) + info.size + 1024)  # it takes no room
+        (found,) = read_members(tmp_path / "x.tar")
+        assert (found.name, found.n_bytes, found.offset) == ("large.gguf", 9 << 30, len(head))

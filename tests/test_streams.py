@@ -154,3 +154,11 @@ def test_json_that_is_nested_too_deep_is_one_line(tmp_path):
 def test_more_threads_than_llama_cpp_can_start_are_refused():
     """Bug: it ended the process by a signal."""
     assert "100000 threads" in one_line_error(run("generate", "a", "--threads", "100000"))
+
+
+def test_what_a_file_says_is_printed_without_control_characters(trimix, tmp_path):
+    """Bug: a name in a stranger's file could clear the terminal, or write to it."""
+    (tmp_path / "config.json").write_text('{"architectures": ["\\u001b[2J\\u202eX"]}')
+    done = trimix("convert", "hf", tmp_path, "-o", tmp_path / "x.gguf")
+    assert done.returncode == 1 and b"\x1b" not in done.stderr
+    assert b"is a \\x1b[2J\\u202eX, expected" in done.stderr

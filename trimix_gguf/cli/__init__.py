@@ -98,5 +98,5 @@ def _run() -> int:
         if isinstance(error, OSError) and streams.reader_is_gone(error):
             return 1
         text = str(error)
-    print(f"trimix: {' '.join(text.split())}", file=sys.stderr)
+    print(f"trimix: {streams.printable(' '.join(text.split()))}", file=sys.stderr)
     return 1

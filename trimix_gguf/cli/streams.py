@@ -5,8 +5,11 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from unicodedata import category
 
 from trimix_gguf.errors import PromptError
+
+_TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # turn the text around
 
 
 def open_all() -> None:
@@ -34,6 +37,14 @@ def check_arguments(arguments: Sequence[str]) -> None:
             raise PromptError(
                 f"argument '{shown}' is not UTF-8; set the terminal to UTF-8, or rename the file"
             ) from None
+
+
+def printable(text: str) -> str:
+    """A line without control characters: what a file or a template says may hold a terminal's."""
+    return "".join(
+        c.encode("unicode_escape").decode() if category(c) in ("Cc", "Cs") or c in _TURNS else c
+        for c in text
+    )
 
 
 def reader_is_gone(error: OSError) -> bool:

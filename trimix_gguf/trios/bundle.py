@@ -21,7 +21,6 @@ from trimix_gguf.machine.files import ByteProgress, put_in_place, whole_file
 from trimix_gguf.machine.hashes import sha256_of
 from trimix_gguf.machine.parts import is_here, n_bytes_of, part_names, parts_of
 from trimix_gguf.trios.bundle_files import (
-    FLAWS,
     TAR,
     Advance,
     BundleModel,
@@ -34,6 +33,7 @@ from trimix_gguf.trios.bundle_files import (
     refuse_altered,
     write_model,
 )
+from trimix_gguf.trios.plain_tar import Member, first_name, read_members
 from trimix_gguf.trios.store import (
     SHIPPED,
     clear_leftovers,
@@ -141,14 +141,8 @@ def _check_tar(trio: TrioFile, target: Path) -> None:
     """Raise TrioFileError where `target` is anything but an older bundle."""
     if target.is_dir():
         raise TrioFileError(f"{target} is a folder; name a file, or a folder without {TAR}")
-    if target.exists() and target.stat().st_size:
-        try:
-            with tarfile.open(target, "r:") as tar:
-                first = tar.next()
-        except FLAWS:
-            first = None
-        if first is None or first.name != FILENAME:
-            raise TrioFileError(f"{target} exists and is not an exported trio; choose another name")
+    if target.exists() and target.stat().st_size and first_name(target) != FILENAME:
+        raise TrioFileError(f"{target} exists and is not an exported trio; choose another name")
 
 
 def _check_folder(trio: TrioFile, target: Path) -> None:
@@ -293,67 +287,41 @@ def _open_tar(file: Path) -> Iterator[tuple[TrioFile, list[BundleModel]]]:
     """The trio of a bundle's tar, and its models; raises TrioFileError."""
     if not file.is_file():
         raise TrioFileError(f"{file}: no such file or folder")
+    members = _members_by_name(file)
+    manifest = members.get(FILENAME)
+    if manifest is None or manifest.n_bytes > MOST_BYTES:
+        raise TrioFileError(f"{file} has no {FILENAME}, so it is not a trio")
     try:
-        tar = tarfile.open(file, "r:")  # noqa: SIM115  # closed below
-    except FLAWS as error:
-        raise TrioFileError(
-            f"{file} is not a plain tar ({error}); was it copied completely?"
-        ) from None
-    with tar:
-        members = _plain_members(tar, file)
-        trio = _read_manifest(tar, members, file)
-        named = {FILENAME}
+        with manifest.opener() as opened:
+            text = opened.read(manifest.n_bytes).decode()
+    except (OSError, ValueError) as error:
+        raise TrioFileError(f"{file}: {FILENAME} cannot be read: {error}") from None
+    trio = parse_trio(text, file / FILENAME, inside=True)
+    named = {FILENAME}
 
-        def find(name: str) -> tuple[int, Callable[[], IO[bytes]]]:
-            member = members.get(name)
-            if member is None:
-                raise TrioFileError(f"{file} ends before {name}; copy or export it again")
-            named.add(name)
-            return member.size, partial(_extract, tar, member)
+    def find(name: str) -> tuple[int, Callable[[], IO[bytes]]]:
+        member = members.get(name)
+        if member is None:
+            raise TrioFileError(f"{file} ends before {name}; copy or export it again")
+        named.add(name)
+        return member.n_bytes, member.opener
 
-        models = _arriving(trio, find)
-        if unknown := members.keys() - named:
-            raise TrioFileError(
-                f"{file} holds {min(unknown)!r}, which its {FILENAME} does not name"
-            )
-        yield trio, models
+    models = _arriving(trio, find)
+    if unknown := members.keys() - named:
+        raise TrioFileError(f"{file} holds {min(unknown)!r}, which its {FILENAME} does not name")
+    yield trio, models
 
 
-def _plain_members(tar: tarfile.TarFile, file: Path) -> dict[str, tarfile.TarInfo]:
-    """What a tar holds, by name: plain files inside it, each once; raises TrioFileError."""
-    try:
-        listed = tar.getmembers()
-    except FLAWS as error:
-        raise TrioFileError(f"{file} is truncated or altered ({error}); copy it again") from None
-    members: dict[str, tarfile.TarInfo] = {}
-    for member in listed:
-        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
-            raise TrioFileError(f"{file}: {member.name!r} is not a plain file; refused")
+def _members_by_name(file: Path) -> dict[str, Member]:
+    """What a tar holds: plain files inside it, each once; raises TrioFileError."""
+    members: dict[str, Member] = {}
+    for member in read_members(file):
         if not is_inside(member.name):
             raise TrioFileError(f"{file}: {member.name!r} leads out of the bundle; refused")
         if member.name in members:
             raise TrioFileError(f"{file} holds {member.name!r} twice; refused")
         members[member.name] = member
     return members
-
-
-def _read_manifest(
-    tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], file: Path
-) -> TrioFile:
-    member = members.get(FILENAME)
-    if member is None or member.size > MOST_BYTES:
-        raise TrioFileError(f"{file} has no {FILENAME}, so it is not a trio")
-    try:
-        text = _extract(tar, member).read().decode()
-    except FLAWS as error:
-        raise TrioFileError(f"{file}: {FILENAME} cannot be read: {error}") from None
-    return parse_trio(text, file / FILENAME, inside=True)
-
-
-def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
-    opened = tar.extractfile(member)
-    assert opened is not None  # a plain file
-    return opened
 
 
 def _arriving(

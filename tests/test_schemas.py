@@ -14,7 +14,7 @@ import schemas
 from conftest import KAZAKH
 from schemas import ASKED, BROKEN, COSTLY, REFUSED, accepts, chain, mask_of
 
-from trimix_gguf import Weights, generate
+from trimix_gguf import Sampler, Sampling, Weights, generate
 from trimix_gguf.errors import SamplerError, SchemaError
 from trimix_gguf.mixing.masks import SchemaMask
 from trimix_gguf.mixing.patterns import portable
@@ -85,6 +85,16 @@ def test_objects_have_the_named_properties_only_where_that_cannot_break_a_schema
     assert accepts(mask_of({"allOf": [named, {"required": ["b"]}]}), {"b": 1})
     assert accepts(mask_of({**named, "additionalProperties": True}), {"b": 1})
     assert accepts(mask_of({**named, "required": ["b"]}), {"b": 1})
+
+
+def test_a_schema_that_is_kept_begins_at_its_beginning():
+    schema = {"type": "array", "items": {"type": "null"}}
+    first = mask_of(schema)
+    first.accept(ord("["))
+    assert mask_of(schema).allows(ord("[")) and not mask_of(schema).allows(ord("n"))
+    for i in range(20):  # more than are kept
+        assert accepts(mask_of({"const": i}), i)
+    assert first.allows(ord("n")) and accepts(mask_of(schema), [None])
 
 
 def test_white_space_has_an_end():
@@ -162,6 +172,10 @@ def test_a_pattern_that_all_dialects_share_stays_as_it_is():
 
 
 def test_a_sampler_needs_the_tree_for_a_schema_only(trio):
+    vocab = trio.models["large_ins"].vocab
+    Sampler(vocab, trio.n_vocab, Sampling())
+    with pytest.raises(SamplerError, match="token_tree"):
+        Sampler(vocab, trio.n_vocab, Sampling(json_schema={}))
     with pytest.raises(SamplerError, match="JSON"):
         generate(trio, "а", weights=Weights(1, 0), json_schema="{")
     assert generate(trio, "а", weights=Weights(1, 0), max_tokens=2, json_schema="true").n_tokens

@@ -6,6 +6,7 @@ others that share the engine.
 
 import json
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from trimix_gguf.mixing.schemas import MOST_PARTS, read_schema, reason, refused
 
 _STACK = MOST_PARTS * (16 << 10)  # bytes; llguidance follows references by recursion
 _MOST_STATES = 50_000  # of a lexer, 2 kB each
+_MOST_KEPT = 8
 _starting = threading.Lock()
 
 
@@ -30,7 +32,27 @@ class TokenTree:
         from llguidance import LLTokenizer, TokenizerWrapper
 
         self.n_vocab = len(pieces)
-        self.tokenizer = LLTokenizer(TokenizerWrapper(_Tokens(pieces)))
+        self._tokenizer = LLTokenizer(TokenizerWrapper(_Tokens(pieces)))
+        self._kept: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def matcher(self, rules: str) -> Any:
+        """llguidance's matcher at the beginning of a text; the last few schemas are kept.
+
+        Raises SchemaError.
+        """
+        with self._lock:
+            if rules in self._kept:
+                self._kept.move_to_end(rules)
+                return self._kept[rules].deep_copy()
+        made = _on_large_stack(lambda: _matcher(self._tokenizer, rules))
+        if made.is_error():
+            raise refused(reason(made.get_error()))
+        with self._lock:
+            self._kept[rules] = made
+            if len(self._kept) > _MOST_KEPT:
+                self._kept.popitem(last=False)
+            return made.deep_copy()
 
 
 class _Tokens:
@@ -52,12 +74,7 @@ class SchemaMask:
 
     def __init__(self, tree: TokenTree, schema: object) -> None:
         self._n_vocab = tree.n_vocab
-        rules = json.dumps(read_schema(schema))
-        # Forced tokens would be those of a tokenizer: any that spell the text are fine.
-        grammar = f'%llguidance {{"no_forcing": true}}\nstart: %json {rules}'
-        self._matcher = _on_large_stack(lambda: _matcher(tree, grammar))
-        if self._matcher.is_error():
-            raise refused(reason(self._matcher.get_error()))
+        self._matcher = tree.matcher(json.dumps(read_schema(schema)))
         self.allowed()  # the first step shows most of what is too costly
 
     def allowed(self) -> NDArray[np.bool_]:
@@ -96,11 +113,13 @@ class SchemaMask:
             )
 
 
-def _matcher(tree: TokenTree, grammar: str) -> Any:
+def _matcher(tokenizer: Any, rules: str) -> Any:
     from llguidance import LLMatcher, LLParserLimits
 
+    # Forced tokens would be those of a tokenizer: any that spell the text are fine.
+    grammar = f'%llguidance {{"no_forcing": true}}\nstart: %json {rules}'
     limits = LLParserLimits(max_lexer_states=_MOST_STATES, verbose_errors=False)
-    return LLMatcher(tree.tokenizer, grammar, log_level=0, limits=limits)
+    return LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
 
 
 def _on_large_stack(call: Any) -> Any:

@@ -162,6 +162,6 @@ def _rules(
     """What the text has to follow; None where it is free."""
     if sampling.json_schema is not None:
         if tree is None:
-            raise ValueError("a JSON schema needs the tree of tokens")
+            raise SamplerError("a JSON schema needs the tokens: tree=lambda: trio.token_tree")
         return _Schema(SchemaMask(tree(), sampling.json_schema), stop_ids)
     return None if sampling.grammar is None else Grammar.parse(vocab, sampling.grammar)

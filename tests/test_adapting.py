@@ -139,13 +139,18 @@ def learning(tmp_path, text_file, with_torch):
         torch.manual_seed(1)
         folder.mkdir(exist_ok=True)
         taught = make_taught(add_adapter(load_base(base, "float32"), 4), rows)
+        read = []
+        taught.register_forward_pre_hook(
+            lambda module, arguments, named: read.append(named["ids"].numpy().copy()),
+            with_kwargs=True,
+        )
         said = []
         arguments = (taught, rows, recipe, judge, folder)
         history = training.train(*arguments, show=show, say=said.append)
         numbers = {name: p.detach().clone() for name, p in training.trained_numbers(taught).items()}
-        return SimpleNamespace(numbers=numbers, history=history, said=said)
+        return SimpleNamespace(numbers=numbers, history=history, said=said, read=read)
 
-    run.recipe = recipe
+    run.recipe, run.rows = recipe, rows
     return run
 
 
@@ -155,6 +160,7 @@ def same(one, other):
 
 def test_a_run_that_was_killed_at_any_step_ends_as_one_that_was_not(learning, tmp_path):
     whole = learning(tmp_path / "whole")
+    assert np.array_equal(np.concatenate(whole.read), learning.rows.ids)  # each row once, in order
     steps = []
 
     def stop(standing):

@@ -102,6 +102,11 @@ def test_bad_pairs_are_one_line(tmp_path, content, said):
         read_pairs(tmp_path / "pairs.tsv")
 
 
+def test_badly_aligned_pairs_are_left_out(pairs):
+    assert len(pairs) == 20 * len(SUBJECTS)
+    assert not any("қате" in pair.own.lower() for pair in pairs)
+
+
 def test_pairs_are_read_as_they_are_written(tmp_path):
     line = "үкімет жаңа ( 2020 ) заң қарады .\tthe government read a new law ."
     (tmp_path / "pairs.tsv").write_text(line, encoding="utf-8")

@@ -36,9 +36,10 @@ class History:
     @property
     def falls(self) -> bool:
         """Whether the last PATIENCE answer clearly worse than the best before them."""
+        if not self.all:
+            return False
         best = surest(self.all)
-        last = self.all[-PATIENCE:]
-        return len(self.all) > PATIENCE and all(one.falls_below(best) for one in last)
+        return all(one.falls_below(best) for one in self.all[-PATIENCE:])
 
 
 def surest(judgements: Sequence[Judgement]) -> Judgement:

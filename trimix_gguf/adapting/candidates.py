@@ -34,6 +34,8 @@ def choose(
         put_numbers(taught, load_file(str(candidate(folder, best.step))))
     name = f"the average of the last {len(last)}" if best is averaged else f"step {best.step}"
     say(f"kept: {name}; held-out perplexity {base.perplexity:.1f} -> {best.perplexity:.1f}")
+    if best.perplexity >= base.perplexity:
+        say("it did not learn the text: give more --tokens, or a lower --learning-rate")
     if best.right is not None and best.falls_below(base):
         say(
             f"it answers exercises worse than before ({base.right:.0%} -> {best.right:.0%} right): "

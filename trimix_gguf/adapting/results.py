@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from trimix_gguf.choosing.selection import SINGLE
 from trimix_gguf.trio.trio import Trio
 from trimix_gguf.trios.triofile import TrioFile
 
-MOST_TEXTS = 8
+MOST_TEXTS = 4
 MOST_CHARACTERS = 1200  # of each, so that it fits a small context
 
 
 def table(trio: TrioFile, work: Path) -> str:
     """Perplexity of held-out text under each model and the best mix, by llama.cpp."""
+    gc.collect()  # the trained model lies in cycles of the Trainer; the trio needs its memory
     texts = [document.text[:MOST_CHARACTERS] for document in documents_of(work / HELD_OUT)]
     with Trio.load(**trio.load_arguments()) as opened:
         n_most = opened.n_ctx - 8

@@ -126,8 +126,8 @@ def adapt(name: str, texts: tuple[str, ...], **options: Any) -> None:
 
 
 def _tune(trio: Any) -> None:
-    """The one place that asks the new trio its exercises: `trimix tune` is called here."""
-    _say(f"which mix answers best is not measured yet; see trimix eval --trio {trio.name}")
+    """Say what measures the new trio's answers; it takes minutes of its own."""
+    _say(f"next: trimix tune --trio {trio.name} measures which mix answers best")
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

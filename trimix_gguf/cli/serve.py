@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from trimix_gguf.choosing.methods import AUTO
 from trimix_gguf.cli.options import Decorator, named_trio, open_trio, option_group, trio_options
 from trimix_gguf.cli.tuning_notes import say_tuning
 from trimix_gguf.server.limits import Limits
@@ -103,6 +104,13 @@ def _access(host: str, options: dict[str, Any]) -> dict[str, Any]:
     return {"local": local, "api_key": api_key, "cors": cors}
 
 
+def _say_ready(ready: str, given: dict[str, Any] | None) -> None:
+    """The address first: programs wait for that line; then what is said of the trio's tuning."""
+    print(ready, file=sys.stderr, flush=True)
+    if given is not None:
+        say_tuning(given)
+
+
 def _run(
     listening: dict[str, Any],
     access: dict[str, Any],
@@ -123,8 +131,9 @@ def _run(
         raise click.ClickException(f"{host}:{port}: {reason}; choose another --port") from None
     name, trio_file = options.pop("name"), named_trio(options)
     name = name or _name(trio_file, options)
-    if trio_file is not None and trio_file.fixed_mix is None:
-        say_tuning(options)
+    by_auto = trio_file is not None and trio_file.fixed_mix is None
+    by_auto = by_auto and trio_file.method in (None, AUTO)
+    given = dict(options) if by_auto else None
     with listener, open_trio(options) as trio:
         batcher = Batcher(trio, n_parallel=limits.parallel, n_queue=limits.queue)
         api = Api(
@@ -143,7 +152,7 @@ def _run(
                 api.application(**access),
                 listener,
                 stop=api.stop,
-                on_ready=lambda: print(ready, file=sys.stderr, flush=True),
+                on_ready=lambda: _say_ready(ready, given),
                 drain_s=limits.drain_s,
                 read_timeout_s=limits.read_timeout_s,
             )

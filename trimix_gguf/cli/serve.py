@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from trimix_gguf.choosing.methods import AUTO
 from trimix_gguf.cli.options import Decorator, named_trio, open_trio, option_group, trio_options
 from trimix_gguf.cli.tuning_notes import say_tuning
 from trimix_gguf.server.limits import Limits
@@ -119,6 +118,7 @@ def _run(
     made_key: str | None,
 ) -> None:
     from trimix_gguf.answering.batching import Batcher
+    from trimix_gguf.choosing.methods import AUTO
     from trimix_gguf.server.app import Api
     from trimix_gguf.server.openai import mix_settings
     from trimix_gguf.server.running import bind, run

@@ -70,6 +70,7 @@ def test_strays_are_the_divergence_from_large_ins():
         ("إلى أين؟", True),
         (KAZAKH, False),
         ("Сұрақ: қайда? Ол үндемеді.", False),
+        ("2) қаулының күші жойылды;", False),  # as statutes end their lines
     ],
 )
 def test_a_prompt_asks_where_it_ends_as_a_question_or_a_label(trio, text, is_question):

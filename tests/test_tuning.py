@@ -182,6 +182,13 @@ def test_a_tuning_comes_back_from_the_trio_file(tmp_path, tuning):
     assert parse_trio(written, tmp_path / "trio.toml").tuning == tuning
 
 
+def test_a_tuning_of_another_version_is_not_used(tmp_path):
+    trio = TrioFile.read(NANO / "trio.toml")
+    other = Tuning(**{**vars(KEPT), "version": KEPT.version + 1})
+    written = to_toml(TrioFile(**{**vars(trio), "tuning": other}))
+    assert parse_trio(written, tmp_path / "trio.toml").tuning is None
+
+
 @pytest.mark.parametrize(
     ("line", "instead"),
     [

@@ -15,8 +15,8 @@ from trimix_gguf.trio.prompt import Prompt
 
 # Nats of likelihood that a nat of distance from large_ins must bring, where nothing was measured.
 LEASH = 4.0
-_ENDS_OF_QUESTIONS = (":", "：", "?", "？", "؟", "՞", "፧", ";")
-_LABEL = 40  # characters: a longer beginning of a line is no label
+_ENDS_OF_QUESTIONS = (":", "：", "?", "？", "؟", "՞", "፧", "\u037e")  # the last is Greek
+_TAIL = 40  # tokens that are looked at
 
 
 def asks(prompt: Prompt, text_of: Callable[[Sequence[int]], str]) -> bool:
@@ -27,7 +27,7 @@ def asks(prompt: Prompt, text_of: Callable[[Sequence[int]], str]) -> bool:
     """
     if prompt.is_marked or any(len(set(s.ids.values())) > 1 for s in prompt.segments):
         return True
-    tail = [i for s in prompt.segments for i in s.ids[ROLES[0]]][-_LABEL:]
+    tail = [i for s in prompt.segments for i in s.ids[ROLES[0]]][-_TAIL:]
     lines = text_of(tail).strip().splitlines()
     return bool(lines) and lines[-1].rstrip().endswith(_ENDS_OF_QUESTIONS)
 

@@ -17,7 +17,7 @@ from trimix_gguf.machine.parts import is_here, parts_of
 from trimix_gguf.machine.threads import MOST_THREADS
 from trimix_gguf.mixing.fusion import METHODS, Mix, Weights
 from trimix_gguf.roles import ROLES
-from trimix_gguf.trio.tuned import Tuning
+from trimix_gguf.trio import tuned
 from trimix_gguf.trios.toml_text import nested_lines, table_lines
 
 VERSION = 1
@@ -81,7 +81,7 @@ class TrioFile:
     n_ctx: int | None = None
     gpu_layers: int | str | None = None
     chat_template: str | None = None
-    tuning: Tuning | None = None
+    tuning: tuned.Tuning | None = None
 
     @property
     def file(self) -> Path:
@@ -245,9 +245,10 @@ def _parse_table(table: dict[str, Any], file: Path, inside: bool) -> TrioFile:
     )
 
 
-def _parse_tuning(table: Any) -> Tuning | None:
+def _parse_tuning(table: Any) -> tuned.Tuning | None:
     try:
-        return None if table is None else Tuning.from_table(table)
+        tuning = None if table is None else tuned.Tuning.from_table(table)
+        return tuning if tuning is None or tuning.version == tuned.VERSION else None
     except WeightsError as error:
         raise TrioFileError(f"tuning: {error}") from None
 

@@ -49,7 +49,7 @@ def test_strays_are_the_divergence_from_large_ins():
     alphas, betas = (0.0, 0.3, 1.0), (0.0, 0.5, 1.0)
     nll = grid_nll(**given, targets=targets, alphas=alphas, betas=betas, unused=unused)
     slopes = large_ins_slopes(**given, targets=targets, unused=unused, n_threads=2)
-    found = strays(nll, slopes, alphas, betas)
+    found = strays(nll, slopes.sum(axis=0), alphas, betas)
     large, cpt, base = (given[role] for role in ROLES)
     for i, alpha in enumerate(alphas):
         for j, beta in enumerate(betas):

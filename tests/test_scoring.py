@@ -11,7 +11,7 @@ from trimix_gguf.mixing.fusion import Weights
 from trimix_gguf.mixing.scoring import (
     CONTINUOUS_RANGE,
     GRID,
-    _pivot,
+    _pivots,
     _separable_partition,
     _workspace,
     chebyshev_nodes,
@@ -83,10 +83,11 @@ def assert_is_plain(
 
 def is_separable(rows: Any, t: int, alphas: Any, betas: Any, unused: Any = None) -> bool:
     a, b = np.asarray(alphas), np.asarray(betas)
-    large, cpt, base = (rows[role][t] for role in ROLES)
-    pivot = _pivot(cpt, unused)
+    large, cpt, base = (rows[role][[t]] for role in ROLES)
+    pivots = _pivots(cpt, unused)
     work = _workspace(len(a), len(b))
-    return _separable_partition(large, cpt, base, pivot, a, b, unused, work) is not None
+    _, apart = _separable_partition(large, cpt, base, pivots, a, b, unused, work)
+    return not apart
 
 
 # -- the grid -------------------------------------------------------------------------------

@@ -167,7 +167,7 @@ def add_window(sums: PrefixSums, trio: Trio, window: Window, n_threads: int) -> 
     if points.keep < 1.0:
         ages = np.arange(len(nlls))[::-1]
         nlls *= (points.keep**ages)[:, None, None]
-    slopes = large_ins_slopes(**rows) if points.sloped else np.zeros(2)
+    slopes = large_ins_slopes(**rows).sum(axis=0) if points.sloped else np.zeros(2)
     sums.add(window.mark, nlls.sum(axis=0), len(nlls), slopes)
 
 

@@ -6,7 +6,8 @@ With b = small_base, dA = large_ins − b and dC = small_cpt − b, the partitio
 
 so a whole grid is one matrix product X·Yᵀ over the vocabulary. And X's rows follow from one
 another by products, exp(α₂·dA) = exp(α₁·dA) · exp((α₂ − α₁)·dA), so an evenly spaced grid of any
-size costs four exponentials a token id. Pure NumPy; nats throughout.
+size costs four exponentials a token id. Ids whose factors leave the range of float32 are summed
+apart, in float64. Pure NumPy; nats throughout.
 """
 
 import math
@@ -29,8 +30,9 @@ N_CHEBYSHEV = 13
 _FACTORS = 700_000  # most numbers in a block of both factors: 2.8 MB, for the last-level cache
 _PRODUCT = 250_000  # most multiplications a product: OpenBLAS wakes its threads above 262,144
 _MOST_NATS = 700.0
-_SAFE = math.exp(35.0)  # X, Y ≤ e^35: no product overflows float32, and what underflows is < e^−50
-_TINY = 1e-37  # a factor below this has lost digits: nothing may be multiplied up from it
+_MOST = 35.0  # X, Y ≤ e^35: no product overflows float32, and what underflows is < e^−50
+_LEAST = -85.0  # a factor below e^−85 has lost digits: nothing may be multiplied up from it
+_ODD = 4096  # ids outside of that range at once
 
 Float64 = NDArray[np.float64]
 Float32 = NDArray[np.float32]
@@ -97,14 +99,17 @@ def grid_token_nlls(
 
     nll = np.empty((n_tokens, len(a), len(b)))
 
-    def fill(rows: range) -> None:
+    def fill(part: range) -> None:
         work = _workspace(len(a), len(b))
-        for t in rows:
-            row = large_ins[t], small_cpt[t], small_base[t]
-            nll[t] = _row_nll(*row, int(ids[t]), a, b, unused, work)
+        n_at_once = max(1, work.shape[1] // n_vocab)
+        for t in range(part.start, part.stop, n_at_once):
+            rows = slice(t, min(t + n_at_once, part.stop))
+            block = large_ins[rows], small_cpt[rows], small_base[rows]
+            nll[rows] = _rows_nll(*block, ids[rows], a, b, unused, work)
 
     n_parts = max(1, min(n_threads, n_tokens))
-    parts = [range(k, n_tokens, n_parts) for k in range(n_parts)]
+    ends = [n_tokens * k // n_parts for k in range(n_parts + 1)]
+    parts = [range(first, end) for first, end in zip(ends, ends[1:], strict=False)]
     if n_parts > 1:
         run_all(_pool(n_threads), fill, parts)
     else:
@@ -121,7 +126,7 @@ def large_ins_slopes(
     unused: NDArray[np.bool_] | None = None,
     n_threads: int = 1,
 ) -> Float64:
-    """How the summed NLL of `targets` changes with alpha and with beta at large_ins: [2], nats.
+    """How the NLL of each target changes with alpha and beta at large_ins: [n_tokens, 2], nats.
 
     Arrays as in grid_token_nlls. The derivative of a token's log-partition is the mean of
     (large_ins − small_base, small_cpt − small_base) under large_ins; that of its NLL is this less
@@ -144,8 +149,7 @@ def large_ins_slopes(
 
     n_parts = max(1, min(n_threads, len(ids)))
     run_all(_pool(n_threads), fill, [range(k, len(ids), n_parts) for k in range(n_parts)])
-    summed: Float64 = slopes.sum(axis=0)
-    return summed
+    return slopes
 
 
 def strays(
@@ -168,26 +172,24 @@ def _pool(n_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n_threads, thread_name_prefix="grid-nll")
 
 
-def _row_nll(
-    large: Float32,
-    cpt: Float32,
-    base: Float32,
-    target: int,
-    alphas: Float64,
-    betas: Float64,
-    unused: NDArray[np.bool_] | None,
-    work: Float32,
-) -> Float64:
-    pivot = _pivot(cpt, unused)
-    s = _separable_partition(large, cpt, base, pivot, alphas, betas, unused, work)
-    if s is None:
-        _check_finite(large, cpt, base)
-        return _direct_nll(large, cpt, base, target, alphas, betas, unused)
-    # log-partition relative to the pivot, minus the target's logit relative to it.
-    gain = [float(m[target]) - float(m[pivot]) for m in (large, cpt, base)]
-    dA, dC = gain[0] - gain[2], gain[1] - gain[2]
-    nll: Float64 = np.log(s) - (gain[2] + alphas[:, None] * dA + betas[None, :] * dC)
-    return nll if unused is None or not unused[target] else np.full_like(nll, np.inf)
+def _rows_nll(large, cpt, base, targets, alphas, betas, unused, work) -> Float64:
+    """Nats of `targets` [n] after rows [n, n_vocab] at each grid point: [n, n_alpha, n_beta]."""
+    at = np.arange(len(targets))
+    pivots = _pivots(cpt, unused)
+    # Log-partitions relative to the pivots, less the targets' logits relative to them.
+    with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is refused below
+        gain = [m[at, targets].astype(np.float64) - m[at, pivots] for m in (large, cpt, base)]
+        dA, dC, b = (g[:, None, None] for g in (gain[0] - gain[2], gain[1] - gain[2], gain[2]))
+        logits = b + alphas[:, None] * dA + betas * dC
+        sums, apart = _separable_partition(large, cpt, base, pivots, alphas, betas, unused, work)
+        nll: Float64 = np.log(sums) - logits
+    for t, odd in apart.items():
+        row = large[t], cpt[t], base[t]
+        _check_finite(*row)
+        nll[t] = _log_sum_with(sums[t], odd, *row, pivots[t], alphas, betas) - logits[t]
+    if unused is not None:
+        nll[unused[targets]] = np.inf
+    return nll
 
 
 def _check_finite(*rows: Float32) -> None:
@@ -195,12 +197,12 @@ def _check_finite(*rows: Float32) -> None:
         raise ModelError("a model gave logits that are not finite; its file may be damaged")
 
 
-def _pivot(cpt: Float32, unused: NDArray[np.bool_] | None) -> int:
-    """The origin of all exponents: any token makes S ≥ 1, small_cpt's top one keeps X, Y small."""
-    top = int(cpt.argmax())
-    if unused is None or not unused[top]:
+def _pivots(cpt: Float32, unused: NDArray[np.bool_] | None) -> NDArray[np.intp]:
+    """The origins of all exponents: any id makes S ≥ 1, small_cpt's top one keeps X, Y small."""
+    top = cpt.argmax(axis=1)
+    if unused is None or not unused[top].any():
         return top
-    return int(np.where(unused, -np.inf, cpt).argmax())
+    return np.where(unused, -np.inf, cpt).argmax(axis=1)
 
 
 def _workspace(n_alpha: int, n_beta: int) -> Float32:
@@ -209,51 +211,78 @@ def _workspace(n_alpha: int, n_beta: int) -> Float32:
     return np.empty((n_rows + 4, max(256, _FACTORS // n_rows)), np.float32)
 
 
-def _separable_partition(large, cpt, base, pivot, alphas, betas, unused, work) -> Float64 | None:
-    """S(α,β) over exp of the pivot's logit, float64 [n_alpha, n_beta]; None outside safe range."""
-    n_a, n_b, size = len(alphas), len(betas), work.shape[1]
+def _separable_partition(
+    large, cpt, base, pivots, alphas, betas, unused, work
+) -> tuple[Float64, dict[int, NDArray[np.intp]]]:
+    """S(α,β) over exp of the pivots' logits, float64 [n, n_alpha, n_beta], of rows [n, n_vocab].
+
+    Ids whose factors leave the safe range are not in the sums; they come by row.
+    """
+    (n_rows, n_vocab), n_a, n_b = base.shape, len(alphas), len(betas)
+    width = max(256, work.shape[1] // n_rows)
     step = max(256, _PRODUCT // (n_a * n_b))
     order_a, order_b = np.argsort(alphas), np.argsort(betas)
     alphas, betas = alphas[order_a], betas[order_b]
-    total = np.zeros((n_a, n_b))
+    pivot_logits = [m[np.arange(n_rows), pivots][:, None] for m in (large, cpt, base)]
+    total = np.zeros((n_rows, n_a, n_b))
+    apart: dict[int, NDArray[np.intp]] = {}
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        for start in range(0, len(base), size):
-            part = slice(start, min(start + size, len(base)))
-            origin, d_large, d_cpt, scratch, *_ = block = work[:, : part.stop - start]
+        for start in range(0, n_vocab, width):
+            part = slice(start, min(start + width, n_vocab))
+            shape = len(work), n_rows, part.stop - start
+            block = work[:, : shape[1] * shape[2]].reshape(shape)
+            d_large, d_cpt, origin, scratch, *_ = block
             x, y = block[4 : 4 + n_a], block[4 + n_a :]
-            np.subtract(base[part], base[pivot], out=origin)
-            np.subtract(large[part], large[pivot], out=d_large)
-            np.subtract(cpt[part], cpt[pivot], out=d_cpt)
-            block[1:3] -= origin
-            if not (
-                _exponentials(x, None, d_large, alphas, scratch)
-                and _exponentials(y, origin, d_cpt, betas, scratch)
-            ):
-                return None
+            for m, at_pivot, out in zip((large, cpt, base), pivot_logits, block[:3], strict=True):
+                np.subtract(m[:, part], at_pivot, out=out)
+            block[:2] -= origin
+            odd = [
+                _exponentials(x, None, d_large, alphas, scratch),
+                _exponentials(y, origin, d_cpt, betas, scratch),
+            ]
             if unused is not None and unused[part].any():
-                y[:, unused[part]] = 0.0
+                y[:, :, unused[part]] = 0.0
+            if any(one is not None for one in odd):
+                _take_apart(apart, np.any([o for o in odd if o is not None], axis=0), x, y, start)
             total += _product(x, y, step)
-    return total[np.ix_(np.argsort(order_a), np.argsort(order_b))]
+    if unused is not None:
+        apart = {t: ids[~unused[ids]] for t, ids in apart.items()}
+    return total[:, np.argsort(order_a)][:, :, np.argsort(order_b)], apart
+
+
+def _take_apart(apart, odd, x, y, start) -> None:
+    """Remove `odd` bool [n, width] ids from both factors; add them to `apart`, by row."""
+    x[:, odd] = y[:, odd] = 0.0
+    for t in np.flatnonzero(odd.any(axis=1)).tolist():
+        ids = start + np.flatnonzero(odd[t])
+        apart[t] = np.concatenate((apart[t], ids)) if t in apart else ids
 
 
 def _product(x: Float32, y: Float32, step: int) -> Float64:
-    """X·Yᵀ [n_alpha, n_beta] of rows over the vocabulary, `step` ids to a product."""
-    whole = x.shape[1] // step * step
-    parts = x[:, :whole].reshape(len(x), -1, step), y[:, :whole].reshape(len(y), -1, step)
-    products = parts[0].transpose(1, 0, 2) @ parts[1].transpose(1, 2, 0)
-    total: Float64 = products.sum(axis=0, dtype=np.float64)
-    return total + x[:, whole:] @ y[:, whole:].T
+    """X·Yᵀ [n, n_alpha, n_beta] of factors [·, n, width], `step` ids to a product."""
+    n_rows, width = x.shape[1:]
+    whole = width // step * step
+    parts = (m[:, :, :whole].reshape(len(m), n_rows, -1, step) for m in (x, y))
+    left, right = (m.transpose(1, 2, 0, 3) for m in parts)
+    total: Float64 = (left @ right.transpose(0, 1, 3, 2)).sum(axis=1, dtype=np.float64)
+    rest = (m[:, :, whole:].transpose(1, 0, 2) for m in (x, y))
+    return total + next(rest) @ next(rest).transpose(0, 2, 1)
 
 
-def _exponentials(rows, start, slope, weights, scratch) -> bool:
-    """rows[i] = exp(start + weights[i]·slope), weights rising; False outside safe range.
+def _exponentials(rows, start, slope, weights, scratch) -> NDArray[np.bool_] | None:
+    """rows[i] = exp(start + weights[i]·slope), weights rising; the places outside the safe range.
 
-    An exponential of a line is convex, so the first and the last row bound those between.
+    None where there are none. A line is between its ends, so the first and the last row bound it.
     """
-    np.multiply(slope, np.float32(weights[0]), out=scratch)
-    if start is not None:
-        scratch += start
-    np.exp(scratch, out=rows[0])
+    last, first = rows[-1], scratch
+    for weight, line in ((weights[-1], last), (weights[0], first)):
+        np.multiply(slope, np.float32(weight), out=line)
+        if start is not None:
+            line += start
+    # `<=` and `>=` are False for NaN too, which comes of logits that are not finite.
+    is_safe = last.max() <= _MOST and first.max() <= _MOST and first.min() >= _LEAST
+    odd = None if is_safe else ~((last <= _MOST) & (first <= _MOST) & (first >= _LEAST))
+    np.exp(first, out=rows[0])
     gap = None
     for i in range(1, len(weights)):
         previous, gap = gap, round(weights[i] - weights[i - 1], 9)
@@ -261,23 +290,24 @@ def _exponentials(rows, start, slope, weights, scratch) -> bool:
             np.multiply(slope, np.float32(gap), out=scratch)
             np.exp(scratch, out=scratch)
         np.multiply(rows[i - 1], scratch, out=rows[i])
-    # `<=` and `>=` are False for NaN too, which comes of logits that are not finite.
-    top, low = np.maximum.reduce, np.minimum.reduce
-    return bool(top(rows[0]) <= _SAFE and top(rows[-1]) <= _SAFE and low(rows[0]) >= _TINY)
+    return odd
 
 
-def _direct_nll(large, cpt, base, target, alphas, betas, unused) -> Float64:
-    """One float64 log-sum-exp a grid point, for rows whose exponents leave the safe range."""
-    nll = np.empty((len(alphas), len(betas)))
-    large, cpt, base = (m.astype(np.float64) for m in (large, cpt, base))
-    for i, alpha in enumerate(alphas):
-        for j, beta in enumerate(betas):
-            fused = base + alpha * (large - base) + beta * (cpt - base)
-            if unused is not None:
-                fused[unused] = -np.inf
-            top = fused.max()
-            nll[i, j] = top + np.log(np.exp(fused - top).sum()) - fused[target]
-    return nll
+def _log_sum_with(sums, odd, large, cpt, base, pivot, alphas, betas) -> Float64:
+    """log(sums + S of the `odd` ids) at each grid point, [n_alpha, n_beta], in float64."""
+    total, scale = sums, np.zeros_like(sums)  # the sum is total · exp(scale)
+    for start in range(0, len(odd), _ODD):
+        ids = odd[start : start + _ODD]
+        d_large, d_cpt, b = (
+            m[ids].astype(np.float64) - float(m[pivot]) for m in (large, cpt, base)
+        )
+        lines = b + alphas[:, None] * (d_large - b)
+        exponents = lines[:, None, :] + betas[:, None] * (d_cpt - b)
+        top = np.maximum(scale, exponents.max(axis=-1))
+        here = np.exp(exponents - top[:, :, None]).sum(axis=-1)
+        total, scale = total * np.exp(scale - top) + here, top
+    logs: Float64 = np.log(total) + scale
+    return logs
 
 
 def grid_entropy(*, large_ins, small_cpt, small_base, alphas, betas, unused=None) -> Float64:

@@ -173,9 +173,10 @@ def _nodes_nll(trio: Trio, rows: Rows, targets: NDArray[np.int64]) -> Float64:
 
 
 def _slopes(trio: Trio, rows: Rows, targets: NDArray[np.int64]) -> Float64:
-    return large_ins_slopes(
+    slopes = large_ins_slopes(
         **{role: rows[role] for role in ROLES},
         targets=targets,
         unused=trio.unused,
         n_threads=available_cores(),
     )
+    return np.asarray(slopes.sum(axis=0))

@@ -62,6 +62,7 @@ class Answer:
             method=request.method,
             grid=request.grid,
             last=request.last,
+            score_tokens=request.score_tokens,
         )
 
     def select(self, selection: Selection) -> None:

@@ -121,6 +121,7 @@ def _select(answer: Answer, progress: TokenProgress) -> None:
         method=request.method,
         grid=request.grid,
         last=request.last,
+        score_tokens=request.score_tokens,
         progress=progress,
     )
     answer.select(chosen)

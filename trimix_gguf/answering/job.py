@@ -11,6 +11,7 @@ from typing import Literal
 from trimix_gguf.answering.answer import Answer
 from trimix_gguf.answering.request import Event, FinishReason, Request
 from trimix_gguf.choosing.score import add_window
+from trimix_gguf.choosing.subset import stand_for
 from trimix_gguf.errors import TrimixError
 from trimix_gguf.machine.threads import available_cores
 from trimix_gguf.mixing.fusion import Rows
@@ -41,14 +42,18 @@ class Job:
             self._prompt = self._chooser.prompts[0]
         elif request.echo and self._answer.selection is not None:
             self.stage = "echo"
-        self.prefill = Prefill(self._prompt, predicts=_PREDICTED[self.stage])
+        scored = None if self._chooser is None else self._chooser.score
+        self._sums = PrefixSums() if scored is None else PrefixSums(scored.points)
+        self.prefill = Prefill(
+            self._prompt,
+            predicts=_PREDICTED[self.stage],
+            stand_for=lambda n: stand_for(n, self._sums.points.stride),
+        )
         most = min(self._answer.room, request.max_tokens)
         self.n_cells = {role: n + most for role, n in self._answer.n_prompt.items()}
         self.newest = 0
         self.sequence: int | None = None
         self.cancelled = False
-        scored = None if self._chooser is None else self._chooser.score
-        self._sums = PrefixSums() if scored is None else PrefixSums(scored.points)
 
     def cancel(self) -> None:
         """Have it end before its next token; does nothing once it has ended."""

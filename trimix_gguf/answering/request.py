@@ -7,6 +7,7 @@ from typing import Any, Literal, TypedDict, Unpack
 from trimix_gguf.choosing.methods import ChosenBy
 from trimix_gguf.choosing.score import Grid
 from trimix_gguf.choosing.selection import Selection, check_last
+from trimix_gguf.choosing.subset import ScoreTokens, check_score_tokens
 from trimix_gguf.errors import TrimixError
 from trimix_gguf.mixing.fusion import Mix, Weights, check_threshold
 from trimix_gguf.mixing.sampling import Sampling
@@ -23,6 +24,7 @@ class Options(TypedDict, total=False):
     method: ChosenBy
     grid: Grid
     last: int | None
+    score_tokens: ScoreTokens
     plausibility_threshold: float | None
     max_tokens: int
     stop: Sequence[str]
@@ -57,16 +59,16 @@ class Request:
     """A prompt, and how to answer it.
 
     `weights` fixes (alpha, beta), fixes a whole Mix, or holds an earlier choice. Without it
-    `method` (choosing/methods.py) chooses them from the prompt over `grid`; where it scores, all of
-    the prompt, or its `last` tokens. A `plausibility_threshold` replaces that of the mix. It ends
-    after `max_tokens`, before a `stop` string, at an end-of-generation token of any model, or
-    where the context is full.
+    `method` (choosing/methods.py) chooses them from the prompt over `grid`; where it scores, its
+    `last` tokens or all of it, and of those as many as `score_tokens` says. A
+    `plausibility_threshold` replaces that of the mix. It ends after `max_tokens`, before a `stop`
+    string, at an end-of-generation token of any model, or where the context is full.
 
     `n_top` asks for the log-probability of each token under the mix, and of that many likeliest
     ones; with `echo`, also for those of the prompt. `trace` asks for each token's probability under
     the models that the mix reads ('mix') or under all three ('all').
 
-    Raises WeightsError where the threshold or `last` is out of range.
+    Raises WeightsError where the threshold, `last` or `score_tokens` is out of range.
     """
 
     prompt: Prompt | str
@@ -74,6 +76,7 @@ class Request:
     method: ChosenBy = "auto"
     grid: Grid = (GRID, GRID)
     last: int | None = None
+    score_tokens: ScoreTokens = "auto"
     plausibility_threshold: float | None = None
     max_tokens: int = 128
     stop: Sequence[str] = ()
@@ -84,6 +87,7 @@ class Request:
 
     def __post_init__(self) -> None:
         check_last(self.last)
+        check_score_tokens(self.score_tokens)
         if self.plausibility_threshold is not None:
             check_threshold(self.plausibility_threshold)
 

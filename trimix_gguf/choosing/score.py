@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from trimix_gguf.choosing.subset import stand_for
 from trimix_gguf.errors import PromptError
 from trimix_gguf.machine.threads import available_cores
 from trimix_gguf.mixing.fusion import Weights
@@ -50,6 +51,12 @@ class Score:
     def alphas(self) -> tuple[float, ...]:
         """All of them, 0 and 1 included."""
         return self.points.alphas
+
+    @property
+    def is_estimate(self) -> bool:
+        """Whether only some tokens of a prompt were scored."""
+        counts = stand_for(max(self.n_tokens, default=0), self.points.stride)
+        return bool((counts != 1).any())
 
     @property
     def betas(self) -> tuple[float, ...]:
@@ -149,13 +156,15 @@ def empty_score(
     *,
     sloped: bool = False,
     keep: float = 1.0,
+    stride: int = 1,
 ) -> Score:
     """A Score of no prompt yet, over `grid`, the single models and `also`."""
     chosen = (chebyshev_nodes(),) * 2 if grid == "continuous" else (tuple(grid[0]), tuple(grid[1]))
     # Single models and Proxy Tuning are corners (0|1, 0|1): two more factor rows a side.
     alphas = tuple(dict.fromkeys((*chosen[0], 0.0, 1.0, *(w.alpha for w in also))))
     betas = tuple(dict.fromkeys((*chosen[1], 0.0, 1.0, *(w.beta for w in also))))
-    return Score(Points(alphas, betas, sloped, keep), chosen, continuous=grid == "continuous")
+    points = Points(alphas, betas, sloped, keep, stride)
+    return Score(points, chosen, continuous=grid == "continuous")
 
 
 def add_window(sums: PrefixSums, trio: Trio, window: Window, n_threads: int) -> None:
@@ -167,8 +176,9 @@ def add_window(sums: PrefixSums, trio: Trio, window: Window, n_threads: int) -> 
     if points.keep < 1.0:
         ages = np.arange(len(nlls))[::-1]
         nlls *= (points.keep**ages)[:, None, None]
-    slopes = large_ins_slopes(**rows).sum(axis=0) if points.sloped else np.zeros(2)
-    sums.add(window.mark, nlls.sum(axis=0), len(nlls), slopes)
+    counts = window.stand_for
+    slopes = counts @ large_ins_slopes(**rows) if points.sloped else np.zeros(2)
+    sums.add(window.mark, np.tensordot(counts, nlls, 1), int(counts.sum()), slopes)
 
 
 def _prompt_sum(
@@ -183,6 +193,7 @@ def _prompt_sum(
         consume=lambda window: add_window(sums, trio, window, n_threads),
         progress=progress,
         after=sums.newest.mark,
+        stand_for=lambda n: stand_for(n, sums.points.stride),
     )
     trio.sums = sums
     return sums.newest

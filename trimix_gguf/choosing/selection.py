@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from trimix_gguf.choosing.auto import asks, on_a_leash
 from trimix_gguf.choosing.methods import ANSWERS, AUTO, ENT, TOKEN, ChosenBy
 from trimix_gguf.choosing.score import Average, Grid, Score, empty_score, score_prompts
+from trimix_gguf.choosing.subset import ScoreTokens, check_score_tokens, stride_of
 from trimix_gguf.errors import WeightsError
 from trimix_gguf.mixing.fusion import METHODS, Mix, Rows, Weights
 from trimix_gguf.mixing.scoring import GRID, grid_entropy, lowest
@@ -70,8 +71,10 @@ class Chooser:
         method: ChosenBy = AUTO,
         grid: Grid = (GRID, GRID),
         last: int | None = None,
+        score_tokens: ScoreTokens = "auto",
     ) -> None:
         check_last(last)
+        check_score_tokens(score_tokens)
         self.prompts = prompts if last is None else [p.score_last(last) for p in prompts]
         self.selection: Selection | None = None
         self.score: Score | None = None
@@ -85,7 +88,11 @@ class Chooser:
             self._for_questions()
         if self.selection is None and method != ENT:
             keep = TOKEN_KEEP if method == TOKEN else 1.0
-            self.score = empty_score(grid, sloped=self._leashed, keep=keep)
+            if method == TOKEN or (score_tokens == "auto" and method != AUTO):
+                score_tokens = "all"
+            n_tokens = max((sum(scored for _, scored in p.units) for p in self.prompts), default=0)
+            stride = stride_of(score_tokens, n_tokens)
+            self.score = empty_score(grid, sloped=self._leashed, keep=keep, stride=stride)
 
     def _for_questions(self) -> None:
         """What a measurement of the trio says; without one, the choice is on a leash."""
@@ -122,6 +129,7 @@ def select_weights(
     grid: Grid = (GRID, GRID),
     average: Average = "macro",
     last: int | None = None,
+    score_tokens: ScoreTokens = "auto",
     progress: TokenProgress | None = None,
 ) -> Selection:
     """Choose (alpha, beta) for a prompt, or one pair for a task's prompts, without labels.
@@ -130,10 +138,11 @@ def select_weights(
     (auto.py). `ppl`: the lowest fused perplexity (TriMix-PPL); `average` over several prompts,
     `macro` as published. `ent`: the lowest entropy of the first generated token (TriMix-ENT),
     averaged. `ppl-answers`: the lowest perplexity of the marked answers. `token`: chosen again for
-    each token. `last` scores only that many tokens at the end of each prompt, for slow machines.
+    each token. `last` scores only that many tokens at the end of each prompt. `score_tokens` scores
+    about that many, spread over it; "auto" enough of them for `auto`, and all for other methods.
     """
     listed = [prompts] if isinstance(prompts, Prompt) else list(prompts)
-    chooser = Chooser(trio, listed, method=method, grid=grid, last=last)
+    chooser = Chooser(trio, listed, method=method, grid=grid, last=last, score_tokens=score_tokens)
     if chooser.score is not None:
         score_prompts(trio, chooser.prompts, chooser.score, progress=progress)
     elif chooser.selection is not None and listed:

@@ -72,6 +72,12 @@ mix_options = option_group(
     click.option(
         "--last", type=click.IntRange(min=1), help="Score only the last N tokens of the prompt."
     ),
+    click.option(
+        "--score-tokens",
+        metavar="auto|all|N",
+        help="Tokens of the prompt that are scored. auto: enough for the method auto, all for "
+        "the others.",
+    ),
 )
 # The options that say how tokens are picked, and where an answer ends.
 decoding_options = option_group(
@@ -130,6 +136,8 @@ def generation_settings(options: dict[str, Any]) -> dict[str, Any]:
     for name in (*names, *SAMPLING_HELP):
         if (value := options.pop(name)) is not None:
             settings[name] = value
+    if (tokens := options.pop("score_tokens")) is not None:
+        settings["score_tokens"] = _score_tokens(tokens)
     if settings.get("n_draft") is not None:
         settings["n_draft"] = _draft_length(settings["n_draft"])
     biases = options.pop("logit_bias")
@@ -160,12 +168,21 @@ def _draft_length(text: str) -> int | None:
     return int(text)
 
 
+def _score_tokens(text: str) -> int | str:
+    if text in ("auto", "all"):
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise click.UsageError("--score-tokens takes auto, all, or a number of at least 1")
+    return int(text)
+
+
 def weights_line(selection: Any) -> str:
     """The mix in words, and the prompt's perplexities where it was chosen by those."""
     ppl = selection.perplexities()
     line = f"weights: {mix_words(selection.mix)} ({selection.method})"
     if ppl:
-        line += "; perplexity " + ", ".join(f"{k} {v:.2f}" for k, v in ppl.items())
+        about = "about " if selection.score.is_estimate else ""
+        line += f"; perplexity {about}" + ", ".join(f"{k} {v:.2f}" for k, v in ppl.items())
     return line
 
 

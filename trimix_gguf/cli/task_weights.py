@@ -36,7 +36,9 @@ def task_weights(trio: Any, task: str, settings: dict[str, Any], average: Any = 
     from trimix_gguf.choosing.selection import select_weights
     from trimix_gguf.cli.score import split_texts
 
-    chosen = {k: settings.pop(k) for k in ("method", "grid", "last") if k in settings}
+    chosen = {
+        k: settings.pop(k) for k in ("method", "grid", "last", "score_tokens") if k in settings
+    }
     if chosen.get("method") in (*file_methods(), ANSWERS) and task.endswith(".jsonl"):
         from trimix_gguf.evaluation.running.file_weights import weights_of_file
 

@@ -201,8 +201,8 @@ def _pivots(cpt: Float32, unused: NDArray[np.bool_] | None) -> NDArray[np.intp]:
     """The origins of all exponents: any id makes S ≥ 1, small_cpt's top one keeps X, Y small."""
     top = cpt.argmax(axis=1)
     if unused is None or not unused[top].any():
-        return top
-    return np.where(unused, -np.inf, cpt).argmax(axis=1)
+        return np.asarray(top)
+    return np.asarray(np.where(unused, -np.inf, cpt).argmax(axis=1))
 
 
 def _workspace(n_alpha: int, n_beta: int) -> Float32:

@@ -298,7 +298,8 @@ def _json_schema(fields: Fields) -> dict[str, object] | None:
 def _mix(fields: Fields) -> Options:
     """The extension `trimix`.
 
-    {"weights": [alpha, beta] | "method": name, "trace": bool, "top_k", "min_p", "repeat_penalty"}
+    {"weights": [alpha, beta] | "method": name, "trace": bool, "score_tokens": "auto" |
+    "all" | n, "top_k", "min_p", "repeat_penalty"}
     """
     value = fields.take("trimix")
     if value is None:
@@ -308,6 +309,7 @@ def _mix(fields: Fields) -> Options:
     method = inner.one_of("method", runtime_methods())
     given: dict[str, object] = {
         "trace": "mix" if inner.boolean("trace") else None,
+        "score_tokens": _score_tokens(inner),
         "top_k": _top_k(inner),
         "min_p": inner.number("min_p", 0, 1),
         "repeat_penalty": inner.number("repeat_penalty", 0.01, 100),
@@ -317,6 +319,17 @@ def _mix(fields: Fields) -> Options:
         raise RequestError("give trimix.weights or trimix.method, not both", param="trimix.method")
     pair = None if weights is None else _weights(inner, weights)
     return {**_present(given), **mix_settings(method, pair)}
+
+
+def _score_tokens(fields: Fields) -> object:
+    value = fields.take("score_tokens")
+    if (
+        value is not None
+        and value not in ("auto", "all")
+        and not (type(value) is int and value > 0)
+    ):
+        fields.wrong("score_tokens", value, "auto, all, or a number of tokens")
+    return value
 
 
 def mix_settings(method: str | None, weights: Weights | None) -> Options:

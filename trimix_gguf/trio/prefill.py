@@ -18,17 +18,21 @@ from trimix_gguf.trio.prompt import Prompt, Unit
 # How far a prompt has come: units read, and units covered (predicted, or nothing to predict).
 PromptMark = tuple[int, int]
 
+StandFor = Callable[[int], NDArray[np.int64]]
+
 
 @dataclass(frozen=True)
 class Window:
     """Rows [n, n_vocab] by role, the ids [n] that they predict, and how far the prompt has come.
 
-    The rows are valid until the next decode.
+    `stand_for` [n] says for how many ids each of them counts. The rows are valid until the next
+    decode.
     """
 
     rows: Rows
     targets: NDArray[np.int64]
     mark: PromptMark
+    stand_for: NDArray[np.int64]
 
 
 def is_scored(unit: Unit) -> bool:
@@ -39,8 +43,9 @@ def is_scored(unit: Unit) -> bool:
 class Prefill:
     """Where a prompt stands: `at` of its units are read; `stop` is where reading ends.
 
-    `predicts` tells which units are to be predicted. Without `to_end`, reading stops behind the
-    last of those: nothing after it needs a row yet.
+    `predicts` tells which units are to be predicted, and `stand_for`, of so many, for how many each
+    of them counts, 0 for one that is left out. Without `to_end`, reading stops behind the last of
+    those: nothing after it needs a row yet.
     """
 
     def __init__(
@@ -48,19 +53,23 @@ class Prefill:
         prompt: Prompt,
         *,
         predicts: Callable[[Unit], bool] = is_scored,
+        stand_for: StandFor | None = None,
         to_end: bool = True,
     ) -> None:
         self.units = prompt.units
         # ends[role][n]: how many ids of `role` the first n units hold.
         self.ends = {role: _ends(self.units, i) for i, role in enumerate(ROLES)}
-        self._predicted = [predicts(unit) for unit in self.units]
-        last = max((i for i, is_one in enumerate(self._predicted) if is_one), default=-1)
-        self.stop = len(self.units) if to_end else last + 1
-        self.at = 0
         # Units whose id is a target: to be predicted, and every role has something before them.
         started = [all(ends[i] > 0 for ends in self.ends.values()) for i in range(len(self.units))]
-        self._is_target = [p and s for p, s in zip(self._predicted, started, strict=True)]
-        self._is_wanted = [*self._is_target[1:], False]  # the rows that predict those
+        pairs = zip(self.units, started, strict=True)
+        self._counts = [int(is_started and predicts(unit)) for unit, is_started in pairs]
+        targets = [i for i, count in enumerate(self._counts) if count]
+        self.stop = len(self.units) if to_end else max(targets, default=-1) + 1
+        self.at = 0
+        if stand_for is not None:
+            for i, count in zip(targets, stand_for(len(targets)).tolist(), strict=True):
+                self._counts[i] = count
+        self._is_wanted = [*map(bool, self._counts[1:]), False]  # the rows that predict those
         if self.stop:
             self._is_wanted[self.stop - 1] = True
 
@@ -79,7 +88,7 @@ class Prefill:
 
         What predicts the next unit to score is read again, for its row.
         """
-        rest = (i for i in range(max(covered, 1), len(self.units)) if self._predicted[i])
+        rest = (i for i in range(max(covered, 1), len(self.units)) if self._counts[i])
         self.at = min(n_kept, next(rest, len(self.units) + 1) - 1)
 
     def portion(self, n_ids: int, n_rows: int) -> int:
@@ -110,11 +119,12 @@ class Prefill:
     def take(self, end: int, rows: Rows) -> Window:
         """The units up to `end` are read, and these are the rows [n_wanted, n_vocab]."""
         n_units = min(end + 1, len(self.units))  # those up to `end`, and the one after them
-        predicted = [unit for unit in range(self.at + 1, n_units) if self._is_target[unit]]
+        predicted = [unit for unit in range(self.at + 1, n_units) if self._counts[unit]]
         targets = np.array([self.units[unit][0][0][0] for unit in predicted], dtype=np.int64)
         self.at = end
         before = {role: matrix[: len(targets)] for role, matrix in rows.items()}
-        return Window(before, targets, (end, n_units))
+        counts = np.array([self._counts[unit] for unit in predicted], dtype=np.int64)
+        return Window(before, targets, (end, n_units), counts)
 
 
 def _ends(units: Sequence[Unit], role: int) -> list[int]:

@@ -20,13 +20,15 @@ class Points:
     """What is summed: nats over `alphas` × `betas`, which hold the points (0 | 1, 0 | 1).
 
     A token counts `keep` times less one token later; 1 counts all alike. With `sloped`,
-    scoring.large_ins_slopes are summed too.
+    scoring.large_ins_slopes are summed too. Of `stride` tokens one is scored, and stands for the
+    others: of 1 all are, of 0 fewer the longer the prompt is (choosing/subset.py).
     """
 
     alphas: tuple[float, ...] = ()
     betas: tuple[float, ...] = ()
     sloped: bool = False
     keep: float = 1.0
+    stride: int = 1
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.mixing.masks import TokenTree
 from trimix_gguf.roles import LOADING_ORDER, ROLES
 from trimix_gguf.trio.model import Model
-from trimix_gguf.trio.prefill import Prefill, PromptMark, Window
+from trimix_gguf.trio.prefill import Prefill, PromptMark, StandFor, Window
 from trimix_gguf.trio.prompt import Prompt, Unit, n_common, text_prompt
 from trimix_gguf.trio.sequences import Sequences, TokenProgress
 from trimix_gguf.trio.sums import PrefixSums
@@ -172,16 +172,18 @@ class Trio:
         consume: Consume | None = None,
         progress: TokenProgress | None = None,
         after: PromptMark | None = None,
+        stand_for: StandFor | None = None,
     ) -> None:
         """Replace what the caches hold by `prompt`; of what they hold, its prefix is kept.
 
         `consume(window)` is called for every scored token that some row predicts, with n ≤ n_window
         rows that are valid during the call only: memory does not grow with the prompt. A later
-        prefill of a prompt with the same prefix may go on `after` a window's mark. Without
+        prefill of a prompt with the same prefix may go on `after` a window's mark. `stand_for`
+        leaves some of the scored tokens out (see Prefill). Without
         `consume` nothing is decoded until rows() asks for it, and then by the roles asked for
         only. Raises PromptError, ModelError.
         """
-        reading = Prefill(prompt, to_end=False)
+        reading = Prefill(prompt, stand_for=stand_for, to_end=False)
         reading.check_fits({role: model.n_ctx for role, model in self.models.items()})
         kept = self.n_kept(reading.units)
         if consume is None:

@@ -206,7 +206,12 @@ class TrimixLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         if not any(scored for _, scored in prompt.units[1:]):
             return self._unprompted
         chosen = select_weights(
-            self._trio, prompt, method=self._method, grid=self._grid, last=self._last
+            self._trio,
+            prompt,
+            method=self._method,
+            grid=self._grid,
+            last=self._last,
+            score_tokens="all",
         )
         self.chosen[chosen.weights] += 1
         return chosen.mix

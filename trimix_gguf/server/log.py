@@ -6,6 +6,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import IO, Any
 
 _MOST_WAITING = 1000  # lines; what comes on top is lost
 _LAST_S = 1.0  # for those that wait at the end
@@ -21,7 +22,7 @@ class Log:
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
-        self._fd = sys.stderr.fileno() if path is None else _open(path)
+        self._file: IO[Any] = sys.stderr if path is None else _open(path)
         self._lines: queue.Queue[str | None] = queue.Queue(_MOST_WAITING)
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
@@ -41,21 +42,24 @@ class Log:
         while (line := self._lines.get()) is not None:
             with suppress(OSError):
                 self._follow()
-                os.write(self._fd, f"{line}\n".encode("utf-8", "backslashreplace"))
+                # Past Python's buffers: their locks would hold up the end of the process.
+                os.write(self._file.fileno(), f"{line}\n".encode("utf-8", "backslashreplace"))
+        if self._path is not None:
+            self._file.close()
 
     def _follow(self) -> None:
         """Open the file again where its name no longer leads to what is open."""
         if self._path is None:
             return
         try:
-            same = os.path.samestat(os.stat(self._path), os.fstat(self._fd))
+            same = os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
         except FileNotFoundError:
             same = False
         if not same:
             newer = _open(self._path)
-            os.close(self._fd)
-            self._fd = newer
+            self._file.close()
+            self._file = newer
 
 
-def _open(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
+def _open(path: Path) -> IO[bytes]:
+    return path.open("ab", buffering=0)

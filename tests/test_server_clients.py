@@ -9,7 +9,7 @@ import openai
 import pytest
 from conftest import KAZAKH
 from pydantic import BaseModel
-from served import ENDLESS, TEXTS, error_of, serving
+from served import ENDLESS, PATIENCE_S, TEXTS, error_of, serving
 
 CHAT = [{"role": "user", "content": KAZAKH}]
 CITY = {
@@ -177,6 +177,7 @@ def test_parse_gives_objects(client):
     assert isinstance(call.function.parsed_arguments, City)
 
 
+@pytest.mark.filterwarnings("ignore")  # of theirs
 @pytest.mark.parametrize("mode", ["TOOLS", "JSON_SCHEMA"])
 def test_instructor_gives_objects(server, mode):
     instructor = pytest.importorskip("instructor", reason="instructor is not installed")
@@ -186,7 +187,9 @@ def test_instructor_gives_objects(server, mode):
     assert isinstance(asking.chat.completions.create(response_model=City, **settings), City)
 
 
-def test_litellm_gets_an_answer(server):
+@pytest.mark.filterwarnings("ignore")  # of theirs
+def test_litellm_gets_an_answer(server, monkeypatch):
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks the network
     litellm = pytest.importorskip("litellm", reason="litellm is not installed")
     place = {"api_base": f"{server.url}/v1", "api_key": "unused", "model": "openai/nano"}
     answer = litellm.completion(messages=CHAT, max_tokens=4, **place)
@@ -258,6 +261,48 @@ def test_a_response_can_be_parsed(client):
 def test_a_response_that_cannot_be_is_refused_by_name(server, fields, param):
     body = {"input": "a", "max_output_tokens": 2, **fields}
     assert error_of(server.post("/v1/responses", body), 400)["param"] == param
+
+
+WRONG = [-2.5, 2**70, "warm", "", [], [[]], [None], {}, {"a": 1}, [{"a": []}], True, None, [TOOL]]
+BODIES = {
+    "/v1/responses": {
+        "input": [{"role": "user", "content": [{"type": "input_text", "text": "a"}]}],
+        "text": {"format": {"type": "json_schema", "schema": CITY}},
+        "instructions": "a", "max_output_tokens": 1, "tools": [], "tool_choice": "auto",
+    },
+    "/v1/chat/completions": {
+        "messages": [*CHAT, {"role": "assistant", "tool_calls": [{"function": {"arguments": ""}}]}],
+        "tools": [TOOL], "tool_choice": NAMED, "max_tokens": 1,
+    },
+    "/tokenize": {"prompt": "a", "parse_special": True, "add_special_tokens": True},
+    "/detokenize": {"tokens": [1]},
+}  # fmt: skip
+
+
+def places(value, at=()):
+    """The way to every value inside a value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in items if isinstance(value, dict | list) else ():
+        yield (*at, key)
+        if isinstance(inner, dict | list):
+            yield from places(inner, (*at, key))
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_no_body_ends_in_a_mistake_of_the_server(server, path):
+    """Bug: a schema whose `required` held a list got status 500."""
+    with httpx.Client(timeout=PATIENCE_S) as client:
+        for *way, last in places(BODIES[path]):
+            for wrong in WRONG:
+                body = json.loads(json.dumps(BODIES[path]))
+                inner = body
+                for key in way:
+                    inner = inner[key]
+                inner[last] = wrong
+                response = client.post(server.url + path, json=body)
+                assert response.status_code < 500, (body, response.text)
+                if response.status_code >= 400:
+                    error_of(response, response.status_code)
 
 
 # -- the tokenizer --------------------------------------------------------------------------

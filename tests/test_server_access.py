@@ -3,14 +3,17 @@
 import os
 import re
 import shutil
+import socket
 import subprocess
 import time
+from contextlib import contextmanager
 
 import httpx
 import pytest
 from conftest import KAZAKH
 from served import ENDLESS, PATIENCE_S, error_of, serving
 
+from trimix_gguf.cli.help import FOLDER
 from trimix_gguf.server.log import Log
 
 SMALL = {"prompt": KAZAKH, "max_tokens": 3, "temperature": 0}
@@ -233,45 +236,83 @@ def test_one_client_cannot_take_every_place(tmp_path):
             time.sleep(0.05)
 
 
-# -- nginx ----------------------------------------------------------------------------------
+# -- recipes --------------------------------------------------------------------------------
+
+
+def recipe(language):
+    """The block of the help page in that language."""
+    text = (FOLDER / "serve.md").read_text(encoding="utf-8")
+    (block,) = re.findall(rf"```{language}\n(.*?)```", text, re.S)
+    return block
+
+
+@contextmanager
+def behind(folder, to_configuration, command):
+    """A server behind a proxy, whose configuration is made for (its port, the server's)."""
+    names = ("--allowed-host", "ai.example.org", "--trusted-proxy", "127.0.0.1")
+    with serving(*names, "--log-file", folder / "log") as served, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        text = to_configuration(port, served.port)
+        (folder / "configuration").write_text(text, encoding="utf-8")
+        environment = {**os.environ, "HOME": str(folder), "XDG_DATA_HOME": str(folder)}
+        with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as proxy:
+            try:
+                yield f"http://127.0.0.1:{port}"
+            finally:
+                proxy.terminate()
 
 
 @pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
 def test_the_recipe_for_nginx_works(tmp_path):
-    """The server block of the help page, as it is, but for its port and the server's."""
-    from trimix_gguf.cli.help import FOLDER
+    """The block of the help page as it is, but for the ports."""
 
-    page = (FOLDER / "serve.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```nginx\n(.*?)```", page, re.S)
-    with serving(
-        "--allowed-host", "ai.example.org", "--trusted-proxy", "127.0.0.1", "--log-file",
-        tmp_path / "log",
-    ) as served:  # fmt: skip
-        port = served.port + 1 if served.port < 65535 else served.port - 1
-        block = block.replace("listen 80;", f"listen 127.0.0.1:{port};")
-        block = block.replace("127.0.0.1:8080", f"127.0.0.1:{served.port}")
-        paths = "".join(
-            f"{kind}_temp_path {tmp_path};"
-            for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        )
-        (tmp_path / "nginx.conf").write_text(
-            f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/errors;\n"
-            f"events {{}}\nhttp {{ access_log off; {paths}\n{block} }}\n",
-            encoding="utf-8",
-        )
-        command = ["nginx", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")]
-        with subprocess.Popen(command) as nginx:
-            try:
-                ask_through(f"http://127.0.0.1:{port}")
-            finally:
-                nginx.terminate()
-        assert {m["client"] for m in lines_of(tmp_path / "log", 2)} == {"127.0.0.1"}
+    def configuration(port, of_server):
+        block = recipe("nginx").replace("listen 80;", f"listen 127.0.0.1:{port};")
+        block = block.replace("127.0.0.1:8080", f"127.0.0.1:{of_server}")
+        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        paths = "".join(f"{kind}_temp_path {tmp_path};" for kind in kinds)
+        head = f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/errors;\nevents {{}}\n"
+        return f"{head}http {{ access_log off; {paths}\n{block} }}\n"
+
+    command = ["nginx", "-p", str(tmp_path), "-c", str(tmp_path / "configuration")]
+    with behind(tmp_path, configuration, command) as url:
+        ask_through(url)
+    assert {m["client"] for m in lines_of(tmp_path / "log", 2)} == {"203.0.113.9"}
+
+
+@pytest.mark.skipif(shutil.which("caddy") is None, reason="caddy is not installed")
+def test_the_recipe_for_caddy_works(tmp_path):
+    """The block of the help page, without HTTPS, for which it would need the name."""
+
+    def configuration(port, of_server):
+        block = recipe("caddy").replace("ai.example.org", f"http://ai.example.org:{port}")
+        block = block.replace("127.0.0.1:8080", f"127.0.0.1:{of_server}")
+        return f"{{\n admin off\n}}\n{block}"
+
+    command = ["caddy", "run", "--adapter", "caddyfile"]
+    command += ["--config", str(tmp_path / "configuration")]
+    with behind(tmp_path, configuration, command) as url:
+        ask_through(url)
+    # It believes no X-Forwarded-For that a client sends, and writes its own.
+    assert {m["client"] for m in lines_of(tmp_path / "log", 2)} == {"127.0.0.1"}
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+def test_the_recipe_for_systemd_is_a_unit(tmp_path):
+    unit = tmp_path / "trimix.service"
+    text = recipe("ini").replace("/opt/trimix/.venv/bin/trimix", "/bin/sh")
+    unit.write_text(text.replace("User=trimix", "User=root"), encoding="utf-8")
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, timeout=60)
+    assert done.returncode == 0 and unit.name.encode() not in done.stderr, done.stderr.decode()
 
 
 def ask_through(url):
     """A page's POST as a browser sends it, and a stream that comes in parts."""
     page = {"Host": "ai.example.org", "Origin": "http://ai.example.org"}
-    deadline = time.monotonic() + PATIENCE_S
+    page["X-Forwarded-For"] = "203.0.113.9"  # as another proxy before this one would
+    deadline = time.monotonic() + 60  # a proxy that refuses its settings never listens
     while True:
         try:
             whole = httpx.post(f"{url}/v1/completions", json=SMALL, headers=page, timeout=60)

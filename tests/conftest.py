@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from trimix_gguf import Trio
 from trimix_gguf.trio.trio import NANO
 
-pytest_plugins = ["person", "small_trio"]
+pytest_plugins = ["person", "small_trio", "languages"]
 ROOT = Path(__file__).parent.parent
 REAL = Path(os.environ.get("TRIMIX_MODELS", Path.home() / ".cache" / "trimix-models"))
 # A suite started in the background inherits an ignored Ctrl-C, and so would the commands it stops.

@@ -51,14 +51,20 @@ def checkpoint(tmp_path_factory, nano_files):
 @pytest.fixture(scope="session")
 def adapter(tmp_path_factory):
     """A PEFT adapter of small_base."""
+    return adapter_folder(tmp_path_factory.mktemp("adapters") / "kk-lora", seed=0)
+
+
+def adapter_folder(folder: Path, seed: int, layers: tuple[int, ...] = (1,)) -> Path:
+    """A PEFT adapter of small_base in a new folder; another one for each seed."""
     from trimix_gguf.convert.checkpoint import StoredTensor, write_safetensors
 
-    folder = tmp_path_factory.mktemp("adapters") / "kk-lora"
     folder.mkdir()
-    module = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
-    shapes = {f"{module}A.weight": (4, 192), f"{module}B.weight": (192, 4)}
+    shapes = {}
+    for layer in layers:
+        module = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_"
+        shapes |= {f"{module}A.weight": (4, 192), f"{module}B.weight": (192, 4)}
     stored = {n: StoredTensor(folder, 0, shape, "F32") for n, shape in shapes.items()}
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     data = {n: rng.standard_normal(shape, "f4") for n, shape in shapes.items()}
     write_safetensors(folder / "adapter_model.safetensors", stored, data.__getitem__)
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}

@@ -9,7 +9,7 @@ with the same prefix, until their room is needed. A request starts once there is
 import itertools
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -36,6 +36,41 @@ class Statistics:
     n_tokens: int = 0
     step_seconds: float = 0.0
 
+    def __add__(self, other: "Statistics") -> "Statistics":
+        finished = Counter(self.finished)
+        finished.update(other.finished)
+        return Statistics(
+            n_running=self.n_running + other.n_running,
+            n_waiting=self.n_waiting + other.n_waiting,
+            finished=finished,
+            n_prompt_tokens=self.n_prompt_tokens + other.n_prompt_tokens,
+            n_cached_tokens=self.n_cached_tokens + other.n_cached_tokens,
+            n_tokens=self.n_tokens + other.n_tokens,
+            step_seconds=self.step_seconds + other.step_seconds,
+        )
+
+
+class Turns:
+    """A lock that threads get in the order in which they asked for it.
+
+    With an ordinary lock, one Batcher's next step could always come before the other's.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._n_asked = self._n_done = 0
+
+    def __enter__(self) -> None:
+        with self._changed:
+            own = self._n_asked
+            self._n_asked += 1
+            self._changed.wait_for(lambda: self._n_done == own)
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._n_done += 1
+            self._changed.notify_all()
+
 
 LONG_STEP_S = 5.0
 Wanted = dict[str, dict[int, list[int]]]  # role -> sequence -> its ids whose rows are wanted
@@ -45,10 +80,13 @@ class Batcher:
     """Answers requests in a thread of its own; until it is closed, only it may use `trio`.
 
     It answers `n_parallel` at once, at most a trio's n_window − 1; `n_queue` more may wait.
+    Several Batchers in one process take `turns`: two steps at once would share the same cores.
     """
 
-    def __init__(self, trio: Trio, *, n_parallel: int = 8, n_queue: int = 32) -> None:
-        self.trio = trio
+    def __init__(
+        self, trio: Trio, *, n_parallel: int = 8, n_queue: int = 32, turns: Turns | None = None
+    ) -> None:
+        self.trio, self._turns = trio, turns or Turns()
         trio.forget()
         self._sequences = trio.sequences
         self._n_parallel, self._n_queue = min(n_parallel, self._sequences.most), n_queue
@@ -108,6 +146,12 @@ class Batcher:
         return self._n_free <= 0 or (began is not None and time.monotonic() - began > LONG_STEP_S)
 
     @property
+    def is_idle(self) -> bool:
+        """Whether no place is taken or held."""
+        with self._changed:
+            return self._n_free == self._n_queue + self._n_parallel
+
+    @property
     def is_alive(self) -> bool:
         """Whether it can still answer: it was not closed, and no mistake has ended its thread."""
         return self._thread.is_alive()
@@ -130,16 +174,20 @@ class Batcher:
             while self._has_work():
                 self._end_cancelled()
                 self._let_in()
-                started, self._step_began = time.perf_counter(), time.monotonic()
-                try:
-                    self._step()
-                except TrimixError as error:  # of a decode: no one request is at fault
-                    self._abandon(error)
-                self._step_began = None
-                took = self._statistics.step_seconds + time.perf_counter() - started
-                self._statistics = replace(self._statistics, step_seconds=took)
+                with self._turns:
+                    self._timed_step()
         finally:
             self._abandon(ModelError("the server has stopped"))
+
+    def _timed_step(self) -> None:
+        started, self._step_began = time.perf_counter(), time.monotonic()
+        try:
+            self._step()
+        except TrimixError as error:  # of a decode: no one request is at fault
+            self._abandon(error)
+        self._step_began = None
+        took = self._statistics.step_seconds + time.perf_counter() - started
+        self._statistics = replace(self._statistics, step_seconds=took)
 
     def _has_work(self) -> bool:
         with self._changed:

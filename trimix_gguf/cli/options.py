@@ -37,11 +37,8 @@ def option_group(*options: Decorator) -> Decorator:
     return decorate
 
 
-# The options that name a trio, and how each of its models is loaded.
-trio_options = option_group(
-    click.option(
-        "--trio", metavar="NAME|FILE|DIR", help="A trio; see `trimix list`. Default: nano."
-    ),
+# How each model of a trio is loaded.
+_loading_options = option_group(
     click.option("--large-ins", metavar="FILE", help="GGUF of the large instruct model."),
     click.option("--small-base", metavar="FILE", help="GGUF of the small base model."),
     click.option(
@@ -93,17 +90,32 @@ trio_options = option_group(
     ),
     click.option("--verbose", is_flag=True, help="Show llama.cpp's log, and where layers went."),
 )
+_ONE = "A trio; see `trimix list`. Default: nano."
+_SEVERAL = f"{_ONE} Can be given several times."
+# The options that name a trio, and how its models are loaded; the same for several trios.
+trio_options = option_group(
+    click.option("--trio", metavar="NAME|FILE|DIR", help=_ONE), _loading_options
+)
+trios_options = option_group(
+    click.option("--trio", multiple=True, metavar="NAME|FILE|DIR", help=_SEVERAL), _loading_options
+)
 
 
-def open_trio(options: dict[str, Any]) -> Any:
-    """Take the trio's options out of `options` and open it."""
+def each_trio(options: dict[str, Any]) -> list[dict[str, Any]]:
+    """The options of a command that takes several trios, for each of them."""
+    names = options["trio"] or (None,)
+    return [{**options, "trio": name} for name in names]
+
+
+def open_trio(options: dict[str, Any], beside: Any = None) -> Any:
+    """Take the trio's options out of `options` and open it; `beside` as Trio.load has it."""
     from trimix_gguf.machine import native
     from trimix_gguf.trio.trio import Trio, concurrency
 
     arguments = trio_arguments(options)
     verbose = bool(options.pop("verbose", False))
     native.set_verbose(verbose)
-    trio = Trio.load(**arguments)
+    trio = Trio.load(**arguments, beside=beside)
     models = trio.models.items()
     if idle := [role for role, m in models if m.n_gpu_layers and m.device == "CPU"]:
         print(
@@ -116,6 +128,15 @@ def open_trio(options: dict[str, Any]) -> Any:
         layers = ", ".join(f"{role} {m.n_gpu_layers}" for role, m in trio.models.items())
         print(f"models run {concurrency(places)}; layers offloaded: {layers}", file=sys.stderr)
     return trio
+
+
+def asked_of(arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The fields of Loading by role that arguments of Trio.load set."""
+    from trimix_gguf.roles import ROLES
+
+    names = ("n_ctx", "mmap", "mlock", "flash_attn")
+    shared = {name: arguments[name] for name in names if name in arguments}
+    return {role: {**shared, **arguments["per_role"].get(role, {})} for role in ROLES}
 
 
 def named_trio(options: dict[str, Any]) -> Any:

@@ -2,15 +2,16 @@
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from trimix_gguf.cli.options import trio_arguments, trio_options
+from trimix_gguf.cli.options import asked_of, each_trio, named_trio, trio_arguments, trios_options
 
 
 @click.command()
-@trio_options
+@trios_options
 @click.option(
     "--assume-gpu",
     type=float,
@@ -27,28 +28,47 @@ def plan(
 
     No model is loaded. Every command follows this plan with --gpu-layers auto. --assume-gpu and
     --assume-ram plan for a machine that you do not have. If the trio does not fit: what to
-    change, and exit 1.
+    change, and exit 1. Several trios are planned for one process: weights that they share count
+    once, and each has the room that those before it leave.
     """
     from trimix_gguf.errors import MemoryNeededError
     from trimix_gguf.machine import memory, native, planner
 
     options.pop("verbose", None)
-    files, asked, lora = trio_files(trio_arguments(options))
+    names = trio_names(each_trio(options)) if len(options["trio"]) > 1 else [""]
+    trios = [planner.Asked(*trio_files(trio_arguments(one))) for one in each_trio(options)]
     assumed = [_assumed(f"GPU{i}", gb) for i, gb in enumerate(assume_gpu)]
-    found = planner.plan(
-        files,
-        devices=assumed or native.devices(),
-        free_ram=memory.available() if assume_ram is None else _in_bytes(assume_ram),
-        options=asked,
-        lora=lora,
-    )
-    flags = _flags(found, named=not assumed)
+    free_ram = memory.available() if assume_ram is None else _in_bytes(assume_ram)
+    plans = planner.plan_together(trios, devices=assumed or native.devices(), free_ram=free_ram)
+    flags = [_flags(found, named=not assumed) for found in plans]
+    ram_needed = sum(found.ram_needed for found in plans)
+    parts = list(zip(plans, (asked.files for asked in trios), flags, strict=True))
     if as_json:
-        print(json.dumps(_report(found, files, flags), ensure_ascii=False))
+        reports = [_report(*part) for part in parts]
+        together = {
+            "trios": dict(zip(names, reports, strict=True)),
+            "ram_needed": ram_needed,
+            "fits": all(found.fits for found in plans),
+        }
+        print(json.dumps(together if len(plans) > 1 else reports[0], ensure_ascii=False))
+    elif len(plans) == 1:
+        print(_table(*parts[0]))
     else:
-        print(_table(found, files, flags))
-    if not found.fits:
-        raise MemoryNeededError(found.refusal())
+        for name, part in zip(names, parts, strict=True):
+            print(f"{name}\n{_table(*part)}\n")
+        print(f"together{_size(ram_needed):>15} of RAM, {_size(free_ram)} is free")
+    for name, found in zip(names, plans, strict=True):
+        if not found.fits:
+            raise MemoryNeededError((f"{name}: " if name else "") + found.refusal())
+
+
+def trio_names(trios: list[dict[str, Any]]) -> list[str]:
+    """The names of several trios, which must differ."""
+    names = [named_trio(options).name for options in trios]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise click.UsageError(f"two trios are called {twice}; give each once")
+    return names
 
 
 def trio_files(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Any]:
@@ -59,10 +79,8 @@ def trio_files(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 
     files = {role: read_gguf(arguments.get(role) or arguments["small_base"]) for role in ROLES}
     check_contract(files)
-    shared = {name: arguments[name] for name in ("n_ctx", "flash_attn") if name in arguments}
-    asked = {role: {**shared, **arguments["per_role"].get(role, {})} for role in ROLES}
     lora = arguments.get("small_cpt_lora")
-    return files, asked, read_gguf(lora) if lora else None
+    return files, asked_of(arguments), read_gguf(lora) if lora else None
 
 
 def _assumed(name: str, gb: float) -> Any:
@@ -89,7 +107,7 @@ def _flags(found: Any, named: bool) -> str:
     return " ".join(words) if any(m.n_layers for m in found.models.values()) else "--gpu-layers 0"
 
 
-def _report(found: Any, files: dict[str, Any], flags: str) -> dict[str, Any]:
+def _report(found: Any, files: Mapping[str, Any], flags: str) -> dict[str, Any]:
     from dataclasses import asdict
 
     models = {}
@@ -124,7 +142,7 @@ def _report(found: Any, files: dict[str, Any], flags: str) -> dict[str, Any]:
     }
 
 
-def _table(found: Any, files: dict[str, Any], flags: str) -> str:
+def _table(found: Any, files: Mapping[str, Any], flags: str) -> str:
     """Models, then devices, then what to type."""
     head = f"{'':<12}{'device':<10}{'layers':>10}{'weights':>11}{'KV':>11}{'buffers':>11}  file"
     lines = [head]

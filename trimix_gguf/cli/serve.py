@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from trimix_gguf.cli.options import Decorator, named_trio, open_trio, option_group, trio_options
+from trimix_gguf.cli.options import Decorator, each_trio, option_group, trios_options
+from trimix_gguf.cli.served_trios import groups_of, mixes_by_auto
 from trimix_gguf.cli.tuning_notes import say_tuning
 from trimix_gguf.server.limits import Limits
 
@@ -41,7 +42,7 @@ def _limit_option(name: str) -> Decorator:
 
 
 @click.command()
-@trio_options
+@trios_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port",
@@ -51,6 +52,12 @@ def _limit_option(name: str) -> Decorator:
     help="Port to listen on; 0: any free port.",
 )
 @option_group(*map(_limit_option, _LIMITS))
+@click.option(
+    "--max-loaded",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Trios in memory at once; those that share weights are one. Default: all that fit.",
+)
 @click.option(
     "--api-key",
     envvar="TRIMIX_API_KEY",
@@ -102,6 +109,8 @@ def _limit_option(name: str) -> Decorator:
 @click.option("--name", metavar="NAME", help="Model name in the API. Default: the trio's.")
 def serve(**options: Any) -> None:
     """Answer over HTTP, like OpenAI's API, many requests at once.
+
+    With several trios, the field model of a request names one, or its language.
 
     Ctrl-C or SIGTERM ends the server after the running answers; a second Ctrl-C ends it now.
     """
@@ -184,11 +193,12 @@ def _log(path: Path | None) -> Any:
         raise click.ClickException(f"{path}: {reason}; choose another --log-file") from None
 
 
-def _say_ready(ready: str, given: dict[str, Any] | None) -> None:
-    """The address first: programs wait for that line; then what is said of the trio's tuning."""
+def _say_ready(ready: str, trios: list[dict[str, Any]]) -> None:
+    """The address first: programs wait for that line; then what is said of the trios' tuning."""
     _note(ready)
-    if given is not None:
-        say_tuning(given)
+    for given in trios:
+        if mixes_by_auto(given):
+            say_tuning(given)
 
 
 def _run(
@@ -199,11 +209,9 @@ def _run(
     options: dict[str, Any],
     made_key: str | None,
 ) -> None:
-    from trimix_gguf.answering.batching import Batcher
-    from trimix_gguf.choosing.methods import AUTO
     from trimix_gguf.server.app import Api
     from trimix_gguf.server.running import bind, run
-    from trimix_gguf.server.settings import mix_settings
+    from trimix_gguf.server.trios import Trios
 
     host, port = listening["host"], listening["port"]
     try:
@@ -211,26 +219,17 @@ def _run(
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise click.ClickException(f"{host}:{port}: {reason}; choose another --port") from None
-    name, strict, trio_file = options.pop("name"), options.pop("strict"), named_trio(options)
-    name = name or _name(trio_file, options)
-    by_auto = trio_file is not None and trio_file.fixed_mix is None
-    by_auto = by_auto and trio_file.method in (None, AUTO)
-    given = dict(options) if by_auto else None
-    with listener, open_trio(options) as trio:
-        batcher = Batcher(trio, n_parallel=limits.parallel, n_queue=limits.queue)
-        api = Api(
-            trio,
-            batcher,
-            name=name,
-            mix=None if trio_file is None else mix_settings(trio_file.method, trio_file.weights),
-            max_tokens=max(16, trio.n_ctx // limits.parallel),
-            limits=limits,
-            strict=strict,
-        )
-        address = f"[{host}]" if ":" in host else host
-        url = f"http://{address}:{listener.getsockname()[1]}"
-        ready = f"{name} answers at {url}/v1" + (f"\nkey: {made_key}" if made_key else "")
+    name, strict, most = (options.pop(key) for key in ("name", "strict", "max_loaded"))
+    with listener:
+        given = each_trio(options)
+        trios = Trios(groups_of(given, name=name), limits=limits, max_loaded=most)
         try:
+            api = Api(trios, limits=limits, strict=strict)
+            address = f"[{host}]" if ":" in host else host
+            url = f"http://{address}:{listener.getsockname()[1]}"
+            names = ", ".join(entry.name for entry in trios.entries)
+            words = "answers" if trios.is_single else "answer"
+            ready = f"{names} {words} at {url}/v1" + (f"\nkey: {made_key}" if made_key else "")
             ended_by = run(
                 api.application(access, log),
                 listener,
@@ -240,11 +239,6 @@ def _run(
                 read_timeout_s=limits.read_timeout_s,
             )
         finally:
-            batcher.close()
+            trios.close()
     if ended_by == signal.SIGINT:
         raise KeyboardInterrupt
-
-
-def _name(trio_file: Any, options: dict[str, Any]) -> str:
-    """What clients call the model: the trio's name, or that of the large model's file."""
-    return trio_file.name if trio_file is not None else Path(options["large_ins"] or "trio").stem

@@ -12,7 +12,7 @@ from typing import Any
 
 from trimix_gguf.machine.files import write_text
 from trimix_gguf.machine.folders import cache_folder
-from trimix_gguf.machine.parts import parts_of
+from trimix_gguf.machine.parts import n_bytes_of, parts_of
 
 CHUNK = 1 << 20  # bytes read at once
 _MOST_KEPT = 200
@@ -51,6 +51,15 @@ def kept_sha256(path: Path) -> str:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(dict(list(kept.items())[-_MOST_KEPT:]), indent=1))
     return digest
+
+
+def same_content(one: Path, other: Path) -> bool:
+    """Whether two models are one, or hold the same bytes. Raises OSError where one is not there."""
+    parts, others = parts_of(one), parts_of(other)
+    pairs = zip(parts, others, strict=False)
+    if len(parts) == len(others) and all(a.samefile(b) for a, b in pairs):
+        return True
+    return n_bytes_of(one) == n_bytes_of(other) and kept_sha256(one) == kept_sha256(other)
 
 
 def _path() -> Path:

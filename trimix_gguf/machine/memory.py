@@ -4,7 +4,7 @@ import math
 import platform
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -90,9 +90,13 @@ def by_role(
     files: Mapping[str, GGUFFile],
     loadings: Mapping[str, Loading],
     lora: GGUFFile | None = None,
+    present: Collection[Path] = (),
 ) -> dict[str, ModelMemory]:
-    """Each role's bytes; weights that roles share are the first one's, an adapter small_cpt's."""
-    memories, seen = {}, set()
+    """Each role's bytes; weights that roles share are the first one's, an adapter small_cpt's.
+
+    The weights of files that are `present`, for another trio, count nothing.
+    """
+    memories, seen = {}, set(present)
     for role in sorted(files, key=ROLES.index):
         file = files[role]
         found = _model_memory(file, loadings.get(role, Loading()))
@@ -112,19 +116,27 @@ def by_role(
     return memories
 
 
-def program(large_ins: GGUFFile) -> int:
-    """Bytes of the process beside its models: code, and large_ins' tokenizer."""
+def program(large_ins: GGUFFile, present: Collection[Path] = ()) -> int:
+    """Bytes of the process beside its models: code, and large_ins' tokenizer.
+
+    Nothing where another trio has brought both: its large_ins is `present`.
+    """
+    if large_ins.path in present:
+        return 0
     n_tokens = large_ins.n_items("tokenizer.ggml.tokens")
     n_merges = large_ins.n_items("tokenizer.ggml.merges")
     return _BASE + _TOKEN * n_tokens + _MERGE * n_merges
 
 
 def estimate(
-    files: Mapping[str, GGUFFile], loadings: Mapping[str, Loading], lora: GGUFFile | None
+    files: Mapping[str, GGUFFile],
+    loadings: Mapping[str, Loading],
+    lora: GGUFFile | None,
+    present: Collection[Path] = (),
 ) -> dict[str, int]:
     """Bytes for 'weights' (each file once), 'kv' caches and 'buffers' of a trio on the CPU."""
-    needs = [m.in_ram(0) for m in by_role(files, loadings, lora).values()]
-    need = sum(needs, Need(buffers=program(files[ROLES[0]])))
+    needs = [m.in_ram(0) for m in by_role(files, loadings, lora, present).values()]
+    need = sum(needs, Need(buffers=program(files[ROLES[0]], present)))
     return {"weights": need.weights, "kv": need.kv, "buffers": need.buffers}
 
 
@@ -165,12 +177,15 @@ def peak_rss() -> int:
 
 
 def check_fits(
-    files: Mapping[str, GGUFFile], loadings: Mapping[str, Loading], lora: GGUFFile | None
+    files: Mapping[str, GGUFFile],
+    loadings: Mapping[str, Loading],
+    lora: GGUFFile | None,
+    present: Collection[Path] = (),
 ) -> None:
     """Raise MemoryNeededError, saying how much is needed and what to turn down."""
     if any(loading.n_gpu_layers for loading in loadings.values()):
         return  # part of it goes to a device; llama.cpp says what does not fit there
-    need, have = estimate(files, loadings, lora), available()
+    need, have = estimate(files, loadings, lora, present), available()
     if sum(need.values()) > have:
         parts = ", ".join(f"{name} {in_gib(n)}" for name, n in need.items())
         mend = (

@@ -6,6 +6,7 @@ Arithmetic over what files declare and devices report; nothing is loaded.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from trimix_gguf.errors import ModelError
@@ -34,6 +35,7 @@ class Case:
     lora: GGUFFile | None
     devices: Sequence[Device]
     free_ram: int
+    present: frozenset[Path] = frozenset()  # files whose weights another trio has loaded
 
     def using(self, **changed: Any) -> "Case":
         """The same with some of Loading's fields changed, for every role."""
@@ -129,8 +131,8 @@ class LayerPlan:
 
 def arrange(case: Case) -> LayerPlan:
     """The plan without advice: planner.plan says by which rules."""
-    memories = memory.by_role(case.files, case.loadings, case.lora)
-    program = memory.program(case.files[ROLES[0]])
+    memories = memory.by_role(case.files, case.loadings, case.lora, case.present)
+    program = memory.program(case.files[ROLES[0]], case.present)
     groups: dict[Any, list[str]] = {}
     for role in ROLES:
         groups.setdefault(case.files[role].path, []).append(role)

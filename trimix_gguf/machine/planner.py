@@ -1,7 +1,7 @@
 """A plan for a trio on a machine, and what to change where it fits nowhere."""
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from trimix_gguf.machine.memory import CTX_STEP, adapter_of, as_quantized
 from trimix_gguf.machine.native import Device
 from trimix_gguf.machine.placement import RAM, Case, Change, Files, LayerPlan, arrange
 from trimix_gguf.machine.quantization import FLOATS, QUANTIZED
+from trimix_gguf.machine.sharing import shared_roles
 from trimix_gguf.roles import ROLES
 
 
@@ -24,26 +25,85 @@ def plan(
     free_ram: int,
     options: Mapping[str, LoadingOptions] | None = None,
     lora: GGUFFile | None = None,
+    present: Collection[Path] = (),
 ) -> LayerPlan:
     """Decide how many layers of which model go to which device.
 
     `options` are Trio.load's by role: n_gpu_layers is a number, or "auto" (as where it is not
     given), and device keeps a role to one. large_ins chooses first, then small_cpt, then
     small_base: each goes to the device with the most room, whole where it can, and a device that
-    holds a part of one takes no other. If the trio does not fit, `advice` says what would help.
-    Raises ModelError for a device that is not there.
+    holds a part of one takes no other. Weights of files that are `present`, for another trio, need
+    nothing. If the trio does not fit, `advice` says what would help. Raises ModelError for a device
+    that is not there.
     """
     loadings = {}
     for role in ROLES:
         asked: LoadingOptions = {"n_gpu_layers": AUTO, **(options or {}).get(role, {})}
         loadings[role] = Loading(**asked)
-    case = Case(files, loadings, lora, devices, free_ram)
+    case = Case(files, loadings, lora, devices, free_ram, frozenset(present))
     found = arrange(case)
     return found if found.fits else replace(found, advice=tuple(_advise(case, found)))
 
 
+class Asked(NamedTuple):
+    """What is asked of one trio: arguments of plan()."""
+
+    files: Files
+    options: Mapping[str, LoadingOptions]
+    lora: GGUFFile | None
+
+
+def plan_together(
+    trios: Sequence[Asked], *, devices: Sequence[Device], free_ram: int
+) -> list[LayerPlan]:
+    """A plan for each of several trios in one process, where the earlier ones have their room.
+
+    Weights that a trio shares with an earlier one are the earlier one's, on its device.
+    """
+    plans: list[LayerPlan] = []
+    left = list(devices)
+    for i, asked in enumerate(trios):
+        shared = _shared(asked, trios[:i])
+        files, options = dict(asked.files), dict(asked.options)
+        for role, at in shared.items():
+            files[role] = trios[at].files[role]
+            options[role] = {**options.get(role, {}), **plans[at].load_options(role)}
+        if "small_cpt" not in shared and files["small_cpt"].path == asked.files["small_base"].path:
+            files["small_cpt"] = files["small_base"]  # it is an adapter over shared weights
+        found = plan(
+            files,
+            devices=left,
+            free_ram=free_ram,
+            options=options,
+            lora=asked.lora,
+            present={files[role].path for role in shared},
+        )
+        plans.append(found)
+        free_ram = max(0, free_ram - found.ram_needed)
+        rooms = found.rooms
+        left = [
+            replace(d, free=max(0, d.free - rooms[d.name].need.total)) if d.name in rooms else d
+            for d in left
+        ]
+    return plans
+
+
+def _shared(asked: Asked, earlier: Sequence[Asked]) -> dict[str, int]:
+    """Role -> which earlier trio has its weights."""
+    paths = {role: file.path for role, file in asked.files.items()}
+    found: dict[str, int] = {}
+    for at, other in enumerate(earlier):
+        others = {role: file.path for role, file in other.files.items()}
+        for role in shared_roles(paths, asked.options, others, other.options):
+            found.setdefault(role, at)
+    return found
+
+
 def place(
-    files: Files, options: Mapping[str, LoadingOptions], lora: GGUFFile | None
+    files: Files,
+    options: Mapping[str, LoadingOptions],
+    lora: GGUFFile | None,
+    present: Collection[Path] = (),
 ) -> dict[str, LoadingOptions]:
     """`options` with every n_gpu_layers "auto" decided for this machine; others as they are.
 
@@ -61,7 +121,9 @@ def place(
         for role, one in by_role.items()
     }
     devices, free_ram = native.devices(), memory.available()
-    found = plan(files, devices=devices, free_ram=free_ram, options=asked, lora=lora)
+    found = plan(
+        files, devices=devices, free_ram=free_ram, options=asked, lora=lora, present=present
+    )
     if not found.fits:
         raise MemoryNeededError(found.refusal())
     return {role: {**one, **found.load_options(role)} for role, one in by_role.items()}

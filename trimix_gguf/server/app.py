@@ -3,9 +3,9 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from trimix_gguf.answering.batching import Batcher
 from trimix_gguf.answering.chat import close_renderer
-from trimix_gguf.answering.request import Options, Request
 from trimix_gguf.errors import QueueFull, TrimixError
 from trimix_gguf.server.bodies import read_json
 from trimix_gguf.server.errors import INVALID_SCHEMA, RequestError, as_request_error, error_response
@@ -35,8 +33,7 @@ from trimix_gguf.server.prompts import make_requests, prompt_texts
 from trimix_gguf.server.records import Record, Recorded, record_of
 from trimix_gguf.server.replies import Reply
 from trimix_gguf.server.responses import ResponseReply, parse_response
-from trimix_gguf.server.tokens import Tokens
-from trimix_gguf.trio.trio import Trio
+from trimix_gguf.server.trios import BY_LETTERS, Engine, Entry, Trios, defaults_of
 
 PAGE = Path(__file__).parent / "page.html"
 # The page is one file that asks only this server, and no other page may show it in a frame.
@@ -48,33 +45,19 @@ Parse = Callable[[object, list[str] | None], Call]
 
 
 class Api:
-    """A trio and its engine behind OpenAI's routes, under the model name `name`.
+    """Trios and their engines behind OpenAI's routes, under the names of the trios.
 
-    `mix` (openai.mix_settings) is the trio's own, for calls that do not say how to mix. Calls
-    without max_tokens get `max_tokens`. `limits` are those of `batcher` too. Fields and model
-    names that are not known are ignored, and named in a header; `strict` refuses them.
+    `limits` are those of each trio's Batcher too. Fields that are not known are ignored, and named
+    in a header, and so is the name of a model where there is one trio; `strict` refuses them.
     """
 
-    def __init__(
-        self,
-        trio: Trio,
-        batcher: Batcher,
-        *,
-        name: str,
-        limits: Limits,
-        mix: Options | None = None,
-        max_tokens: int = 128,
-        strict: bool = False,
-    ) -> None:
-        self._trio, self._batcher, self._name = trio, batcher, name
-        self._limits, self._strict = limits, strict
-        self._defaults = Request.of(Request("", max_tokens=max_tokens), **(mix or {}))
+    def __init__(self, trios: Trios, *, limits: Limits, strict: bool = False) -> None:
+        self._trios, self._limits, self._strict = trios, limits, strict
         self._created = int(time.time())
         self._metrics = Metrics()
         self._open: set[Events] = set()
         # Few threads: each takes turns with the engine's for Python's lock.
         self._executor = ThreadPoolExecutor(4, thread_name_prefix="prepare")
-        self._tokens = Tokens(trio, most=limits.queue)
         self._n_answers: Counter[str] = Counter()  # that are not finished, by client
 
     def application(self, access: Access, log: Log | None = None) -> ASGIApp:
@@ -118,26 +101,37 @@ class Api:
     async def chat(self, request: HttpRequest) -> Response:
         """Answer a chat."""
         call = await self._call(request, parse_chat)
-        return await self._reply(request, call, Reply(call, self._trio, model=self._name))
+        async with self._engine(request, call) as (engine, taken):
+            reply = Reply(call, engine.trio, model=engine.name, taken=taken)
+            return await self._reply(request, engine, call, reply)
 
     async def responses(self, request: HttpRequest) -> Response:
         """Answer a chat, in the form of OpenAI's newer route."""
         call = await self._call(request, parse_response)
-        return await self._reply(request, call, ResponseReply(call, self._trio, model=self._name))
+        async with self._engine(request, call) as (engine, taken):
+            reply = ResponseReply(call, engine.trio, model=engine.name, taken=taken)
+            return await self._reply(request, engine, call, reply)
 
     async def completions(self, request: HttpRequest) -> Response:
         """Continue one or more texts."""
         call = await self._call(request, parse_completion)
         self._check_number(call)
-        echoes = prompt_texts(self._trio, call)
-        reply = Reply(call, self._trio, model=self._name, echoes=echoes)
-        return await self._reply(request, call, reply)
+        async with self._engine(request, call) as (engine, taken):
+            echoes = prompt_texts(engine.trio, call)
+            reply = Reply(call, engine.trio, model=engine.name, echoes=echoes, taken=taken)
+            return await self._reply(request, engine, call, reply)
 
     async def _call(self, request: HttpRequest, parse: Parse) -> Call:
-        ignored = self._ignored(request)
-        call = parse(await self._read(request), ignored)
-        self._check_model(call.model, ignored)
-        return call
+        return parse(await self._read(request), self._ignored(request))
+
+    @asynccontextmanager
+    async def _engine(
+        self, request: HttpRequest, call: Call
+    ) -> AsyncIterator[tuple[Engine, dict[str, str]]]:
+        """The engine that a call asks for, and what the reply says of that choice."""
+        entry = self._entry(call.model, call.question, self._ignored(request))
+        async with self._trios.use(entry) as engine:
+            yield engine, {} if self._trios.is_single else {"trio": entry.name}
 
     def _ignored(self, request: HttpRequest) -> list[str] | None:
         """Where the names of fields go that are not used; None where they are refused."""
@@ -158,23 +152,25 @@ class Api:
             )
         return n
 
-    async def _reply(self, request: HttpRequest, call: Call, reply: Reply) -> Response:
+    async def _reply(
+        self, request: HttpRequest, engine: Engine, call: Call, reply: Reply
+    ) -> Response:
         n, record = self._check_number(call), record_of(request.scope)
         self._check_share(n, record)
         events = Events(
-            self._batcher,
-            lambda: make_requests(self._trio, call, defaults=self._defaults),
+            engine.batcher,
+            lambda: make_requests(engine.trio, call, defaults=engine.defaults),
             n=n,
             executor=self._executor,
             receive=request.receive,
             timeout_s=self._limits.timeout_s,
         )
         if call.stream:
-            chunks = self._stream(events, reply, record)
+            chunks = self._stream(engine, events, reply, record)
             # Headers are sent with the first chunk: a failure before it has its own status.
             first = await anext(chunks)
             return _EventStream(first, chunks, stall_s=self._limits.read_timeout_s)
-        async for _ in self._chunks(events, reply, record):
+        async for _ in self._chunks(engine, events, reply, record):
             pass
         return JSONResponse(reply.body())
 
@@ -184,11 +180,12 @@ class Api:
             raise QueueFull(f"one client has at most {most} answers at once; try again later")
 
     async def _chunks(
-        self, events: Events, reply: Reply, record: Record
+        self, engine: Engine, events: Events, reply: Reply, record: Record
     ) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a reply as its events come; cancels its jobs however it ends."""
         started, seen, n = time.perf_counter(), set(), len(reply.choices)
         self._open.add(events)
+        engine.hold()  # a stream goes on after its route has returned
         self._n_answers[record.holder] += n
         try:
             async for index, event in events:
@@ -207,14 +204,15 @@ class Api:
             self._n_answers += Counter()  # leaves out who has none
             record.n_prompt, record.n_tokens = reply.n_tokens()
             events.close()
+            engine.release()
 
     async def _stream(
-        self, events: Events, reply: Reply, record: Record
+        self, engine: Engine, events: Events, reply: Reply, record: Record
     ) -> AsyncGenerator[bytes, None]:
         """Server-sent events; an error after the first one is the last of them."""
         begun = False
         try:
-            async with aclosing(self._chunks(events, reply, record)) as chunks:
+            async with aclosing(self._chunks(engine, events, reply, record)) as chunks:
                 async for chunk in chunks:
                     yield reply.encode(chunk)
                     begun = True
@@ -228,17 +226,27 @@ class Api:
             if not begun:
                 raise
 
-    def _check_model(self, name: str | None, ignored: list[str] | None) -> None:
-        """Refuse a name other than the trio's and "default", or ignore it; it may be absent."""
-        if name in (None, "", "default", self._name):
-            return
+    def _entry(self, model: str | None, text: str, ignored: list[str] | None) -> Entry:
+        """The trio that a call names, or that `text` asks for; RequestError where there is none.
+
+        Where there is one trio, it answers to any name.
+        """
+        found = self._trios.named(model)
+        if found is not None:
+            return found
+        if not self._trios.is_single:
+            if model == BY_LETTERS:
+                return self._trios.by_letters(text)
+            raise self._no_model(str(model))
         if ignored is None:
-            raise self._no_model(name)
+            raise self._no_model(str(model))
         ignored.append("model")
+        return self._trios.entries[0]
 
     def _no_model(self, name: str) -> RequestError:
+        here = ", ".join(repr(entry.name) for entry in self._trios.entries)
         return RequestError(
-            f"model {name[:80]!r} is not here; this server has {self._name!r}",
+            f"model {name[:80]!r} is not here; this server has {here}",
             status=404,
             param="model",
             code="model_not_found",
@@ -247,58 +255,69 @@ class Api:
     # -- the rest ---------------------------------------------------------------------------
 
     async def models(self, _: HttpRequest) -> Response:
-        """The list of models: this trio."""
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        """The list of models: the trios."""
+        data = [self._model(entry) for entry in self._trios.entries]
+        return JSONResponse({"object": "list", "data": data})
 
     async def model(self, request: HttpRequest) -> Response:
         """One model of the list."""
         name = request.path_params["id"]
-        if name not in ("default", self._name):
+        if (entry := self._trios.named(name)) is None:
             raise self._no_model(name)
-        return JSONResponse(self._model())
+        return JSONResponse(self._model(entry))
 
-    def _model(self) -> dict[str, Any]:
+    def _model(self, entry: Entry) -> dict[str, Any]:
         # Of calls that name none; None where each prompt chooses its own.
-        fixed, tuning = self._defaults.fixed, self._trio.tuning
+        fixed, tuning = defaults_of(entry, self._limits).fixed, entry.tuning
+        said: dict[str, Any] = {
+            "weights": fixed and [fixed.weights.alpha, fixed.weights.beta],
+            "tuning": tuning and {"verdict": tuning.verdict, "n_exercises": tuning.n},
+        }
+        if not self._trios.is_single:
+            said["languages"] = entry.languages
         return {
-            "id": self._name,
+            "id": entry.name,
             "object": "model",
             "created": self._created,
             "owned_by": "trimix",
-            "max_model_len": self._trio.n_ctx,
-            "trimix": {
-                "weights": fixed and [fixed.weights.alpha, fixed.weights.beta],
-                "tuning": tuning and {"verdict": tuning.verdict, "n_exercises": tuning.n},
-            },
+            "max_model_len": entry.n_ctx,
+            "trimix": said,
         }
 
     async def tokenize(self, request: HttpRequest) -> Response:
         """Text to token ids."""
-        return JSONResponse(await self._tokens.tokenize(await self._fields(request)))
+        fields, entry = await self._fields(request)
+        async with self._trios.use(entry) as engine:
+            return JSONResponse(await engine.tokens.tokenize(fields))
 
     async def detokenize(self, request: HttpRequest) -> Response:
         """Token ids to text."""
-        return JSONResponse(await self._tokens.detokenize(await self._fields(request)))
+        fields, entry = await self._fields(request)
+        async with self._trios.use(entry) as engine:
+            return JSONResponse(await engine.tokens.detokenize(fields))
 
     async def tokenizer_info(self, _: HttpRequest) -> Response:
-        """What the tokenizer is."""
-        return JSONResponse(self._tokens.info())
+        """What the tokenizer is: that of the first trio."""
+        async with self._trios.use(self._trios.entries[0]) as engine:
+            return JSONResponse(engine.tokens.info())
 
-    async def _fields(self, request: HttpRequest) -> Fields:
-        ignored = self._ignored(request)
-        fields = Fields(await self._read(request), ignored=ignored)
-        self._check_model(fields.text("model"), ignored)
-        return fields
+    async def _fields(self, request: HttpRequest) -> tuple[Fields, Entry]:
+        """The fields of a body, and the trio whose tokenizer they ask for."""
+        ignored, body = self._ignored(request), await self._read(request)
+        fields = Fields(body, ignored=ignored)
+        texts = [body.get(name) for name in ("content", "prompt")] if isinstance(body, dict) else []
+        text = "".join(text for text in texts if isinstance(text, str))
+        return fields, self._entry(fields.text("model"), text, ignored)
 
     async def health(self, _: HttpRequest) -> Response:
-        """Whether the engine runs, and takes more requests."""
-        if not self._batcher.is_alive:
+        """Whether the engines run, and take more requests."""
+        if not self._trios.is_alive:
             raise RequestError("the engine has stopped", status=503, code="engine_stopped")
-        return JSONResponse({"status": "busy" if self._batcher.is_busy else "ok"})
+        return JSONResponse({"status": "busy" if self._trios.is_busy else "ok"})
 
     async def metrics(self, _: HttpRequest) -> Response:
         """Counts for Prometheus."""
-        text = self._metrics.render(self._batcher.statistics())
+        text = self._metrics.render(self._trios.statistics())
         return Response(text, headers={"Content-Type": CONTENT_TYPE})
 
     async def page(self, request: HttpRequest) -> Response:

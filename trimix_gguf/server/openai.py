@@ -44,6 +44,12 @@ class Call:
     schema_at: str = "response_format.json_schema.schema"
 
     @property
+    def question(self) -> str:
+        """The newest message of the user, or the prompts that are text."""
+        said = [m["content"] for m in self.messages if m["role"] == "user"]
+        return "\n".join([*said[-1:], *(p for p in self.prompts if isinstance(p, str))])
+
+    @property
     def echo(self) -> bool:
         """Whether the prompt is given back before the answer."""
         return self.options.get("echo", False)

@@ -5,7 +5,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -32,11 +32,20 @@ def sent_event(value: dict[str, Any], name: str | None = None) -> bytes:
 class Reply:
     """What a client gets for one call: a choice for each of its prompts, `n` times.
 
-    `echoes` are the prompts' texts, for completions that give them back; else empty.
+    `echoes` are the prompts' texts, for completions that give them back; else empty. `taken` is
+    what the extension `trimix` says of the trio, where there are several.
     """
 
-    def __init__(self, call: Call, trio: Trio, *, model: str, echoes: Sequence[str] = ()) -> None:
-        self._call, self._trio = call, trio
+    def __init__(
+        self,
+        call: Call,
+        trio: Trio,
+        *,
+        model: str,
+        echoes: Sequence[str] = (),
+        taken: Mapping[str, str] | None = None,
+    ) -> None:
+        self._call, self._trio, self._taken = call, trio, dict(taken or {})
         self.schema_at = call.schema_at
         n_prompts = 1 if call.kind == "chat" else len(call.prompts)
         self.choices = [
@@ -59,7 +68,7 @@ class Reply:
         if not self._call.stream:
             return
         if begins:
-            yield self._chunk(index, choice.opening(), choice.mix())
+            yield self._chunk(index, choice.opening(), {**choice.mix(), **self._taken})
         piece = choice.piece(event)
         if piece is not None:
             yield self._chunk(index, piece, self.extension(choice, event.tokens) or None)
@@ -108,7 +117,8 @@ class Reply:
         choices, mixes = [], []
         for i, choice in enumerate(self.choices):
             choices.append({"index": i, **choice.whole()})
-            mixes.append({**choice.mix(), **self.extension(choice, choice.tokens)})
+            extension = self.extension(choice, choice.tokens)
+            mixes.append({**choice.mix(), **self._taken, **extension})
         if len(choices) > 1:
             choices = [{**c, "trimix": mix} for c, mix in zip(choices, mixes, strict=True)]
         return {**self._head, "choices": choices, "usage": self.usage(), "trimix": mixes[0]}

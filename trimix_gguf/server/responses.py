@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -102,8 +102,10 @@ def _form(fields: Fields) -> Options:
 class ResponseReply(Reply):
     """What a client of /v1/responses gets: one message, whole or in events with names."""
 
-    def __init__(self, call: Call, trio: Trio, *, model: str) -> None:
-        super().__init__(call, trio, model=model)
+    def __init__(
+        self, call: Call, trio: Trio, *, model: str, taken: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(call, trio, model=model, taken=taken)
         self._max_tokens = call.options.get("max_tokens")
         self._model, self._created = model, int(time.time())
         self._id, self._item_id = (f"{kind}_{secrets.token_hex(16)}" for kind in ("resp", "msg"))
@@ -192,7 +194,11 @@ class ResponseReply(Reply):
             "tool_choice": "none",
             "tools": [],
             "truncation": "disabled",
-            "trimix": {**choice.mix(), **self.extension(choice, () if begun else choice.tokens)},
+            "trimix": {
+                **choice.mix(),
+                **self._taken,
+                **self.extension(choice, () if begun else choice.tokens),
+            },
         }
 
     def _response_usage(self) -> dict[str, Any]:

@@ -66,6 +66,10 @@ class Tokens:
             "chat_template": self._model.chat_template,
         }
 
+    def close(self) -> None:
+        """End its thread."""
+        self._aside.shutdown()
+
     async def _in_thread(self, call: Callable[[], Any]) -> Any:
         if self._n_aside > self._most:
             raise QueueFull(f"{self._n_aside} requests wait already; try again later")

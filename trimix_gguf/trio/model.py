@@ -53,7 +53,7 @@ class Model:
     ) -> None:
         if loading.n_threads > MOST_THREADS:
             raise ModelError(f"{loading.n_threads} threads are too many; at most {MOST_THREADS}")
-        self.path = Path(path)
+        self.path, self.loading = Path(path), loading
         self.file: GGUFFile = share.file if share is not None else read_gguf(self.path)
         self.n_past = 0
         self.n_window = loading.n_window

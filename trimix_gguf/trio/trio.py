@@ -17,6 +17,7 @@ from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.machine.loading import Loading, LoadingOptions
 from trimix_gguf.machine.memory import check_fits
 from trimix_gguf.machine.planner import place
+from trimix_gguf.machine.sharing import Options, shared_roles
 from trimix_gguf.machine.vocabulary import check_contract
 from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.mixing.masks import TokenTree
@@ -48,6 +49,7 @@ class Trio:
         self.sequences = Sequences(self.models, self.n_vocab)
         self.sums: PrefixSums | None = None  # over the prompt in the caches, for who scored it
         self.tuning: Tuning | None = None  # what `trimix tune` found out about these models
+        self.asked: Mapping[str, LoadingOptions] = {}  # by role, before layers were placed
         self._rows: Rows = {}  # next-token rows [n_vocab] of the roles that are up to date
 
     @classmethod
@@ -61,14 +63,16 @@ class Trio:
         per_role: Mapping[str, LoadingOptions] | None = None,
         chat_template: str | None = None,
         tuning: Tuning | None = None,
+        beside: "Trio | None" = None,
         **options: Unpack[LoadingOptions],
     ) -> "Trio":
         """Open three GGUF files; `options` are fields of Loading, `per_role[role]` those of one.
 
         Without `small_cpt`, `small_cpt_lora` is applied over small_base, whose weights the two
         then share. `chat_template` stands for that of large_ins' file. `n_gpu_layers` "auto" leaves
-        layers and device to the planner. Raises ModelFileError, VocabularyMismatch,
-        MemoryNeededError.
+        layers and device to the planner. Models that the open trio `beside` loads alike are not
+        loaded again: the two share their weights, and each has its own caches. Raises
+        ModelFileError, VocabularyMismatch, MemoryNeededError.
         """
         if small_cpt is None and small_cpt_lora is None:
             raise ModelFileError("small_cpt is missing; give its GGUF, or an adapter of small_base")
@@ -77,27 +81,38 @@ class Trio:
             "small_cpt": Path(small_cpt or small_base),
             "small_base": Path(small_base),
         }
+        given = per_role or {}
+        asked: dict[str, LoadingOptions] = {r: {**options, **given.get(r, {})} for r in ROLES}
+        known = {} if beside is None else beside._shared(paths, asked)
+        paths |= {role: model.path for role, model in known.items()}
+        if small_cpt is None:
+            paths["small_cpt"] = paths["small_base"]
         files = {role: read_gguf(path) for role, path in paths.items()}
         check_contract(files)
         adapter = read_gguf(Path(small_cpt_lora)) if small_cpt_lora else None
-        given = per_role or {}
-        asked: dict[str, LoadingOptions] = {r: {**options, **given.get(r, {})} for r in ROLES}
-        loadings = {r: Loading(**one) for r, one in place(files, asked, adapter).items()}
-        check_fits(files, loadings, adapter)
+        wanted: dict[str, LoadingOptions] = {
+            r: {**asked[r], **_as_placed(known.get(r))} for r in ROLES
+        }
+        present = {model.path for model in known.values()}
+        placed = place(files, wanted, adapter, present)
+        loadings = {r: Loading(**one) for r, one in placed.items()}
+        check_fits(files, loadings, adapter, present)
         file_trial.require(_trials(paths, loadings, small_cpt_lora))
-        models: dict[str, Model] = {}
-        for role in LOADING_ORDER:
-            share = next((m for m in models.values() if m.path == paths[role]), None)
-            lora = small_cpt_lora if role == "small_cpt" else None
-            tokenizer = role == ROLES[0]  # large_ins' serves all three
-            models[role] = Model(
-                paths[role], loadings[role], lora=lora, share=share, tokenizer=tokenizer
-            )
+        models = _open_models(paths, loadings, small_cpt_lora, known)
         if chat_template is not None:
             models["large_ins"].chat_template = chat_template
         trio = cls(**models)
-        trio.tuning = tuning
+        trio.tuning, trio.asked = tuning, asked
         return trio
+
+    def _shared(self, paths: Mapping[str, Path], asked: Options) -> dict[str, Model]:
+        """The models here that another trio's roles would load alike."""
+        own = {role: model.path for role, model in self.models.items()}
+        try:
+            roles = shared_roles(paths, asked, own, self.asked)
+        except OSError as error:
+            raise ModelFileError(f"{error.filename}: {error.strerror}") from None
+        return {role: self.models[role] for role in roles}
 
     @classmethod
     def nano(cls, **options: Any) -> "Trio":
@@ -322,6 +337,33 @@ class Trio:
         wanted = {role: {0: range(last[role] - n, last[role])} for role in roles}
         with self._atomic():
             return self.sequences.read(wanted, progress)
+
+
+def _as_placed(model: Model | None) -> LoadingOptions:
+    """Where a model's layers are, for one that shares its weights."""
+    if model is None:
+        return {}
+    return {"n_gpu_layers": model.loading.n_gpu_layers, "device": model.loading.device}
+
+
+def _open_models(
+    paths: Mapping[str, Path],
+    loadings: Mapping[str, Loading],
+    lora: Path | str | None,
+    known: Mapping[str, Model],
+) -> dict[str, Model]:
+    """A model for each role; it shares the weights of a known one, or of a role with its file."""
+    models: dict[str, Model] = {}
+    for role in LOADING_ORDER:
+        same = next((m for m in models.values() if m.path == paths[role]), None)
+        models[role] = Model(
+            paths[role],
+            loadings[role],
+            lora=lora if role == "small_cpt" else None,
+            share=known.get(role, same),
+            tokenizer=role == ROLES[0],  # large_ins' serves all three
+        )
+    return models
 
 
 def _trials(

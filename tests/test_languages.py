@@ -1,0 +1,127 @@
+"""Several trios in one process: what they share, and that each answers as if it were by itself."""
+
+import json
+import shutil
+import weakref
+
+import pytest
+from conftest import KAZAKH
+from languages import CODES, options
+
+from trimix_gguf import Trio, Weights, generate
+from trimix_gguf.machine.gguf_file import read_gguf
+from trimix_gguf.machine.hashes import same_content
+from trimix_gguf.trio import model
+from trimix_gguf.trios.triofile import TrioFile
+
+GREEDY = {
+    "temperature": 0.0,
+    "max_tokens": 32,
+    "weights": Weights(0.2, 0.8),
+    "logit_bias": {0: -100},
+}
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The weights that were loaded within a test."""
+    seen = []
+    load = model._Weights.__init__
+
+    def noted(self, *arguments):
+        seen.append(weakref.ref(self))
+        load(self, *arguments)
+
+    monkeypatch.setattr(model._Weights, "__init__", noted)
+    return lambda: [one for one in seen if one() is not None]
+
+
+def arguments(folder, **more):
+    return {**TrioFile.read(folder / "trio.toml").load_arguments(), "n_threads": 1, **more}
+
+
+def text(trio):
+    return generate(trio, KAZAKH, **GREEDY).text
+
+
+# -- weights ----------------------------------------------------------------------------------
+
+
+def test_trios_beside_each_other_load_their_weights_once_and_answer_as_by_themselves(
+    languages, loaded
+):
+    alone = {}
+    for code in CODES:
+        with Trio.load(**arguments(languages[code])) as trio:
+            alone[code] = text(trio)
+        del trio
+    assert len(set(alone.values())) == len(CODES) and loaded() == []
+    first = Trio.load(**arguments(languages["kk"]))
+    others = [Trio.load(**arguments(languages[c]), beside=first) for c in CODES[1:]]
+    assert len(loaded()) == 2  # large_ins and small_base
+    together = dict(zip(CODES, map(text, (first, *others)), strict=True))
+    assert together == alone
+    first.close()
+    del first
+    assert len(loaded()) == 2 and text(others[0]) == alone["ug"]  # the others still read them
+    for trio in others:
+        trio.close()
+    del trio, others
+    assert loaded() == []
+
+
+def test_a_copy_of_a_file_is_the_same_weights_and_another_setting_is_not(
+    languages, nano_files, tmp_path, loaded
+):
+    copy = shutil.copy(nano_files["large_ins"], tmp_path / "copy.gguf")
+    assert same_content(copy, nano_files["large_ins"])
+    assert not same_content(nano_files["small_cpt"], nano_files["small_base"])  # of one size
+    with Trio.load(**arguments(languages["kk"])) as first:
+        copied = arguments(languages["ug"], large_ins=copy)
+        with Trio.load(**copied, beside=first):
+            assert len(loaded()) == 2
+        with Trio.load(**copied, mmap=True, beside=first):
+            assert len(loaded()) == 4
+        with Trio.load(**arguments(languages["ug"], n_ctx=64), beside=first) as short:
+            assert len(loaded()) == 2 and short.n_ctx == 64  # of a context, not of weights
+
+
+# -- trimix plan ------------------------------------------------------------------------------
+
+
+def test_a_plan_of_several_adds_up_and_counts_shared_weights_once(trimix, languages, strangers):
+    def report(*folders, **more):
+        done = trimix("plan", "--json", "--assume-ram", 8, *options(folders))
+        assert done.returncode == 0, done.stderr.decode()
+        return json.loads(done.stdout)
+
+    one, other = report(languages["kk"]), report(strangers["one"])
+    both = report(languages["kk"], languages["ug"])
+    assert "models" in one and list(both["trios"]) == ["nano-kk", "nano-ug"]
+    assert both["trios"]["nano-kk"] == one and both["fits"]
+    second = both["trios"]["nano-ug"]
+    adapter = read_gguf(languages["ug"] / "lora.gguf").weight_bytes
+    weights = {role: need["in_ram"]["weights"] for role, need in second["models"].items()}
+    assert weights == {"large_ins": 0, "small_cpt": adapter, "small_base": 0}
+    kv = [[m["in_ram"]["kv"] for m in part["models"].values()] for part in (one, second)]
+    assert kv[0] == kv[1] and second["program"] == 0
+    assert both["ram_needed"] == one["ram_needed"] + second["ram_needed"]
+    apart = report(languages["kk"], strangers["one"])  # only small_base is the same
+    assert apart["ram_needed"] == one["ram_needed"] + other["ram_needed"]
+
+
+def test_a_plan_of_several_says_where_it_ends_to_fit(trimix, languages, strangers):
+    some = options([languages["kk"], strangers["one"]])
+    done = trimix("plan", *some, "--assume-ram", 8)
+    assert done.returncode == 0, done.stderr.decode()
+    table = done.stdout.decode()
+    assert "nano-kk\n" in table and "\none\n" in table and "together" in table
+    need = json.loads(trimix("plan", "--json", *some, "--assume-ram", 8).stdout)
+    first = need["trios"]["nano-kk"]["ram_needed"]
+    enough_for_one = f"{(first + 1000) / (1 << 30):.6f}"
+    done = trimix("plan", "--json", *some, "--assume-ram", enough_for_one)
+    assert done.returncode == 1 and done.stderr.startswith(b"trimix: one: this trio needs")
+    fits = {name: part["fits"] for name, part in json.loads(done.stdout)["trios"].items()}
+    assert fits == {"nano-kk": True, "one": False}
+    twice = trimix("plan", *options([languages["kk"], languages["kk"]]))
+    assert twice.returncode == 2 and b"two trios are called nano-kk" in twice.stderr

@@ -1,0 +1,112 @@
+"""The trios of `trimix serve`: what options mean, which share weights, how they are opened."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trimix_gguf.cli.options import asked_of, named_trio, open_trio, trio_arguments
+from trimix_gguf.cli.plan import trio_files, trio_names
+
+Given = dict[str, Any]  # the options of one trio
+
+
+def groups_of(trios: list[Given], name: str | None = None) -> list[Any]:
+    """The server's groups: trios with the same large_ins and small_base are in one.
+
+    `name` stands for that of a single trio. Raises what a trio file or a GGUF may: all are read.
+    """
+    from trimix_gguf.server.trios import Group
+
+    if len(trios) > 1 and name is not None:
+        raise click.UsageError("--name is for one trio; several have their own")
+    names = trio_names(trios) if len(trios) > 1 else [name]
+    entries = [_entry(given, name) for given, name in zip(trios, names, strict=True)]
+    sets: list[list[int]] = []
+    for i, given in enumerate(trios):
+        same = next((known for known in sets if _share(given, trios[known[0]])), None)
+        if same is None:
+            sets.append([i])
+        else:
+            same.append(i)
+    return [
+        Group(
+            [entries[i] for i in known],
+            open=_opener([trios[i] for i in known]),
+            fits=_fitting([trios[i] for i in known]),
+        )
+        for known in sets
+    ]
+
+
+def mixes_by_auto(given: Given) -> bool:
+    """Whether the named trio leaves weights to the method auto."""
+    from trimix_gguf.choosing.methods import AUTO
+
+    trio_file = named_trio(given)
+    if trio_file is None:
+        return False
+    return trio_file.fixed_mix is None and trio_file.method in (None, AUTO)
+
+
+def _entry(given: Given, name: str | None) -> Any:
+    """What clients see of a trio; by files, it is called as the large model's file."""
+    from trimix_gguf.machine.loading import Loading
+    from trimix_gguf.server.settings import mix_settings
+    from trimix_gguf.server.trios import Entry
+
+    trio_file = named_trio(given)
+    arguments = trio_arguments(dict(given))
+    n_ctx = min(Loading(**one).n_ctx for one in asked_of(arguments).values())
+    if trio_file is None:
+        return Entry(name or Path(given["large_ins"] or "trio").stem, n_ctx)
+    return Entry(
+        name or trio_file.name,
+        n_ctx,
+        languages=trio_file.languages,
+        mix=mix_settings(trio_file.method, trio_file.weights),
+        tuning=arguments.get("tuning"),
+    )
+
+
+def _share(one: Given, other: Given) -> bool:
+    from trimix_gguf.machine.sharing import shared_roles
+
+    files, asked, _ = trio_files(trio_arguments(dict(one)))
+    others, theirs, _ = trio_files(trio_arguments(dict(other)))
+    paths, their_paths = ({r: f.path for r, f in some.items()} for some in (files, others))
+    return bool(shared_roles(paths, asked, their_paths, theirs))
+
+
+def _opener(trios: list[Given]) -> Callable[[], list[Any]]:
+    def opened() -> list[Any]:
+        found: list[Any] = []
+        try:
+            for given in trios:
+                found.append(open_trio(dict(given), beside=found[0] if found else None))
+        except BaseException:
+            for trio in found:
+                trio.close()
+            raise
+        return found
+
+    return opened
+
+
+def _fitting(trios: list[Given]) -> Callable[[], bool]:
+    def fits() -> bool:
+        from trimix_gguf.machine import memory, native, planner
+
+        asked = []
+        for given in trios:
+            files, options, lora = trio_files(trio_arguments(dict(given)))
+            on_cpu: dict[str, Any] = {
+                role: {"n_gpu_layers": 0, **one} for role, one in options.items()
+            }
+            asked.append(planner.Asked(files, on_cpu, lora))
+        devices, free_ram = native.devices(), memory.available()
+        plans = planner.plan_together(asked, devices=devices, free_ram=free_ram)
+        return all(found.fits for found in plans)
+
+    return fits

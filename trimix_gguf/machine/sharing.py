@@ -1,0 +1,32 @@
+"""Whether two trios in one process share models, so that their weights are there once."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trimix_gguf.machine.hashes import same_content
+from trimix_gguf.machine.loading import LoadingOptions
+from trimix_gguf.roles import ROLES
+
+_OF_WEIGHTS = ("n_gpu_layers", "device", "mmap", "mlock")  # the other settings are a context's
+Paths = Mapping[str, Path]
+Options = Mapping[str, LoadingOptions]
+
+
+def shared_roles(paths: Paths, options: Options, others: Paths, theirs: Options) -> list[str]:
+    """The roles in which two trios have the same file and ask the same of its weights.
+
+    None, unless large_ins and small_base are among them: trios that share less are kept apart.
+    `options` are Trio.load's by role. Raises OSError where a file is not there.
+    """
+
+    def asked(given: Options, role: str) -> list[Any]:
+        known: Mapping[str, Any] = given.get(role, {})
+        return [known.get(name) for name in _OF_WEIGHTS]
+
+    def is_same(role: str) -> bool:
+        same_settings = asked(options, role) == asked(theirs, role)
+        return same_settings and same_content(paths[role], others[role])
+
+    shared = is_same("large_ins") and is_same("small_base")
+    return [role for role in ROLES if is_same(role)] if shared else []

@@ -9,6 +9,7 @@ from conftest import KAZAKH
 from languages import CODES, options
 
 from trimix_gguf import Trio, Weights, generate
+from trimix_gguf.answering.conversation import Conversation, Exchange
 from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.machine.hashes import same_content
 from trimix_gguf.trio import model
@@ -125,3 +126,48 @@ def test_a_plan_of_several_says_where_it_ends_to_fit(trimix, languages, stranger
     assert fits == {"nano-kk": True, "one": False}
     twice = trimix("plan", *options([languages["kk"], languages["kk"]]))
     assert twice.returncode == 2 and b"two trios are called nano-kk" in twice.stderr
+
+
+# -- trimix chat ------------------------------------------------------------------------------
+
+
+def said(*texts):
+    return "".join(f"{line}\n" for line in texts).encode()
+
+
+CHAT = ("-n", 12, "--temperature", 0, "--weights", "0.2,0.8", "--logit-bias", "0=-100")
+
+
+@pytest.mark.parametrize("other", ["ug", "one"])
+def test_a_chat_goes_on_with_another_trio(trimix, languages, strangers, other):
+    folder = {**languages, **strangers}[other]
+    done = trimix(
+        "chat", "--trio", languages["kk"], *CHAT, "--threads", 1,
+        stdin=said("Сәлем", f"/trio {folder}", "/trio", KAZAKH),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    first, names, second = done.stdout.decode().splitlines()
+    name = TrioFile.read(folder / "trio.toml").name
+    assert names == f"trio: {name}; others here: nano"
+    with Trio.load(**arguments(folder)) as trio:
+        talk = Conversation(trio, **{**GREEDY, "max_tokens": 12})
+        talk.exchanges = [Exchange("Сәлем", first)]
+        assert "".join(e.text for e in talk.say(KAZAKH)).strip() == second
+    assert f"{folder} answers from here on" in done.stderr.decode()
+
+
+def test_a_trio_that_cannot_be_opened_leaves_the_chat_as_it_is(trimix, languages, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(languages["ug"], broken)
+    (broken / "lora.gguf").write_bytes(b"GGUF and nothing more")
+    apart = tmp_path / "apart"
+    shutil.copytree(broken, apart)
+    text = (apart / "trio.toml").read_text(encoding="utf-8")
+    (apart / "trio.toml").write_text(text.replace("large_ins.gguf", "small_cpt.gguf", 1), "utf-8")
+    lines = ["Сәлем", f"/trio {broken}", "/trio nowhere", f"/trio {apart}", "/undo", "Сәлем"]
+    done = trimix("chat", "--trio", languages["kk"], *CHAT, stdin=said(*lines))
+    assert done.returncode == 1  # as after every bad line of a pipe
+    first, second = done.stdout.decode().splitlines()
+    assert first == second
+    told = [line for line in done.stderr.decode().splitlines() if line.startswith("trimix: ")]
+    assert len(told) == 3 and "lora.gguf" in told[0] and "nowhere" in told[1]

@@ -2,6 +2,7 @@
 
 import pytest
 from person import adapter_folder
+from served import ENDLESS
 
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trios.triofile import ModelEntry, TrioFile
@@ -48,3 +49,17 @@ def strangers(tmp_path_factory, nano_files):
 def options(folders):
     """--trio for each."""
     return [word for folder in folders for word in ("--trio", folder)]
+
+
+def ask(served, model, question, **more):
+    """The JSON of a greedy chat answer that must succeed."""
+    body = {"messages": [{"role": "user", "content": question}], "temperature": 0}
+    body |= {"max_tokens": 24, "trimix": {"weights": [0.2, 0.8]}, **ENDLESS, **more}
+    body |= {} if model is None else {"model": model}
+    response = served.post("/v1/chat/completions", body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def text_of(answer):
+    return answer["choices"][0]["message"]["content"]

@@ -139,6 +139,12 @@ class Conversation:
         """Forget everything except the system message."""
         self.exchanges, self.n_dropped, self.last, self.trace = [], 0, None, []
 
+    def go_on_from(self, other: "Conversation") -> None:
+        """Take over what was said in another conversation, whose answers are read as text."""
+        self.reset()
+        self.system = other.system
+        self.exchanges = [replace(exchange, ids=None) for exchange in other.exchanges]
+
     def hold(self) -> Selection:
         """Keep the last weights for all answers. Raises WeightsError where there are none."""
         if self.last is None or self.last.selection is None:

@@ -12,23 +12,21 @@ from typing import Any, NoReturn
 
 import click
 
+from trimix_gguf.cli.chat_trio import ChatTrio
 from trimix_gguf.cli.generation_options import (
     decoding_options,
-    generation_settings,
     guard_words,
     mix_options,
     mix_words,
     weights_line,
 )
 from trimix_gguf.cli.options import (
-    open_trio,
     parse_mix,
     read_text,
     token_progress,
     trio_options,
 )
 from trimix_gguf.cli.streams import reader_is_gone
-from trimix_gguf.cli.task_weights import task_weights
 from trimix_gguf.errors import PromptError, TrimixError
 
 _WAY_OUT = "Ctrl-D or /exit leaves; /help lists the commands"
@@ -53,12 +51,9 @@ def chat(system: str | None, load: str | None, **options: Any) -> None:
     from trimix_gguf.answering.conversation import Conversation
 
     told: dict[str, Any] = {} if system is None else {"system": _text_or_file(system)}
-    settings = generation_settings(options)
-    task = options.pop("task")
-    with open_trio(options) as trio:
-        if task is not None:
-            settings["weights"] = task_weights(trio, task, settings)
-        session = _Session(Conversation(trio, notify=_note, **settings, **told))
+    with closing(ChatTrio(options)) as opened:
+        talk = Conversation(opened.trio, notify=_note, **opened.settings, **told)
+        session = _Session(talk, opened)
         if load is not None:
             session.load(load)
             session.conversation.system = told.get("system", session.conversation.system)
@@ -69,8 +64,8 @@ def chat(system: str | None, load: str | None, **options: Any) -> None:
 class _Session:
     """Lines in, answers out; a bad line costs one line on stderr, and the chat goes on."""
 
-    def __init__(self, conversation: Any) -> None:
-        self.conversation = conversation
+    def __init__(self, conversation: Any, opened: ChatTrio | None = None) -> None:
+        self.conversation, self._opened = conversation, opened
         self.by_hand = sys.stdin.isatty()
         self.files: set[Path] = set()  # saved or loaded here, so /save may replace them
         self._stopping = False  # Ctrl-C came during an answer
@@ -202,6 +197,23 @@ class _Session:
             last = weights_line(talk.last.selection)
             print(f"weights: chosen for each answer; the last {last}", flush=True)
 
+    def trio(self, argument: str) -> None:
+        from trimix_gguf.answering.conversation import Conversation
+
+        assert self._opened is not None  # the command's own sessions have one
+        if not argument:
+            print(self._opened.names(), flush=True)
+            return
+        try:
+            self._opened.switch(argument)
+        finally:
+            before = self.conversation
+            opened = self._opened
+            if opened.trio is not before.trio:  # also where the old one had to be opened again
+                self.conversation = Conversation(opened.trio, notify=_note, **opened.settings)
+                self.conversation.go_on_from(before)
+        _note(f"{argument} answers from here on")
+
     def why(self, _: str) -> None:
         from trimix_gguf.cli.why import print_why
 
@@ -245,6 +257,7 @@ class _Session:
 
 _COMMANDS: dict[str, tuple[str, str, Callable[[_Session, str], None] | None]] = {
     "weights": ("[auto|hold|A,B]", "choose per answer, keep the last, or fix", _Session.weights),
+    "trio": ("[NAME]", "let another trio answer; the conversation stays", _Session.trio),
     "why": ("", "what each model wanted, token by token", _Session.why),
     "save": ("FILE", "write the chat as JSON", _Session.save),
     "load": ("FILE", "continue a saved chat", _Session.load),

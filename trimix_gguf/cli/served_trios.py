@@ -25,7 +25,7 @@ def groups_of(trios: list[Given], name: str | None = None) -> list[Any]:
     entries = [_entry(given, name) for given, name in zip(trios, names, strict=True)]
     sets: list[list[int]] = []
     for i, given in enumerate(trios):
-        same = next((known for known in sets if _share(given, trios[known[0]])), None)
+        same = next((known for known in sets if share_weights(given, trios[known[0]])), None)
         if same is None:
             sets.append([i])
         else:
@@ -70,7 +70,8 @@ def _entry(given: Given, name: str | None) -> Any:
     )
 
 
-def _share(one: Given, other: Given) -> bool:
+def share_weights(one: Given, other: Given) -> bool:
+    """Whether two trios have the same large_ins and small_base, loaded alike."""
     from trimix_gguf.machine.sharing import shared_roles
 
     files, asked, _ = trio_files(trio_arguments(dict(one)))

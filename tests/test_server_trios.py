@@ -1,0 +1,182 @@
+"""Which trios a server has loaded: what waits, what makes room, and what a failure leaves."""
+
+import asyncio
+import threading
+
+import pytest
+
+from trimix_gguf import Trio
+from trimix_gguf.answering.batching import Statistics
+from trimix_gguf.errors import ModelFileError, QueueFull
+from trimix_gguf.server.errors import RequestError
+from trimix_gguf.server.letters import closest
+from trimix_gguf.server.limits import Limits
+from trimix_gguf.server.trios import Entry, Group, Trios
+
+
+class Shelf:
+    """Groups of one nano trio each, whose loading the test holds up and sees."""
+
+    def __init__(self):
+        self.gates = {name: threading.Event() for name in "abc"}
+        self.opened, self.room, self.failures = [], True, []
+        self.entries = {name: Entry(name, 64) for name in "abc"}
+        self.gates["a"].set()
+
+    def trios(self, **options):
+        groups = [
+            Group([entry], open=lambda name=name: self._open(name), fits=lambda: self.room)
+            for name, entry in self.entries.items()
+        ]
+        limits = Limits(parallel=1, queue=1, timeout_s=options.pop("timeout_s", 60))
+        return Trios(groups, limits=limits, **options)
+
+    def _open(self, name):
+        self.gates[name].wait(60)
+        if self.failures:
+            raise self.failures.pop()
+        self.opened.append(name)
+        return [Trio.nano(n_ctx=64, n_threads=1)]
+
+
+@pytest.fixture
+def shelf():
+    return Shelf()
+
+
+@pytest.fixture
+def run():
+    """Run a coroutine function on new Trios, which are closed afterwards."""
+
+    def running(check, trios):
+        try:
+            asyncio.run(asyncio.wait_for(check(trios), 60))
+        finally:
+            trios.close()
+
+    return running
+
+
+async def soon(condition):
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+def test_while_one_loads_others_are_used_and_who_waits_for_it_has_limits(shelf, run):
+    async def check(trios):
+        async def use(name):
+            async with trios.use(shelf.entries[name]) as engine:
+                return engine.name
+
+        waiting = [asyncio.create_task(use("b")) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        assert await use("a") == "a" and trios.is_alive  # b is not there yet
+        with pytest.raises(QueueFull):  # as many wait as may
+            await use("b")
+        shelf.gates["b"].set()
+        assert await asyncio.gather(*waiting) == ["b", "b"]
+        assert shelf.opened == ["a", "b"]  # once for both
+
+    run(check, shelf.trios())
+
+
+def test_who_waits_too_long_is_told_and_the_trio_comes_for_the_next(shelf, run):
+    async def check(trios):
+        with pytest.raises(RequestError) as told:
+            async with trios.use(shelf.entries["b"]):
+                pass
+        assert told.value.status == 504
+        shelf.gates["b"].set()
+        async with trios.use(shelf.entries["b"]) as engine:
+            assert engine.name == "b"
+        assert shelf.opened == ["a", "b"]
+
+    run(check, shelf.trios(timeout_s=0.5))
+
+
+def test_the_one_unused_longest_makes_room_once_nobody_holds_it(shelf, run):
+    shelf.gates["b"].set(), shelf.gates["c"].set()
+
+    async def check(trios):
+        a, b, c = shelf.entries.values()
+
+        async def use(entry):
+            async with trios.use(entry) as engine:
+                return engine.name
+
+        for entry in (b, a, b, a):
+            await use(entry)
+        async with trios.use(b) as held:
+            held.hold()  # as a stream that goes on
+        await use(a)
+        waiting = asyncio.create_task(use(c))
+        await soon(lambda: not trios._group_of["b"].is_here)
+        back = asyncio.create_task(use(b))  # it comes back after c, and does not keep c waiting
+        await asyncio.sleep(0.1)
+        assert not waiting.done() and held.batcher.is_alive
+        held.release()
+        assert await waiting == "c" and await back == "b"
+        assert shelf.opened == ["a", "b", "c", "b"] and not held.batcher.is_alive
+
+    run(check, shelf.trios(max_loaded=2))
+
+
+def test_without_room_all_others_go_and_the_counts_stay(shelf, run):
+    shelf.gates["b"].set()
+
+    async def check(trios):
+        a, b, _ = shelf.entries.values()
+        async with trios.use(a) as engine:
+            engine.batcher._statistics = Statistics(n_tokens=7, finished={"stop": 2})
+        shelf.room = False
+        async with trios.use(b):
+            assert not trios._group_of["a"].engines
+            assert trios.statistics() == Statistics(n_tokens=7, finished={"stop": 2})
+
+    run(check, shelf.trios())
+
+
+def test_a_failure_is_told_to_who_waits_and_does_not_last(shelf, run):
+    async def check(trios):
+        shelf.failures.append(ModelFileError("b.gguf: no such file"))
+        shelf.gates["b"].set()
+        with pytest.raises(ModelFileError):
+            async with trios.use(shelf.entries["b"]):
+                pass
+        async with trios.use(shelf.entries["a"]):
+            pass
+        async with trios.use(shelf.entries["b"]) as engine:
+            assert engine.name == "b"
+
+    run(check, shelf.trios())
+
+
+# -- letters ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "languages", "found"),
+    [
+        ("Қазақстан Республикасы", ["ru", "kk", "ug"], "kk"),
+        ("Столица Казахстана", ["kk", "ru"], "ru"),  # Kazakh has these letters too
+        ("Столица Казахстана", ["ug", "kk"], "kk"),
+        ("بۈگۈن ھاۋا قانداق؟", ["kk", "bo", "ug"], "ug"),
+        ("ءسوز قازاق جازۋى", ["ug", "kk"], "kk"),  # Kazakh in Arabic letters
+        ("བོད་སྐད", ["kk", "ug", "bo"], "bo"),
+        ("ᠮᠣᠩᠭᠣᠯ", ["kk", "mn"], "mn"),
+        ("Монгол хэлээр ярьдаг уу, өдөр", ["kk", "mn"], "mn"),
+        ("Merhaba dünya, nasılsın", ["en", "tr", "kk"], "tr"),
+        ("Hello", ["kk", "ug"], "kk"),  # no letter of either: the first
+        ("", ["ug", "kk"], "ug"),
+        ("12345 ?!", ["ug", "kk"], "ug"),
+        ("Қазақ", ["xx", "kk"], "kk"),
+    ],
+)
+def test_letters_tell_the_language(text, languages, found):
+    assert languages[closest(text, [[code] for code in languages])] == found
+
+
+def test_codes_may_have_a_script_and_a_trio_several_languages_or_none():
+    assert closest("བོད", [["kk_Cyrl"], ["bo-Tibt"]]) == 1
+    assert closest("བོད", [[], ["kk", "bo"]]) == 1
+    assert closest("བོད", [[], []]) == 0

@@ -1,0 +1,65 @@
+"""The trio of a chat, and another one in its place."""
+
+from typing import Any
+
+from trimix_gguf.cli.generation_options import generation_settings
+from trimix_gguf.cli.options import named_trio, open_trio
+from trimix_gguf.cli.served_trios import share_weights
+from trimix_gguf.cli.task_weights import task_weights
+from trimix_gguf.errors import TrimixError
+
+_FILES = ("large_ins", "small_base", "small_cpt", "small_cpt_lora")
+
+
+class ChatTrio:
+    """An open trio, and the settings that the command's options give with it."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+        self.trio, self.settings = _opened(options)
+
+    def switch(self, name: str) -> None:
+        """Open the trio of that name instead; raises TrimixError, and keeps the one that is open.
+
+        Weights that both have stay where they are. Else the old trio makes room first.
+        """
+        options = {**self._options, "trio": name, **dict.fromkeys(_FILES)}
+        named_trio(options)  # before anything is closed
+        if share_weights(options, self._options):
+            old, (self.trio, self.settings) = self.trio, _opened(options, self.trio)
+            old.close()
+        else:
+            self.close()
+            try:
+                self.trio, self.settings = _opened(options)
+            except TrimixError:
+                self.trio, self.settings = _opened(self._options)
+                raise
+        self._options = options
+
+    def names(self) -> str:
+        """In a line, the trio that is open and those that could be."""
+        from trimix_gguf.trios.store import SHIPPED, installed
+
+        trio_file = named_trio(self._options)
+        own = "of files" if trio_file is None else trio_file.name
+        others = [name for name in (SHIPPED, *installed()) if name != own]
+        return f"trio: {own}; others here: {', '.join(others) or 'none'}"
+
+    def close(self) -> None:
+        """Free the trio."""
+        self.trio.close()
+
+
+def _opened(options: dict[str, Any], beside: Any = None) -> tuple[Any, dict[str, Any]]:
+    given = dict(options)
+    settings = generation_settings(given)
+    task = given.pop("task")
+    trio = open_trio(given, beside)
+    try:
+        if task is not None:
+            settings["weights"] = task_weights(trio, task, settings)
+    except BaseException:
+        trio.close()
+        raise
+    return trio, settings

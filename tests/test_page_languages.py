@@ -1,0 +1,67 @@
+"""The page of a server with several trios: the list, and who answers."""
+
+import pytest
+from browser import browser
+from languages import CODES, QUESTIONS, options
+from served import serving
+from visitor import GREEDY, ask, last_exchange, show
+
+
+@pytest.fixture(scope="module")
+def window(tmp_path_factory):
+    with browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def server(languages):
+    with serving(*options(languages.values())) as served:
+        yield served
+
+
+def choices(window):
+    return window.run("return [...$('trio').options].map((o) => [o.value, o.textContent])")
+
+
+def test_the_page_lists_the_trios_and_asks_the_one_that_is_chosen(window, server):
+    show(window, server.url)
+    window.wait("return !$('trios').hidden && $('model').hidden")
+    (auto, words), *listed = choices(window)
+    assert auto == "auto" and words == window.run("return say('byLetters')")
+    assert [name for name, _ in listed] == [f"nano-{code}" for code in CODES]
+    own = {"kk": "Қазақша (", "ug": "ئۇيغۇرچە (", "bo": ""}
+    for code, (name, label) in zip(CODES, listed, strict=True):
+        assert own[code] in label and name in label
+    window.run("$('trio').value = 'nano-bo'; $('trio').dispatchEvent(new Event('change'))")
+    ask(window, QUESTIONS["kk"])
+    sent, _, mix, _ = last_exchange(window)
+    assert sent["model"] == "nano-bo" == mix["trio"]
+    window.run("document.querySelector('.why').open = true")
+    told = window.run("return say('answeredBy', { trio: 'nano-bo' })")
+    found = "[...document.querySelectorAll('.why p')].some((p) => p.textContent === arguments[0])"
+    window.wait(f"return {found}", told)
+    window.open(server.url)  # it is remembered
+    window.wait("return $('trio').value === 'nano-bo'")
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_by_default_the_letters_of_the_question_choose_in_any_language_of_the_page(
+    window, server, code
+):
+    language = code if code in ("kk", "ug") else "en"
+    show(window, server.url, language=language)
+    window.wait("return !$('trios').hidden")
+    assert choices(window)[0][1] == window.run(f"return TEXTS.{language}.byLetters")
+    ask(window, QUESTIONS[code])
+    sent, _, mix, _ = last_exchange(window)
+    assert sent["model"] == "auto" and mix["trio"] == f"nano-{code}"
+
+
+def test_with_one_trio_there_is_no_list_and_no_name_is_sent(window, languages):
+    with serving("--trio", languages["ug"]) as served:
+        show(window, served.url, **GREEDY)
+        window.wait("return $('model').textContent === 'nano-ug'")
+        assert window.run("return $('trios').hidden")
+        ask(window, QUESTIONS["bo"])
+        sent, _, mix, _ = last_exchange(window)
+        assert "model" not in sent and "trio" not in mix

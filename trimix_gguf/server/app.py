@@ -262,7 +262,8 @@ class Api:
     async def model(self, request: HttpRequest) -> Response:
         """One model of the list."""
         name = request.path_params["id"]
-        if (entry := self._trios.named(name)) is None:
+        entry = self._trios.named(name) if name else None
+        if entry is None:
             raise self._no_model(name)
         return JSONResponse(self._model(entry))
 

@@ -1,12 +1,15 @@
 """Which trios a server has loaded: what waits, what makes room, and what a failure leaves."""
 
 import asyncio
+import itertools
 import threading
+import time
 
 import pytest
 
-from trimix_gguf import Trio
-from trimix_gguf.answering.batching import Statistics
+from trimix_gguf import Trio, Weights
+from trimix_gguf.answering.batching import Batcher, Statistics, Turns
+from trimix_gguf.answering.request import Request
 from trimix_gguf.errors import ModelFileError, QueueFull
 from trimix_gguf.server.errors import RequestError
 from trimix_gguf.server.letters import closest
@@ -25,13 +28,13 @@ class Shelf:
 
     def trios(self, **options):
         groups = [
-            Group([entry], open=lambda name=name: self._open(name), fits=lambda: self.room)
+            Group([entry], load=lambda name=name: self._load(name), fits=lambda: self.room)
             for name, entry in self.entries.items()
         ]
         limits = Limits(parallel=1, queue=1, timeout_s=options.pop("timeout_s", 60))
         return Trios(groups, limits=limits, **options)
 
-    def _open(self, name):
+    def _load(self, name):
         self.gates[name].wait(60)
         if self.failures:
             raise self.failures.pop()
@@ -180,3 +183,55 @@ def test_codes_may_have_a_script_and_a_trio_several_languages_or_none():
     assert closest("བོད", [["kk_Cyrl"], ["bo-Tibt"]]) == 1
     assert closest("བོད", [[], ["kk", "bo"]]) == 1
     assert closest("བོད", [[], []]) == 0
+
+
+# -- turns ------------------------------------------------------------------------------------
+
+
+def test_turns_come_in_the_order_in_which_they_were_asked_for():
+    turns, came, threads = Turns(), [], []
+
+    def take(i):
+        with turns:
+            came.append(i)
+
+    with turns:
+        for i in range(6):
+            threads.append(threading.Thread(target=take, args=(i,)))
+            threads[-1].start()
+            while turns._n_asked < i + 2:
+                time.sleep(0.001)
+        assert came == []
+    for thread in threads:
+        thread.join()
+    assert came == list(range(6))
+
+
+def test_batchers_take_turns_step_by_step(monkeypatch):
+    """No two steps at once, and none waits until the other's answers have ended."""
+    turns, steps, now = Turns(), [], set()
+    step = Batcher._step
+
+    def watched(self):
+        assert not now
+        now.add(self)
+        steps.append(self)
+        step(self)
+        time.sleep(0.002)
+        now.discard(self)
+
+    monkeypatch.setattr(Batcher, "_step", watched)
+    with Trio.nano(n_ctx=64, n_threads=1) as one, Trio.nano(n_threads=1, beside=one) as other:
+        batchers = [Batcher(trio, turns=turns) for trio in (one, other)]
+        ended = threading.Semaphore(0)
+        request = Request("Қазақ", max_tokens=20, weights=Weights(0.1, 0.9))
+        request = Request.of(request, logit_bias={0: -100})
+        for batcher in batchers:
+            batcher.submit(request, lambda event: event.finish_reason and ended.release())
+        for _ in batchers:
+            assert ended.acquire(timeout=60)
+        for batcher in batchers:
+            batcher.close()
+    assert len(steps) > 30
+    changes = sum(a is not b for a, b in itertools.pairwise(steps))
+    assert changes > len(steps) / 2

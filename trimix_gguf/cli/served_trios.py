@@ -33,7 +33,7 @@ def groups_of(trios: list[Given], name: str | None = None) -> list[Any]:
     return [
         Group(
             [entries[i] for i in known],
-            open=_opener([trios[i] for i in known]),
+            load=_opener([trios[i] for i in known]),
             fits=_fitting([trios[i] for i in known]),
         )
         for known in sets

@@ -69,16 +69,16 @@ class Engine:
 
 
 class Group:
-    """Trios that share weights: `open` loads them all, `fits` says whether there is room now."""
+    """Trios that share weights: `load` opens them all, `fits` says whether there is room now."""
 
     def __init__(
         self,
         entries: Sequence[Entry],
         *,
-        open: Callable[[], Sequence[Trio]],
+        load: Callable[[], Sequence[Trio]],
         fits: Callable[[], bool] = lambda: True,
     ) -> None:
-        self.entries, self.open, self.fits = entries, open, fits
+        self.entries, self.load, self.fits = entries, load, fits
         self.engines: dict[str, Engine] = {}
         self.n_waiting = 0  # requests, for it to be loaded
         self.is_leaving = False
@@ -197,7 +197,7 @@ class Trios:
         return await asyncio.get_running_loop().run_in_executor(self._aside, call)
 
     def _opened(self, group: Group) -> dict[str, Engine]:
-        pairs = zip(group.open(), group.entries, strict=True)
+        pairs = zip(group.load(), group.entries, strict=True)
         return {
             entry.name: Engine(trio, entry, limits=self._limits, turns=self._turns)
             for trio, entry in pairs

@@ -87,6 +87,17 @@ def test_a_copy_of_a_file_is_the_same_weights_and_another_setting_is_not(
             assert len(loaded()) == 2 and short.n_ctx == 64  # of a context, not of weights
 
 
+def test_weights_that_are_shared_stay_where_the_planner_put_them(languages, loaded):
+    auto = {"n_gpu_layers": "auto"}
+    with (
+        Trio.load(**arguments(languages["kk"], **auto)) as first,
+        Trio.load(**arguments(languages["ug"], **auto), beside=first) as second,
+    ):
+        assert len(loaded()) == 2
+        places = [[m.device for m in trio.models.values()] for trio in (first, second)]
+        assert places[0] == places[1]
+
+
 # -- trimix plan ------------------------------------------------------------------------------
 
 
@@ -156,10 +167,12 @@ def test_a_chat_goes_on_with_another_trio(trimix, languages, strangers, other):
     assert f"{folder} answers from here on" in done.stderr.decode()
 
 
-def test_a_trio_that_cannot_be_opened_leaves_the_chat_as_it_is(trimix, languages, tmp_path):
+def test_a_trio_that_cannot_be_opened_leaves_the_chat_as_it_is(
+    trimix, languages, nano_files, tmp_path
+):
     broken = tmp_path / "broken"
     shutil.copytree(languages["ug"], broken)
-    (broken / "lora.gguf").write_bytes(b"GGUF and nothing more")
+    shutil.copy(nano_files["small_cpt"], broken / "lora.gguf")  # which is read, and not opened
     apart = tmp_path / "apart"
     shutil.copytree(broken, apart)
     text = (apart / "trio.toml").read_text(encoding="utf-8")

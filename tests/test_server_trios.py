@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -131,21 +132,25 @@ def test_without_room_all_others_go_and_the_counts_stay(shelf, run):
         a, b, _ = shelf.entries.values()
         async with trios.use(a) as engine:
             engine.batcher._statistics = Statistics(n_tokens=7, finished={"stop": 2})
+            weights = weakref.ref(engine.trio.models["large_ins"]._weights)
+        del engine
         shelf.room = False
         async with trios.use(b):
-            assert not trios._group_of["a"].engines
+            assert not trios._group_of["a"].engines and weights() is None
             assert trios.statistics() == Statistics(n_tokens=7, finished={"stop": 2})
 
     run(check, shelf.trios())
 
 
-def test_a_failure_is_told_to_who_waits_and_does_not_last(shelf, run):
+def test_a_failure_is_told_to_who_waits_and_does_not_last(shelf, run, capsys):
     async def check(trios):
         shelf.failures.append(ModelFileError("b.gguf: no such file"))
         shelf.gates["b"].set()
-        with pytest.raises(ModelFileError):
+        with pytest.raises(RequestError, match="b cannot be loaded") as told:
             async with trios.use(shelf.entries["b"]):
                 pass
+        assert told.value.status == 503 and "gguf" not in str(told.value)
+        assert capsys.readouterr().err == "trimix: b: b.gguf: no such file\n"
         async with trios.use(shelf.entries["a"]):
             pass
         async with trios.use(shelf.entries["b"]) as engine:

@@ -1,11 +1,12 @@
 """The trios of a server: which one a request means, and which are loaded.
 
-Trios that share large_ins and small_base are a group: it is loaded and dropped whole. Each trio has
-caches and a Batcher of its own, which take turns step by step: nothing of one can be in the cells
-of another, and an adapter is set once for its context.
+Trios that share large_ins and small_base are a group: it is loaded and dropped whole. They share
+only weights. Each has caches and a Batcher of its own, and the Batchers take turns, step by step:
+one Batcher over shared caches would have to know the small_cpt of each sequence.
 """
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from typing import Any
 
 from trimix_gguf.answering.batching import Batcher, Statistics, Turns
 from trimix_gguf.answering.request import Options, Request
-from trimix_gguf.errors import QueueFull
+from trimix_gguf.errors import QueueFull, TrimixError
 from trimix_gguf.server.errors import RequestError
 from trimix_gguf.server.letters import closest
 from trimix_gguf.server.limits import Limits
@@ -171,7 +172,16 @@ class Trios:
     async def _load(self, group: Group) -> None:
         async with self._lock:
             await self._make_room(group)
-            group.engines = await self._in_thread(lambda: self._opened(group))
+            try:
+                group.engines = await self._in_thread(lambda: self._opened(group))
+            except TrimixError as error:  # it may name files, which are not for clients
+                names = ", ".join(entry.name for entry in group.entries)
+                print(f"trimix: {names}: {error}", file=sys.stderr, flush=True)
+                raise RequestError(
+                    f"{names} cannot be loaded now; the server's standard error says why",
+                    status=503,
+                    code="not_loaded",
+                ) from error
             group.last_used = time.monotonic()
 
     async def _make_room(self, group: Group) -> None:

@@ -10,6 +10,8 @@ from languages import CODES, options
 
 from trimix_gguf import Trio, Weights, generate
 from trimix_gguf.answering.conversation import Conversation, Exchange
+from trimix_gguf.cli.chat import chat
+from trimix_gguf.cli.chat_trio import ChatTrio
 from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.machine.hashes import same_content
 from trimix_gguf.trio import model
@@ -184,3 +186,15 @@ def test_a_trio_that_cannot_be_opened_leaves_the_chat_as_it_is(
     assert first == second
     told = [line for line in done.stderr.decode().splitlines() if line.startswith("trimix: ")]
     assert len(told) == 3 and "lora.gguf" in told[0] and "nowhere" in told[1]
+
+
+def test_a_switch_keeps_weights_that_both_have_and_frees_others(languages, strangers, loaded):
+    given = chat.make_context("chat", ["--trio", str(languages["kk"]), "--threads", "1"]).params
+    del given["system"], given["load"]
+    opened = ChatTrio(given)
+    first = loaded()
+    opened.switch(str(languages["ug"]))
+    assert loaded() == first and len(first) == 2
+    opened.switch(str(strangers["one"]))
+    assert all(one() is None for one in first)
+    opened.close()

@@ -1,9 +1,10 @@
 """Many requests in one trio: read and answered together, one batch per model and step.
 
 Each request is a sequence of its own. A step decodes the newest token of every answer, and
-with them a window of the prompt that is being read. Prompts are read one at a time, so that the
-next one finds the prefix that they share. Sequences of finished requests are kept for later prompts
-with the same prefix, until their room is needed. A request starts once there is room for all of it.
+with them a window of the prompt that is being read. A request that is answered by itself is
+drafted ahead, as in generation.py. Prompts are read one at a time, so that the next one finds the
+prefix that they share. Sequences of finished requests are kept for later prompts with the same
+prefix, until their room is needed. A request starts once there is room for all of it.
 """
 
 import itertools
@@ -11,8 +12,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+from trimix_gguf.answering.costs import kept_costs
 from trimix_gguf.answering.job import Job
 from trimix_gguf.answering.request import Event, Request
 from trimix_gguf.errors import ModelError, QueueFull, TrimixError
@@ -44,11 +47,14 @@ Wanted = dict[str, dict[int, list[int]]]  # role -> sequence -> its ids whose ro
 class Batcher:
     """Answers requests in a thread of its own; until it is closed, only it may use `trio`.
 
-    It answers `n_parallel` at once, at most a trio's n_window − 1; `n_queue` more may wait.
+    It answers `n_parallel` at once, at most a trio's n_window − 1; `n_queue` more may wait. With
+    `drafts`, one that is answered by itself is drafted ahead where that pays.
     """
 
-    def __init__(self, trio: Trio, *, n_parallel: int = 8, n_queue: int = 32) -> None:
-        self.trio = trio
+    def __init__(
+        self, trio: Trio, *, n_parallel: int = 8, n_queue: int = 32, drafts: bool = True
+    ) -> None:
+        self.trio, self._drafts = trio, drafts
         trio.forget()
         self._sequences = trio.sequences
         self._n_parallel, self._n_queue = min(n_parallel, self._sequences.most), n_queue
@@ -127,6 +133,12 @@ class Batcher:
 
     def _run(self) -> None:
         try:
+            self._answer_all()
+        finally:
+            self._abandon(ModelError("the server has stopped"))
+
+    def _answer_all(self) -> None:
+        with kept_costs(self.trio, self._drafts):
             while self._has_work():
                 self._end_cancelled()
                 self._let_in()
@@ -138,8 +150,6 @@ class Batcher:
                 self._step_began = None
                 took = self._statistics.step_seconds + time.perf_counter() - started
                 self._statistics = replace(self._statistics, step_seconds=took)
-        finally:
-            self._abandon(ModelError("the server has stopped"))
 
     def _has_work(self) -> bool:
         with self._changed:
@@ -188,6 +198,11 @@ class Batcher:
         """Decode a token of each answer and a window of one prompt; hand out the rows."""
         answering = [job for job in self._running if job.stage == "answer"]
         reading = next((job for job in self._running if job.stage != "answer"), None)
+        if self._drafts and len(answering) == 1 and reading is None:
+            self._take(answering[0], {}, None)
+            return
+        for job in answering:
+            job.end_drafts()
         wanted: Wanted = {role: {} for role in ROLES}
         for job in answering:
             assert job.sequence is not None  # it was placed to be read
@@ -238,7 +253,9 @@ class Batcher:
     def _take(self, job: Job, rows: Rows, end: int | None) -> None:
         """Give a request its rows; release it once it has ended."""
         try:
-            if end is None:
+            if end is None and not rows:
+                job.draft()
+            elif end is None:
                 job.answer({role: matrix[0] for role, matrix in rows.items()})
             else:
                 job.read(end, rows)
@@ -253,6 +270,7 @@ class Batcher:
         with self._changed:
             (self._running if job in self._running else self._waiting).remove(job)
         if job.sequence is not None:
+            job.end_drafts()
             self._kept[job.sequence] = job.sums
         finished = dict(self._statistics.finished)
         finished[reason] = finished.get(reason, 0) + 1
@@ -267,6 +285,8 @@ class Batcher:
     def _abandon(self, error: TrimixError) -> None:
         """End everything: after a failed decode no sequence can be trusted."""
         for job in (*self._waiting, *self._running):
+            with suppress(TrimixError):
+                job.end_drafts()
             job.fail(error)
             job.sequence = None
             self._release(job, "error")

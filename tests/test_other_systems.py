@@ -226,6 +226,7 @@ GUARDED = {
     ("trimix_gguf/cli/chat.py", "locale.nl_langinfo"): "AttributeError is suppressed",
     ("trimix_gguf/cli/chat.py", "locale.CODESET"): "AttributeError is suppressed",
     ("trimix_gguf/cli/chat.py", "import readline"): "ImportError is suppressed",
+    ("trimix_gguf/trios/creating.py", "os.link"): "AttributeError is suppressed",
     ("trimix_gguf/machine/processor.py", "'/proc/cpuinfo'"): "on Linux only",
     ("trimix_gguf/machine/memory.py", "import resource"): "not on Windows",
     ("trimix_gguf/machine/worker.py", "import resource"): "not on Windows",

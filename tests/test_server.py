@@ -63,7 +63,7 @@ def test_openai_client_completes_and_raises_what_is_refused(client):
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.completions.create(model="nano", prompt="a", temperature=7)
     with pytest.raises(openai.NotFoundError, match="gpt-4"):
-        client.completions.create(model="gpt-4", prompt="a")
+        client.models.retrieve("gpt-4")
     assert [model.id for model in client.models.list()] == ["nano"]
     assert client.models.retrieve("nano").id == "nano"
 

@@ -10,7 +10,7 @@ CHAT = [{"role": "system", "content": "Қысқа жауап бер."}, {"role":
 
 @pytest.fixture(scope="module")
 def server():
-    with serving("--n-ctx", 4096, "--parallel", 8) as served:
+    with serving("--n-ctx", 4096, "--parallel", 8, "--strict") as served:
         yield served
 
 
@@ -123,6 +123,10 @@ PROMPT = {"prompt": "Қазақстан"}
         ("completions", {"prompt": [-1]}, "prompt", "not a token"),
         ("completions", {"prompt": [10**9]}, "prompt", "not a token"),
         ("completions", {"prompt": "сөз " * 5000}, "prompt", "shorten it"),
+        ("completions", {**PROMPT, "min_tokens": 5}, "min_tokens", "not supported"),
+        ("completions", {**PROMPT, "guided_json": {"a": 1}}, "guided_json", "response_format"),
+        ("completions", {**PROMPT, "repeat_penalty": 1, "repetition_penalty": 2},
+         "repetition_penalty", "differ"),
         ("completions", {**PROMPT, "suffix": "b"}, "suffix", "not supported"),
         ("completions", {**PROMPT, "best_of": 2}, "best_of", "ask for n"),
         ("completions", {**PROMPT, "max_tokens": -2}, "max_tokens", "an integer"),
@@ -165,8 +169,9 @@ def test_fields_that_change_nothing_are_let_through(server):
 
 
 def test_wrong_paths_methods_and_models(server):
+    assert error_of(server.post("/v1/chat/completions", {**MESSAGES, "model": "gpt-4"}), 404)
     assert error_of(httpx.get(f"{server.url}/v1/nothing"), 404)["code"] == "not_found"
-    assert error_of(httpx.get(f"{server.url}/v1/models/"), 404)
+    assert error_of(httpx.get(f"{server.url}/v1/models//"), 404)
     assert error_of(httpx.get(f"{server.url}/v1/models/gpt"), 404)["code"] == "model_not_found"
     wrong = httpx.get(f"{server.url}/v1/completions")
     assert error_of(wrong, 405)["code"] == "method_not_allowed"

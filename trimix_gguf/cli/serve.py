@@ -1,10 +1,12 @@
 """trimix serve: the mix behind an HTTP interface."""
 
+import ipaddress
 import re
 import secrets
 import signal
 import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import click
@@ -17,6 +19,10 @@ from trimix_gguf.server.limits import Limits
 _LIMITS: dict[str, tuple[click.ParamType[Any], str]] = {
     "parallel": (click.IntRange(1, 31), "Answers at the same time; they share --n-ctx tokens."),
     "queue": (click.IntRange(0), "Requests that may wait; further requests get status 429."),
+    "per_client": (
+        click.IntRange(0),
+        "Most answers at once for one key or address; 0: no limit of its own.",
+    ),
     "timeout": (click.FloatRange(0, min_open=True), "Most seconds for one answer."),
     "read_timeout": (
         click.FloatRange(0, min_open=True),
@@ -53,6 +59,12 @@ def _limit_option(name: str) -> Decorator:
     help="Answer only requests with this key.",
 )
 @click.option(
+    "--api-key-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Keys, one per line: NAME KEY, or only KEY. It is read again when it changes.",
+)
+@click.option(
     "--no-auth", is_flag=True, help="Answer everyone, also from other machines, without a key."
 )
 @click.option(
@@ -63,6 +75,29 @@ def _limit_option(name: str) -> Decorator:
     multiple=True,
     metavar="ORIGIN",
     help="Let web pages of this origin use the server, such as http://localhost:3000; or *.",
+)
+@click.option(
+    "--allowed-host",
+    multiple=True,
+    metavar="HOST",
+    help="Also answer to this name, such as that of a proxy in front of the server.",
+)
+@click.option(
+    "--trusted-proxy",
+    multiple=True,
+    metavar="IP|CIDR",
+    help="Believe X-Forwarded-For from this address.",
+)
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Refuse unknown fields and model names. Default: ignore them, and name them in a header.",
+)
+@click.option(
+    "--log-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Where to write a line per request. Default: standard error.",
 )
 @click.option("--name", metavar="NAME", help="Model name in the API. Default: the trio's.")
 def serve(**options: Any) -> None:
@@ -76,52 +111,99 @@ def serve(**options: Any) -> None:
         options["api_key"] = made_key = secrets.token_urlsafe(16)
     access = _access(listening["host"], options)
     limits = Limits(**{_FIELDS[name].name: options.pop(name) for name in _LIMITS})
-    _run(listening, access, limits, options, made_key)
+    log = _log(options.pop("log_file"))
+    try:
+        _run(listening, access, limits, log, options, made_key)
+    finally:
+        log.close()
 
 
-def _access(host: str, options: dict[str, Any]) -> dict[str, Any]:
+def _access(host: str, options: dict[str, Any]) -> Any:
     """Take what says who may ask out of the options; refuse what would open a machine unasked."""
-    from trimix_gguf.server.guard import is_loopback
+    from trimix_gguf.server.guard import Access, is_loopback
+    from trimix_gguf.server.keys import Keys
 
     api_key, no_auth = options.pop("api_key"), options.pop("no_auth")
-    cors = options.pop("cors")
+    key_file, cors = options.pop("api_key_file"), options.pop("cors")
+    hosts, proxies = options.pop("allowed_host"), options.pop("trusted_proxy")
     if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
         raise click.UsageError("--api-key takes visible ASCII characters, at least one")
-    if api_key is not None and no_auth:
-        raise click.UsageError("give a key (--api-key, --new-key) or --no-auth, not both")
+    has_key = api_key is not None or key_file is not None
+    if has_key and no_auth:
+        raise click.UsageError(
+            "give a key (--api-key, --api-key-file, --new-key) or --no-auth, not both"
+        )
     local = is_loopback(host)
-    if not local and api_key is None and not no_auth:
+    if not local and not has_key and not no_auth:
         raise click.UsageError(
             f"--host {host} can be reached from other machines; give --api-key (or "
-            "TRIMIX_API_KEY), --new-key to have one made, or --no-auth to let anyone in"
+            "TRIMIX_API_KEY), --api-key-file, --new-key to have one made, or --no-auth to let "
+            "anyone in"
         )
     for origin in cors:
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#]+", origin):
             raise click.UsageError(
                 f"--cors {origin!r} is not an origin such as http://localhost:3000"
             )
-    return {"local": local, "api_key": api_key, "cors": cors}
+    return Access(
+        local=local,
+        keys=Keys(api_key, key_file, say=_note) if has_key else None,
+        cors=cors,
+        hosts=[_host(name) for name in hosts],
+        proxies=[_network(name) for name in proxies],
+    )
+
+
+def _host(name: str) -> str:
+    """A host's name as a Host header has it, without a port."""
+    if not re.fullmatch(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]", name):
+        raise click.UsageError(f"--allowed-host {name!r} is not a name such as ai.example.org")
+    return name.strip("[]").rstrip(".").lower()
+
+
+def _network(name: str) -> Any:
+    try:
+        return ipaddress.ip_network(name)
+    except ValueError:
+        raise click.UsageError(
+            f"--trusted-proxy {name!r} is not an address such as 127.0.0.1, or 10.0.0.0/8"
+        ) from None
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _log(path: Path | None) -> Any:
+    from trimix_gguf.server.log import Log
+
+    try:
+        return Log(path)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise click.ClickException(f"{path}: {reason}; choose another --log-file") from None
 
 
 def _say_ready(ready: str, given: dict[str, Any] | None) -> None:
     """The address first: programs wait for that line; then what is said of the trio's tuning."""
-    print(ready, file=sys.stderr, flush=True)
+    _note(ready)
     if given is not None:
         say_tuning(given)
 
 
 def _run(
     listening: dict[str, Any],
-    access: dict[str, Any],
+    access: Any,
     limits: Limits,
+    log: Any,
     options: dict[str, Any],
     made_key: str | None,
 ) -> None:
     from trimix_gguf.answering.batching import Batcher
     from trimix_gguf.choosing.methods import AUTO
     from trimix_gguf.server.app import Api
-    from trimix_gguf.server.openai import mix_settings
     from trimix_gguf.server.running import bind, run
+    from trimix_gguf.server.settings import mix_settings
 
     host, port = listening["host"], listening["port"]
     try:
@@ -129,7 +211,7 @@ def _run(
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise click.ClickException(f"{host}:{port}: {reason}; choose another --port") from None
-    name, trio_file = options.pop("name"), named_trio(options)
+    name, strict, trio_file = options.pop("name"), options.pop("strict"), named_trio(options)
     name = name or _name(trio_file, options)
     by_auto = trio_file is not None and trio_file.fixed_mix is None
     by_auto = by_auto and trio_file.method in (None, AUTO)
@@ -143,13 +225,14 @@ def _run(
             mix=None if trio_file is None else mix_settings(trio_file.method, trio_file.weights),
             max_tokens=max(16, trio.n_ctx // limits.parallel),
             limits=limits,
+            strict=strict,
         )
         address = f"[{host}]" if ":" in host else host
         url = f"http://{address}:{listener.getsockname()[1]}"
         ready = f"{name} answers at {url}/v1" + (f"\nkey: {made_key}" if made_key else "")
         try:
             ended_by = run(
-                api.application(**access),
+                api.application(access, log),
                 listener,
                 stop=api.stop,
                 on_ready=lambda: _say_ready(ready, given),
@@ -164,6 +247,4 @@ def _run(
 
 def _name(trio_file: Any, options: dict[str, Any]) -> str:
     """What clients call the model: the trio's name, or that of the large model's file."""
-    from pathlib import Path
-
     return trio_file.name if trio_file is not None else Path(options["large_ins"] or "trio").stem

@@ -118,7 +118,8 @@ class _Walk:
             required = node.get("required", [])
             if not isinstance(named, dict) or not named or not isinstance(required, list):
                 continue
-            if "patternProperties" not in node and all(name in named for name in required):
+            known = all(isinstance(name, str) and name in named for name in required)
+            if "patternProperties" not in node and known:
                 node.setdefault("additionalProperties", False)
 
     def _keyword(self, node: Mapping[str, Any], name: str, value: Any, at: str) -> Any:

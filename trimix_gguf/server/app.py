@@ -1,9 +1,9 @@
 """The routes: from a request body to the engine, and back to a reply."""
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from pathlib import Path
@@ -16,22 +16,26 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from trimix_gguf.answering.batching import Batcher
 from trimix_gguf.answering.chat import close_renderer
 from trimix_gguf.answering.request import Options, Request
 from trimix_gguf.errors import QueueFull, TrimixError
-from trimix_gguf.roles import ROLES
-from trimix_gguf.server.errors import RequestError, as_request_error, error_json, error_response
+from trimix_gguf.server.bodies import read_json
+from trimix_gguf.server.errors import INVALID_SCHEMA, RequestError, as_request_error, error_response
 from trimix_gguf.server.events import Events, stopping
-from trimix_gguf.server.fields import Fields, read_json
-from trimix_gguf.server.guard import Guard
+from trimix_gguf.server.fields import Fields
+from trimix_gguf.server.guard import Access, Guard
 from trimix_gguf.server.limits import Limits
+from trimix_gguf.server.log import Log
 from trimix_gguf.server.metrics import CONTENT_TYPE, Metrics
 from trimix_gguf.server.openai import Call, parse_chat, parse_completion
 from trimix_gguf.server.prompts import make_requests, prompt_texts
+from trimix_gguf.server.records import Record, Recorded, record_of
 from trimix_gguf.server.replies import Reply
+from trimix_gguf.server.responses import ResponseReply, parse_response
+from trimix_gguf.server.tokens import Tokens
 from trimix_gguf.trio.trio import Trio
 
 PAGE = Path(__file__).parent / "page.html"
@@ -40,15 +44,15 @@ _PAGE_POLICY = (
     "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-# Some clients cut a stream into lines at these too, and JSON does not escape them.
-_LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
+Parse = Callable[[object, list[str] | None], Call]
 
 
 class Api:
     """A trio and its engine behind OpenAI's routes, under the model name `name`.
 
     `mix` (openai.mix_settings) is the trio's own, for calls that do not say how to mix. Calls
-    without max_tokens get `max_tokens`. `limits` are those of `batcher` too.
+    without max_tokens get `max_tokens`. `limits` are those of `batcher` too. Fields and model
+    names that are not known are ignored, and named in a header; `strict` refuses them.
     """
 
     def __init__(
@@ -60,36 +64,37 @@ class Api:
         limits: Limits,
         mix: Options | None = None,
         max_tokens: int = 128,
+        strict: bool = False,
     ) -> None:
         self._trio, self._batcher, self._name = trio, batcher, name
-        self._limits = limits
+        self._limits, self._strict = limits, strict
         self._defaults = Request.of(Request("", max_tokens=max_tokens), **(mix or {}))
         self._created = int(time.time())
         self._metrics = Metrics()
         self._open: set[Events] = set()
         # Few threads: each takes turns with the engine's for Python's lock.
         self._executor = ThreadPoolExecutor(4, thread_name_prefix="prepare")
-        self._aside = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
-        self._n_aside = 0
+        self._tokens = Tokens(trio, most=limits.queue)
+        self._n_answers: Counter[str] = Counter()  # that are not finished, by client
 
-    def application(
-        self, *, local: bool = True, api_key: str | None = None, cors: Sequence[str] = ()
-    ) -> ASGIApp:
-        """The ASGI application; `local`, `api_key` and `cors` are Guard's."""
+    def application(self, access: Access, log: Log | None = None) -> ASGIApp:
+        """The ASGI application for those who have access; it writes a line per request to `log`."""
         routes = [
             Route("/", self.page),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/responses", self.responses, methods=["POST"]),
             Route("/v1/models", self.models),
             Route("/v1/models/{id:path}", self.model),
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/tokenizer_info", self.tokenizer_info),
             Route("/health", self.health),
             Route("/metrics", self.metrics),
         ]
         application = Starlette(
             routes=routes,
-            middleware=[Middleware(Guard, local=local, api_key=api_key, cors=cors)],
+            middleware=[Middleware(Guard, access=access)],
             exception_handlers={
                 TrimixError: _refused,
                 HTTPException: _no_such_route,
@@ -98,7 +103,9 @@ class Api:
             },
         )
         application.router.redirect_slashes = False
-        return _Count(application, metrics=self._metrics, paths=[r.path for r in routes])
+        paths = [route.path for route in routes]
+        proxies = access.proxies
+        return Recorded(application, metrics=self._metrics, paths=paths, log=log, proxies=proxies)
 
     def stop(self) -> None:
         """End every answer that is not finished, and say why."""
@@ -110,18 +117,38 @@ class Api:
 
     async def chat(self, request: HttpRequest) -> Response:
         """Answer a chat."""
-        return await self._reply(request, parse_chat(await self._read(request)))
+        call = await self._call(request, parse_chat)
+        return await self._reply(request, call, Reply(call, self._trio, model=self._name))
+
+    async def responses(self, request: HttpRequest) -> Response:
+        """Answer a chat, in the form of OpenAI's newer route."""
+        call = await self._call(request, parse_response)
+        return await self._reply(request, call, ResponseReply(call, self._trio, model=self._name))
 
     async def completions(self, request: HttpRequest) -> Response:
         """Continue one or more texts."""
-        return await self._reply(request, parse_completion(await self._read(request)))
+        call = await self._call(request, parse_completion)
+        self._check_number(call)
+        echoes = prompt_texts(self._trio, call)
+        reply = Reply(call, self._trio, model=self._name, echoes=echoes)
+        return await self._reply(request, call, reply)
+
+    async def _call(self, request: HttpRequest, parse: Parse) -> Call:
+        ignored = self._ignored(request)
+        call = parse(await self._read(request), ignored)
+        self._check_model(call.model, ignored)
+        return call
+
+    def _ignored(self, request: HttpRequest) -> list[str] | None:
+        """Where the names of fields go that are not used; None where they are refused."""
+        return None if self._strict else record_of(request.scope).ignored
 
     async def _read(self, request: HttpRequest) -> object:
         most_bytes, timeout_s = self._limits.body_limit, self._limits.read_timeout_s
         return await read_json(request, most_bytes=most_bytes, timeout_s=timeout_s)
 
-    async def _reply(self, request: HttpRequest, call: Call) -> Response:
-        self._check_model(call.model)
+    def _check_number(self, call: Call) -> int:
+        """How many answers a call asks for; raises RequestError where that is too many."""
         n, most = call.n * max(1, len(call.prompts)), self._limits.parallel + self._limits.queue
         if n > most:
             raise RequestError(
@@ -129,7 +156,11 @@ class Api:
                 param="n",
                 code="invalid_value",
             )
-        reply = Reply(call, self._trio, model=self._name, echoes=prompt_texts(self._trio, call))
+        return n
+
+    async def _reply(self, request: HttpRequest, call: Call, reply: Reply) -> Response:
+        n, record = self._check_number(call), record_of(request.scope)
+        self._check_share(n, record)
         events = Events(
             self._batcher,
             lambda: make_requests(self._trio, call, defaults=self._defaults),
@@ -139,18 +170,26 @@ class Api:
             timeout_s=self._limits.timeout_s,
         )
         if call.stream:
-            chunks = self._stream(events, call, reply)
+            chunks = self._stream(events, reply, record)
             # Headers are sent with the first chunk: a failure before it has its own status.
             first = await anext(chunks)
             return _EventStream(first, chunks, stall_s=self._limits.read_timeout_s)
-        async for _ in self._chunks(events, reply):
+        async for _ in self._chunks(events, reply, record):
             pass
         return JSONResponse(reply.body())
 
-    async def _chunks(self, events: Events, reply: Reply) -> AsyncGenerator[dict[str, Any], None]:
+    def _check_share(self, n: int, record: Record) -> None:
+        most = self._limits.per_client
+        if most and self._n_answers[record.holder] + n > most:
+            raise QueueFull(f"one client has at most {most} answers at once; try again later")
+
+    async def _chunks(
+        self, events: Events, reply: Reply, record: Record
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a reply as its events come; cancels its jobs however it ends."""
-        started, seen = time.perf_counter(), set()
+        started, seen, n = time.perf_counter(), set(), len(reply.choices)
         self._open.add(events)
+        self._n_answers[record.holder] += n
         try:
             async for index, event in events:
                 if event.tokens and index not in seen:
@@ -158,40 +197,52 @@ class Api:
                     self._metrics.observe_first_token(time.perf_counter() - started)
                 for chunk in reply.take(index, event):
                     yield chunk
+        except RequestError as error:
+            if error.code == INVALID_SCHEMA:
+                error.param = reply.schema_at
+            raise
         finally:
             self._open.discard(events)
+            self._n_answers[record.holder] -= n
+            self._n_answers += Counter()  # leaves out who has none
+            record.n_prompt, record.n_tokens = reply.n_tokens()
             events.close()
 
     async def _stream(
-        self, events: Events, call: Call, reply: Reply
+        self, events: Events, reply: Reply, record: Record
     ) -> AsyncGenerator[bytes, None]:
         """Server-sent events; an error after the first one is the last of them."""
         begun = False
         try:
-            async with aclosing(self._chunks(events, reply)) as chunks:
+            async with aclosing(self._chunks(events, reply, record)) as chunks:
                 async for chunk in chunks:
-                    yield _sse(chunk)
+                    yield reply.encode(chunk)
                     begun = True
-            if call.include_usage:
-                yield _sse(reply.usage_chunk())
-            yield b"data: [DONE]\n\n"
+            if ending := reply.ending():
+                yield ending
         except RequestError as error:
             if not begun:
                 raise
-            yield _sse(error_json(error))
+            yield reply.failure(error)
         except ClientDisconnect:
             if not begun:
                 raise
 
-    def _check_model(self, name: str | None) -> None:
-        """Refuse a name other than the trio's and "default"; a call may leave it out."""
-        if name not in (None, "", "default", self._name):
-            raise RequestError(
-                f"model {name[:80]!r} is not here; this server has {self._name!r}",
-                status=404,
-                param="model",
-                code="model_not_found",
-            )
+    def _check_model(self, name: str | None, ignored: list[str] | None) -> None:
+        """Refuse a name other than the trio's and "default", or ignore it; it may be absent."""
+        if name in (None, "", "default", self._name):
+            return
+        if ignored is None:
+            raise self._no_model(name)
+        ignored.append("model")
+
+    def _no_model(self, name: str) -> RequestError:
+        return RequestError(
+            f"model {name[:80]!r} is not here; this server has {self._name!r}",
+            status=404,
+            param="model",
+            code="model_not_found",
+        )
 
     # -- the rest ---------------------------------------------------------------------------
 
@@ -202,9 +253,8 @@ class Api:
     async def model(self, request: HttpRequest) -> Response:
         """One model of the list."""
         name = request.path_params["id"]
-        if not name:
-            raise HTTPException(404)
-        self._check_model(name)
+        if name not in ("default", self._name):
+            raise self._no_model(name)
         return JSONResponse(self._model())
 
     def _model(self) -> dict[str, Any]:
@@ -224,41 +274,21 @@ class Api:
 
     async def tokenize(self, request: HttpRequest) -> Response:
         """Text to token ids."""
-        fields = Fields(await self._read(request))
-        texts = [fields.text(name) for name in ("content", "prompt")]
-        begin = [fields.boolean(name) for name in ("add_special", "add_special_tokens")]
-        self._check_model(fields.text("model"))
-        fields.done()
-        text = next((text for text in texts if text is not None), None)
-        if text is None:
-            fields.wrong("content", None, "a string")
-        model = self._trio.models[ROLES[0]]
-        ids = await self._in_thread(lambda: model.tokenize(model.normalize(text)))
-        ids = (model.bos if any(begin) else []) + ids
-        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self._trio.n_ctx})
+        return JSONResponse(await self._tokens.tokenize(await self._fields(request)))
 
     async def detokenize(self, request: HttpRequest) -> Response:
         """Token ids to text."""
-        fields = Fields(await self._read(request))
-        ids = fields.take("tokens")
-        self._check_model(fields.text("model"))
-        fields.done()
-        n_vocab = self._trio.n_vocab
-        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < n_vocab for i in ids):
-            fields.wrong("tokens", ids, f"a list of token ids below {n_vocab}")
-        piece = self._trio.models[ROLES[0]].piece
-        raw = await self._in_thread(lambda: b"".join(piece(i) for i in ids))
-        text = raw.decode("utf-8", "replace")
-        return JSONResponse({"content": text, "prompt": text})
+        return JSONResponse(await self._tokens.detokenize(await self._fields(request)))
 
-    async def _in_thread(self, call: Callable[[], Any]) -> Any:
-        if self._n_aside > self._limits.queue:
-            raise QueueFull(f"{self._n_aside} requests wait already; try again later")
-        self._n_aside += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._aside, call)
-        finally:
-            self._n_aside -= 1
+    async def tokenizer_info(self, _: HttpRequest) -> Response:
+        """What the tokenizer is."""
+        return JSONResponse(self._tokens.info())
+
+    async def _fields(self, request: HttpRequest) -> Fields:
+        ignored = self._ignored(request)
+        fields = Fields(await self._read(request), ignored=ignored)
+        self._check_model(fields.text("model"), ignored)
+        return fields
 
     async def health(self, _: HttpRequest) -> Response:
         """Whether the engine runs, and takes more requests."""
@@ -302,27 +332,6 @@ class _EventStream(Response):
                 async for part in rest:
                     await tell(part)
             await tell(b"", more=False)
-
-
-class _Count:
-    """An ASGI application that counts another's responses, by path (one of `paths`) and status."""
-
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, paths: Sequence[str]) -> None:
-        self._app, self._metrics, self._paths = app, metrics, frozenset(paths)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def tell(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                path = scope["path"] if scope["path"] in self._paths else "other"
-                self._metrics.count_response(path, message["status"])
-            await send(message)
-
-        await self._app(scope, receive, tell)
-
-
-def _sse(value: dict[str, Any]) -> bytes:
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return f"data: {text.translate(_LINE_ENDS)}\n\n".encode()
 
 
 async def _refused(_: HttpRequest, error: Exception) -> Response:

@@ -21,7 +21,7 @@ from trimix_gguf.errors import (
 _LINGER_S = 2.0  # how long a client's bytes are read and dropped
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _RETRY_S = 5
-_SCHEMA = "response_format.json_schema.schema"
+INVALID_SCHEMA = "invalid_schema"
 
 
 class RequestError(TrimixError):
@@ -56,7 +56,7 @@ def as_request_error(error: TrimixError) -> RequestError:
     if isinstance(error, PromptError):
         return RequestError(text, code="invalid_prompt")
     if isinstance(error, SchemaError):
-        return RequestError(text, param=_SCHEMA, code="invalid_schema")
+        return RequestError(text, code=INVALID_SCHEMA)
     if isinstance(error, SamplerError | WeightsError):
         return RequestError(text, code="invalid_value")
     return RequestError(text, status=500, code="engine_error")

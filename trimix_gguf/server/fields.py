@@ -1,102 +1,11 @@
-"""JSON from clients: a body within limits, whose fields are taken out one by one, by type."""
+"""An object's fields, taken out one by one, by type."""
 
-import asyncio
 import json
-import math
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from starlette.requests import ClientDisconnect, Request
-
 from trimix_gguf.server.errors import RequestError
-
-MOST_NESTED = 64
-
-
-async def read_json(request: Request, *, most_bytes: int, timeout_s: float) -> Any:
-    """A request's body, parsed; raises RequestError, also where it is too long or too slow.
-
-    At most `most_bytes` of it are kept at any time.
-    """
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise RequestError(
-            "the body is compressed; send it uncompressed", status=415, is_read=False
-        )
-    declared = request.headers.get("content-length", "0")
-    if not declared.isdecimal() or int(declared[:20]) > most_bytes:
-        raise _too_long(most_bytes, is_read=False)
-    body, more = bytearray(), True
-    try:
-        async with asyncio.timeout(timeout_s):
-            while more:
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnect
-                body += message["body"]
-                more = message["more_body"]
-                if len(body) > most_bytes:
-                    raise _too_long(most_bytes, is_read=not more)
-    except TimeoutError:
-        raise RequestError(
-            f"the body did not come within {timeout_s:g} seconds",
-            status=408,
-            code="too_slow",
-            is_read=False,
-        ) from None
-    return parse_json(bytes(body))
-
-
-def _too_long(most_bytes: int, *, is_read: bool) -> RequestError:
-    return RequestError(
-        f"the body is longer than {most_bytes} bytes; shorten it or raise --body-limit",
-        status=413,
-        code="body_too_long",
-        is_read=is_read,
-    )
-
-
-def parse_json(raw: bytes) -> Any:
-    """Strict JSON in UTF-8: no NaN, no lone surrogates, no more than MOST_NESTED levels."""
-    try:
-        value = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise RequestError(f"the body is not UTF-8 (byte {error.start})") from None
-    except RecursionError:
-        raise RequestError(f"the body is nested more than {MOST_NESTED} levels deep") from None
-    except ValueError as error:
-        raise RequestError(f"the body is not JSON: {error}") from None
-    _check_values(value)
-    return value
-
-
-def _check_values(value: Any) -> None:
-    level = [value]
-    for _ in range(MOST_NESTED + 1):  # and what the innermost holds
-        deeper: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
-                deeper += item.keys()
-                deeper += item.values()
-            elif isinstance(item, list):
-                deeper += item
-            elif isinstance(item, float) and not math.isfinite(item):
-                raise RequestError("the body has NaN, or a number too large for a float64")
-            elif isinstance(item, str) and not _is_text(item):
-                raise RequestError(
-                    "the body has half of a surrogate pair, which is not a character"
-                )
-        level = deeper
-    if level:
-        raise RequestError(f"the body is nested more than {MOST_NESTED} levels deep")
-
-
-def _is_text(item: str) -> bool:
-    try:
-        item.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def describe(value: Any) -> str:
@@ -108,10 +17,11 @@ def describe(value: Any) -> str:
 class Fields:
     """An object's fields: each is taken once, null counts as absent, and the rest is unknown.
 
-    `at` is the object's place in the body, for messages. Every method raises RequestError.
+    `at` is the object's place in the body, for messages. The names of fields that are not used go
+    to `ignored`; without that list they are refused. Every method raises RequestError.
     """
 
-    def __init__(self, value: Any, at: str = "") -> None:
+    def __init__(self, value: Any, at: str = "", *, ignored: list[str] | None = None) -> None:
         if not isinstance(value, dict):
             raise RequestError(
                 f"{at or 'the body'} is {describe(value)}; expected a JSON object",
@@ -121,6 +31,15 @@ class Fields:
         self._left = dict(value)
         self._at = f"{at}." if at else ""
         self._known: list[str] = []
+        self._ignored = ignored
+
+    def within(self, value: Any, name: str) -> "Fields":
+        """The fields of an object inside this one."""
+        return Fields(value, self.place(name), ignored=self._ignored)
+
+    def place(self, name: str) -> str:
+        """A field's place in the body, for messages."""
+        return f"{self._at}{name}"
 
     def take(self, name: str) -> Any:
         """The value, of any type; None where it is absent."""
@@ -173,26 +92,39 @@ class Fields:
         value = self.take(name)
         if value is not None and value not in harmless:
             raise RequestError(
-                f"{self._at}{name} is not supported: {why}",
-                param=f"{self._at}{name}",
+                f"{self.place(name)} is not supported: {why}",
+                param=self.place(name),
                 code="unsupported_parameter",
             )
+
+    def leave_out(self, name: str, why: str, *, harmless: Sequence[Any] = ()) -> None:
+        """Ignore what the server does not have, and say so; where nothing is ignored, refuse it."""
+        if self._ignored is None:
+            self.refuse(name, why, harmless=harmless)
+            return
+        value = self.take(name)
+        if value is not None and value not in harmless:
+            self._ignored.append(self.place(name))
 
     def wrong(self, name: str, value: Any, expected: str) -> NoReturn:
         """Raise, saying what was expected."""
         raise RequestError(
-            f"{self._at}{name} is {describe(value)}; expected {expected}",
-            param=f"{self._at}{name}",
+            f"{self.place(name)} is {describe(value)}; expected {expected}",
+            param=self.place(name),
             code="invalid_value",
         )
 
     def done(self) -> None:
-        """Raise for the first field that was not taken."""
+        """Ignore the fields that were not taken; raise for the first where nothing is ignored."""
+        if self._ignored is not None:
+            left = (name for name, value in self._left.items() if value is not None)
+            self._ignored += [self.place(name) for name in left]
+            return
         for name in self._left:
             near = get_close_matches(name[:80], self._known, n=1)
             raise RequestError(
-                f"unknown field {describe(self._at + name)}"
+                f"unknown field {describe(self.place(name))}"
                 + (f"; did you mean {near[0]!r}?" if near else "; leave it out"),
-                param=f"{self._at}{name}"[:80],
+                param=self.place(name)[:80],
                 code="unknown_parameter",
             )

@@ -1,14 +1,17 @@
 """Who may use the server: the key, a browser's Host and Origin, and pages of other origins."""
 
-import hmac
 import ipaddress
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from trimix_gguf.server.clients import Network
 from trimix_gguf.server.errors import RequestError, error_response
+from trimix_gguf.server.keys import Keys
+from trimix_gguf.server.records import IGNORED, record_of
 
 _OPEN = ("/", "/health")  # the page asks for the key itself; a watchdog has none
 
@@ -23,19 +26,29 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+@dataclass(frozen=True)
+class Access:
+    """Who may ask: see Guard. `keys` None is everyone; `proxies` may say whom they ask for."""
+
+    local: bool = True
+    keys: Keys | None = None
+    cors: Sequence[str] = ()
+    hosts: Sequence[str] = ()
+    proxies: Sequence[Network] = ()
+
+
 class Guard:
     """ASGI middleware that refuses with 401 or 403, and tells browsers what `cors` allows.
 
-    With `local`, a Host that is not this machine's is refused: else a web page whose name leads
-    here (DNS rebinding) would count as ours. A page of another origin is refused unless `cors`
-    names it, as it could make the machine work even if it cannot read the answer.
+    With `local`, a Host that is neither this machine's nor one of `hosts` is refused: else a web
+    page whose name leads here (DNS rebinding) would count as ours. A page of another origin is
+    refused unless `cors` or `hosts` name it, as it could make the machine work even if it cannot
+    read the answer. Behind a proxy its origin is the proxy's name, and Host often another.
     """
 
-    def __init__(
-        self, app: ASGIApp, *, local: bool, api_key: str | None, cors: Sequence[str]
-    ) -> None:
-        self._app, self._local, self._cors = app, local, cors
-        self._key = None if api_key is None else api_key.encode()
+    def __init__(self, app: ASGIApp, *, access: Access) -> None:
+        self._app, self._local, self._cors = app, access.local, access.cors
+        self._keys, self._hosts = access.keys, frozenset(access.hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -49,7 +62,7 @@ class Guard:
             if shared and message["type"] == "http.response.start":
                 own = MutableHeaders(scope=message)
                 own["Access-Control-Allow-Origin"] = origin or ""
-                own["Access-Control-Expose-Headers"] = "Retry-After"
+                own["Access-Control-Expose-Headers"] = f"Retry-After, {IGNORED}"
                 own.add_vary_header("Origin")
             await send(message)
 
@@ -59,7 +72,7 @@ class Guard:
                 await _preflight(headers)(scope, receive, tell)
                 return
             if scope["path"] not in _OPEN:
-                self._check_key(headers)
+                record_of(scope).key = self._check_key(headers)
         except RequestError as error:
             await error_response(error)(scope, receive, tell)
         else:
@@ -70,14 +83,17 @@ class Guard:
 
     def _check_browser(self, headers: Headers, shared: bool) -> None:
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self._local and host and not is_loopback(_name_of(host)):
+        if self._local and host and not self._is_here(host):
             raise RequestError(
-                f"this server answers to localhost, not to {host[:80]!r}",
+                f"this server answers to localhost, not to {host[:80]!r}; --allowed-host adds a "
+                "name",
                 status=403,
                 code="host_not_allowed",
                 is_read=False,
             )
-        if origin is not None and not shared and origin.partition("://")[2] != host:
+        asking = (origin or "").partition("://")[2]
+        ours = asking == host or _name_of(asking) in self._hosts
+        if origin is not None and not shared and not ours:
             raise RequestError(
                 f"pages of {origin[:80]!r} may not use this server; --cors allows an origin",
                 status=403,
@@ -85,13 +101,17 @@ class Guard:
                 is_read=False,
             )
 
-    def _check_key(self, headers: Headers) -> None:
-        if self._key is None:
-            return
+    def _is_here(self, host: str) -> bool:
+        name = _name_of(host)
+        return is_loopback(name) or name in self._hosts
+
+    def _check_key(self, headers: Headers) -> str:
+        """The name of the key's holder."""
+        if self._keys is None:
+            return "-"
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        # Compared in constant time, so that the time does not tell anything about the key.
-        same = hmac.compare_digest(key.strip().encode("latin-1", "replace"), self._key)
-        if scheme.lower() != "bearer" or not same:
+        name = self._keys.name_of(key.strip().encode("latin-1", "replace"))
+        if scheme.lower() != "bearer" or name is None:
             raise RequestError(
                 "the API key is missing or wrong; send it as Authorization: Bearer KEY",
                 status=401,
@@ -99,6 +119,7 @@ class Guard:
                 is_read=False,
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        return name
 
 
 def _preflight(headers: Headers) -> Response:

@@ -15,12 +15,19 @@ class Metrics:
 
     def __init__(self) -> None:
         self._responses: Counter[tuple[str, int]] = Counter()
+        self._tokens: Counter[tuple[str, str]] = Counter()
         self._first_token = [0] * (len(_BOUNDS) + 1)  # by the bound above it; the last has none
         self._first_token_sum = 0.0
 
     def count_response(self, path: str, status: int) -> None:
         """Count one HTTP response."""
         self._responses[path, status] += 1
+
+    def count_tokens(self, key: str, n_prompt: int, n_tokens: int) -> None:
+        """Count the tokens of one HTTP request, by the name of its key."""
+        if n_prompt:
+            self._tokens[key, "prompt"] += n_prompt
+            self._tokens[key, "generated"] += n_tokens
 
     def observe_first_token(self, seconds: float) -> None:
         """Note how long a first token took."""
@@ -49,6 +56,11 @@ class Metrics:
                 "http_responses",
                 "HTTP responses, by path and status.",
                 {f'path="{p}",status="{s}"': n for (p, s), n in self._responses.items()},
+            ),
+            _counter(
+                "key_tokens",
+                "Tokens by the name of the key, or - for who has none.",
+                {f'key="{key}",kind="{kind}"': n for (key, kind), n in self._tokens.items()},
             ),
             self._histogram(),
         ]

@@ -1,6 +1,7 @@
 """Events of the engine -> what a client gets: OpenAI's response objects, whole or in chunks."""
 
 import codecs
+import json
 import math
 import secrets
 import time
@@ -11,11 +12,21 @@ from typing import Any
 from trimix_gguf.answering.request import Event, Token
 from trimix_gguf.choosing.methods import AUTO
 from trimix_gguf.choosing.selection import Selection
+from trimix_gguf.server.errors import RequestError, error_json
 from trimix_gguf.server.openai import Call
 from trimix_gguf.trio.trio import Trio
 
 _LOWEST = -9999.0  # what OpenAI writes for a log-probability of minus infinity
 _REASONS = {"stop": "stop", "length": "length", "context": "length"}
+# Some clients cut a stream into lines at these too, and JSON does not escape them.
+_LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
+
+
+def sent_event(value: dict[str, Any], name: str | None = None) -> bytes:
+    """A server-sent event, with a name where it has one."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    named = "" if name is None else f"event: {name}\n"
+    return f"{named}data: {text.translate(_LINE_ENDS)}\n\n".encode()
 
 
 class Reply:
@@ -26,9 +37,10 @@ class Reply:
 
     def __init__(self, call: Call, trio: Trio, *, model: str, echoes: Sequence[str] = ()) -> None:
         self._call, self._trio = call, trio
+        self.schema_at = call.schema_at
         n_prompts = 1 if call.kind == "chat" else len(call.prompts)
-        self._choices = [
-            _Choice(call, trio, echoes[i // call.n] if echoes else "")
+        self.choices = [
+            Choice(call, trio, echoes[i // call.n] if echoes else "")
             for i in range(n_prompts * call.n)
         ]
         chat = call.kind == "chat"
@@ -42,7 +54,7 @@ class Reply:
 
     def take(self, index: int, event: Event) -> Iterator[dict[str, Any]]:
         """Keep an event of a choice; yield the chunks that tell it, if the call streams."""
-        choice = self._choices[index]
+        choice = self.choices[index]
         begins = choice.take(event)
         if not self._call.stream:
             return
@@ -50,9 +62,9 @@ class Reply:
             yield self._chunk(index, choice.opening(), choice.mix())
         piece = choice.piece(event)
         if piece is not None:
-            yield self._chunk(index, piece, self._extension(choice, event.tokens) or None)
+            yield self._chunk(index, piece, self.extension(choice, event.tokens) or None)
 
-    def _extension(self, choice: "_Choice", tokens: Sequence[Token]) -> dict[str, Any]:
+    def extension(self, choice: "Choice", tokens: Sequence[Token]) -> dict[str, Any]:
         """The extension `trimix`: traced tokens, and an end that OpenAI has no word for."""
         said: dict[str, Any] = {}
         if self._call.trace:
@@ -75,25 +87,42 @@ class Reply:
             chunk["trimix"] = mix
         return chunk
 
-    def usage_chunk(self) -> dict[str, Any]:
-        """The last chunk, where usage was asked for; it has no choice."""
-        return {**self._chunk(0, {}, None), "choices": [], "usage": self.usage()}
+    def encode(self, chunk: dict[str, Any]) -> bytes:
+        """A chunk as it is sent."""
+        return sent_event(chunk)
+
+    def ending(self) -> bytes:
+        """What ends a stream: the usage where it was asked for, without a choice, and a mark."""
+        usage = b""
+        if self._call.include_usage:
+            chunk = {**self._chunk(0, {}, None), "choices": [], "usage": self.usage()}
+            usage = self.encode(chunk)
+        return usage + b"data: [DONE]\n\n"
+
+    def failure(self, error: RequestError) -> bytes:
+        """What ends a stream that has begun and fails."""
+        return sent_event(error_json(error))
 
     def body(self) -> dict[str, Any]:
         """The whole reply, once every choice has ended."""
         choices, mixes = [], []
-        for i, choice in enumerate(self._choices):
+        for i, choice in enumerate(self.choices):
             choices.append({"index": i, **choice.whole()})
-            mixes.append({**choice.mix(), **self._extension(choice, choice.tokens)})
+            mixes.append({**choice.mix(), **self.extension(choice, choice.tokens)})
         if len(choices) > 1:
             choices = [{**c, "trimix": mix} for c, mix in zip(choices, mixes, strict=True)]
         return {**self._head, "choices": choices, "usage": self.usage(), "trimix": mixes[0]}
 
+    def n_tokens(self) -> tuple[int, int]:
+        """Tokens of prompts and answers so far; a prompt with n answers counts once."""
+        firsts = self.choices[:: self._call.n]
+        n_prompt = sum(choice.newest.n_prompt for choice in firsts)
+        return n_prompt, sum(choice.newest.n_tokens for choice in self.choices)
+
     def usage(self) -> dict[str, Any]:
-        """Tokens so far; a prompt with n answers counts once."""
-        firsts = [choice.newest for choice in self._choices[:: self._call.n]]
-        n_prompt = sum(event.n_prompt for event in firsts)
-        n_tokens = sum(choice.newest.n_tokens for choice in self._choices)
+        """OpenAI's form of it."""
+        n_prompt, n_tokens = self.n_tokens()
+        firsts = [choice.newest for choice in self.choices[:: self._call.n]]
         return {
             "prompt_tokens": n_prompt,
             "completion_tokens": n_tokens,
@@ -102,11 +131,13 @@ class Reply:
         }
 
 
-class _Choice:
+class Choice:
     """One answer as it comes, in the shape of its kind of request."""
 
     def __init__(self, call: Call, trio: Trio, echo: str) -> None:
         self._chat, self._logprobs, self._echo = call.kind == "chat", call.logprobs, echo
+        self._function = call.function
+        self._call_id = f"call_{secrets.token_hex(12)}"
         self._gives_back = call.echo
         self._trio = trio
         self._text: list[str] = []
@@ -129,33 +160,57 @@ class _Choice:
     def opening(self) -> dict[str, Any]:
         """The first chunk: who speaks, or the prompt that is given back."""
         if self._chat:
-            delta = {"role": "assistant", "content": ""}
+            delta: dict[str, Any] = {"role": "assistant", "content": ""}
+            if self._function is not None:
+                delta = {"role": "assistant", "content": None}
+                delta["tool_calls"] = [{"index": 0, **self._called("")}]
             return {"delta": delta, "logprobs": None, "finish_reason": None}
         logprobs = self._logprobs_of(self._prompt_tokens) if self._gives_back else None
         return {"text": self._echo, "logprobs": logprobs, "finish_reason": None}
 
     def piece(self, event: Event) -> dict[str, Any] | None:
         """The chunk of an event; None where there is nothing to tell yet."""
-        reason = _REASONS.get(event.finish_reason or "")
+        reason = self._reason(event)
         if not (event.text or event.tokens or reason):
             return None
         said: dict[str, Any] = {"logprobs": self._logprobs_of(event.tokens)}
         if self._chat:
-            said["delta"] = {"content": event.text} if event.text else {}
+            said["delta"] = self._delta(event.text) if event.text else {}
         else:
             said["text"] = event.text
         return {**said, "finish_reason": reason}
 
     def whole(self) -> dict[str, Any]:
         """The choice with all of its text."""
-        text = self._echo + "".join(self._text)
+        text = self._echo + self.text
         tokens = [*self._prompt_tokens, *self.tokens]
         said: dict[str, Any] = {"logprobs": self._logprobs_of(tokens)}
         if self._chat:
-            said["message"] = {"role": "assistant", "content": text, "refusal": None}
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            if self._function is not None:
+                message |= {"content": None, "tool_calls": [self._called(text)]}
+            said["message"] = message
         else:
             said["text"] = text
-        return {**said, "finish_reason": _REASONS.get(self.newest.finish_reason or "")}
+        return {**said, "finish_reason": self._reason(self.newest)}
+
+    @property
+    def text(self) -> str:
+        """What has been answered so far."""
+        return "".join(self._text)
+
+    def _reason(self, event: Event) -> str | None:
+        reason = _REASONS.get(event.finish_reason or "")
+        return "tool_calls" if reason == "stop" and self._function is not None else reason
+
+    def _called(self, arguments: str) -> dict[str, Any]:
+        function = {"name": self._function, "arguments": arguments}
+        return {"id": self._call_id, "type": "function", "function": function}
+
+    def _delta(self, text: str) -> dict[str, Any]:
+        if self._function is None:
+            return {"content": text}
+        return {"tool_calls": [{"index": 0, "function": {"arguments": text}}]}
 
     def mix(self) -> dict[str, Any]:
         """The extension `trimix`: the chosen weights, and what they were chosen by."""

@@ -91,7 +91,7 @@ class Chooser:
             if method == TOKEN or (score_tokens == "auto" and method != AUTO):
                 score_tokens = "all"
             n_tokens = max((sum(scored for _, scored in p.units) for p in self.prompts), default=0)
-            stride = stride_of(score_tokens, n_tokens)
+            stride = stride_of(score_tokens, n_tokens, leashed=self._leashed)
             self.score = empty_score(grid, sloped=self._leashed, keep=keep, stride=stride)
 
     def _for_questions(self) -> None:

@@ -10,8 +10,9 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from trimix_gguf.answering.job import Job
 from trimix_gguf.answering.request import Event, Request
@@ -88,6 +89,20 @@ class Batcher:
             self._waiting.append(job)
             self._changed.notify()
         return job
+
+    def submit_all(
+        self, requests: Sequence[Request], on_event: Callable[[int, Event], None]
+    ) -> None:
+        """Queue requests together; `on_event` gets the index of one, too.
+
+        The engine begins when all of them wait: in an engine that was just made, the same requests
+        share the same batches, and round the same way, each time. Raises as submit does.
+        """
+        jobs = [Job(self.trio, r, partial(on_event, i)) for i, r in enumerate(requests)]
+        with self._changed:
+            self._check_room(len(jobs))
+            self._waiting += jobs
+            self._changed.notify()
 
     def _check_room(self, n: int) -> None:
         if self._closing is not None or not self._thread.is_alive():

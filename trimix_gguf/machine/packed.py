@@ -63,4 +63,4 @@ def _zstandard(file: Path) -> ModuleType:
         raise DataError(
             f"{file.name} needs zstandard: pip install zstandard, or pack it as .gz"
         ) from None
-    return cast(ModuleType, zstandard)
+    return zstandard

@@ -30,7 +30,7 @@ from trimix_gguf.server.guard import Guard
 from trimix_gguf.server.limits import Limits
 from trimix_gguf.server.metrics import CONTENT_TYPE, Metrics
 from trimix_gguf.server.openai import Call, parse_chat, parse_completion
-from trimix_gguf.server.prompts import make_requests, prompt_texts
+from trimix_gguf.server.prompts import check_model, make_requests, prompt_texts
 from trimix_gguf.server.replies import Reply
 from trimix_gguf.trio.trio import Trio
 
@@ -121,7 +121,7 @@ class Api:
         return await read_json(request, most_bytes=most_bytes, timeout_s=timeout_s)
 
     async def _reply(self, request: HttpRequest, call: Call) -> Response:
-        self._check_model(call.model)
+        check_model(call.model, self._name)
         n, most = call.n * max(1, len(call.prompts)), self._limits.parallel + self._limits.queue
         if n > most:
             raise RequestError(
@@ -183,16 +183,6 @@ class Api:
             if not begun:
                 raise
 
-    def _check_model(self, name: str | None) -> None:
-        """Refuse a name other than the trio's and "default"; a call may leave it out."""
-        if name not in (None, "", "default", self._name):
-            raise RequestError(
-                f"model {name[:80]!r} is not here; this server has {self._name!r}",
-                status=404,
-                param="model",
-                code="model_not_found",
-            )
-
     # -- the rest ---------------------------------------------------------------------------
 
     async def models(self, _: HttpRequest) -> Response:
@@ -204,7 +194,7 @@ class Api:
         name = request.path_params["id"]
         if not name:
             raise HTTPException(404)
-        self._check_model(name)
+        check_model(name, self._name)
         return JSONResponse(self._model())
 
     def _model(self) -> dict[str, Any]:
@@ -227,7 +217,7 @@ class Api:
         fields = Fields(await self._read(request))
         texts = [fields.text(name) for name in ("content", "prompt")]
         begin = [fields.boolean(name) for name in ("add_special", "add_special_tokens")]
-        self._check_model(fields.text("model"))
+        check_model(fields.text("model"), self._name)
         fields.done()
         text = next((text for text in texts if text is not None), None)
         if text is None:
@@ -241,7 +231,7 @@ class Api:
         """Token ids to text."""
         fields = Fields(await self._read(request))
         ids = fields.take("tokens")
-        self._check_model(fields.text("model"))
+        check_model(fields.text("model"), self._name)
         fields.done()
         n_vocab = self._trio.n_vocab
         if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < n_vocab for i in ids):

@@ -66,7 +66,7 @@ def run(prompts: str, output: str, **options: Any) -> None:
     command. The last group of answers is then answered again; see `trimix help many-prompts`.
     """
     from trimix_gguf.runs.journal import claim
-    from trimix_gguf.runs.running import Run, Settings, shard_of
+    from trimix_gguf.runs.running import Run, Settings, refuse_wrong, shard_of
     from trimix_gguf.server.openai import mix_settings
 
     force, shard = options.pop("force"), options.pop("shard")
@@ -77,6 +77,9 @@ def run(prompts: str, output: str, **options: Any) -> None:
                 raise DataError(f"{out} holds the prompts; choose another output")
             stack.enter_context(claim(out, force=force))
         lines, sha256 = _read(prompts)
+        own, source = shard_of(lines, *shard), "stdin" if prompts == "-" else prompts
+        if not options["skip_bad"]:
+            refuse_wrong(own, source)
         trio_file = named_trio(options)
         settings = Settings(
             name=options.pop("name") or model_name(trio_file, options),
@@ -87,8 +90,6 @@ def run(prompts: str, output: str, **options: Any) -> None:
         )
         rounding = {name: options[name] for name in _ROUNDING}
         trio = stack.enter_context(open_trio(options))
-        source = "stdin" if prompts == "-" else prompts
-        own = shard_of(lines, *shard)
         work = Run(trio, own, settings, source=source, bar=count_bar)
         if out is None:
             n_wrong = work.to_stream(sys.stdout.buffer)

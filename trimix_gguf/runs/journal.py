@@ -24,6 +24,7 @@ class Journal:
 
     def __init__(self, out: Path, header: Mapping[str, Any]) -> None:
         self._out, self._path = out, journal_path(out)
+        asked = json.loads(json.dumps(header))  # as it comes back from the file
         self._places: dict[int, tuple[int, int]] = {}  # number -> offset and length of its answer
         # No other process has it (claim), and it is short-lived in this one.
         self._file = open(self._path, "a+b")  # noqa: SIM115
@@ -31,8 +32,8 @@ class Journal:
             kept = self._read()
             if kept is None:
                 self._append([json.dumps(header) + "\n"])
-            elif kept != json.loads(json.dumps(header)):
-                names = [name for name in header if kept.get(name) != header[name]]
+            elif kept != asked:
+                names = [name for name in asked if kept.get(name) != asked[name]]
                 raise DataError(
                     f"{self._path} is of a run with other {', '.join(names) or 'settings'}; choose "
                     "another output, or --force to begin again"

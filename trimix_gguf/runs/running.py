@@ -49,6 +49,13 @@ def shard_of(lines: Sequence[Line], i: int, n: int) -> Sequence[Line]:
     return lines[(i - 1) * len(lines) // n : i * len(lines) // n]
 
 
+def refuse_wrong(lines: Sequence[Line], source: str) -> None:
+    """Raise DataError for the first line that was wrong as it was read: no model is needed."""
+    for line in lines:
+        if line.error is not None:
+            raise DataError(f"{source}, line {line.number}: {line.error}")
+
+
 class Run:
     """The lines of a file `source` and what answers them."""
 

@@ -1,6 +1,7 @@
 """`trimix run`, by its command: the answers of a file, their order, and what a kill leaves."""
 
 import gzip
+import io
 import json
 import os
 import random
@@ -15,6 +16,11 @@ from served import ENDLESS, TEXTS, serving
 from test_cli import one_line_error
 
 from trimix_gguf import Weights, generate
+from trimix_gguf.answering.answer import Answer
+from trimix_gguf.cli.bars import count_bar
+from trimix_gguf.errors import DataError, ModelError, SamplerError
+from trimix_gguf.runs.lines import read_lines
+from trimix_gguf.runs.running import Run, Settings, group_lines
 
 FIXED = {"temperature": 0, "max_tokens": 8, "trimix": {"weights": [0.1, 0.9]}, **ENDLESS}
 SMALL = ("--threads", "2", "--parallel", "2")  # groups of eight answers
@@ -175,6 +181,19 @@ def test_a_request_without_a_seed_gets_one_from_the_run_and_its_id(trimix, place
     )
 
 
+def test_lines_that_begin_alike_are_answered_in_one_group():
+    prompts = [f"{text} {i}" for i in range(4) for text in TEXTS[:2]]
+    bodies = [{"id": i, "prompt": p, "n": 1 + (i == 5)} for i, p in enumerate(prompts)]
+    chats = [{"messages": [{"role": "user", "content": c}]} for c in "ab"]
+    lines, _ = read_lines(json.dumps(body).encode() for body in [*bodies, *chats])
+    groups = group_lines(lines, 4)
+    assert [[line.id for line in group] for group in groups] == [
+        [9, 10, 1, 3],
+        [5, 7, 0],
+        [2, 4, 6],
+    ]
+
+
 # -- streams and packed files ---------------------------------------------------------------
 
 
@@ -223,13 +242,15 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(trimix, place):
     write(place / "in.jsonl", mixed(40))
     whole = trimix("run", "in.jsonl", "-o", "whole", *SMALL)
     assert whole.returncode == 0, whole.stderr.decode()
+    n_choices = [len(a["response"]["choices"]) for a in answers_of(place / "whole")]
+    assert n_choices == [1, 2, 1, 1] * 10
     command, journal = ("run", "in.jsonl", "-o", "out", *SMALL), place / "out.part"
     moment = random.Random(os.urandom(8))
     for n_groups in (0, 1, 3):
         killed(command, journal, n_groups, moment.uniform(0, 0.2))
         assert not (place / "out").exists()
-    with journal.open("ab") as file:  # what a kill within a write leaves
-        file.write(b'1 {"id": "q0", "response": {}}\n2 {"id"')
+        with journal.open("ab") as file:  # what a kill within a write leaves
+            file.write(b'1 {"id": "q0", "response": {}}\n2 {"id"')
     kept = whole_groups(journal)
     done = trimix(*command)
     assert done.returncode == 0 and kept >= 3, done.stderr.decode()
@@ -329,6 +350,34 @@ def test_the_first_wrong_line_ends_a_run_before_anything_is_answered(trimix, pla
     assert "in.jsonl, line 3: " in said and WRONG[text] in said
     done = trimix("run", "in.jsonl", "-o", "-", *SMALL)
     assert one_line_error_after_bars(done) == said
+
+
+@pytest.mark.parametrize("n_choices", [1, 3])
+def test_a_request_that_fails_on_the_way_is_wrong_too(trio, monkeypatch, n_choices):
+    def take(answer, *arguments):
+        if answer.request.max_tokens == 5 and answer.n_tokens == 2:
+            raise failure
+        return taking(answer, *arguments)
+
+    taking = Answer.take
+    monkeypatch.setattr(Answer, "take", take)
+    failing = {**GOOD, "id": "failing", "max_tokens": 5, "n": n_choices}
+    lines, _ = read_lines(json.dumps(x).encode() for x in (GOOD, failing, GOOD_TOO))
+
+    def answers(**options):
+        out, settings = io.BytesIO(), Settings("nano", n_parallel=3, **options)
+        assert Run(trio, lines, settings, source="in", bar=count_bar).to_stream(out) == 1
+        return [json.loads(line) for line in out.getvalue().splitlines()]
+
+    failure = SamplerError("no token is allowed")
+    good, wrong, good_too = answers(skip_bad=True)
+    assert wrong == {"id": "failing", "error": wrong["error"]}
+    assert wrong["error"]["message"] == "no token is allowed" and text_of(good) == text_of(good_too)
+    with pytest.raises(DataError, match="in, line 2: no token is allowed"):
+        answers()
+    failure = ModelError("the device is gone")  # not the line's fault: nothing is written of it
+    with pytest.raises(ModelError, match="in, line 2: the device is gone"):
+        answers(skip_bad=True)
 
 
 def test_an_id_that_comes_twice_is_refused_with_both_lines(trimix, place):

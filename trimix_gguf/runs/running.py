@@ -49,6 +49,19 @@ def shard_of(lines: Sequence[Line], i: int, n: int) -> Sequence[Line]:
     return lines[(i - 1) * len(lines) // n : i * len(lines) // n]
 
 
+def group_lines(lines: Sequence[Line], n_answers: int) -> list[list[Line]]:
+    """Groups of about `n_answers`, in which lines that begin alike are next to each other."""
+    groups: list[list[Line]] = []
+    n = n_answers
+    for line in sorted(lines, key=lambda line: (line.beginning, line.number)):
+        if n + line.n_answers > n_answers:
+            groups.append([])
+            n = 0
+        groups[-1].append(line)
+        n += line.n_answers
+    return groups
+
+
 def refuse_wrong(lines: Sequence[Line], source: str) -> None:
     """Raise DataError for the first line that was wrong as it was read: no model is needed."""
     for line in lines:
@@ -92,7 +105,7 @@ class Run:
 
     def _answers(self, done: "Journal | tuple[()]") -> Iterator[dict[int, str]]:
         """Answers by number, group by group, of the groups that are not `done`."""
-        groups = self._groups()
+        groups = group_lines(list(self._lines.values()), _ROUNDS * self._settings.n_parallel)
         n_done = len(done)
         left = [group for group in groups if group[0].number not in done]
         self._check([line for group in left for line in group])
@@ -108,19 +121,6 @@ class Run:
                     yield answers
         finally:
             close_renderer()
-
-    def _groups(self) -> list[list[Line]]:
-        """Lines that begin alike, next to each other; the same ones in each run."""
-        most = _ROUNDS * self._settings.n_parallel
-        groups: list[list[Line]] = []
-        n_answers = most
-        for line in sorted(self._lines.values(), key=lambda line: (line.beginning, line.number)):
-            if n_answers + line.n_answers > most:
-                groups.append([])
-                n_answers = 0
-            groups[-1].append(line)
-            n_answers += line.n_answers
-        return groups
 
     # -- lines ------------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ def run(prompts: str, output: str, **options: Any) -> None:
     Each line of PROMPTS is a request in JSON, as the server takes it, with an id; or a line of
     OpenAI's batches. - is standard input. Files may be packed as .gz, .zst or .bz2. The answers
     have the order of the lines. A run that was stopped, even by a kill, goes on with the same
-    command. The last group of answers is then answered again; see `trimix help many-prompts`.
+    command, and ends in the same answers. See `trimix help many-prompts`.
     """
     from trimix_gguf.runs.journal import claim
     from trimix_gguf.runs.running import Run, Settings, refuse_wrong, shard_of

@@ -1,4 +1,4 @@
-"""The answers of a run so far, beside its output: OUT.part, which a kill leaves whole.
+"""The answers of a run so far, beside its output: OUT.part, which survives a kill.
 
 It begins with a line of JSON that says what is answered, and how. A line for each answer follows:
 the line's number, a space, the answer. An empty line ends the header and each group of answers;
@@ -26,7 +26,6 @@ class Journal:
         self._out, self._path = out, journal_path(out)
         asked = json.loads(json.dumps(header))  # as it comes back from the file
         self._places: dict[int, tuple[int, int]] = {}  # number -> offset and length of its answer
-        # No other process has it (claim), and it is short-lived in this one.
         self._file = open(self._path, "a+b")  # noqa: SIM115
         try:
             kept = self._read()
@@ -117,7 +116,7 @@ def journal_path(out: Path) -> Path:
 
 @contextmanager
 def claim(out: Path, *, force: bool) -> Iterator[None]:
-    """Have an output for this process; `force` removes the journal of an earlier run.
+    """Keep other processes from an output; `force` removes the journal of an earlier run.
 
     Raises DataError where there is an output and no journal to go on with, or another process
     writes it.

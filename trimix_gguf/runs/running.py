@@ -27,7 +27,7 @@ from trimix_gguf.server.prompts import check_model, make_requests, prompt_texts
 from trimix_gguf.server.replies import Reply
 from trimix_gguf.trio.trio import Trio
 
-_ROUNDS = 4  # answers of a group, for each one at a time: fewer are lost by a kill, or more idle
+_ROUNDS = 4  # a group has so many answers for each at a time; a kill may lose one group
 
 Progress = Callable[[int, int], None]  # lines done, lines in all
 Bar = Callable[[str], AbstractContextManager[Progress]]
@@ -35,7 +35,7 @@ Bar = Callable[[str], AbstractContextManager[Progress]]
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run answers: the model's name, its own mix, its seed; whether wrong lines are left."""
+    """How a run answers: the model's name, its mix, a seed; whether wrong lines are skipped."""
 
     name: str
     mix: Options | None = None
@@ -45,7 +45,7 @@ class Settings:
 
 
 def shard_of(lines: Sequence[Line], i: int, n: int) -> Sequence[Line]:
-    """The `i`-th (from 1) of `n` parts, each of lines in a row, as long as each other."""
+    """The `i`-th (from 1) of `n` blocks of lines that are about equally long."""
     return lines[(i - 1) * len(lines) // n : i * len(lines) // n]
 
 
@@ -70,7 +70,7 @@ def refuse_wrong(lines: Sequence[Line], source: str) -> None:
 
 
 class Run:
-    """The lines of a file `source` and what answers them."""
+    """The lines of a file, which messages call `source`, and how they are answered."""
 
     def __init__(
         self, trio: Trio, lines: Sequence[Line], settings: Settings, *, source: str, bar: Bar
@@ -81,7 +81,7 @@ class Run:
         self._defaults = Request.of(Request("", max_tokens=most), **(settings.mix or {}))
 
     def to_file(self, out: Path, header: Mapping[str, Any]) -> int:
-        """Answer into a file, on from where an earlier run stopped; returns how many are wrong."""
+        """Answer into a file; continues an earlier run. Returns how many lines were wrong."""
         journal = Journal(out, header)
         try:
             for answers in self._answers(journal):
@@ -91,7 +91,7 @@ class Run:
             journal.close()
 
     def to_stream(self, stream: BinaryIO) -> int:
-        """Print each answer as soon as those before it are printed; returns how many are wrong."""
+        """Print each answer once those before it are printed; returns how many lines were wrong."""
         waiting: dict[int, str] = {}
         numbers = iter(self._lines)
         newest = next(numbers, None)
@@ -184,7 +184,7 @@ class Run:
             replies[line.number] = Reply(line.call, self._trio, model=name, echoes=echoes)
         if not requests:
             return
-        left = {number: line.n_answers for number, line in self._lines.items() if number in replies}
+        left = {line.number: line.n_answers for line in group if line.number in replies}
         for at, event in self._events(requests):
             line, i = places[at]
             if line.number not in left:  # another of its answers failed

@@ -1,7 +1,6 @@
 """`trimix run`, by its command: the answers of a file, their order, and what a kill leaves."""
 
 import gzip
-import io
 import json
 import os
 import random
@@ -16,11 +15,6 @@ from served import ENDLESS, TEXTS, serving
 from test_cli import one_line_error
 
 from trimix_gguf import Weights, generate
-from trimix_gguf.answering.answer import Answer
-from trimix_gguf.cli.bars import count_bar
-from trimix_gguf.errors import DataError, ModelError, SamplerError
-from trimix_gguf.runs.lines import read_lines
-from trimix_gguf.runs.running import Run, Settings, group_lines
 
 FIXED = {"temperature": 0, "max_tokens": 8, "trimix": {"weights": [0.1, 0.9]}, **ENDLESS}
 SMALL = ("--threads", "2", "--parallel", "2")  # groups of eight answers
@@ -181,19 +175,6 @@ def test_a_request_without_a_seed_gets_one_from_the_run_and_its_id(trimix, place
     )
 
 
-def test_lines_that_begin_alike_are_answered_in_one_group():
-    prompts = [f"{text} {i}" for i in range(4) for text in TEXTS[:2]]
-    bodies = [{"id": i, "prompt": p, "n": 1 + (i == 5)} for i, p in enumerate(prompts)]
-    chats = [{"messages": [{"role": "user", "content": c}]} for c in "ab"]
-    lines, _ = read_lines(json.dumps(body).encode() for body in [*bodies, *chats])
-    groups = group_lines(lines, 4)
-    assert [[line.id for line in group] for group in groups] == [
-        [9, 10, 1, 3],
-        [5, 7, 0],
-        [2, 4, 6],
-    ]
-
-
 # -- streams and packed files ---------------------------------------------------------------
 
 
@@ -288,116 +269,3 @@ def test_the_shards_in_their_order_are_the_whole(trimix, place):
     assert ids == Counter([*(f"q{i}" for i in range(10)), 11])
     assert parts == (place / "whole").read_bytes()
     assert trimix("run", "in.jsonl", "-o", "p", "--shard", "4/3").returncode == 2
-
-
-# -- wrong lines ----------------------------------------------------------------------------
-
-GOOD = {"id": "good", "prompt": "The prince", **FIXED}
-GOOD_TOO = {**GOOD, "id": "good too"}
-WRONG = {  # what a line holds -> what is said of it
-    "{": "not JSON: Expecting property name",
-    "[1]": "not a JSON object",
-    '{"prompt": NaN}': "NaN",
-    '{"prompt": "\\ud800"}': "surrogate",
-    '{"id": "a", "max_tokens": 4}': "prompt is null",
-    '{"prompt": "a", "max_tokns": 4}': "did you mean 'max_tokens'?",
-    '{"prompt": "a", "temperature": 9}': "temperature is 9; expected a number from 0 to 2",
-    '{"prompt": "a", "stream": true}': "stream",
-    '{"prompt": "a", "model": "gpt-4o"}': "model 'gpt-4o' is not here; 'nano' is",
-    '{"prompt": "a", "trimix": {"method": "magic"}}': "trimix.method",
-    '{"prompt": "a", "id": 1.5}': "id is not a text or a whole number",
-    '{"prompt": "a", "id": "a", "custom_id": "a"}': "id or custom_id",
-    '{"prompt": [99999999]}': "99999999 is not a token",
-    '{"messages": [{"role": "poet", "content": "a"}]}': "messages[0].role",
-    '{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "a"}}': "method is null",
-    '{"custom_id": "a", "method": "POST", "url": "/v1/completions"}': "body is null",
-    json.dumps({"prompt": "a " * 3000}): "context",
-    json.dumps(
-        {
-            "prompt": "a",
-            "response_format": {
-                "type": "json_schema",
-                "json_schema": {"name": "a", "schema": {"not": {}}},
-            },
-        }
-    ): "not",
-}
-
-
-def distinct():
-    """The wrong lines, each with an id of its own where it has one."""
-    for i, text in enumerate(WRONG):
-        yield text.replace('id": "a"', f'id": "a{i}"')
-
-
-def test_skip_bad_leaves_an_error_for_each_wrong_line_and_answers_the_others(trimix, place):
-    write(place / "in.jsonl", [GOOD, *distinct(), GOOD_TOO])
-    done = trimix("run", "in.jsonl", "-o", "out", "--skip-bad", *SMALL)
-    assert done.returncode == 0, done.stderr.decode()
-    assert f"note: {len(WRONG)} of {len(WRONG) + 2} lines were wrong" in done.stderr.decode()
-    good, *wrong, good_too = answers_of(place / "out")
-    assert text_of(good) == text_of(good_too)
-    for answer, said in zip(wrong, WRONG.values(), strict=True):
-        assert "response" not in answer or answer["response"] is None
-        assert said in answer["error"]["message"].replace('"', "'"), answer
-
-
-@pytest.mark.parametrize("text", ["{", '{"prompt": [99999999]}'])
-def test_the_first_wrong_line_ends_a_run_before_anything_is_answered(trimix, place, text):
-    """One is seen as it is read, one only by the models."""
-    write(place / "in.jsonl", [GOOD, "", text, text])
-    said = one_line_error_after_bars(trimix("run", "in.jsonl", "-o", "out", *SMALL))
-    assert "in.jsonl, line 3: " in said and WRONG[text] in said
-    done = trimix("run", "in.jsonl", "-o", "-", *SMALL)
-    assert one_line_error_after_bars(done) == said
-
-
-@pytest.mark.parametrize("n_choices", [1, 3])
-def test_a_request_that_fails_on_the_way_is_wrong_too(trio, monkeypatch, n_choices):
-    def take(answer, *arguments):
-        if answer.request.max_tokens == 5 and answer.n_tokens == 2:
-            raise failure
-        return taking(answer, *arguments)
-
-    taking = Answer.take
-    monkeypatch.setattr(Answer, "take", take)
-    failing = {**GOOD, "id": "failing", "max_tokens": 5, "n": n_choices}
-    lines, _ = read_lines(json.dumps(x).encode() for x in (GOOD, failing, GOOD_TOO))
-
-    def answers(**options):
-        out, settings = io.BytesIO(), Settings("nano", n_parallel=3, **options)
-        assert Run(trio, lines, settings, source="in", bar=count_bar).to_stream(out) == 1
-        return [json.loads(line) for line in out.getvalue().splitlines()]
-
-    failure = SamplerError("no token is allowed")
-    good, wrong, good_too = answers(skip_bad=True)
-    assert wrong == {"id": "failing", "error": wrong["error"]}
-    assert wrong["error"]["message"] == "no token is allowed" and text_of(good) == text_of(good_too)
-    with pytest.raises(DataError, match="in, line 2: no token is allowed"):
-        answers()
-    failure = ModelError("the device is gone")  # not the line's fault: nothing is written of it
-    with pytest.raises(ModelError, match="in, line 2: the device is gone"):
-        answers(skip_bad=True)
-
-
-def test_an_id_that_comes_twice_is_refused_with_both_lines(trimix, place):
-    write(place / "in.jsonl", [GOOD, GOOD_TOO, {**GOOD, "id": None}, {**GOOD, "id": "3"}])
-    said = one_line_error(trimix("run", "in.jsonl", "-o", "out", "--skip-bad"))
-    assert "lines 3 and 4 have the same id '3'" in said
-    assert [p.name for p in place.iterdir()] == ["in.jsonl"]
-
-
-@pytest.mark.parametrize(
-    ("name", "raw", "said"),
-    [
-        ("absent.jsonl", None, "cannot be read"),
-        ("empty.jsonl", b"\n\n", "holds no request"),
-        ("broken.jsonl.gz", b"no gzip", "cannot be read"),
-    ],
-)
-def test_a_file_without_requests_is_one_line(trimix, place, name, raw, said):
-    if raw is not None:
-        (place / name).write_bytes(raw)
-    assert said in one_line_error(trimix("run", name, "-o", "out"))
-    assert not (place / "out").exists()
-    assert "no such folder" in one_line_error(trimix("run", name, "-o", "none/out"))

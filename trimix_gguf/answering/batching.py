@@ -39,17 +39,21 @@ class Statistics:
 
 
 LONG_STEP_S = 5.0
+_WORTH_KEEPING = 16  # units of a prompt: for fewer, their cells would slow each step
 Wanted = dict[str, dict[int, list[int]]]  # role -> sequence -> its ids whose rows are wanted
 
 
 class Batcher:
     """Answers requests in a thread of its own; until it is closed, only it may use `trio`.
 
-    It answers `n_parallel` at once, at most a trio's n_window − 1; `n_queue` more may wait.
+    It answers `n_parallel` at once, at most a trio's n_window − 1; `n_queue` more may wait. With
+    `all_known` no others come later, so only what they begin with is kept.
     """
 
-    def __init__(self, trio: Trio, *, n_parallel: int = 8, n_queue: int = 32) -> None:
-        self.trio = trio
+    def __init__(
+        self, trio: Trio, *, n_parallel: int = 8, n_queue: int = 32, all_known: bool = False
+    ) -> None:
+        self.trio, self._all_known = trio, all_known
         trio.forget()
         self._sequences = trio.sequences
         self._n_parallel, self._n_queue = min(n_parallel, self._sequences.most), n_queue
@@ -193,9 +197,19 @@ class Batcher:
         return True
 
     def _forget_one(self) -> None:
-        sequence = next(iter(self._kept))
+        self._forget(next(iter(self._kept)))
+
+    def _forget(self, sequence: int) -> None:
         del self._kept[sequence]
         self._sequences.drop(sequence)
+
+    def _forget_unused(self) -> None:
+        """Drop what no request that is still to be read begins with."""
+        to_read = [job for job in (*self._waiting, *self._running) if job.sequence is None]
+        for sequence in list(self._kept):
+            ids = self._sequences.ids(sequence)
+            if all(n_common(job.prefill.units, ids) < _WORTH_KEEPING for job in to_read):
+                self._forget(sequence)
 
     # -- a step -----------------------------------------------------------------------------
 
@@ -269,6 +283,8 @@ class Batcher:
             (self._running if job in self._running else self._waiting).remove(job)
         if job.sequence is not None:
             self._kept[job.sequence] = job.sums
+            if self._all_known:
+                self._forget_unused()
         finished = dict(self._statistics.finished)
         finished[reason] = finished.get(reason, 0) + 1
         self._statistics = replace(

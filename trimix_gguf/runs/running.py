@@ -205,7 +205,7 @@ class Run:
         """(index, event) of requests, as they come, until each has ended."""
         events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
         n_parallel = self._settings.n_parallel
-        batcher = Batcher(self._trio, n_parallel=n_parallel, n_queue=len(requests))
+        batcher = Batcher(self._trio, n_parallel=n_parallel, n_queue=len(requests), all_known=True)
         try:
             batcher.submit_all(requests, lambda i, event: events.put((i, event)))
             n_left = len(requests)

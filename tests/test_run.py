@@ -231,7 +231,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(trimix, place):
         killed(command, journal, n_groups, moment.uniform(0, 0.2))
         assert not (place / "out").exists()
         with journal.open("ab") as file:  # what a kill within a write leaves
-            file.write(b'1 {"id": "q0", "response": {}}\n2 {"id"')
+            file.write(b"".join(b'%d {"id": "half"}\n' % i for i in range(1, 41)) + b'41 {"id"')
     kept = whole_groups(journal)
     done = trimix(*command)
     assert done.returncode == 0 and kept >= 3, done.stderr.decode()

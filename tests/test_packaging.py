@@ -22,6 +22,7 @@ PLACES = {
     "trimix_gguf/adapting": ("adapt",),
     "trimix_gguf/evaluation": ("eval", "lm-eval"),
     "trimix_gguf/cli/options.py": ("plot",),
+    "trimix_gguf/machine/packed.py": ("adapt",),
     "convert/nano": ("train",),
     "convert/training.py": ("train",),
     "tests": ("adapt", "dev", "eval", "lm-eval", "oracle"),

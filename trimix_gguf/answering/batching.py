@@ -11,9 +11,10 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from trimix_gguf.answering.costs import kept_costs
 from trimix_gguf.answering.job import Job
@@ -41,6 +42,7 @@ class Statistics:
 
 
 LONG_STEP_S = 5.0
+_WORTH_KEEPING = 16  # units of a prompt: for fewer, their cells would slow each step
 Wanted = dict[str, dict[int, list[int]]]  # role -> sequence -> its ids whose rows are wanted
 
 
@@ -48,13 +50,20 @@ class Batcher:
     """Answers requests in a thread of its own; until it is closed, only it may use `trio`.
 
     It answers `n_parallel` at once, at most a trio's n_window − 1; `n_queue` more may wait. With
-    `drafts`, one that is answered by itself is drafted ahead where that pays.
+    `drafts`, one that is answered by itself is drafted ahead where that pays. With `all_known` no
+    others come later, so only what they begin with is kept.
     """
 
     def __init__(
-        self, trio: Trio, *, n_parallel: int = 8, n_queue: int = 32, drafts: bool = True
+        self,
+        trio: Trio,
+        *,
+        n_parallel: int = 8,
+        n_queue: int = 32,
+        drafts: bool = True,
+        all_known: bool = False,
     ) -> None:
-        self.trio, self._drafts = trio, drafts
+        self.trio, self._drafts, self._all_known = trio, drafts, all_known
         trio.forget()
         self._sequences = trio.sequences
         self._n_parallel, self._n_queue = min(n_parallel, self._sequences.most), n_queue
@@ -94,6 +103,20 @@ class Batcher:
             self._waiting.append(job)
             self._changed.notify()
         return job
+
+    def submit_all(
+        self, requests: Sequence[Request], on_event: Callable[[int, Event], None]
+    ) -> None:
+        """Queue requests together; `on_event` gets the index of one, too.
+
+        The engine begins when all of them wait: in an engine that was just made, the same requests
+        share the same batches, and round the same way, each time. Raises as submit does.
+        """
+        jobs = [Job(self.trio, r, partial(on_event, i)) for i, r in enumerate(requests)]
+        with self._changed:
+            self._check_room(len(jobs))
+            self._waiting += jobs
+            self._changed.notify()
 
     def _check_room(self, n: int) -> None:
         if self._closing is not None or not self._thread.is_alive():
@@ -188,9 +211,19 @@ class Batcher:
         return True
 
     def _forget_one(self) -> None:
-        sequence = next(iter(self._kept))
+        self._forget(next(iter(self._kept)))
+
+    def _forget(self, sequence: int) -> None:
         del self._kept[sequence]
         self._sequences.drop(sequence)
+
+    def _forget_unused(self) -> None:
+        """Drop what no request that is still to be read begins with."""
+        to_read = [job for job in (*self._waiting, *self._running) if job.sequence is None]
+        for sequence in list(self._kept):
+            ids = self._sequences.ids(sequence)
+            if all(n_common(job.prefill.units, ids) < _WORTH_KEEPING for job in to_read):
+                self._forget(sequence)
 
     # -- a step -----------------------------------------------------------------------------
 
@@ -272,6 +305,8 @@ class Batcher:
         if job.sequence is not None:
             job.end_drafts()
             self._kept[job.sequence] = job.sums
+            if self._all_known:
+                self._forget_unused()
         finished = dict(self._statistics.finished)
         finished[reason] = finished.get(reason, 0) + 1
         self._statistics = replace(

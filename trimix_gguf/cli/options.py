@@ -135,6 +135,11 @@ def named_trio(options: dict[str, Any]) -> Any:
     return trio_file
 
 
+def model_name(trio_file: Any, options: dict[str, Any]) -> str:
+    """What requests call the model: the trio's name, or that of the large model's file."""
+    return trio_file.name if trio_file is not None else Path(options["large_ins"] or "trio").stem
+
+
 def own_mix(options: dict[str, Any]) -> Any:
     """The fixed Mix that the named trio asks for; None where a prompt is to choose weights."""
     trio_file = named_trio(options)

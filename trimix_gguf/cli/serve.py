@@ -11,9 +11,16 @@ from typing import Any
 
 import click
 
-from trimix_gguf.cli.options import Decorator, named_trio, open_trio, option_group, trio_options
+from trimix_gguf.cli.options import (
+    Decorator,
+    model_name,
+    named_trio,
+    open_trio,
+    option_group,
+    trio_options,
+)
 from trimix_gguf.cli.tuning_notes import say_tuning
-from trimix_gguf.server.limits import Limits
+from trimix_gguf.server.limits import Limits, share_of_context
 
 # name -> type, help; the defaults are those of Limits.
 _LIMITS: dict[str, tuple[click.ParamType[Any], str]] = {
@@ -212,7 +219,7 @@ def _run(
         reason = (error.strerror or str(error)).lower()
         raise click.ClickException(f"{host}:{port}: {reason}; choose another --port") from None
     name, strict, trio_file = options.pop("name"), options.pop("strict"), named_trio(options)
-    name = name or _name(trio_file, options)
+    name = name or model_name(trio_file, options)
     by_auto = trio_file is not None and trio_file.fixed_mix is None
     by_auto = by_auto and trio_file.method in (None, AUTO)
     given = dict(options) if by_auto else None
@@ -223,7 +230,7 @@ def _run(
             batcher,
             name=name,
             mix=None if trio_file is None else mix_settings(trio_file.method, trio_file.weights),
-            max_tokens=max(16, trio.n_ctx // limits.parallel),
+            max_tokens=share_of_context(trio.n_ctx, limits.parallel),
             limits=limits,
             strict=strict,
         )
@@ -243,8 +250,3 @@ def _run(
             batcher.close()
     if ended_by == signal.SIGINT:
         raise KeyboardInterrupt
-
-
-def _name(trio_file: Any, options: dict[str, Any]) -> str:
-    """What clients call the model: the trio's name, or that of the large model's file."""
-    return trio_file.name if trio_file is not None else Path(options["large_ins"] or "trio").stem

@@ -31,7 +31,7 @@ from trimix_gguf.server.limits import Limits
 from trimix_gguf.server.log import Log
 from trimix_gguf.server.metrics import CONTENT_TYPE, Metrics
 from trimix_gguf.server.openai import Call, parse_chat, parse_completion
-from trimix_gguf.server.prompts import make_requests, prompt_texts
+from trimix_gguf.server.prompts import check_model, make_requests, prompt_texts
 from trimix_gguf.server.records import Record, Recorded, record_of
 from trimix_gguf.server.replies import Reply
 from trimix_gguf.server.responses import ResponseReply, parse_response
@@ -230,19 +230,10 @@ class Api:
 
     def _check_model(self, name: str | None, ignored: list[str] | None) -> None:
         """Refuse a name other than the trio's and "default", or ignore it; it may be absent."""
-        if name in (None, "", "default", self._name):
-            return
         if ignored is None:
-            raise self._no_model(name)
-        ignored.append("model")
-
-    def _no_model(self, name: str) -> RequestError:
-        return RequestError(
-            f"model {name[:80]!r} is not here; this server has {self._name!r}",
-            status=404,
-            param="model",
-            code="model_not_found",
-        )
+            check_model(name, self._name)
+        elif name not in (None, "", "default", self._name):
+            ignored.append("model")
 
     # -- the rest ---------------------------------------------------------------------------
 
@@ -253,8 +244,9 @@ class Api:
     async def model(self, request: HttpRequest) -> Response:
         """One model of the list."""
         name = request.path_params["id"]
-        if name not in ("default", self._name):
-            raise self._no_model(name)
+        if not name:
+            raise HTTPException(404)
+        check_model(name, self._name)
         return JSONResponse(self._model())
 
     def _model(self) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def test_the_integration_runs_what_the_readme_says_on_every_system():
     posix = [s["run"] for s in steps if s["if"] == "runner.os != 'Windows'"]
     windows = "\n".join(s["run"] for s in steps if s["if"] == "runner.os == 'Windows'")
     assert posix == ["make demo", "make test"] and len(steps) == 4
-    for part in ("-m venv .venv", "build.py install", "trimix generate", "-m pytest"):
+    for part in ("-m venv .venv", "build.py install", "trimix demo", "-m pytest"):
         assert part in windows
 
 

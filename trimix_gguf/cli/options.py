@@ -135,6 +135,11 @@ def named_trio(options: dict[str, Any]) -> Any:
     return trio_file
 
 
+def about_trio(trio_file: Any) -> str:
+    """Its name, and what it says of itself."""
+    return ": ".join(filter(None, (trio_file.name, trio_file.description)))
+
+
 def own_mix(options: dict[str, Any]) -> Any:
     """The fixed Mix that the named trio asks for; None where a prompt is to choose weights."""
     trio_file = named_trio(options)

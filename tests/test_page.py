@@ -40,8 +40,8 @@ def page(window, server):
 
 def test_a_newcomer_reads_what_the_trio_is(page):
     about = TrioFile.read(NANO / "trio.toml").description
-    said = "return document.getElementById('described').innerText"
-    assert page.wait(f"{said} === arguments[0]", f"nano: {about}"), page.run(said)
+    seen = "const p = document.getElementById('described'); return !p.hidden && p.textContent"
+    assert page.wait(f"{seen} === arguments[0]", f"nano: {about}")
 
 
 # -- a conversation -------------------------------------------------------------------------

@@ -60,7 +60,8 @@ def test_each_model_and_the_mix_answer_a_text_and_a_question(trimix):
 
 def test_its_numbers_are_those_of_score_and_generate(trimix, trio):
     report = json.loads(shown(trimix, "--json"))
-    assert list(report) == ["trio", "text", "question"] and report["trio"] == f"nano: {ABOUT}"
+    assert list(report) == ["trio", "about", "text", "question"]
+    assert report["trio"] == "nano" and report["about"] == ABOUT
     assert report["text"]["weights"]["reason"] == "a text that goes on; lowest perplexity"
     assert report["question"]["weights"]["reason"].startswith("a question; none of the models")
     for kind in ("text", "question"):
@@ -92,6 +93,8 @@ def test_the_trios_own_mix_is_shown(trimix, own_trio):
     assert text.count("weights: alpha 0.1, beta 0.9; fixed by the trio") == 2
     masked = json.loads(shown(trimix, "--trio", own_trio(method="contrastive"), "--json"))
     assert masked["text"]["answers"]["fused"]["perplexity"] is None
+    by_answers = shown(trimix, "--trio", own_trio(method="ppl-answers"))
+    assert by_answers.count("; a text that goes on; lowest perplexity\n") == 1
     by_entropy = shown(trimix, "--trio", own_trio(method="ent"))
     assert by_entropy.count("; lowest entropy of the first token (TriMix-ENT)\n") == 2
 

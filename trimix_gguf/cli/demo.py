@@ -44,11 +44,13 @@ def demo(text: str | None, question: str | None, as_json: bool, **options: Any) 
     the most probable token, and only in part. The table shows the perplexity of the prompt under
     each of them: how well it predicts the prompt; lower is better. No network is needed.
     """
+    from trimix_gguf.choosing.methods import ANSWERS
     from trimix_gguf.server.settings import mix_settings
 
     name, trio_file = options["trio"], named_trio(options)
     mix: Any = {} if trio_file is None else mix_settings(trio_file.method, trio_file.weights)
-    about = None if trio_file is None else about_trio(trio_file)
+    if mix.get("method") == ANSWERS:  # these prompts have no exemplars
+        mix = {}
     if trio_file is not None and text is None and _LANGUAGE not in trio_file.languages:
         languages = ", ".join(trio_file.languages) or "none that it names"
         note = f"this trio's language is {languages}; --text and --question take texts in it"
@@ -56,13 +58,17 @@ def demo(text: str | None, question: str | None, as_json: bool, **options: Any) 
     prompts = {"text": text or _TEXT, "question": question or _QUESTION}
     shown: dict[str, Any] = {}
     with open_trio(options) as trio:
-        if about is not None and not as_json:
-            print(about, end="\n\n")
+        if trio_file is not None and not as_json:
+            print(about_trio(trio_file), end="\n\n")
         for kind, prompt in prompts.items():
             shown[kind] = _answers(trio, prompt, mix)
             if not as_json:
                 _print(kind, shown[kind])
-    print(json.dumps({"trio": about, **shown}, ensure_ascii=False) if as_json else _next(name))
+    if as_json:
+        own = {} if trio_file is None else {"trio": trio_file.name, "about": trio_file.description}
+        print(json.dumps({**own, **shown}, ensure_ascii=False))
+    else:
+        print(_next(name))
 
 
 def _answers(trio: Any, text: str, mix: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +96,7 @@ def _answers(trio: Any, text: str, mix: dict[str, Any]) -> dict[str, Any]:
             for name, event in said.items()
         },
         "weights": selection.to_json(),
-        "line": f"weights: {mix_words(selection.mix)}; {_reason(selection)}",
+        "why": f"{mix_words(selection.mix)}; {_reason(selection)}",
         "guard": fused.guard,
     }
 
@@ -122,7 +128,7 @@ def _print(kind: str, shown: dict[str, Any]) -> None:
         console.print(table)
     lines = [f"> {printable(line)}".rstrip() for line in shown["prompt"].splitlines()]
     lines += ["", *(line.rstrip() for line in captured.get().splitlines())]
-    lines.append(printable(shown["line"]))
+    lines.append(f"weights: {printable(shown['why'])}")
     if shown["guard"] is not None:
         lines.append(guard_words(shown["guard"]))
     print("\n".join(lines), end="\n\n", flush=True)

@@ -130,9 +130,10 @@ def json_blocks(path):
 def material(tmp_path_factory, nano_files, checkpoint, adapter):
     """The files that the pages name."""
     folder = tmp_path_factory.mktemp("material")
-    for name in ("stick", "trio"):
+    for name in ("stick", "trio", "mine"):
         (folder / name).mkdir()
-    checkpoint_folder(nano_files["large_ins"], folder / "large-ins", "F16")
+    for role in ("large_ins", "small_cpt"):
+        checkpoint_folder(nano_files[role], folder / role.replace("_", "-"), "F16")
     (folder / "small-base").symlink_to(checkpoint)
     (folder / "kk-adapter").symlink_to(adapter)
     for name, role in {

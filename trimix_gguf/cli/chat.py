@@ -21,6 +21,8 @@ from trimix_gguf.cli.generation_options import (
     weights_line,
 )
 from trimix_gguf.cli.options import (
+    about_trio,
+    named_trio,
     open_trio,
     parse_mix,
     read_text,
@@ -54,11 +56,12 @@ def chat(system: str | None, load: str | None, **options: Any) -> None:
 
     told: dict[str, Any] = {} if system is None else {"system": _text_or_file(system)}
     settings = generation_settings(options)
-    task = options.pop("task")
+    task, trio_file = options.pop("task"), named_trio(options)
+    about = "" if trio_file is None else f"{about_trio(trio_file)}\n"
     with open_trio(options) as trio:
         if task is not None:
             settings["weights"] = task_weights(trio, task, settings)
-        session = _Session(Conversation(trio, notify=_note, **settings, **told))
+        session = _Session(Conversation(trio, notify=_note, **settings, **told), about)
         if load is not None:
             session.load(load)
             session.conversation.system = told.get("system", session.conversation.system)
@@ -69,8 +72,8 @@ def chat(system: str | None, load: str | None, **options: Any) -> None:
 class _Session:
     """Lines in, answers out; a bad line costs one line on stderr, and the chat goes on."""
 
-    def __init__(self, conversation: Any) -> None:
-        self.conversation = conversation
+    def __init__(self, conversation: Any, about: str = "") -> None:
+        self.conversation, self._about = conversation, about
         self.by_hand = sys.stdin.isatty()
         self.files: set[Path] = set()  # saved or loaded here, so /save may replace them
         self._stopping = False  # Ctrl-C came during an answer
@@ -80,7 +83,7 @@ class _Session:
         good = True
         if self.by_hand:
             signal.signal(signal.SIGTERM, _leave)  # else it would pass for Ctrl-C
-            _note(_WAY_OUT)
+            _note(f"{self._about}{_WAY_OUT}")
         for line in _typed_lines() if self.by_hand else _piped_lines():
             try:
                 if line.startswith("/") and not line.startswith("//"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from trimix_gguf.cli.options import trio_arguments, trio_options
+from trimix_gguf.cli.options import FILES, trio_arguments, trio_options
 
 
 @click.command()
@@ -27,21 +27,23 @@ def plan(
 
     No model is loaded. Every command follows this plan with --gpu-layers auto. --assume-gpu and
     --assume-ram plan for a machine that you do not have. If the trio does not fit: what to
-    change, and exit 1.
+    change, and exit 1. Of a trio that `trimix pull` would fetch, only the sizes of the weights are
+    known, and are compared with what is free.
     """
     from trimix_gguf.errors import MemoryNeededError
     from trimix_gguf.machine import memory, native, planner
+    from trimix_gguf.trios.store import preset_to_pull
 
+    assumed = [_assumed(f"GPU{i}", gb) for i, gb in enumerate(assume_gpu)]
+    devices = assumed or native.devices()
+    free_ram = memory.available() if assume_ram is None else _in_bytes(assume_ram)
+    named = None if any(options[role] for role in FILES) else options["trio"]
+    if (preset := preset_to_pull(named or "")) is not None:
+        _plan_preset(preset, devices, free_ram, as_json)
+        return
     options.pop("verbose", None)
     files, asked, lora = trio_files(trio_arguments(options))
-    assumed = [_assumed(f"GPU{i}", gb) for i, gb in enumerate(assume_gpu)]
-    found = planner.plan(
-        files,
-        devices=assumed or native.devices(),
-        free_ram=memory.available() if assume_ram is None else _in_bytes(assume_ram),
-        options=asked,
-        lora=lora,
-    )
+    found = planner.plan(files, devices=devices, free_ram=free_ram, options=asked, lora=lora)
     flags = _flags(found, named=not assumed)
     if as_json:
         print(json.dumps(_report(found, files, flags), ensure_ascii=False))
@@ -49,6 +51,34 @@ def plan(
         print(_table(found, files, flags))
     if not found.fits:
         raise MemoryNeededError(found.refusal())
+
+
+def _plan_preset(preset: Any, devices: list[Any], free_ram: int, as_json: bool) -> None:
+    """Compare the weights of a trio that is not here with the memory of this machine."""
+    from trimix_gguf.cli.trios import absent_words, size_words
+    from trimix_gguf.errors import MemoryNeededError
+
+    name, cards = preset.trio.name, {d.name: d.free for d in devices if d.kind == "GPU"}
+    free = {"RAM": free_ram, **cards}
+    too_large = preset.n_bytes > sum(free.values())
+    if as_json:
+        models = {role: {"weights": n} for role, n in preset.sizes.items()}
+        fits = False if too_large else None  # the context and the buffers are not known
+        print(json.dumps({"here": False, "models": models, "free": free, "fits": fits}))
+    else:
+        print(f"{name}: {absent_words(name, preset.n_bytes)}\n\n{'':<12}{'weights':>11}")
+        for role, n_bytes in preset.sizes.items():
+            print(f"{role:<12}{size_words(n_bytes):>11}")
+        print(f"\n{'':<12}{'free':>11}")
+        for place, n_bytes in free.items():
+            print(f"{place:<12}{size_words(n_bytes):>11}")
+    if too_large:
+        raise MemoryNeededError(
+            f"the weights of {name} are about {size_words(preset.n_bytes)}, and "
+            f"{size_words(sum(free.values()))} are free; take a smaller trio: `trimix list`"
+        )
+    if not as_json:
+        print("\nthe weights fit; the context needs more, which a plan after the pull counts")
 
 
 def trio_files(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Any]:

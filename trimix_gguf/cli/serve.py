@@ -229,6 +229,7 @@ def _run(
             trio,
             batcher,
             name=name,
+            description="" if trio_file is None else trio_file.description,
             mix=None if trio_file is None else mix_settings(trio_file.method, trio_file.weights),
             max_tokens=share_of_context(trio.n_ctx, limits.parallel),
             limits=limits,

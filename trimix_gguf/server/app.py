@@ -50,9 +50,10 @@ Parse = Callable[[object, list[str] | None], Call]
 class Api:
     """A trio and its engine behind OpenAI's routes, under the model name `name`.
 
-    `mix` (openai.mix_settings) is the trio's own, for calls that do not say how to mix. Calls
-    without max_tokens get `max_tokens`. `limits` are those of `batcher` too. Fields and model
-    names that are not known are ignored, and named in a header; `strict` refuses them.
+    `description` is what its trio file says of it. `mix` (openai.mix_settings) is the trio's own,
+    for calls that do not say how to mix. Calls without max_tokens get `max_tokens`. `limits` are
+    those of `batcher` too. Fields and model names that are not known are ignored, and named in a
+    header; `strict` refuses them.
     """
 
     def __init__(
@@ -61,12 +62,14 @@ class Api:
         batcher: Batcher,
         *,
         name: str,
+        description: str = "",
         limits: Limits,
         mix: Options | None = None,
         max_tokens: int = 128,
         strict: bool = False,
     ) -> None:
-        self._trio, self._batcher, self._name = trio, batcher, name
+        self._trio, self._batcher = trio, batcher
+        self._name, self._description = name, description
         self._limits, self._strict = limits, strict
         self._defaults = Request.of(Request("", max_tokens=max_tokens), **(mix or {}))
         self._created = int(time.time())
@@ -259,6 +262,7 @@ class Api:
             "owned_by": "trimix",
             "max_model_len": self._trio.n_ctx,
             "trimix": {
+                "description": self._description or None,
                 "weights": fixed and [fixed.weights.alpha, fixed.weights.beta],
                 "tuning": tuning and {"verdict": tuning.verdict, "n_exercises": tuning.n},
             },

@@ -1,4 +1,4 @@
-# make demo: install into .venv and answer a Kazakh prompt. make test: the suite.
+# make demo: install into .venv and show what a mix is. make test: the suite.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test portable oracle lint reference nano
 
 demo: $(VENV)/.runtime
-	$(BIN)/trimix generate "Қазақстан Республикасының Үкіметі" --max-tokens 60 --seed 7
+	$(BIN)/trimix demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest

@@ -14,6 +14,8 @@ from huggingface_hub import constants
 from trimix_gguf import Trio
 from trimix_gguf.trio.trio import NANO
 
+# Threads that wait sleep: where other work runs beside the suite, those that spin take its cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 pytest_plugins = ["person", "small_trio", "languages"]
 ROOT = Path(__file__).parent.parent
 REAL = Path(os.environ.get("TRIMIX_MODELS", Path.home() / ".cache" / "trimix-models"))

@@ -91,6 +91,10 @@ def test_nano_learns_a_text_and_becomes_a_trio(adapt, text_file, tmp_path, with_
     with Trio.load(**trio.load_arguments()) as opened:
         assert generate(opened, "бүгін", max_tokens=4).text
     assert not list((tmp_path / "home" / "adapt").iterdir())  # nothing is left of the run
+    # The default method chooses, by what was measured at the end or by why it could not be.
+    assert trio.method is None
+    assert (trio.tuning is not None) == ("kept in " in done.stderr)
+    assert trio.tuning is not None or "not measured: " in done.stderr
     again = adapt("qazaq", text_file)
     assert again.exit_code == 1 and "here already" in str(again.exception)
 

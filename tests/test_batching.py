@@ -4,13 +4,18 @@ import math
 import queue
 import random
 import threading
+import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
 from trimix_gguf import Trio, Weights, generate, select_weights, stream_generate
+from trimix_gguf.answering import drafting
+from trimix_gguf.answering import job as jobs_module
 from trimix_gguf.answering.batching import Batcher
+from trimix_gguf.answering.drafting import Drafting
 from trimix_gguf.answering.request import Request
 from trimix_gguf.errors import ModelError, PromptError, QueueFull, SamplerError
 from trimix_gguf.mixing.fusion import METHODS, Mix
@@ -25,6 +30,7 @@ TEXTS = [
     "Абай Құнанбайұлы — қазақтың ұлы ақыны. Ол",
 ]
 GREEDY = Sampling(temperature=0, logit_bias={0: -100.0})
+MIX = Weights(0.3, 0.7)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +68,10 @@ def ask(batcher, requests, cancelled=()):
     for _ in requests:
         ended.get(timeout=120)
     return events
+
+
+def has_ended(events):
+    return bool(events) and events[-1].finish_reason is not None
 
 
 def text_of(events):
@@ -135,8 +145,12 @@ def test_answered_together_as_each_alone(trio):
 def test_a_kept_beginning_is_not_read_again_and_chooses_the_same_weights(trio, batcher):
     first = TEXTS[3] * 5
     later = [first + " Алматы.", first + TEXTS[0], first, "Мүлде басқа мәтін туралы"]
-    ask(batcher, [Request(trio.prompt(first), sampling=GREEDY, max_tokens=3)])
-    found = [ask(batcher, [Request(trio.prompt(t), sampling=GREEDY, max_tokens=3)]) for t in later]
+
+    def request(text):
+        return Request(trio.prompt(text), sampling=GREEDY, max_tokens=3, score_tokens="all")
+
+    ask(batcher, [request(first)])
+    found = [ask(batcher, [request(text)]) for text in later]
     batcher.close()
     cached = [events[0][0].n_cached for events in found]
     n_first = trio.prompt(first).n_tokens()
@@ -144,7 +158,7 @@ def test_a_kept_beginning_is_not_read_again_and_chooses_the_same_weights(trio, b
     assert cached[2] == n_first - 1  # its last row is read again
     assert cached[3] <= 1  # BOS at most
     for text, (events,) in zip(later, found, strict=True):
-        fresh = select_weights(trio, trio.prompt(text))
+        fresh = select_weights(trio, trio.prompt(text), score_tokens="all")
         assert events[0].selection.weights == fresh.weights
         assert events[0].selection.perplexities() == pytest.approx(fresh.perplexities(), rel=1e-4)
     trio.forget()
@@ -168,12 +182,13 @@ def test_sums_over_any_kept_beginning_are_those_of_a_fresh_prompt(trio):
     for prompt in prompts:
         batcher = Batcher(trio)
         for asked in (Prompt((Segment.of(ids),)), prompt):
-            ((event,),) = ask(batcher, [Request(asked, max_tokens=0)])
+            request = Request(asked, max_tokens=0, score_tokens="all")
+            ((event,),) = ask(batcher, [request])
         found.append(event)
         batcher.close()
     assert [event.n_cached for event in found] == [0, 0, 0, w, w, w, 19, w - 1, w + 17, w]
     for prompt, event in zip(prompts, found, strict=True):
-        fresh = select_weights(trio, prompt)
+        fresh = select_weights(trio, prompt, score_tokens="all")
         assert event.selection.score.n_tokens == fresh.score.n_tokens
         for ours, theirs in zip(event.selection.score.nll, fresh.score.nll, strict=True):
             assert np.allclose(ours, theirs, rtol=1e-4)
@@ -387,3 +402,54 @@ def test_a_closed_batcher_leaves_the_trio_as_new(trio, batcher):
     trio.forget()
     with Trio.nano(n_threads=2) as other:
         assert generate(other, Request(TEXTS[2], max_tokens=8, sampling=GREEDY)).text == fresh
+
+
+def test_one_that_is_answered_by_itself_is_drafted_until_others_come(trio, monkeypatch):
+    """Its text is that of lockstep, whenever another one comes or goes."""
+    monkeypatch.setattr(drafting, "_LEAST_STEP", 0.0)  # nano's steps are too short to draft for
+    monkeypatch.setattr(jobs_module, "Drafting", partial(Drafting, n_draft=4))
+    requests = [
+        Request(trio.prompt(text), MIX, sampling=GREEDY, max_tokens=n, trace="all")
+        for text, n in zip(TEXTS, (40, 9, 23), strict=False)
+    ]
+    trio.forget()
+    alone = [generate(trio, request, speculative="off") for request in requests]
+    for gaps in ((0, 0, 0), (0, 3, 8), (0, 12, 30)):
+        batcher, found = Batcher(trio, n_parallel=3), [[] for _ in requests]
+        ended = threading.Semaphore(0)
+
+        def take(events, event, ended=ended):
+            events.append(event)
+            if event.finish_reason is not None or event.error is not None:
+                ended.release()
+
+        for request, events, gap in zip(requests, found, gaps, strict=True):
+            while len(found[0]) < gap and not has_ended(found[0]):
+                time.sleep(0.001)
+            batcher.submit(request, partial(take, events))
+        assert all(ended.acquire(timeout=60) for _ in requests)
+        batcher.close()
+        for events, want in zip(found, alone, strict=True):
+            assert text_of(events) == want.text and events[-1].n_tokens == want.n_tokens
+    drafted = [token.from_draft for event in found[0] for token in event.tokens]
+    assert any(drafted)
+    trio.forget()
+
+
+def test_a_drafted_answer_that_is_cancelled_leaves_its_place(trio, monkeypatch):
+    monkeypatch.setattr(jobs_module, "Drafting", partial(Drafting, n_draft=6))
+    batcher, events = Batcher(trio), queue.Queue()
+    going = batcher.submit(Request(trio.prompt(TEXTS[0]), MIX, max_tokens=400), events.put)
+    while events.get(timeout=60).n_tokens < 5:
+        pass
+    going.cancel()
+    while events.get(timeout=60).finish_reason is None:
+        pass
+    held = trio.sequences.ids(going.sequence)["small_cpt"]
+    assert len(held) == len(trio.sequences.ids(going.sequence)["large_ins"])
+    (again,) = ask(batcher, [Request(trio.prompt(TEXTS[0]), MIX, sampling=GREEDY, max_tokens=8)])
+    batcher.close()
+    trio.forget()
+    want = generate(trio, trio.prompt(TEXTS[0]), weights=MIX, temperature=0, max_tokens=8)
+    assert text_of(again) == want.text
+    trio.forget()

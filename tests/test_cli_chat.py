@@ -280,6 +280,15 @@ def test_ctrl_c_amid_decoding_waits_so_that_the_caches_stay(trio, monkeypatch, c
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_chat_begins_with_what_the_trio_is(terminal):
+    chat = terminal()
+    chat.wait_for("\n> ")
+    about = TrioFile.read(NANO / "trio.toml").description
+    assert chat.seen.startswith(f"nano: {about}\r\nCtrl-D or /exit leaves")
+    chat.press("\x04")
+    assert chat.end() == 0
+
+
 def test_sigterm_ends_it(terminal):
     chat = terminal()
     chat.wait_for("> ")

@@ -195,3 +195,11 @@ def test_zero_skips_it(runs, monkeypatch, nano_files, tmp_path):
     path = changed(nano_files["small_base"], tmp_path / "x.gguf", keys={EPS: (F32, -1.0)})
     file_trial.require([FileTrial(path)])
     assert runs == []
+
+
+@pytest.mark.parametrize("n_ctx", [2, 32, 33])
+def test_a_new_file_is_tried_in_a_context_of_any_size(n_ctx, nano_files, tmp_path):
+    """Bug: 33 tokens were decoded whatever the context held."""
+    copy = changed(nano_files["small_base"], tmp_path / "new.gguf", keys={"a.b": (U32, n_ctx)})
+    with Trio.load(**{**nano_files, "small_base": copy}, n_ctx=n_ctx) as trio:
+        assert trio.n_ctx == n_ctx

@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
 
 import pytest
 
 from trimix_gguf.machine.files import temporary_path, whole_file, write_text, writer_of
+from trimix_gguf.machine.packed import open_unpacked, packing_writer
 
 
 def test_what_a_killed_process_left_is_removed_and_a_running_ones_file_is_not(tmp_path):
@@ -44,3 +47,21 @@ def test_every_temporary_name_is_another_and_says_whose_it_is(tmp_path):
     (tmp_path / f".out.{os.getppid()}-0.part").touch()
     (tmp_path / ".out.99999999-0.part").touch()
     assert writer_of(out) == os.getppid() and writer_of(tmp_path / "other") is None
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".bz2", ".zst"])
+def test_what_is_packed_is_read_again_and_the_same_bytes_give_the_same_file(
+    tmp_path, monkeypatch, ending
+):
+    if ending == ".zst":
+        pytest.importorskip("zstandard")
+    content, files = "қазақ\n".encode() * 999, []
+    for second in (1, 2):  # gzip has a place for the time and for the file's name
+        monkeypatch.setattr(time, "time", lambda second=second: 1e9 + second)
+        path, name = tmp_path / f"{second}", tmp_path / f"{second}.jsonl{ending}"
+        with packing_writer(path, name) as writer:
+            writer.write(content)
+        files.append(path.replace(name).read_bytes())
+        with ExitStack() as stack:
+            assert open_unpacked(name, stack).read() == content
+    assert files[0] == files[1] and (files[0] == content) == (ending == "")

@@ -51,6 +51,7 @@ SHORT = {  # added to a command, so that it takes little time
     "chat": "-n 4 --threads 1",
     "bench": "--n-prompt 16 --n-tokens 4 --repeats 1",
     "score": "--threads 1",
+    "run": "--threads 1",
     "eval": "--threads 1 --methods large_ins,ppl --limit 2 --exemplars 1",
 }
 # Options in the text that belong to other programs.
@@ -129,9 +130,10 @@ def json_blocks(path):
 def material(tmp_path_factory, nano_files, checkpoint, adapter):
     """The files that the pages name."""
     folder = tmp_path_factory.mktemp("material")
-    for name in ("stick", "trio"):
+    for name in ("stick", "trio", "mine"):
         (folder / name).mkdir()
-    checkpoint_folder(nano_files["large_ins"], folder / "large-ins", "F16")
+    for role in ("large_ins", "small_cpt"):
+        checkpoint_folder(nano_files[role], folder / role.replace("_", "-"), "F16")
     (folder / "small-base").symlink_to(checkpoint)
     (folder / "kk-adapter").symlink_to(adapter)
     for name, role in {
@@ -143,6 +145,10 @@ def material(tmp_path_factory, nano_files, checkpoint, adapter):
     for name in ("kazakh.txt", "questions.txt"):
         (folder / name).write_text(KAZAKH + "\n", encoding="utf-8")
     (folder / "prompts.txt").write_text(f"{KAZAKH}\n\nАстана\n", encoding="utf-8")
+    (folder / "prompts.jsonl").write_text(json_blocks(FOLDER / "many-prompts.md")[0], "utf-8")
+    batch = {"custom_id": "a", "method": "POST", "url": "/v1/completions"}
+    batch["body"] = {"model": "gpt-4o", "prompt": KAZAKH, "max_tokens": 4}
+    (folder / "batch.jsonl").write_text(json.dumps(batch), encoding="utf-8")
     (folder / "schema.json").write_text('{"enum": ["иә", "жоқ"]}', encoding="utf-8")
     shown = json_blocks(FOLDER / "evaluation.md")[0]
     (folder / QUESTIONS).write_text(shown, encoding="utf-8")

@@ -70,11 +70,13 @@ def test_commands_run_on_windows(run, tmp_path):
         (("generate", *few, "--json-schema", schema), KAZAKH),
         (("score", "--threads", "2"), KAZAKH),
         (("chat", *few), f"Сәлем\n/save {chat}\n/load {chat}\n"),
+        (("run", "-", "-o", tmp_path / "answers.jsonl.gz"), '{"prompt": "a", "max_tokens": 2}\n'),
     )
     assert "Commands:" in out[0] and "version" in out[1] and "nano" in out[2]
     assert out[6].strip() == out[7].strip() != ""
     assert "small_cpt" in out[9] and out[10].strip()
     assert (tmp_path / "cache" / "costs.json").is_file()
+    assert (tmp_path / "answers.jsonl.gz").is_file() and not list(tmp_path.glob("*.part"))
     assert json.loads(chat.read_text(encoding="utf-8"))
 
 

@@ -4,8 +4,10 @@ import ast
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -22,6 +24,7 @@ PLACES = {
     "trimix_gguf/adapting": ("adapt",),
     "trimix_gguf/evaluation": ("eval", "lm-eval"),
     "trimix_gguf/cli/options.py": ("plot",),
+    "trimix_gguf/machine/packed.py": ("adapt",),
     "convert/nano": ("train",),
     "convert/training.py": ("train",),
     "tests": ("adapt", "dev", "eval", "lm-eval", "oracle"),
@@ -85,6 +88,49 @@ def test_classifiers_name_what_the_integration_runs():
     assert named == set(_jobs()["test"]["strategy"]["matrix"]["python"])
     assert PROJECT["authors"] == [{"name": "trimix-gguf developers"}]
     assert all(url.startswith("https://") for url in PROJECT["urls"].values())
+
+
+def test_the_citation_names_this_version_and_the_paper():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["version"] == PROJECT["version"] and cited["title"] == PROJECT["name"]
+    assert cited["license"] == PROJECT["license"] and cited["authors"] == PROJECT["authors"]
+    (paper,) = cited["references"]
+    assert {"type": "url", "value": PROJECT["urls"]["Paper"], "description": "arXiv"} in paper[
+        "identifiers"
+    ]
+    assert paper["year"] == 2026 and paper["title"] and paper["authors"]
+
+
+# -- the sdist --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """The folder that an sdist of these files unpacks to."""
+    pytest.importorskip("setuptools", minversion="77")
+    folder = tmp_path_factory.mktemp("sdist")
+    left_out = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=left_out)
+    code = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, cwd=folder / "source", check=True, capture_output=True)
+    (packed,) = folder.glob("*.tar.gz")
+    with tarfile.open(packed) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / packed.name.removesuffix(".tar.gz")
+
+
+def test_the_sdist_has_what_the_tests_need(sdist):
+    """Bug: setuptools takes tests/test_*.py by itself, and neither conftest.py nor the helpers."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert (sdist / path.relative_to(ROOT)).is_file(), path
+    for name in ("CITATION.cff", "CHANGELOG.md", "ARCHITECTURE.md", "Makefile", ".ci/run"):
+        assert (sdist / name).is_file(), name
+    assert not list(sdist.rglob("*.pyc"))
+    # -P: the package as it is installed, which has trimix_gguf.convert.
+    command = [sys.executable, "-P", "-m", "pytest", "--collect-only", "tests/test_demo.py"]
+    found = subprocess.run(command, cwd=sdist, capture_output=True, text=True, encoding="utf-8")
+    assert found.returncode == 0 and "test_demo.py" in found.stdout, found.stdout + found.stderr
 
 
 # -- entry points -----------------------------------------------------------------------------
@@ -152,7 +198,7 @@ def test_the_integration_runs_what_the_readme_says_on_every_system():
     posix = [s["run"] for s in steps if s["if"] == "runner.os != 'Windows'"]
     windows = "\n".join(s["run"] for s in steps if s["if"] == "runner.os == 'Windows'")
     assert posix == ["make demo", "make test"] and len(steps) == 4
-    for part in ("-m venv .venv", "build.py install", "trimix generate", "-m pytest"):
+    for part in ("-m venv .venv", "build.py install", "trimix demo", "-m pytest"):
         assert part in windows
 
 

@@ -12,6 +12,7 @@ from served import ENDLESS, serving
 from visitor import ENTER, GREEDY, KAZAKH, ask, ended, last_exchange, show, shown, traced
 
 from trimix_gguf.trio.trio import NANO
+from trimix_gguf.trios.triofile import TrioFile
 
 WEIGHTS = {"alpha": 0.3, "beta": 0.5}
 LONG = {"mix": "fixed", "alpha": 0.1, "beta": 0.9}  # whose answers do not end by themselves
@@ -35,6 +36,12 @@ def page(window, server):
     show(window, server.url)
     yield window
     assert [e for e in window.log("browser") if "favicon" not in e["message"]] == []
+
+
+def test_a_newcomer_reads_what_the_trio_is(page):
+    about = TrioFile.read(NANO / "trio.toml").description
+    seen = "const p = document.getElementById('described'); return !p.hidden && p.textContent"
+    assert page.wait(f"{seen} === arguments[0]", f"nano: {about}")
 
 
 # -- a conversation -------------------------------------------------------------------------

@@ -246,6 +246,34 @@ def test_show_tells_of_a_preset_what_pull_would_fetch(home, trimix):
     assert "pkupie/gemma-3-4b-ug-cpt@main" in text and text.count("missing") == 3
 
 
+def test_what_is_not_here_is_shown_and_planned_by_the_sizes_that_are_known(home, trimix):
+    name = "qwen2.5-1.5b-3b-ug"
+    sizes = {"large_ins": 2_100_000_000, "small_cpt": 1_600_000_000, "small_base": 1_600_000_000}
+    told = f"not here; `trimix pull {name}` makes about 5.3 GB of files"
+    text = trimix("show", name).stdout.decode()
+    assert told in text and "large_ins: missing, about 2.1 GB" in text
+    assert json.loads(trimix("show", name, "--json").stdout)["to_pull"]["models"] == sizes
+    enough = ("plan", "--trio", name, "--assume-ram", "4", "--assume-gpu", "4")
+    planned = trimix(*enough)
+    assert planned.returncode == 0, planned.stderr.decode()
+    assert told in planned.stdout.decode() and "the weights fit" in planned.stdout.decode()
+    report = json.loads(trimix(*enough, "--json").stdout)
+    assert {role: model["weights"] for role, model in report["models"].items()} == sizes
+    assert report["fits"] is None and report["free"] == {"RAM": 4 << 30, "GPU0": 4 << 30}
+    short = trimix("plan", "--trio", name, "--assume-ram", "4", "--json")
+    assert "about 5.3 GB, and 4.3 GB are free" in one_line(short)
+    assert json.loads(short.stdout)["fits"] is False
+    both = trimix(*enough, "--large-ins", "x.gguf")
+    assert both.returncode == 2 and b"not both" in both.stderr
+
+
+def test_a_trio_here_by_the_name_of_a_preset_is_planned_as_it_is(home, trimix):
+    install("qwen2.5-1.5b-3b-ug")
+    planned = json.loads(trimix("plan", "--trio", "qwen2.5-1.5b-3b-ug", "--json").stdout)
+    assert planned["fits"] is True
+    assert "to_pull" not in json.loads(trimix("show", "qwen2.5-1.5b-3b-ug", "--json").stdout)
+
+
 def test_a_damaged_trio_file_hides_no_other(home, trimix):
     install("mine")
     install("worse")

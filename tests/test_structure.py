@@ -19,7 +19,7 @@ from trimix_gguf.cli.reference import PATH, reference
 ROOT = Path(__file__).parent.parent
 ROOMS = [
     "errors", "roles", "machine", "mixing", "trio", "choosing", "tuning", "answering", "trios",
-    "bench", "evaluation", "adapting", "server", "cli",
+    "bench", "evaluation", "adapting", "server", "runs", "cli",
 ]  # fmt: skip
 EVALUATION = ["names", "tasks", "run_files", "reporting", "running"]  # rooms within evaluation
 MODELS = ("trio", "answering", "machine.native")  # what brings llama.cpp
@@ -305,7 +305,7 @@ def functions(body, prefix=""):
 
 
 CHECKED = [*(ROOT / "convert").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
-for checked_room in ("roles", "machine", "trio", "trios", "bench", "adapting", "cli"):
+for checked_room in ("roles", "machine", "trio", "trios", "bench", "adapting", "runs", "cli"):
     CHECKED += files_of(checked_room)
 
 

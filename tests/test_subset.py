@@ -8,12 +8,12 @@ from test_request import alone, batched
 
 from trimix_gguf import Request, Trio, select_weights
 from trimix_gguf.choosing.score import empty_score, score_prompts
-from trimix_gguf.choosing.subset import THINNING, stand_for, stride_of
+from trimix_gguf.choosing.subset import ALL, FREE, LEASHED, stand_for, stride_of
 from trimix_gguf.errors import WeightsError
 from trimix_gguf.mixing.scoring import GRID, grid_token_nlls
 
 LONG = " ".join([KAZAKH, "Абай Құнанбаев қазақ ақыны, ағартушы, ойшыл болды. "] * 14)
-STRIDES = [THINNING, 1, 2, 7, 100]
+STRIDES = [FREE, LEASHED, ALL, 2, 7, 100]
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +35,13 @@ def test_each_part_of_a_prompt_counts_once_wherever_it_ends(stride):
 
 def test_a_number_of_tokens_is_about_kept_to():
     for n, asked in ((1, 1), (100, 1), (100, 33), (1000, 64), (50, 200)):
-        kept = np.count_nonzero(stand_for(n, stride_of(asked, n)))
+        kept = np.count_nonzero(stand_for(n, stride_of(asked, n, leashed=False)))
         assert 1 <= kept <= asked and kept > min(asked, n) / 2 - 1
-    assert (stand_for(40, stride_of("all", 40)) == 1).all()
-    thinned = [np.count_nonzero(stand_for(n, stride_of("auto", n))) for n in (16, 512, 2048)]
-    assert thinned[0] > 8 and thinned[1] < 128 and thinned[2] < 256
+    assert (stand_for(40, stride_of("all", 40, leashed=True)) == 1).all()
+    for leashed, most in ((True, 128), (False, 256)):
+        stride = stride_of("auto", 512, leashed=leashed)
+        assert (stand_for(32, stride) == 1).all()
+        assert np.count_nonzero(stand_for(512, stride)) < most
 
 
 @pytest.mark.parametrize("stride", STRIDES)

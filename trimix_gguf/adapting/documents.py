@@ -1,21 +1,17 @@
 """Files of raw text -> documents, one after another: memory does not grow with a file."""
 
-import bz2
-import gzip
 import io
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimix_gguf.adapting.extras import need
 from trimix_gguf.adapting.wikipedia import read_pages
 from trimix_gguf.errors import DataError
+from trimix_gguf.machine.packed import PACKED, damage, open_unpacked
 
 TEXTS, JSON_LINES, DUMPS = (".txt", ".md", ".text"), (".jsonl", ".ndjson"), (".xml",)
-PACKED = (".gz", ".zst", ".bz2")
 FEWEST_CHARACTERS = 1000  # of a document, before a blank line ends it
 MOST_CHARACTERS = 2000  # a longer text becomes several documents
 _LONGEST_LINE = 1 << 20  # characters read at once
@@ -61,15 +57,9 @@ def read_documents(file: Path) -> Iterator[Document]:
     read = next((r for kinds, r in readers.items() if _kind(file) in kinds), _text)
     try:
         with ExitStack() as stack:
-            yield from read(file, _open(file, stack))
-    except _damage(file) as error:
+            yield from read(file, open_unpacked(file, stack))
+    except damage(file) as error:
         raise DataError(f"{file} cannot be read: {error}; get it again") from None
-
-
-def _damage(file: Path) -> tuple[type[Exception], ...]:
-    """What reading a damaged file raises."""
-    packed = [need("zstandard").ZstdError] if file.suffix.lower() == ".zst" else []
-    return (OSError, EOFError, zlib.error, *packed)
 
 
 def _kind(file: Path) -> str:
@@ -79,19 +69,6 @@ def _kind(file: Path) -> str:
         endings.pop()
     kind = endings[-1] if endings else ""
     return kind if kind in (*TEXTS, *JSON_LINES, *DUMPS) else ""
-
-
-def _open(file: Path, stack: ExitStack) -> io.BufferedReader:
-    raw = stack.enter_context(file.open("rb"))
-    packing = file.suffix.lower()
-    if packing == ".gz":
-        return io.BufferedReader(stack.enter_context(gzip.GzipFile(fileobj=raw)))
-    if packing == ".bz2":
-        return io.BufferedReader(stack.enter_context(bz2.BZ2File(raw)))
-    if packing == ".zst":
-        reader = need("zstandard").ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return stack.enter_context(io.BufferedReader(reader))
-    return raw
 
 
 def _lines(file: Path, raw: io.BufferedReader) -> Iterator[str]:

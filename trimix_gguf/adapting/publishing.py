@@ -84,7 +84,6 @@ def install(
         models=models,
         languages=(language,) if language else (),
         description=description,
-        method="ppl",
         n_ctx=trio.n_ctx,
         chat_template=trio.chat_template,
     )

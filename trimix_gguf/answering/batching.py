@@ -1,18 +1,22 @@
 """Many requests in one trio: read and answered together, one batch per model and step.
 
 Each request is a sequence of its own. A step decodes the newest token of every answer, and
-with them a window of the prompt that is being read. Prompts are read one at a time, so that the
-next one finds the prefix that they share. Sequences of finished requests are kept for later prompts
-with the same prefix, until their room is needed. A request starts once there is room for all of it.
+with them a window of the prompt that is being read. A request that is answered by itself is
+drafted ahead, as in generation.py. Prompts are read one at a time, so that the next one finds the
+prefix that they share. Sequences of finished requests are kept for later prompts with the same
+prefix, until their room is needed. A request starts once there is room for all of it.
 """
 
 import itertools
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
+from trimix_gguf.answering.costs import kept_costs
 from trimix_gguf.answering.job import Job
 from trimix_gguf.answering.request import Event, Request
 from trimix_gguf.errors import ModelError, QueueFull, TrimixError
@@ -73,20 +77,31 @@ class Turns:
 
 
 LONG_STEP_S = 5.0
+_WORTH_KEEPING = 16  # units of a prompt: for fewer, their cells would slow each step
 Wanted = dict[str, dict[int, list[int]]]  # role -> sequence -> its ids whose rows are wanted
 
 
 class Batcher:
     """Answers requests in a thread of its own; until it is closed, only it may use `trio`.
 
-    It answers `n_parallel` at once, at most a trio's n_window − 1; `n_queue` more may wait.
-    Several Batchers in one process take `turns`: two steps at once would share the same cores.
+    It answers `n_parallel` at once, at most a trio's n_window − 1; `n_queue` more may wait. With
+    `drafts`, one that is answered by itself is drafted ahead where that pays. With `all_known` no
+    others come later, so only what they begin with is kept. Several Batchers in one process take
+    `turns`: two steps at once would share the same cores.
     """
 
     def __init__(
-        self, trio: Trio, *, n_parallel: int = 8, n_queue: int = 32, turns: Turns | None = None
+        self,
+        trio: Trio,
+        *,
+        n_parallel: int = 8,
+        n_queue: int = 32,
+        drafts: bool = True,
+        all_known: bool = False,
+        turns: Turns | None = None,
     ) -> None:
-        self.trio, self._turns = trio, turns or Turns()
+        self.trio, self._drafts, self._all_known = trio, drafts, all_known
+        self._turns = turns or Turns()
         trio.forget()
         self._sequences = trio.sequences
         self._n_parallel, self._n_queue = min(n_parallel, self._sequences.most), n_queue
@@ -126,6 +141,20 @@ class Batcher:
             self._waiting.append(job)
             self._changed.notify()
         return job
+
+    def submit_all(
+        self, requests: Sequence[Request], on_event: Callable[[int, Event], None]
+    ) -> None:
+        """Queue requests together; `on_event` gets the index of one, too.
+
+        The engine begins when all of them wait: in an engine that was just made, the same requests
+        share the same batches, and round the same way, each time. Raises as submit does.
+        """
+        jobs = [Job(self.trio, r, partial(on_event, i)) for i, r in enumerate(requests)]
+        with self._changed:
+            self._check_room(len(jobs))
+            self._waiting += jobs
+            self._changed.notify()
 
     def _check_room(self, n: int) -> None:
         if self._closing is not None or not self._thread.is_alive():
@@ -171,13 +200,18 @@ class Batcher:
 
     def _run(self) -> None:
         try:
-            while self._has_work():
-                self._end_cancelled()
-                self._let_in()
-                with self._turns:
-                    self._timed_step()
+            self._answer_all()
         finally:
-            self._abandon(ModelError("the server has stopped"))
+            with self._turns:
+                self._abandon(ModelError("the server has stopped"))
+
+    def _answer_all(self) -> None:
+        with kept_costs(self.trio, self._drafts):
+            while self._has_work():
+                with self._turns:  # an end of drafts, and room made, change the caches too
+                    self._end_cancelled()
+                    self._let_in()
+                    self._timed_step()
 
     def _timed_step(self) -> None:
         started, self._step_began = time.perf_counter(), time.monotonic()
@@ -226,9 +260,19 @@ class Batcher:
         return True
 
     def _forget_one(self) -> None:
-        sequence = next(iter(self._kept))
+        self._forget(next(iter(self._kept)))
+
+    def _forget(self, sequence: int) -> None:
         del self._kept[sequence]
         self._sequences.drop(sequence)
+
+    def _forget_unused(self) -> None:
+        """Drop what no request that is still to be read begins with."""
+        to_read = [job for job in (*self._waiting, *self._running) if job.sequence is None]
+        for sequence in list(self._kept):
+            ids = self._sequences.ids(sequence)
+            if all(n_common(job.prefill.units, ids) < _WORTH_KEEPING for job in to_read):
+                self._forget(sequence)
 
     # -- a step -----------------------------------------------------------------------------
 
@@ -236,6 +280,11 @@ class Batcher:
         """Decode a token of each answer and a window of one prompt; hand out the rows."""
         answering = [job for job in self._running if job.stage == "answer"]
         reading = next((job for job in self._running if job.stage != "answer"), None)
+        if self._drafts and len(answering) == 1 and reading is None:
+            self._take(answering[0], {}, None)
+            return
+        for job in answering:
+            job.end_drafts()
         wanted: Wanted = {role: {} for role in ROLES}
         for job in answering:
             assert job.sequence is not None  # it was placed to be read
@@ -286,7 +335,9 @@ class Batcher:
     def _take(self, job: Job, rows: Rows, end: int | None) -> None:
         """Give a request its rows; release it once it has ended."""
         try:
-            if end is None:
+            if end is None and not rows:
+                job.draft()
+            elif end is None:
                 job.answer({role: matrix[0] for role, matrix in rows.items()})
             else:
                 job.read(end, rows)
@@ -301,7 +352,10 @@ class Batcher:
         with self._changed:
             (self._running if job in self._running else self._waiting).remove(job)
         if job.sequence is not None:
+            job.end_drafts()
             self._kept[job.sequence] = job.sums
+            if self._all_known:
+                self._forget_unused()
         finished = dict(self._statistics.finished)
         finished[reason] = finished.get(reason, 0) + 1
         self._statistics = replace(
@@ -315,6 +369,8 @@ class Batcher:
     def _abandon(self, error: TrimixError) -> None:
         """End everything: after a failed decode no sequence can be trusted."""
         for job in (*self._waiting, *self._running):
+            with suppress(TrimixError):
+                job.end_drafts()
             job.fail(error)
             job.sequence = None
             self._release(job, "error")

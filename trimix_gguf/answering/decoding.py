@@ -20,7 +20,7 @@ from trimix_gguf.answering.lookup import Lookup
 from trimix_gguf.answering.steering import Steering
 from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.mixing.sampler import Sampler
-from trimix_gguf.trio.trio import Trio
+from trimix_gguf.trio.strand import Strand
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Step:
 
 
 def decode_steps(
-    trio: Trio,
+    strand: Strand,
     steering: Steering,
     sampler: Sampler,
     *,
@@ -49,37 +49,37 @@ def decode_steps(
     mix does not. However it ends, the trio then holds what it held, and the tokens yielded except
     for the last.
     """
-    needed = _needed(trio, steering, also)
-    history = _History(trio, needed, drafting)
+    needed = _needed(strand, steering, also)
+    history = _History(strand, needed, drafting)
     n_ahead, n_left = 0, max_tokens  # tokens that the trio holds beyond the one yielded last
     try:
         while True:
-            needed = _needed(trio, steering, also)
-            drafted = _next_draft(trio, sampler, drafting, history, needed, n_left)
+            needed = _needed(strand, steering, also)
+            drafted = _next_draft(strand, sampler, drafting, history, needed, n_left)
             n_ahead = n = len(drafted.tokens)
-            read = trio.tail_rows(_verifiers(drafted, needed), n + 1)
+            read = strand.tail_rows(_verifiers(drafted, needed), n + 1)
             # The accept rule: a drafted token is kept while the target's sampler picks it too;
             # the first other pick is the target's own token, and ends the round.
             for i in range(n + 1):
-                rows = _rows_at(trio, drafted, read, needed, i)
-                fused = steering.mix.fuse(rows, trio.unused)
+                rows = _rows_at(strand, drafted, read, needed, i)
+                fused = steering.mix.fuse(rows, strand.unused)
                 token = sampler.sample(fused)
                 accepted = i < n and token == drafted.tokens[i]
                 if not accepted:
-                    _end_round(trio, drafting, drafted, i, token, rows.get(DRAFTER))
+                    _end_round(strand, drafting, drafted, i, token, rows.get(DRAFTER))
                 n_ahead, n_left = n - i if accepted else 0, n_left - 1
                 history.append(token)
                 yield Step(token, fused, rows, accepted)
                 if not accepted:
-                    trio.advance(token)
+                    strand.advance(token)
                     break
     finally:
-        trio.rewind(n_ahead)
+        strand.rewind(n_ahead)
 
 
-def _needed(trio: Trio, steering: Steering, also: Sequence[str]) -> tuple[str, ...]:
+def _needed(strand: Strand, steering: Steering, also: Sequence[str]) -> tuple[str, ...]:
     """Roles whose rows the next round wants."""
-    return tuple(role for role in trio.models if role in {*steering.roles, *also})
+    return tuple(role for role in strand.models if role in {*steering.roles, *also})
 
 
 class _History:
@@ -88,9 +88,9 @@ class _History:
     Nothing is looked up where the length of drafts is fixed.
     """
 
-    def __init__(self, trio: Trio, needed: Sequence[str], drafting: Drafting) -> None:
+    def __init__(self, strand: Strand, needed: Sequence[str], drafting: Drafting) -> None:
         self._drafting, self._used = drafting, drafting.n_draft is None
-        self.lookup = Lookup(trio.ids[needed[0]] if self._used else ())
+        self.lookup = Lookup(strand.ids[needed[0]] if self._used else ())
         self.match = self.lookup.find()
 
     def append(self, token: int) -> None:
@@ -104,25 +104,25 @@ class _History:
 
 
 def _next_draft(
-    trio: Trio,
+    strand: Strand,
     sampler: Sampler,
     drafting: Drafting,
     history: _History,
     needed: Sequence[str],
     n_left: int,
 ) -> Draft:
-    """Append a draft to the trio, from earlier text or by small_cpt; it may be empty.
+    """Append a draft to the strand, from earlier text or by small_cpt; it may be empty.
 
     It leaves room for the target's own token in the window, the context and `n_left`.
     """
-    most = max(0, min(MOST_DRAFTED + 1, trio.n_window, trio.room, n_left) - 1)
-    plan = drafting.plan(trio, needed, most)
+    most = max(0, min(MOST_DRAFTED + 1, strand.n_window, strand.room, n_left) - 1)
+    plan = drafting.plan(strand, needed, most)
     n_found = drafting.n_found(plan, history.match, most)
     if history.match is None or not n_found:
-        return draft(trio, sampler, drafting, plan)
+        return draft(strand, sampler, drafting, plan)
     tokens = history.lookup.following(history.match, n_found)
     for token in tokens:
-        trio.advance(token)
+        strand.advance(token)
     return Draft(tokens, looked_up=True)
 
 
@@ -131,17 +131,17 @@ def _verifiers(drafted: Draft, needed: Sequence[str]) -> tuple[str, ...]:
     return tuple(role for role in needed if drafted.looked_up or role != DRAFTER)
 
 
-def _rows_at(trio: Trio, drafted: Draft, read: Rows, needed: Sequence[str], i: int) -> Rows:
+def _rows_at(strand: Strand, drafted: Draft, read: Rows, needed: Sequence[str], i: int) -> Rows:
     """The models' rows [n_vocab] before drafted token `i`, or after the last one."""
     rows = {role: matrix[i] for role, matrix in read.items()}
     if DRAFTER in needed and DRAFTER not in read:
         whole = i == len(drafted.tokens)
-        rows[DRAFTER] = trio.rows((DRAFTER,))[DRAFTER] if whole else drafted.rows[i]
+        rows[DRAFTER] = strand.rows((DRAFTER,))[DRAFTER] if whole else drafted.rows[i]
     return rows
 
 
 def _end_round(
-    trio: Trio,
+    strand: Strand,
     drafting: Drafting,
     drafted: Draft,
     n_accepted: int,
@@ -152,7 +152,7 @@ def _end_round(
     if not drafted.tokens:
         drafting.watch(drafter_row, token)
         return
-    trio.rewind(len(drafted.tokens) - n_accepted)
+    strand.rewind(len(drafted.tokens) - n_accepted)
     if drafted.looked_up:
         drafting.count(len(drafted.tokens), n_accepted)
     else:

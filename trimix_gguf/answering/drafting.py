@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from trimix_gguf.answering.lookup import LONGEST, Match
 from trimix_gguf.mixing.fusion import probability
 from trimix_gguf.mixing.sampler import Sampler
-from trimix_gguf.trio.trio import Trio
+from trimix_gguf.trio.strand import Strand
 
 DRAFTER = "small_cpt"
 MOST_DRAFTED = 31
@@ -100,26 +100,26 @@ class Drafting:
         """Share of the drafted tokens that were accepted."""
         return self.n_accepted / self.n_drafted if self.n_drafted else None
 
-    def plan(self, trio: Trio, needed: Sequence[str], most: int) -> DraftPlan:
+    def plan(self, strand: Strand, needed: Sequence[str], most: int) -> DraftPlan:
         """What is worth drafting now, up to `most` tokens; `needed` are the roles in the mix."""
         if self.n_draft is not None:
             return DraftPlan(min(self.n_draft, most))
         if self.n_rounds >= self._next_plan:
-            self._plan = self._best(trio, needed, min(MOST_DRAFTED, trio.n_window - 1))
+            self._plan = self._best(strand, needed, min(MOST_DRAFTED, strand.n_window - 1))
             # Costs change little; with very small models, planning costs time too.
             self._next_plan = self.n_rounds + (self.n_rounds > _PLAN_EVERY) * _PLAN_EVERY
         return replace(self._plan, n_draft=min(self._plan.n_draft, most))
 
-    def _best(self, trio: Trio, needed: Sequence[str], most: int) -> DraftPlan:
-        lockstep = sum(float(trio.models[role].seconds(1)[0]) for role in needed)
+    def _best(self, strand: Strand, needed: Sequence[str], most: int) -> DraftPlan:
+        lockstep = sum(float(strand.models[role].seconds(1)[0]) for role in needed)
         self._idle = lockstep < _LEAST_STEP and not self.always
         if self._idle:
             return DraftPlan(0)
-        costs = {role: trio.models[role].seconds(most + 1) for role in needed}
+        costs = {role: strand.models[role].seconds(most + 1) for role in needed}
         none = np.zeros(most + 1)
         read = sum(costs.values(), none).tolist()
         verify = sum((c for r, c in costs.items() if r != DRAFTER), none).tolist()
-        step, p = float(trio.models[DRAFTER].seconds(1)[0]), self._acceptance
+        step, p = float(strand.models[DRAFTER].seconds(1)[0]), self._acceptance
         if not math.isfinite(step + read[0]):
             return DraftPlan(0)  # the first step is lockstep's, and measures it
         lead = step if DRAFTER in needed else 0.0  # its own row is then paid for anyway
@@ -187,8 +187,8 @@ class Drafting:
         self._by_confidence[band] += (1 - _MEMORY) * (hit - self._by_confidence[band])
 
 
-def draft(trio: Trio, sampler: Sampler, drafting: Drafting, plan: DraftPlan) -> Draft:
-    """Append what `plan` says of small_cpt's own choice to the trio.
+def draft(strand: Strand, sampler: Sampler, drafting: Drafting, plan: DraftPlan) -> Draft:
+    """Append what `plan` says of small_cpt's own choice to the strand.
 
     A copy of the target's sampler picks, with the same random stream: where the two models'
     probabilities agree, so do the picks, at any temperature. It stops where it is too unsure for
@@ -199,9 +199,9 @@ def draft(trio: Trio, sampler: Sampler, drafting: Drafting, plan: DraftPlan) -> 
         return drafted
     picker, reach = sampler.clone(), 1.0
     while len(drafted.tokens) < plan.n_draft:
-        row = trio.rows((DRAFTER,))[DRAFTER]
-        if trio.unused is not None:
-            row[trio.unused] = -np.inf  # as in the mix
+        row = strand.rows((DRAFTER,))[DRAFTER]
+        if strand.unused is not None:
+            row[strand.unused] = -np.inf  # as in the mix
         token = picker.sample(row)
         confidence = probability(row, token)
         reach *= drafting.chance(confidence)
@@ -211,7 +211,7 @@ def draft(trio: Trio, sampler: Sampler, drafting: Drafting, plan: DraftPlan) -> 
         drafted.tokens.append(token)
         drafted.confidences.append(confidence)
         drafted.rows.append(row.copy())  # llama.cpp reuses this buffer on the next decode
-        trio.advance(token)
+        strand.advance(token)
     return drafted
 
 

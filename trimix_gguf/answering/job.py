@@ -4,11 +4,13 @@ It is served in up to three stages: its prompt is scored, unless its weights are
 for its tokens' own probabilities, if it wants them; and answered, token after token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import Literal
 
 from trimix_gguf.answering.answer import Answer
+from trimix_gguf.answering.decoding import Step, decode_steps
+from trimix_gguf.answering.drafting import Drafting
 from trimix_gguf.answering.request import Event, FinishReason, Request
 from trimix_gguf.choosing.score import add_window
 from trimix_gguf.choosing.subset import stand_for
@@ -17,6 +19,7 @@ from trimix_gguf.machine.threads import available_cores
 from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.trio.prefill import Prefill, is_scored
 from trimix_gguf.trio.prompt import Unit, is_shared
+from trimix_gguf.trio.strand import Branch
 from trimix_gguf.trio.sums import PrefixSums
 from trimix_gguf.trio.trio import Trio
 
@@ -54,6 +57,8 @@ class Job:
         self.newest = 0
         self.sequence: int | None = None
         self.cancelled = False
+        self._drafting = Drafting()
+        self._steps: Generator[Step, None, None] | None = None
 
     def cancel(self) -> None:
         """Have it end before its next token; does nothing once it has ended."""
@@ -129,6 +134,31 @@ class Job:
         fused = self._answer.fuse(rows)
         self.newest = self._answer.sampler.sample(fused)
         self._on_event(self._answer.take(self.newest, fused, rows))
+
+    def draft(self) -> None:
+        """Answer by itself, with drafts: give its next token. Raises ModelError, SamplerError."""
+        assert self.sequence is not None
+        if self._steps is None:
+            branch = Branch(self._trio, self.sequence)
+            branch.advance(self.newest)
+            self._steps = decode_steps(
+                branch,
+                self._answer.steering,
+                self._answer.sampler,
+                drafting=self._drafting,
+                max_tokens=self._request.max_tokens - self.n_tokens,
+                also=self.roles,
+            )
+        step = next(self._steps)
+        self.newest = step.token
+        told = self._answer.take(step.token, step.fused, step.rows, from_draft=step.from_draft)
+        self._on_event(told)
+
+    def end_drafts(self) -> None:
+        """Go on among others: its sequence then holds all of its answer but the newest token."""
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None
 
     def tell_cancelled(self) -> None:
         """Say that it ends before its time."""

@@ -88,7 +88,7 @@ def load_prompt(trio: Trio, folder: Path) -> bool:
     except BaseException:
         trio.forget()
         raise
-    trio.ids = ids
+    trio.hold(ids)
     trio.sums = kept
     return True
 

@@ -79,7 +79,7 @@ class Chooser:
         self.selection: Selection | None = None
         self.score: Score | None = None
         self._trio, self._method, self._grid = trio, method, grid
-        self._leashed = False
+        self._leashed, self._reason = False, "a text that goes on; lowest perplexity"
         if method == ANSWERS and not any(p.is_marked for p in prompts):
             raise WeightsError(
                 f"{ANSWERS} needs the exemplars' answers: mark them (--spans), or give a task file"
@@ -91,15 +91,17 @@ class Chooser:
             if method == TOKEN or (score_tokens == "auto" and method != AUTO):
                 score_tokens = "all"
             n_tokens = max((sum(scored for _, scored in p.units) for p in self.prompts), default=0)
-            stride = stride_of(score_tokens, n_tokens)
+            stride = stride_of(score_tokens, n_tokens, leashed=self._leashed)
             self.score = empty_score(grid, sloped=self._leashed, keep=keep, stride=stride)
 
     def _for_questions(self) -> None:
         """What a measurement of the trio says; without one, the choice is on a leash."""
         tuning = self._trio.tuning
         self._leashed = tuning is None
-        if tuning is not None and tuning.weights is not None:
-            self.selection = Selection(Mix(tuning.weights), AUTO, reason=tuning.verdict)
+        if tuning is not None:
+            self._reason = f"a question; {tuning.verdict}"
+            if tuning.weights is not None:
+                self.selection = Selection(Mix(tuning.weights), AUTO, reason=tuning.verdict)
 
     def decide(self, rows: Iterable[Rows], average: Average = "macro") -> Selection:
         """The choice, once the prompts are read; `rows` [n_vocab] are those after each."""
@@ -113,8 +115,8 @@ class Chooser:
             weights = on_a_leash(nll, slopes, scored.alphas, scored.betas)
             return Selection(Mix(weights), AUTO, scored, "a question; close to large_ins")
         if self._method == AUTO:
-            reason = "a text that goes on; lowest perplexity"
-            return Selection(Mix(scored.best(average, corners=True)), AUTO, scored, reason)
+            weights = scored.best(average, corners=True)
+            return Selection(Mix(weights), AUTO, scored, self._reason)
         follows = None
         if self._method == TOKEN:
             follows = Sum((0, 0), scored.nll[-1], scored.n_tokens[-1], scored.slopes[-1])

@@ -6,6 +6,7 @@ on the length of the prompt nor on how it is read: so the sums over a prefix hol
 that begins with it, and a request chooses the same weights alone and among others.
 """
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -15,17 +16,16 @@ from trimix_gguf.errors import WeightsError
 
 ScoreTokens = int | Literal["auto", "all"]
 ALL = 1  # the stride that scores each token
-THINNING = 0  # the stride that grows with the place
-DENSITY = (
-    2.0  # when it grows, DENSITY / sqrt(place) of the tokens are scored; all where that is > 1
-)
+FREE, LEASHED = 0, -1  # strides that grow with the place: for any mix, or one close to large_ins
+N_FIRST = 32  # tokens that are all scored in any case
+DENSITY = {FREE: 4.0, LEASHED: 2.0}  # after them, this / sqrt(place) of the tokens are
 
 
-def stride_of(tokens: ScoreTokens, n_tokens: int) -> int:
+def stride_of(tokens: ScoreTokens, n_tokens: int, *, leashed: bool) -> int:
     """The stride for a prompt of `n_tokens`."""
     if isinstance(tokens, int):
         return max(ALL, -(-n_tokens // tokens))
-    return THINNING if tokens == "auto" else ALL
+    return ALL if tokens == "all" else LEASHED if leashed else FREE
 
 
 def stand_for(n_tokens: int, stride: int) -> NDArray[np.int64]:
@@ -33,9 +33,11 @@ def stand_for(n_tokens: int, stride: int) -> NDArray[np.int64]:
 
     One of each part counts for all of it, at a place that looks like chance but is fixed.
     """
-    if stride == THINNING:
-        n_parts = int(2 * DENSITY * np.sqrt(n_tokens)) + 2
-        ends = np.unique(np.floor((np.arange(n_parts + 1) / (2 * DENSITY)) ** 2).astype(np.int64))
+    if stride in DENSITY:
+        steps = 0.5 / DENSITY[stride]
+        roots = np.arange(math.sqrt(N_FIRST), math.sqrt(n_tokens) + 1.0, steps)
+        later = np.unique(np.floor(roots**2 + 1e-6).astype(np.int64))
+        ends = np.concatenate((np.arange(N_FIRST), later))
     else:
         ends = np.arange(0, n_tokens + stride, stride)
     lengths = np.diff(ends)

@@ -9,8 +9,10 @@ from typing import NoReturn
 import click
 
 COMMANDS = {  # name -> (module, and function in it where that is called otherwise; one-line help)
+    "demo": ("demo", "Show what each model answers by itself, and what the mix answers."),
     "generate": ("generate", "Continue a prompt with the mix of three models."),
     "serve": ("serve", "Answer over HTTP, like OpenAI's API, many requests at once."),
+    "run": ("run", "Answer a file of requests, many at once; go on after a stop."),
     "chat": ("chat", "Chat with the mix of three models."),
     "score": ("score", "Perplexity of texts under each model and over the weight grid."),
     "tune": ("tune", "Measure which mix of a trio answers best, and keep it."),

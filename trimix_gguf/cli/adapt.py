@@ -5,12 +5,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from trimix_gguf.cli.options import option_group
+
+TUNE_MINUTES = 10.0
 
 
 @click.command()
@@ -74,6 +77,11 @@ from trimix_gguf.cli.options import option_group
     click.option(
         "--work", metavar="DIR", help="Where the run keeps its files. Default: in the user's data."
     ),
+    click.option(
+        "--tune/--no-tune",
+        default=True,
+        help="At the end, measure which mix answers best (some minutes). Default: on.",
+    ),
     click.option("--dry-run", is_flag=True, help="Only read the text, and say what it would take."),
     click.option("--plot", metavar="FILE.png", help="Draw what was measured on the way."),
     click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the folder."),
@@ -91,6 +99,7 @@ def adapt(name: str, texts: tuple[str, ...], **options: Any) -> None:
     if options["tokens"] is not None and options["minutes"] is not None:
         raise click.UsageError("give --tokens or --minutes, not both")
     dry_run, as_json, plot = (options.pop(key) for key in ("dry_run", "as_json", "plot"))
+    tune = options.pop("tune")
     figure = _figure(plot)
     folder = _work(options.pop("work"), name)
     # Apart: what is tried out with --dry-run binds nobody to the same options later.
@@ -113,10 +122,12 @@ def adapt(name: str, texts: tuple[str, ...], **options: Any) -> None:
         _say(table(adapted.trio, work.folder))
         if figure is not None and adapted.history is not None:
             _draw(adapted.history.all, figure, plot)
-        _tune(adapted.trio)
-        _say(f"{name} is complete: trimix chat --trio {name}")
     if not dry_run:
         adaptation.clear(work)
+    if adapted.trio is not None:
+        if tune:
+            _tune(adapted.trio, asked.seed)
+        _say(f"{name} is complete: trimix chat --trio {name}")
     if as_json:
         print(json.dumps(adaptation.summary(adapted), ensure_ascii=False))
     elif adapted.trio is not None:
@@ -125,9 +136,26 @@ def adapt(name: str, texts: tuple[str, ...], **options: Any) -> None:
         print(asked.output)
 
 
-def _tune(trio: Any) -> None:
-    """Say what measures the new trio's answers; it takes minutes of its own."""
-    _say(f"next: trimix tune --trio {trio.name} measures which mix answers best")
+def _tune(trio: Any, seed: int) -> None:
+    """Measure which mix of the new trio answers best, with exercises of the held-out text."""
+    from trimix_gguf.cli.tune import measure_and_keep
+    from trimix_gguf.cli.tune import table as table_of
+    from trimix_gguf.errors import DataError, PromptError
+    from trimix_gguf.trio.trio import Trio
+    from trimix_gguf.tuning.tune import make_exercises
+
+    _say("measuring which mix answers best (trimix tune)")
+    language = trio.languages[0] if trio.languages else ""
+    settings = {"language": language, "seed": seed, "minutes": TUNE_MINUTES}
+    try:
+        kinds = make_exercises([trio.folder / "text.txt"], None, language, seed)
+        opened = partial(Trio.load, **trio.load_arguments())
+        _say(table_of(measure_and_keep(trio, opened, kinds, **settings)))
+    except (DataError, PromptError) as error:
+        _say(f"not measured: {error}")
+    except KeyboardInterrupt:
+        _say(f"stopped; the trio is complete: trimix tune --trio {trio.name} goes on")
+        raise
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -75,6 +75,8 @@ class _Session:
         good = True
         if self.by_hand:
             signal.signal(signal.SIGTERM, _leave)  # else it would pass for Ctrl-C
+            if self._opened is not None and self._opened.about:
+                _note(self._opened.about)
             _note(_WAY_OUT)
         for line in _typed_lines() if self.by_hand else _piped_lines():
             try:

@@ -3,12 +3,10 @@
 from typing import Any
 
 from trimix_gguf.cli.generation_options import generation_settings
-from trimix_gguf.cli.options import named_trio, open_trio
+from trimix_gguf.cli.options import FILES, about_trio, named_trio, open_trio
 from trimix_gguf.cli.served_trios import share_weights
 from trimix_gguf.cli.task_weights import task_weights
 from trimix_gguf.errors import TrimixError
-
-_FILES = ("large_ins", "small_base", "small_cpt", "small_cpt_lora")
 
 
 class ChatTrio:
@@ -23,7 +21,7 @@ class ChatTrio:
 
         Weights that both have stay where they are. Else the old trio makes room first.
         """
-        options = {**self._options, "trio": name, **dict.fromkeys(_FILES)}
+        options = {**self._options, "trio": name, **dict.fromkeys(FILES)}
         named_trio(options)  # before anything is closed
         if share_weights(options, self._options):
             old, (self.trio, self.settings) = self.trio, _opened(options, self.trio)
@@ -36,6 +34,12 @@ class ChatTrio:
                 self.trio, self.settings = _opened(self._options)
                 raise
         self._options = options
+
+    @property
+    def about(self) -> str:
+        """What the trio that is open says of itself; empty for one of files."""
+        trio_file = named_trio(self._options)
+        return "" if trio_file is None else about_trio(trio_file)
 
     def names(self) -> str:
         """In a line, the trio that is open and those that could be."""

@@ -1,5 +1,6 @@
 """trimix eval: methods compared on labelled tasks; eval report: the table and the picture."""
 
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +19,11 @@ _DEFAULT = ",".join(compared_by_default())
 
 @click.group("eval", invoke_without_command=True)
 @trio_options
-@click.option("--lang", metavar="CODE", help="Language of the tasks: kk, ug, bo, mn, …")
+@click.option(
+    "--lang",
+    metavar="CODE",
+    help="Language of the tasks: kk, ug, bo, mn, … Default: that of your own FILE.jsonl.",
+)
 @click.option("--tasks", metavar="LIST", help="Tasks, comma-separated, or your own FILE.jsonl.")
 @click.option(
     "--methods",
@@ -72,7 +77,8 @@ _DEFAULT = ",".join(compared_by_default())
 def evaluate(context: click.Context, /, **options: Any) -> None:
     """Compare methods of mixing on labelled tasks, example by example.
 
-    A run that was stopped continues with the same command.
+    A run that was stopped continues with the same command. In the end one sentence says which
+    method to use; `trimix eval report` has the tables.
     """
     if context.invoked_subcommand is not None:
         return
@@ -82,7 +88,7 @@ def evaluate(context: click.Context, /, **options: Any) -> None:
     for name in ("harness_path", "weights"):
         if options[name]:
             raise click.UsageError(f"--{name.replace('_', '-')} goes with --harness")
-    for name in ("lang", "tasks", "out"):
+    for name in ("tasks", "out"):
         if not options[name]:
             raise click.UsageError(f"give --{name}")
     _run(options)
@@ -129,9 +135,10 @@ def report(
 def _run(options: dict[str, Any]) -> None:
     from trimix_gguf.evaluation.running.comparing import Comparison, compare
 
+    tasks = _split(options.pop("tasks"))
     comparison = Comparison(
-        lang=options.pop("lang"),
-        tasks=_split(options.pop("tasks")),
+        lang=options.pop("lang") or _language(tasks),
+        tasks=tasks,
         data=Path(options.pop("data")),
         settings=_settings(options),
         singles=_singles(options.pop("single")),
@@ -142,6 +149,31 @@ def _run(options: dict[str, Any]) -> None:
     out = Path(options.pop("out"))
     with open_trio(options) as trio:
         compare(trio, comparison, out, count_bar)
+    _conclude(out)
+
+
+def _language(tasks: tuple[str, ...]) -> str:
+    from trimix_gguf.evaluation.tasks.custom import language_of
+
+    lang = language_of([Path(name) for name in tasks if name.endswith(".jsonl")])
+    if lang is None:
+        raise click.UsageError("give --lang, or a FILE.jsonl whose first line names its language")
+    return lang
+
+
+def _conclude(out: Path) -> None:
+    """Say which method to use, and where the tables are."""
+    from trimix_gguf.errors import TrimixError
+    from trimix_gguf.evaluation.reporting.report import summarize
+    from trimix_gguf.evaluation.run_files.loading import load_run
+
+    try:
+        sentence = summarize(load_run(out))["mean"]["conclusion"]["sentence"]
+    except TrimixError as error:  # an extra that only reports need: the answers are there
+        print(f"note: no report yet: {error}", file=sys.stderr)
+        return
+    print(f"the tables: trimix eval report {shlex.quote(str(out))}", file=sys.stderr)
+    print(sentence)
 
 
 def _settings(options: dict[str, Any]) -> RunSettings:

@@ -23,7 +23,7 @@ ROLE_OPTIONS: dict[str, Callable[[str], Any]] = {
     "threads": int,
     "kv_type": str,
 }
-_FILES = ("large_ins", "small_base", "small_cpt", "small_cpt_lora")
+FILES = ("large_ins", "small_base", "small_cpt", "small_cpt_lora")
 
 
 def option_group(*options: Decorator) -> Decorator:
@@ -147,13 +147,23 @@ def named_trio(options: dict[str, Any]) -> Any:
     from trimix_gguf.trios.store import SHIPPED, resolve
 
     name = options.get("trio")
-    if any(options.get(role) is not None for role in _FILES):
+    if any(options.get(role) is not None for role in FILES):
         if name is not None:
             raise click.UsageError("give --trio, or the files of its roles, not both")
         return None
     trio_file = resolve(SHIPPED if name is None else name)
     trio_file.check_files()
     return trio_file
+
+
+def model_name(trio_file: Any, options: dict[str, Any]) -> str:
+    """What requests call the model: the trio's name, or that of the large model's file."""
+    return trio_file.name if trio_file is not None else Path(options["large_ins"] or "trio").stem
+
+
+def about_trio(trio_file: Any) -> str:
+    """Its name, and what it says of itself."""
+    return ": ".join(filter(None, (trio_file.name, trio_file.description)))
 
 
 def own_mix(options: dict[str, Any]) -> Any:
@@ -166,7 +176,7 @@ def trio_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """Take the trio's options out: arguments of Trio.load, the trio file's beneath the user's."""
     trio_file = named_trio(options)
     options.pop("trio", None)
-    files = {r: Path(p) for r in _FILES if (p := options.pop(r, None)) is not None}
+    files = {r: Path(p) for r in FILES if (p := options.pop(r, None)) is not None}
     if files and not {"large_ins", "small_base"} <= files.keys():
         raise click.UsageError(
             "give --large-ins, --small-base and --small-cpt (or --small-cpt-lora)"

@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from trimix_gguf.cli.options import asked_of, each_trio, named_trio, trio_arguments, trios_options
+from trimix_gguf.cli.options import (
+    FILES,
+    asked_of,
+    each_trio,
+    named_trio,
+    trio_arguments,
+    trios_options,
+)
 
 
 @click.command()
@@ -29,20 +36,49 @@ def plan(
     No model is loaded. Every command follows this plan with --gpu-layers auto. --assume-gpu and
     --assume-ram plan for a machine that you do not have. If the trio does not fit: what to
     change, and exit 1. Several trios are planned for one process: weights that they share count
-    once, and each has the room that those before it leave.
+    once, and each has the room that those before it leave. Of a trio that `trimix pull` would
+    fetch, only the sizes of the weights are known, and are compared with what is free.
     """
-    from trimix_gguf.errors import MemoryNeededError
     from trimix_gguf.machine import memory, native, planner
 
+    assumed = [_assumed(f"GPU{i}", gb) for i, gb in enumerate(assume_gpu)]
+    devices = assumed or native.devices()
+    free_ram = memory.available() if assume_ram is None else _in_bytes(assume_ram)
+    if (preset := _preset_to_pull(options)) is not None:
+        _plan_preset(preset, devices, free_ram, as_json)
+        return
     options.pop("verbose", None)
     names = trio_names(each_trio(options)) if len(options["trio"]) > 1 else [""]
     trios = [planner.Asked(*trio_files(trio_arguments(one))) for one in each_trio(options)]
-    assumed = [_assumed(f"GPU{i}", gb) for i, gb in enumerate(assume_gpu)]
-    free_ram = memory.available() if assume_ram is None else _in_bytes(assume_ram)
-    plans = planner.plan_together(trios, devices=assumed or native.devices(), free_ram=free_ram)
-    flags = [_flags(found, named=not assumed) for found in plans]
+    plans = planner.plan_together(trios, devices=devices, free_ram=free_ram)
+    files = [asked.files for asked in trios]
+    _print_plans(names, plans, files, free_ram=free_ram, named=not assumed, as_json=as_json)
+
+
+def _preset_to_pull(options: dict[str, Any]) -> Any:
+    """The one trio that the options name, where it is a preset that is not here; else None."""
+    from trimix_gguf.trios.store import preset_to_pull
+
+    if len(options["trio"]) != 1 or any(options[role] for role in FILES):
+        return None
+    return preset_to_pull(options["trio"][0])
+
+
+def _print_plans(
+    names: list[str],
+    plans: list[Any],
+    files: list[Mapping[str, Any]],
+    *,
+    free_ram: int,
+    named: bool,
+    as_json: bool,
+) -> None:
+    """One trio's plan, or several and their sum; raises MemoryNeededError where one has no room."""
+    from trimix_gguf.errors import MemoryNeededError
+
+    flags = [_flags(found, named=named) for found in plans]
     ram_needed = sum(found.ram_needed for found in plans)
-    parts = list(zip(plans, (asked.files for asked in trios), flags, strict=True))
+    parts = list(zip(plans, files, flags, strict=True))
     if as_json:
         reports = [_report(*part) for part in parts]
         together = {
@@ -69,6 +105,34 @@ def trio_names(trios: list[dict[str, Any]]) -> list[str]:
     if twice is not None:
         raise click.UsageError(f"two trios are called {twice}; give each once")
     return names
+
+
+def _plan_preset(preset: Any, devices: list[Any], free_ram: int, as_json: bool) -> None:
+    """Compare the weights of a trio that is not here with the memory of this machine."""
+    from trimix_gguf.cli.trios import absent_words, size_words
+    from trimix_gguf.errors import MemoryNeededError
+
+    name, cards = preset.trio.name, {d.name: d.free for d in devices if d.kind == "GPU"}
+    free = {"RAM": free_ram, **cards}
+    too_large = preset.n_bytes > sum(free.values())
+    if as_json:
+        models = {role: {"weights": n} for role, n in preset.sizes.items()}
+        fits = False if too_large else None  # the context and the buffers are not known
+        print(json.dumps({"here": False, "models": models, "free": free, "fits": fits}))
+    else:
+        print(f"{name}: {absent_words(name, preset.n_bytes)}\n\n{'':<12}{'weights':>11}")
+        for role, n_bytes in preset.sizes.items():
+            print(f"{role:<12}{size_words(n_bytes):>11}")
+        print(f"\n{'':<12}{'free':>11}")
+        for place, n_bytes in free.items():
+            print(f"{place:<12}{size_words(n_bytes):>11}")
+    if too_large:
+        raise MemoryNeededError(
+            f"the weights of {name} are about {size_words(preset.n_bytes)}, and "
+            f"{size_words(sum(free.values()))} are free; take a smaller trio: `trimix list`"
+        )
+    if not as_json:
+        print("\nthe weights fit; the context needs more, which a plan after the pull counts")
 
 
 def trio_files(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Any]:

@@ -1,12 +1,11 @@
 """The trios of `trimix serve`: what options mean, which share weights, how they are opened."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
 
-from trimix_gguf.cli.options import asked_of, named_trio, open_trio, trio_arguments
+from trimix_gguf.cli.options import asked_of, model_name, named_trio, open_trio, trio_arguments
 from trimix_gguf.cli.plan import trio_files, trio_names
 
 Given = dict[str, Any]  # the options of one trio
@@ -59,11 +58,13 @@ def _entry(given: Given, name: str | None) -> Any:
     trio_file = named_trio(given)
     arguments = trio_arguments(dict(given))
     n_ctx = min(Loading(**one).n_ctx for one in asked_of(arguments).values())
+    name = name or model_name(trio_file, given)
     if trio_file is None:
-        return Entry(name or Path(given["large_ins"] or "trio").stem, n_ctx)
+        return Entry(name, n_ctx)
     return Entry(
-        name or trio_file.name,
+        name,
         n_ctx,
+        description=trio_file.description,
         languages=trio_file.languages,
         mix=mix_settings(trio_file.method, trio_file.weights),
         tuning=arguments.get("tuning"),

@@ -40,12 +40,16 @@ def list_trios(every: bool, as_json: bool) -> None:
 @click.argument("trio", metavar="NAME|FILE|DIR")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
 def show(trio: str, as_json: bool) -> None:
-    """Show the settings and models of a trio, their sources, and whether they are here."""
-    from trimix_gguf.trios.store import installed, presets, resolve
+    """Show the settings and models of a trio, their sources, and whether they are here.
 
-    known = presets()
-    found = known[trio].trio if trio in known and trio not in installed() else resolve(trio)
-    report = _report(found)
+    Of a trio that is not here yet: what `trimix pull` would fetch, and about how large it is.
+    """
+    from trimix_gguf.trios.store import preset_to_pull, resolve
+
+    preset = preset_to_pull(trio)
+    report = _report(resolve(trio) if preset is None else preset.trio)
+    if preset is not None:
+        report["to_pull"] = {"n_bytes": preset.n_bytes, "models": preset.sizes}
     print(json.dumps(report, ensure_ascii=False) if as_json else _lines(report))
 
 
@@ -189,7 +193,7 @@ def _offer(preset: Any) -> dict[str, Any]:
 
 def _row(trio: dict[str, Any], text: str) -> str:
     languages = ",".join(trio["languages"]) or "-"
-    return f"  {trio['name']:<22} {languages:<4} {_size(trio['n_bytes']):>8}  {text}"
+    return f"  {trio['name']:<22} {languages:<4} {size_words(trio['n_bytes']):>8}  {text}"
 
 
 def _report(trio: Any) -> dict[str, Any]:
@@ -243,10 +247,15 @@ def _lines(report: dict[str, Any]) -> str:
     }
     if report["tuning"] is not None:
         facts["tuned"] = report["tuning"]["verdict"]
+    to_pull = report.get("to_pull")
     lines = [report["name"]]
+    if to_pull is not None:
+        lines.append(f"  {absent_words(report['name'], to_pull['n_bytes'])}")
     lines += [f"  {name:<15}{value}" for name, value in facts.items() if value is not None]
     for role, model in report["models"].items():
-        size = "" if model["n_bytes"] is None else f", {_size(model['n_bytes'])}"
+        size = "" if model["n_bytes"] is None else f", {size_words(model['n_bytes'])}"
+        if to_pull is not None:
+            size = f", about {size_words(to_pull['models'][role])}"
         lines.append(f"{role}: {model['state']}{size}")
         if "repo" in model:
             where = f"{model['repo']}@{model['revision']}"
@@ -258,5 +267,11 @@ def _lines(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _size(n_bytes: int) -> str:
+def absent_words(name: str, n_bytes: int) -> str:
+    """What is said of a preset that is not here."""
+    return f"not here; `trimix pull {name}` makes about {size_words(n_bytes)} of files"
+
+
+def size_words(n_bytes: int) -> str:
+    """In GB or MB, as files are sold."""
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"

@@ -48,14 +48,9 @@ def tune(
     run that was stopped continues with the same command.
     """
     import json
-    from dataclasses import replace
 
-    from trimix_gguf.cli.bars import count_bar
     from trimix_gguf.errors import TrioFileError
-    from trimix_gguf.machine.hashes import kept_sha256
-    from trimix_gguf.roles import ROLES
     from trimix_gguf.tuning.tune import make_exercises
-    from trimix_gguf.tuning.tune import tune as measure
 
     minutes, seed = options.pop("minutes"), options.pop("seed")
     as_json = options.pop("as_json")
@@ -67,22 +62,28 @@ def tune(
         _texts(trio_file, texts), None if pairs is None else Path(pairs), language, seed
     )
     figure = new_figure(figsize=(7, 6)) if plot is not None else None
-    models = {role: kept_sha256(trio_file.path(role)) for role in ROLES}
-    with open_trio(options) as trio:
-        tuning = measure(
-            trio,
-            kinds,
-            models,
-            language=language,
-            seed=seed,
-            minutes=minutes,
-            progress=count_bar,
-        )
-    replace(trio_file, tuning=tuning).write()
-    print(f"kept in {trio_file.file}", file=sys.stderr)
+    settings = {"language": language, "seed": seed, "minutes": minutes}
+    tuning = measure_and_keep(trio_file, lambda: open_trio(options), kinds, **settings)
     print(json.dumps(tuning.to_table(), ensure_ascii=False) if as_json else table(tuning))
     if figure is not None and plot is not None:
         _draw(tuning, figure, plot)
+
+
+def measure_and_keep(trio_file: Any, opened: Any, kinds: Any, **settings: Any) -> Any:
+    """Have the trio that `opened` gives answer exercises, and write the Tuning to its trio.toml."""
+    from dataclasses import replace
+
+    from trimix_gguf.cli.bars import count_bar
+    from trimix_gguf.machine.hashes import kept_sha256
+    from trimix_gguf.roles import ROLES
+    from trimix_gguf.tuning.tune import tune as measure
+
+    models = {role: kept_sha256(trio_file.path(role)) for role in ROLES}
+    with opened() as trio:
+        tuning = measure(trio, kinds, models, progress=count_bar, **settings)
+    replace(trio_file, tuning=tuning).write()
+    print(f"kept in {trio_file.file}", file=sys.stderr)
+    return tuning
 
 
 def table(tuning: Any) -> str:

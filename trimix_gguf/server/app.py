@@ -29,7 +29,7 @@ from trimix_gguf.server.limits import Limits
 from trimix_gguf.server.log import Log
 from trimix_gguf.server.metrics import CONTENT_TYPE, Metrics
 from trimix_gguf.server.openai import Call, parse_chat, parse_completion
-from trimix_gguf.server.prompts import make_requests, prompt_texts
+from trimix_gguf.server.prompts import make_requests, no_model, prompt_texts
 from trimix_gguf.server.records import Record, Recorded, record_of
 from trimix_gguf.server.replies import Reply
 from trimix_gguf.server.responses import ResponseReply, parse_response
@@ -244,13 +244,7 @@ class Api:
         return self._trios.entries[0]
 
     def _no_model(self, name: str) -> RequestError:
-        here = ", ".join(repr(entry.name) for entry in self._trios.entries)
-        return RequestError(
-            f"model {name[:80]!r} is not here; this server has {here}",
-            status=404,
-            param="model",
-            code="model_not_found",
-        )
+        return no_model(name, *(entry.name for entry in self._trios.entries))
 
     # -- the rest ---------------------------------------------------------------------------
 
@@ -262,7 +256,9 @@ class Api:
     async def model(self, request: HttpRequest) -> Response:
         """One model of the list."""
         name = request.path_params["id"]
-        entry = self._trios.named(name) if name else None
+        if not name:
+            raise HTTPException(404)
+        entry = self._trios.named(name)
         if entry is None:
             raise self._no_model(name)
         return JSONResponse(self._model(entry))
@@ -271,6 +267,7 @@ class Api:
         # Of calls that name none; None where each prompt chooses its own.
         fixed, tuning = defaults_of(entry, self._limits).fixed, entry.tuning
         said: dict[str, Any] = {
+            "description": entry.description or None,
             "weights": fixed and [fixed.weights.alpha, fixed.weights.beta],
             "tuning": tuning and {"verdict": tuning.verdict, "n_exercises": tuning.n},
         }

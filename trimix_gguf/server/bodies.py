@@ -88,11 +88,12 @@ def parse_json(raw: bytes) -> Any:
         raise RequestError(f"the body is nested more than {MOST_NESTED} levels deep") from None
     except ValueError as error:
         raise RequestError(f"the body is not JSON: {error}") from None
-    _check_values(value)
+    check_values(value)
     return value
 
 
-def _check_values(value: Any) -> None:
+def check_values(value: Any) -> None:
+    """Raise RequestError for what Python's json takes and JSON, UTF-8 or MOST_NESTED does not."""
     level = [value]
     for _ in range(MOST_NESTED + 1):  # and what the innermost holds
         deeper: list[Any] = []
@@ -103,14 +104,12 @@ def _check_values(value: Any) -> None:
             elif isinstance(item, list):
                 deeper += item
             elif isinstance(item, float) and not math.isfinite(item):
-                raise RequestError("the body has NaN, or a number too large for a float64")
+                raise RequestError("there is NaN, or a number too large for a float64")
             elif isinstance(item, str) and not _is_text(item):
-                raise RequestError(
-                    "the body has half of a surrogate pair, which is not a character"
-                )
+                raise RequestError("there is half of a surrogate pair, which is not a character")
         level = deeper
     if level:
-        raise RequestError(f"the body is nested more than {MOST_NESTED} levels deep")
+        raise RequestError(f"it is nested more than {MOST_NESTED} levels deep")
 
 
 def _is_text(item: str) -> bool:

@@ -3,6 +3,11 @@
 from dataclasses import dataclass
 
 
+def share_of_context(n_ctx: int, n_parallel: int) -> int:
+    """Most tokens of an answer whose request does not say: its part of the context."""
+    return max(16, n_ctx // n_parallel)
+
+
 @dataclass(frozen=True)
 class Limits:
     """Of answers: `parallel` at a time, `queue` more that wait, `timeout_s` for each.

@@ -36,6 +36,23 @@ def make_requests(trio: Trio, call: Call, *, defaults: Request) -> list[Request]
     return requests
 
 
+def check_model(name: str | None, own: str) -> None:
+    """Refuse a model's name other than `own` and "default"; a call may leave it out."""
+    if name not in (None, "", "default", own):
+        raise no_model(name, own)
+
+
+def no_model(name: str, *here: str) -> RequestError:
+    """What is said of a model's name that is not one of those that are here."""
+    names = ", ".join(map(repr, here))
+    return RequestError(
+        f"model {name[:80]!r} is not here; {names} {'is' if len(here) == 1 else 'are'}",
+        status=404,
+        param="model",
+        code="model_not_found",
+    )
+
+
 def prompt_texts(trio: Trio, call: Call) -> list[str]:
     """The prompts as text, where a completion gives them back; else an empty list."""
     if not call.echo:
@@ -94,8 +111,8 @@ def _check_length(trio: Trio, prompt: Prompt, param: str) -> None:
 
 def _too_long(n: int, whose: str, n_ctx: int, param: str) -> RequestError:
     return RequestError(
-        f"the prompt is {n} tokens, and {whose} context holds {n_ctx}; shorten it, or start the "
-        "server with a larger --n-ctx",
+        f"the prompt is {n} tokens, and {whose} context holds {n_ctx}; shorten it, or raise "
+        "--n-ctx",
         param=param,
         code="context_length_exceeded",
     )

@@ -19,7 +19,7 @@ from trimix_gguf.answering.request import Options, Request
 from trimix_gguf.errors import QueueFull, TrimixError
 from trimix_gguf.server.errors import RequestError
 from trimix_gguf.server.letters import closest
-from trimix_gguf.server.limits import Limits
+from trimix_gguf.server.limits import Limits, share_of_context
 from trimix_gguf.server.tokens import Tokens
 from trimix_gguf.trio.trio import Trio
 from trimix_gguf.trio.tuned import Tuning
@@ -34,6 +34,7 @@ class Entry:
 
     name: str
     n_ctx: int
+    description: str = ""
     languages: tuple[str, ...] = ()
     mix: Options = field(default_factory=Options)
     tuning: Tuning | None = None
@@ -254,5 +255,5 @@ def _look_at(task: asyncio.Task[None]) -> None:
 
 def defaults_of(entry: Entry, limits: Limits) -> Request:
     """How a call is answered that says nothing of it: the trio's own mix, and a fair length."""
-    n_tokens = max(16, entry.n_ctx // limits.parallel)
+    n_tokens = share_of_context(entry.n_ctx, limits.parallel)
     return Request.of(Request("", max_tokens=n_tokens), **entry.mix)

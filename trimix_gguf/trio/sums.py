@@ -21,7 +21,7 @@ class Points:
 
     A token counts `keep` times less one token later; 1 counts all alike. With `sloped`,
     scoring.large_ins_slopes are summed too. Of `stride` tokens one is scored, and stands for the
-    others: of 1 all are, of 0 fewer the longer the prompt is (choosing/subset.py).
+    others; of 1 all are, and below it fewer the later they stand (choosing/subset.py).
     """
 
     alphas: tuple[float, ...] = ()

@@ -69,7 +69,8 @@ def _try_files(asked: list[dict[str, Any]]) -> None:
             ids = model.bos + ids
             for token in (*ids, *model.end_of_generation(), *model.special_tokens().values()):
                 model.piece(token, special=True)
-        for some in (ids[:32], ids[:1]):
+        n_most = max(1, min(32, model.n_ctx - 1))
+        for some in (ids[:n_most], ids[:1])[: 1 + (model.n_ctx > 1)]:
             print(number, f"decoding {len(some)} tokens", flush=True)
             if not np.isfinite(model.decode(some)).all():
                 raise ModelFileError(f"{one['path']}: it gives no numbers, but NaN or infinity")

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from trimix_gguf.errors import ModelFileError, PromptError
+from trimix_gguf.errors import ModelFileError
 from trimix_gguf.machine import file_trial
 from trimix_gguf.machine.file_trial import FileTrial
 from trimix_gguf.machine.gguf_file import read_gguf
@@ -26,6 +26,7 @@ from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.prefill import Prefill, PromptMark, StandFor, Window
 from trimix_gguf.trio.prompt import Prompt, Unit, n_common, text_prompt
 from trimix_gguf.trio.sequences import Sequences, TokenProgress
+from trimix_gguf.trio.strand import Strand
 from trimix_gguf.trio.sums import PrefixSums
 from trimix_gguf.trio.tuned import Tuning
 
@@ -34,7 +35,7 @@ Consume = Callable[[Window], None]
 NANO = Path(__file__).parent.parent / "nano"  # the Kazakh trio that ships with the package
 
 
-class Trio:
+class Trio(Strand):
     """large_ins, small_cpt and small_base on one prompt, which is sequence 0 of `sequences`.
 
     Invariant: after every public call, failed ones included, the three follow one list of
@@ -43,14 +44,12 @@ class Trio:
     """
 
     def __init__(self, *, large_ins: Model, small_cpt: Model, small_base: Model) -> None:
-        self.models = dict(zip(ROLES, (large_ins, small_cpt, small_base), strict=True))
-        self.n_vocab = check_contract({r: m.file for r, m in self.models.items()})
-        self.n_window = min(m.n_window for m in self.models.values())
-        self.sequences = Sequences(self.models, self.n_vocab)
+        models = dict(zip(ROLES, (large_ins, small_cpt, small_base), strict=True))
+        self.n_vocab = check_contract({r: m.file for r, m in models.items()})
+        super().__init__(models, Sequences(models, self.n_vocab), 0)
         self.sums: PrefixSums | None = None  # over the prompt in the caches, for who scored it
         self.tuning: Tuning | None = None  # what `trimix tune` found out about these models
         self.asked: Mapping[str, LoadingOptions] = {}  # by role, before layers were placed
-        self._rows: Rows = {}  # next-token rows [n_vocab] of the roles that are up to date
 
     @classmethod
     def load(
@@ -133,11 +132,6 @@ class Trio:
     def n_past(self) -> int:
         """Tokens of large_ins so far, read or owed."""
         return len(self._ids["large_ins"])
-
-    @property
-    def room(self) -> int:
-        """Tokens that every role can still take."""
-        return min(self.models[r].n_ctx - len(self._ids[r]) for r in ROLES)
 
     @cached_property
     def unused(self) -> NDArray[np.bool_] | None:
@@ -231,35 +225,6 @@ class Trio:
         """How many of a prompt's first units the caches hold, or are owed, already."""
         return n_common(units, self._ids)
 
-    def advance(self, token: int) -> None:
-        """Append one token to every role; it is decoded when a row is asked for."""
-        self.sequences.append(0, [token])
-        self._rows = {}
-
-    def rows(self, roles: Sequence[str] = ROLES, progress: TokenProgress | None = None) -> Rows:
-        """Next-token logits [n_vocab] of `roles`, after all tokens so far.
-
-        Zero-copy: valid until the next call that reads. A role that owes tokens reads them now.
-        """
-        owing = [role for role in roles if role not in self._rows]
-        self._rows |= {role: tail[-1] for role, tail in self._read_tail(owing, 1, progress).items()}
-        return {role: self._rows[role] for role in roles}
-
-    def tail_rows(self, roles: Sequence[str], n: int) -> Rows:
-        """Logits [n, n_vocab] of `roles` after each of the last `n` ≤ n_window tokens.
-
-        One batch per role, zero-copy: valid until the next call that reads that role.
-        """
-        if n == 1:
-            return {role: row[None, :] for role, row in self.rows(roles).items()}
-        tails = self._read_tail(roles, n)
-        self._rows |= {role: tails[role][-1] for role in roles}
-        return tails
-
-    def rewind(self, n: int) -> None:
-        """Forget the last `n` shared tokens."""
-        self._rewind({role: len(self._ids[role]) - n for role in ROLES})
-
     def forget(self) -> None:
         """Empty the three caches."""
         self._rewind(dict.fromkeys(ROLES, 0))
@@ -268,20 +233,10 @@ class Trio:
         """The models' buffers are about to be, or were, written for other sequences."""
         self._rows = {}
 
-    @property
-    def ids(self) -> dict[str, list[int]]:
-        """What each role has read or owes."""
-        return {role: list(ids) for role, ids in self._ids.items()}
-
-    @ids.setter
-    def ids(self, ids: Mapping[str, Sequence[int]]) -> None:
-        """To be kept with caches that hold no more than this; for those who load them."""
+    def hold(self, ids: Mapping[str, Sequence[int]]) -> None:
+        """Say what was read or is owed, where the caches were loaded and hold no more than this."""
         self.sequences.replace_ids(ids)
         self._rows = {}
-
-    @property
-    def _ids(self) -> Mapping[str, Sequence[int]]:
-        return self.sequences.ids(0)
 
     @contextmanager
     def forks(self, roles: Sequence[str] = ROLES) -> Iterator[Sequences]:
@@ -329,14 +284,8 @@ class Trio:
     def _read_tail(
         self, roles: Sequence[str], n: int, progress: TokenProgress | None = None
     ) -> Rows:
-        """Rows [n, n_vocab] after each of the last `n` ids, which are read now."""
-        for role in roles:
-            if not self._ids[role]:
-                raise PromptError(f"{role} has nothing to continue; give a prompt")
-        last = {role: len(self._ids[role]) for role in roles}
-        wanted = {role: {0: range(last[role] - n, last[role])} for role in roles}
         with self._atomic():
-            return self.sequences.read(wanted, progress)
+            return super()._read_tail(roles, n, progress)
 
 
 def _as_placed(model: Model | None) -> LoadingOptions:

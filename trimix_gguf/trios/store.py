@@ -167,10 +167,15 @@ def verify(trio: TrioFile, progress: ByteProgress | None = None) -> dict[str, st
 
 @dataclass(frozen=True)
 class Preset:
-    """A trio that can be pulled, as it will be installed; `n_bytes` is about what it takes."""
+    """A trio that can be pulled, as it will be installed; `sizes` are about the models' bytes."""
 
     trio: TrioFile
-    n_bytes: int
+    sizes: dict[str, int]
+
+    @property
+    def n_bytes(self) -> int:
+        """About what all of it takes."""
+        return sum(self.sizes.values())
 
     @property
     def whole(self) -> bool:
@@ -194,6 +199,13 @@ def presets() -> dict[str, Preset]:
     return {p.trio.name: p for p in sorted(made, key=lambda p: not p.whole)}
 
 
+def preset_to_pull(text: str) -> Preset | None:
+    """The preset that a user means by this name; None where resolve() finds something here."""
+    if text in installed() or (text and Path(text).exists()):
+        return None
+    return presets().get(text)
+
+
 def _preset(table: dict[str, Any], pair: str, code: str) -> Preset:
     small, large = table["pairs"][pair]
     language, models = table["languages"][code], table["models"]
@@ -204,7 +216,7 @@ def _preset(table: dict[str, Any], pair: str, code: str) -> Preset:
         "small_cpt": {**models[small], "repo": repo},
         "small_base": {**models[small]},
     }
-    n_bytes = sum(int(entry.pop("gb") * 1e9) for entry in published.values())
+    sizes = {role: int(entry.pop("gb") * 1e9) for role, entry in published.items()}
     if repo is None:
         base = models[small]["repo"]
         description = f"{language}; needs your own small_cpt: {base} trained further on {language}"
@@ -218,4 +230,4 @@ def _preset(table: dict[str, Any], pair: str, code: str) -> Preset:
         n_ctx=table["n_ctx"],
         models={role: ModelEntry(path=f"{role}.gguf", **published[role]) for role in ROLES},
     )
-    return Preset(trio, n_bytes)
+    return Preset(trio, sizes)

@@ -21,6 +21,7 @@ from trimix_gguf.choosing.methods import (
 )
 from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.names.compared import CALIBRATED, is_oracle
+from trimix_gguf.evaluation.reporting.conclusion import conclude
 from trimix_gguf.evaluation.reporting.findings import chosen, gap_closed, guidance, surface
 from trimix_gguf.evaluation.reporting.predictions import informed, predict
 from trimix_gguf.evaluation.reporting.statistics import (
@@ -275,6 +276,9 @@ def _mean_summary(tasks: Sequence[_Judged], n_resamples: int) -> MeanSummary:
         "methods": methods,
         "gains": _gains(values, against),
         "findings": {"gap_closed": _gap_closed(values)},
+        "conclusion": conclude(
+            values, against, n=sum(len(task.answers.ids) for task in tasks), level=LEVEL
+        ),
     }
 
 

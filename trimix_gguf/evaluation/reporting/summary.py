@@ -91,12 +91,22 @@ class TaskSummary(TypedDict):
     findings: Findings
 
 
+class Conclusion(TypedDict):
+    """The method to use; `p` of the test that decided. None where the run cannot say."""
+
+    method: str | None
+    n_questions: int
+    p: float | None
+    sentence: str
+
+
 class MeanSummary(TypedDict):
-    """The mean of the main metric over tasks."""
+    """The mean of the main metric over tasks, and what follows from it."""
 
     methods: dict[str, Score]
     gains: Gains
     findings: MeanFindings
+    conclusion: Conclusion
 
 
 class Summary(TypedDict):

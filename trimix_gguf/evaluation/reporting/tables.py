@@ -37,7 +37,7 @@ def to_csv(summary: Summary) -> str:
 
 
 def to_markdown(summary: Summary) -> str:
-    """The main table; below it p-values, findings, and how all of it was computed."""
+    """The main table; p-values, findings, how all of it was computed, and what follows."""
     main = _main_columns(summary)
     others = _metric_columns(summary, slice(1, None))
     caption = (
@@ -53,6 +53,7 @@ def to_markdown(summary: Summary) -> str:
         "Chosen weights": _chosen(summary),
         "Share of the way from ppl to the oracle": _gaps(summary),
         "Conventions": _conventions(summary),
+        "Which method to use": summary["mean"]["conclusion"]["sentence"],
     }
     return "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text) + "\n"
 

@@ -31,6 +31,7 @@ from trimix_gguf.evaluation.tasks.rows import (
 )
 from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 
+_NO_LANGUAGE = "und"  # ISO 639: not determined
 _SETTINGS: Fields = {
     "instruction": str,
     "language": str,
@@ -59,7 +60,7 @@ def custom_task(path: Path) -> Task:
 
     return Task(
         name=path.stem,
-        languages=(settings.get("language", "und"),),
+        languages=(settings.get("language", _NO_LANGUAGE),),
         instruction=settings.get("instruction", "Answer each question."),
         metrics=_metrics(path, settings, ("accuracy",) if chosen else ("exact_match", "f1")),
         max_tokens=settings.get("max_tokens", 2 if chosen else 64),
@@ -67,6 +68,18 @@ def custom_task(path: Path) -> Task:
         n_exemplars=min(settings.get("n_exemplars", 5), len(pool)),
         read_answer=read_letter if chosen else None,
     )
+
+
+def language_of(paths: Sequence[Path]) -> str | None:
+    """The language that the files' first lines name; None where none does.
+
+    Raises DataError where two name different ones.
+    """
+    named = {p: lang for p in paths if (lang := custom_task(p).languages[0]) != _NO_LANGUAGE}
+    if len(set(named.values())) > 1:
+        listed = ", ".join(f"{path.name} {lang}" for path, lang in named.items())
+        raise DataError(f"one run is of one language, and the files have several: {listed}")
+    return next(iter(named.values()), None)
 
 
 def _typed(row: Row, known: Fields) -> Record:

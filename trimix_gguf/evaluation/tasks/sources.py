@@ -65,7 +65,7 @@ def find(
 
 def _fetch(hub: HubFile, absent: str, mend: str) -> Path:
     # Here, not above: a report reads tasks, and trios.hub imports llama.cpp.
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     from trimix_gguf.trios.hub import client_errors, explain
@@ -74,6 +74,9 @@ def _fetch(hub: HubFile, absent: str, mend: str) -> Path:
     with contextlib.suppress(LocalEntryNotFoundError):  # not cached yet
         return Path(download(local_files_only=True))
     try:
+        if not constants.HF_HUB_OFFLINE:
+            # Once: where no hub answers, hf_hub_download tries and warns for half a minute.
+            get_hf_file_metadata(hf_hub_url(hub.repo, hub.filename, repo_type="dataset"))
         return Path(download())
     except client_errors() as error:
         why = explain(error, f"https://huggingface.co/datasets/{hub.repo}")

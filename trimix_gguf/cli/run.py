@@ -1,0 +1,142 @@
+"""trimix run: a file of requests -> a file of answers."""
+
+import sys
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trimix_gguf.cli.bars import count_bar
+from trimix_gguf.cli.options import model_name, named_trio, open_trio, trio_options
+from trimix_gguf.errors import DataError
+from trimix_gguf.mixing.sampling import N_SEEDS
+from trimix_gguf.server.limits import Limits
+
+# Options of a trio that change how numbers are rounded.
+_ROUNDING = ("gpu_layers", "device", "kv_type", "flash_attn")
+
+
+def _shard(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, int]:
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise click.BadParameter(f"{text!r} is not a part and a number of parts, such as 2/8")
+    return int(i), int(n)
+
+
+@click.command()
+@click.argument("prompts", metavar="PROMPTS")
+@click.option("-o", "--output", required=True, metavar="FILE", help="Where to write; - is stdout.")
+@trio_options
+@click.option(
+    "--parallel",
+    type=click.IntRange(1, 31),
+    default=Limits.parallel,
+    show_default=True,
+    help="Answers at the same time; they share --n-ctx tokens.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, N_SEEDS - 1),
+    default=0,
+    show_default=True,
+    help="Gives each request without a seed its own.",
+)
+@click.option(
+    "--shard",
+    metavar="I/N",
+    default="1/1",
+    callback=_shard,
+    help="Answer only part I of N, from 1. Each is a block of lines; `cat` joins the outputs.",
+)
+@click.option("--name", metavar="NAME", help="Model name in the lines. Default: the trio's.")
+@click.option(
+    "--skip-bad",
+    is_flag=True,
+    help="Write an error for each wrong line and go on; the exit code is 0, their number a note.",
+)
+@click.option("--force", is_flag=True, help="Begin again, and replace an existing output.")
+def run(prompts: str, output: str, **options: Any) -> None:
+    """Answer a file of requests, many at once.
+
+    Each line of PROMPTS is a request in JSON, as the server takes it, with an id; or a line of
+    OpenAI's batches. - is standard input. Files may be packed as .gz, .zst or .bz2. The answers
+    have the order of the lines. A run that was stopped, even by a kill, goes on with the same
+    command, and ends in the same answers. See `trimix help many-prompts`.
+    """
+    from trimix_gguf.runs.journal import claim
+    from trimix_gguf.runs.running import Run, Settings, refuse_wrong, shard_of
+    from trimix_gguf.server.settings import mix_settings
+
+    force, shard = options.pop("force"), options.pop("shard")
+    out = None if output == "-" else Path(output)
+    with ExitStack() as stack:
+        if out is not None:
+            if prompts != "-" and out.exists() and out.samefile(prompts):
+                raise DataError(f"{out} holds the prompts; choose another output")
+            stack.enter_context(claim(out, force=force))
+        lines, sha256 = _read(prompts)
+        own, source = shard_of(lines, *shard), "stdin" if prompts == "-" else prompts
+        if not options["skip_bad"]:
+            refuse_wrong(own, source)
+        trio_file = named_trio(options)
+        settings = Settings(
+            name=options.pop("name") or model_name(trio_file, options),
+            mix=None if trio_file is None else mix_settings(trio_file.method, trio_file.weights),
+            seed=options.pop("seed"),
+            n_parallel=options.pop("parallel"),
+            skip_bad=options.pop("skip_bad"),
+        )
+        rounding = {name: options[name] for name in _ROUNDING}
+        trio = stack.enter_context(open_trio(options))
+        work = Run(trio, own, settings, source=source, bar=count_bar)
+        if out is None:
+            n_wrong = work.to_stream(sys.stdout.buffer)
+        else:
+            n_wrong = work.to_file(out, _header(trio, settings, sha256, shard, rounding))
+    if n_wrong:
+        print(f"note: {n_wrong} of {len(own)} lines were wrong", file=sys.stderr)
+
+
+def _read(prompts: str) -> tuple[Any, str]:
+    """The lines of a file or of stdin, and their SHA-256."""
+    from trimix_gguf.machine.packed import damage, open_unpacked
+    from trimix_gguf.runs.lines import read_lines
+
+    if prompts == "-":
+        lines, sha256 = read_lines(sys.stdin.buffer)
+    else:
+        file = Path(prompts)
+        try:
+            with ExitStack() as stack:
+                lines, sha256 = read_lines(open_unpacked(file, stack))
+        except damage(file) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{prompts} cannot be read: {reason}") from None
+    if not lines:
+        raise DataError(f"{prompts} holds no request; expected one on each line, as JSON")
+    return lines, sha256
+
+
+def _header(
+    trio: Any, settings: Any, sha256: str, shard: tuple[int, int], rounding: dict[str, Any]
+) -> dict[str, Any]:
+    """What the answers depend on, by the words that name it."""
+    from trimix_gguf.machine.hashes import kept_sha256
+
+    models = {role: kept_sha256(model.path) for role, model in trio.models.items()}
+    adapters = [kept_sha256(m.lora) for m in trio.models.values() if m.lora is not None]
+    return {
+        "prompts": sha256,
+        "models": [models, adapters],
+        "weights of the trio": repr((settings.mix, trio.tuning)),
+        "versions": [version("trimix-gguf"), version("llama-cpp-python")],
+        "--parallel": settings.n_parallel,
+        "--seed": settings.seed,
+        "--shard": shard,
+        "--name": settings.name,
+        "--skip-bad": settings.skip_bad,
+        "--n-ctx": trio.n_ctx,
+        **{f"--{name.replace('_', '-')}": value for name, value in rounding.items()},
+    }

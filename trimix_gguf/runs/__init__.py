@@ -1,0 +1,1 @@
+"""`trimix run`: a file of requests to a file of answers."""

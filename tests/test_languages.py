@@ -137,6 +137,8 @@ def test_a_plan_of_several_says_where_it_ends_to_fit(trimix, languages, stranger
     assert done.returncode == 1 and done.stderr.startswith(b"trimix: one: this trio needs")
     fits = {name: part["fits"] for name, part in json.loads(done.stdout)["trios"].items()}
     assert fits == {"nano-kk": True, "one": False}
+    absent = trimix("plan", *options([languages["kk"], "qwen2.5-1.5b-3b-ug"]))
+    assert absent.returncode == 1 and b"trimix pull qwen2.5-1.5b-3b-ug" in absent.stderr
     twice = trimix("plan", *options([languages["kk"], languages["kk"]]))
     assert twice.returncode == 2 and b"two trios are called nano-kk" in twice.stderr
 

@@ -44,6 +44,16 @@ def test_the_page_lists_the_trios_and_asks_the_one_that_is_chosen(window, server
     window.wait("return $('trio').value === 'nano-bo'")
 
 
+def test_what_a_trio_says_of_itself_is_shown_while_it_is_chosen(window, server):
+    show(window, server.url)
+    window.wait("return !$('trios').hidden")
+    seen = "const p = $('described'); return p.hidden ? null : p.textContent"
+    described = {"auto": None, "nano-ug": "nano-ug: Үштік: ug", "nano-kk": None}
+    for name, told in described.items():
+        window.run(f"$('trio').value = '{name}'; $('trio').dispatchEvent(new Event('change'))")
+        assert window.run(seen) == told, name
+
+
 @pytest.mark.parametrize("code", CODES)
 def test_by_default_the_letters_of_the_question_choose_in_any_language_of_the_page(
     window, server, code

@@ -73,6 +73,8 @@ def test_the_list_of_models_has_all_and_an_unknown_name_is_refused_with_them(ser
     assert [model["id"] for model in models] == NAMES
     assert [model["trimix"]["languages"] for model in models] == [[code] for code in CODES]
     assert {model["max_model_len"] for model in models} == {512}
+    told = [model["trimix"]["description"] for model in models]
+    assert told == [None, "Үштік: ug", "Үштік: bo"]
     assert get(server, "/v1/models/nano-ug").json() == models[1]
     assert get(server, "/v1/models/bo").json()["id"] == "nano-bo"
     for response in (
@@ -109,7 +111,7 @@ def test_one_trio_answers_to_any_name_as_before(languages):
         response = served.post("/v1/completions", {"model": "kk", "prompt": "a", "max_tokens": 1})
         assert response.status_code == 200 and response.headers["X-Trimix-Ignored"] == "model"
         (model,) = get(served, "/v1/models").json()["data"]
-        assert model["trimix"].keys() == {"weights", "tuning"}
+        assert model["trimix"].keys() == {"description", "weights", "tuning"}
 
 
 # -- what it costs, and what it counts ----------------------------------------------------------

@@ -2,20 +2,26 @@
 
 import asyncio
 import itertools
+import queue
 import threading
 import time
 import weakref
+from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from trimix_gguf import Trio, Weights
+from trimix_gguf.answering import job as jobs_module
 from trimix_gguf.answering.batching import Batcher, Statistics, Turns
+from trimix_gguf.answering.drafting import Drafting
 from trimix_gguf.answering.request import Request
 from trimix_gguf.errors import ModelFileError, QueueFull
 from trimix_gguf.server.errors import RequestError
 from trimix_gguf.server.letters import closest
 from trimix_gguf.server.limits import Limits
 from trimix_gguf.server.trios import Entry, Group, Trios
+from trimix_gguf.trio.sequences import Sequences
 
 
 class Shelf:
@@ -240,3 +246,37 @@ def test_batchers_take_turns_step_by_step(monkeypatch):
     assert len(steps) > 30
     changes = sum(a is not b for a, b in itertools.pairwise(steps))
     assert changes > len(steps) / 2
+
+
+def test_a_batcher_touches_its_models_in_its_turn_only(monkeypatch):
+    """Also where drafts end, with an answer that is cancelled or because others come."""
+    turns, outside, ended = Turns(), [], queue.SimpleQueue()
+    monkeypatch.setattr(jobs_module, "Drafting", partial(Drafting, n_draft=6))
+
+    def watch(name, call):
+        def watched(*given):
+            if turns._n_asked == turns._n_done:
+                outside.append(name)
+            return call(*given)
+
+        monkeypatch.setattr(Sequences, name, watched)
+
+    for name in ("fork", "append", "rewind", "drop", "drop_forks", "read"):
+        watch(name, getattr(Sequences, name))
+    request = Request("Қазақ", max_tokens=30, weights=Weights(0.1, 0.9))
+    request = Request.of(request, logit_bias={0: -100})
+    with Trio.nano(n_threads=1) as trio:
+        batcher, going = Batcher(trio, turns=turns), queue.SimpleQueue()
+        outside.clear()  # it empties the caches before its thread begins
+        first = batcher.submit(replace(request, max_tokens=400), going.put)
+        while going.get(timeout=60).n_tokens < 5:
+            pass
+        batcher.submit(request, lambda event: event.finish_reason and ended.put(event))
+        assert ended.get(timeout=60).finish_reason == "length"
+        for _ in range(going.qsize() + 5):  # it is drafted again
+            going.get(timeout=60)
+        first.cancel()
+        while going.get(timeout=60).finish_reason is None:
+            pass
+        batcher.close()
+    assert outside == []

@@ -29,7 +29,8 @@ def languages(tmp_path_factory, nano_files, checkpoint):
         )
         models = {role: ModelEntry(path=str(nano_files[role])) for role in ROLES}
         models["small_cpt"] = ModelEntry(path="lora.gguf", adapter_of="small_base")
-        TrioFile(folder, f"nano-{code}", models, languages=(code,), n_ctx=512).write()
+        about = {} if code == CODES[0] else {"description": f"Үштік: {code}"}
+        TrioFile(folder, f"nano-{code}", models, languages=(code,), n_ctx=512, **about).write()
     return folders
 
 

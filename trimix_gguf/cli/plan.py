@@ -36,7 +36,7 @@ def plan(
     No model is loaded. Every command follows this plan with --gpu-layers auto. --assume-gpu and
     --assume-ram plan for a machine that you do not have. If the trio does not fit: what to
     change, and exit 1. Several trios are planned for one process: weights that they share count
-    once, and each has the room that those before it leave. Of a trio that `trimix pull` would
+    once, and each has the room that those before it leave. Of one trio that `trimix pull` would
     fetch, only the sizes of the weights are known, and are compared with what is free.
     """
     from trimix_gguf.machine import memory, native, planner

@@ -80,6 +80,7 @@ def test_nano_learns_a_text_and_becomes_a_trio(adapt, text_file, tmp_path, with_
     trio = resolve("qazaq")
     assert trio.models["small_cpt"].adapter_of == "small_base" and trio.languages == ("kk",)
     made = json.loads((trio.folder / "adapted.json").read_text(encoding="utf-8"))
+    assert list(made["text"]["files"]) == [text_file.name]  # no folder of whoever made it
     first, *_, last = [one["perplexity"] for one in made["history"]]
     assert last < 0.6 * first
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -231,7 +231,8 @@ class _Run:
             taught, rows, recipe, judge, self.folder, show=self.shown.step, say=self.shown.say
         )
         choose(taught, judge, history, self.folder, dtype, self.shown.say)
-        return Adapted(report, ahead, history, self._publish(model, report))
+        n_tokens = decided["n_steps"] * outlook.ROWS_PER_STEP * self.base.n_block
+        return Adapted(report, ahead, history, self._publish(model, n_tokens))
 
     def _dtype(self) -> str:
         """The faster one here."""
@@ -295,7 +296,7 @@ class _Run:
 
     # -- result ---------------------------------------------------------------------------------
 
-    def _publish(self, model: Any, report: Report) -> TrioFile | None:
+    def _publish(self, model: Any, n_tokens: int) -> TrioFile | None:
         made: dict[str, Path] = {}
         if self.base.folder is not None:
             made["small_base"] = self.base.gguf
@@ -314,7 +315,7 @@ class _Run:
             self.base,
             made,
             language=self.asked.lang,
-            description=f"made by trimix adapt from {report.learned.n_tokens:,} tokens of text",
+            description=f"made by trimix adapt, which read {n_tokens:,} tokens",
         )
 
 

@@ -41,5 +41,8 @@ def write_results(adapted: Adapted, work: Path) -> None:
     assert adapted.trio is not None
     held = (" ".join(d.text.split()) for d in documents_of(work / HELD_OUT))
     keep(adapted.trio, "text.txt", "".join(f"{text}\n" for text in held))
-    text = json.dumps(summary(adapted), ensure_ascii=False, indent=1)
+    found = summary(adapted)
+    files = found["text"]["files"]  # by name: the trio may go to others, and folders tell of people
+    found["text"]["files"] = {Path(path).name: facts for path, facts in files.items()}
+    text = json.dumps(found, ensure_ascii=False, indent=1)
     keep(adapted.trio, "adapted.json", text + "\n")

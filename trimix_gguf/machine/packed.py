@@ -7,8 +7,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import ModuleType
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from trimix_gguf.errors import DataError
 
@@ -56,7 +55,7 @@ def damage(file: Path) -> tuple[type[Exception], ...]:
     return (OSError, EOFError, zlib.error, *packed)
 
 
-def _zstandard(file: Path) -> ModuleType:
+def _zstandard(file: Path) -> Any:
     try:
         import zstandard
     except ImportError:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trimix_gguf.machine import processor
-from trimix_gguf.trio.trio import Trio
+from trimix_gguf.trio.trio import NANO, Trio
 
 VERSIONS = ("trimix-gguf", "llama-cpp-python", "numpy")
 
@@ -25,6 +25,28 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument("--text", type=Path, required=True, help="UTF-8 text to read")
     result.add_argument("--json", action="store_true", help="print the last line, JSON, alone")
     return result
+
+
+def nano_parser(description: str | None) -> argparse.ArgumentParser:
+    """As parser(), where a trio and a text may be left out: nano and a built-in one are taken."""
+    result = argparse.ArgumentParser(description=description)
+    for role in ("large-ins", "small-base", "small-cpt"):
+        result.add_argument(f"--{role}", type=Path, metavar="GGUF")
+    result.add_argument("--small-cpt-lora", type=Path, metavar="GGUF", help="over small-base")
+    result.add_argument("--text", type=Path, help="UTF-8 text to cut prompts from")
+    result.add_argument("--n-prompt", type=int, default=32, help="tokens of each prompt")
+    result.add_argument("--n-tokens", type=int, default=32, help="tokens of each answer")
+    result.add_argument("--json", action="store_true", help="print the last line, JSON, alone")
+    return result
+
+
+def or_nano(options: argparse.Namespace) -> argparse.Namespace:
+    """Nano's files, where the options of nano_parser() name none."""
+    if options.large_ins is None:
+        options.large_ins, options.small_base, options.small_cpt = (
+            NANO / f"{role}.gguf" for role in ("large_ins", "small_base", "small_cpt")
+        )
+    return options
 
 
 def files(options: argparse.Namespace) -> dict[str, Path | None]:

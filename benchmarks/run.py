@@ -16,13 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import files, load, machine, report, spread
+from common import files, load, machine, nano_parser, or_nano, report, spread
 from serving import name_of_text
 
 from trimix_gguf import generate
 from trimix_gguf.bench import TEXT
 from trimix_gguf.trio.prompt import Prompt, Segment
-from trimix_gguf.trio.trio import NANO
 
 Rates = tuple[float, float]  # tokens per second, and per second of the processor
 
@@ -60,24 +59,12 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    for role in ("large-ins", "small-base", "small-cpt"):
-        parser.add_argument(f"--{role}", type=Path, metavar="GGUF")
-    parser.add_argument("--small-cpt-lora", type=Path, metavar="GGUF", help="over small-base")
-    parser.add_argument("--text", type=Path, help="UTF-8 text to cut prompts from")
+    parser = nano_parser(__doc__)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parallel", type=int, default=8)
-    parser.add_argument("--n-prompt", type=int, default=32, help="tokens of each prompt")
-    parser.add_argument("--n-tokens", type=int, default=32, help="tokens of each answer")
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0: all cores")
-    parser.add_argument("--json", action="store_true", help="print the last line, JSON, alone")
-    options = parser.parse_args()
-    if options.large_ins is None:
-        options.large_ins, options.small_base, options.small_cpt = (
-            NANO / f"{role}.gguf" for role in ("large_ins", "small_base", "small_cpt")
-        )
-    return options
+    return or_nano(parser.parse_args())
 
 
 def n_ctx(options: argparse.Namespace) -> int:

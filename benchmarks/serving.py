@@ -23,14 +23,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common import files, load, machine, report, spread
+from common import files, load, machine, nano_parser, or_nano, report, spread
 
 from trimix_gguf.answering.batching import Batcher
 from trimix_gguf.answering.generation import stream_generate
 from trimix_gguf.answering.request import Request
 from trimix_gguf.bench import TEXT
 from trimix_gguf.trio.prompt import Prompt, Segment
-from trimix_gguf.trio.trio import NANO, Trio
+from trimix_gguf.trio.trio import Trio
 
 _WARM_UP = [5, 6, 7, 8]
 
@@ -71,24 +71,12 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    for role in ("large-ins", "small-base", "small-cpt"):
-        parser.add_argument(f"--{role}", type=Path, metavar="GGUF")
-    parser.add_argument("--small-cpt-lora", type=Path, metavar="GGUF", help="over small-base")
-    parser.add_argument("--text", type=Path, help="UTF-8 text to cut prompts from")
+    parser = nano_parser(__doc__)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--n-prompt", type=int, default=32, help="tokens of each prompt")
-    parser.add_argument("--n-tokens", type=int, default=32, help="tokens of each answer")
     parser.add_argument("--repeats", type=int, default=15, help="first tokens timed each way")
-    parser.add_argument("--json", action="store_true", help="print the last line, JSON, alone")
-    options = parser.parse_args()
-    if options.large_ins is None:
-        options.large_ins, options.small_base, options.small_cpt = (
-            NANO / f"{role}.gguf" for role in ("large_ins", "small_base", "small_cpt")
-        )
-    return options
+    return or_nano(parser.parse_args())
 
 
 def name_of_text(options: argparse.Namespace) -> Path:

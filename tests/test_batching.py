@@ -4,18 +4,13 @@ import math
 import queue
 import random
 import threading
-import time
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
 
 from trimix_gguf import Trio, Weights, generate, select_weights, stream_generate
-from trimix_gguf.answering import drafting
-from trimix_gguf.answering import job as jobs_module
 from trimix_gguf.answering.batching import Batcher
-from trimix_gguf.answering.drafting import Drafting
 from trimix_gguf.answering.request import Request
 from trimix_gguf.errors import ModelError, PromptError, QueueFull, SamplerError
 from trimix_gguf.mixing.fusion import METHODS, Mix
@@ -402,54 +397,3 @@ def test_a_closed_batcher_leaves_the_trio_as_new(trio, batcher):
     trio.forget()
     with Trio.nano(n_threads=2) as other:
         assert generate(other, Request(TEXTS[2], max_tokens=8, sampling=GREEDY)).text == fresh
-
-
-def test_one_that_is_answered_by_itself_is_drafted_until_others_come(trio, monkeypatch):
-    """Its text is that of lockstep, whenever another one comes or goes."""
-    monkeypatch.setattr(drafting, "_LEAST_STEP", 0.0)  # nano's steps are too short to draft for
-    monkeypatch.setattr(jobs_module, "Drafting", partial(Drafting, n_draft=4))
-    requests = [
-        Request(trio.prompt(text), MIX, sampling=GREEDY, max_tokens=n, trace="all")
-        for text, n in zip(TEXTS, (40, 9, 23), strict=False)
-    ]
-    trio.forget()
-    alone = [generate(trio, request, speculative="off") for request in requests]
-    for gaps in ((0, 0, 0), (0, 3, 8), (0, 12, 30)):
-        batcher, found = Batcher(trio, n_parallel=3), [[] for _ in requests]
-        ended = threading.Semaphore(0)
-
-        def take(events, event, ended=ended):
-            events.append(event)
-            if event.finish_reason is not None or event.error is not None:
-                ended.release()
-
-        for request, events, gap in zip(requests, found, gaps, strict=True):
-            while len(found[0]) < gap and not has_ended(found[0]):
-                time.sleep(0.001)
-            batcher.submit(request, partial(take, events))
-        assert all(ended.acquire(timeout=60) for _ in requests)
-        batcher.close()
-        for events, want in zip(found, alone, strict=True):
-            assert text_of(events) == want.text and events[-1].n_tokens == want.n_tokens
-    drafted = [token.from_draft for event in found[0] for token in event.tokens]
-    assert any(drafted)
-    trio.forget()
-
-
-def test_a_drafted_answer_that_is_cancelled_leaves_its_place(trio, monkeypatch):
-    monkeypatch.setattr(jobs_module, "Drafting", partial(Drafting, n_draft=6))
-    batcher, events = Batcher(trio), queue.Queue()
-    going = batcher.submit(Request(trio.prompt(TEXTS[0]), MIX, max_tokens=400), events.put)
-    while events.get(timeout=60).n_tokens < 5:
-        pass
-    going.cancel()
-    while events.get(timeout=60).finish_reason is None:
-        pass
-    held = trio.sequences.ids(going.sequence)["small_cpt"]
-    assert len(held) == len(trio.sequences.ids(going.sequence)["large_ins"])
-    (again,) = ask(batcher, [Request(trio.prompt(TEXTS[0]), MIX, sampling=GREEDY, max_tokens=8)])
-    batcher.close()
-    trio.forget()
-    want = generate(trio, trio.prompt(TEXTS[0]), weights=MIX, temperature=0, max_tokens=8)
-    assert text_of(again) == want.text
-    trio.forget()

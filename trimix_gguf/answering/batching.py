@@ -19,7 +19,7 @@ from functools import partial
 from trimix_gguf.answering.costs import kept_costs
 from trimix_gguf.answering.job import Job
 from trimix_gguf.answering.request import Event, Request
-from trimix_gguf.errors import ModelError, QueueFull, TrimixError
+from trimix_gguf.errors import ModelError, QueueFull, SamplerError, TrimixError
 from trimix_gguf.machine.loading import N_BATCH
 from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.roles import ROLES
@@ -281,7 +281,8 @@ class Batcher:
         answering = [job for job in self._running if job.stage == "answer"]
         reading = next((job for job in self._running if job.stage != "answer"), None)
         if self._drafts and len(answering) == 1 and reading is None:
-            self._take(answering[0], {}, None)
+            # A failed decode in it is nobody's fault, and ends all, as below.
+            self._take(answering[0], answering[0].draft, at_fault=SamplerError)
             return
         for job in answering:
             job.end_drafts()
@@ -295,9 +296,11 @@ class Batcher:
         roles = [role for role in ROLES if wanted[role]]
         rows = self._sequences.read({role: wanted[role] for role in roles})
         for job in answering:
-            self._take(job, _rows_of(job.sequence, rows, wanted), None)
+            own = _rows_of(job.sequence, rows, wanted)
+            self._take(job, partial(job.answer, {role: matrix[0] for role, matrix in own.items()}))
         if reading is not None:
-            self._take(reading, _rows_of(reading.sequence, rows, wanted), end)
+            own = _rows_of(reading.sequence, rows, wanted)
+            self._take(reading, partial(reading.read, end, own))
 
     def _append_portion(self, job: Job, n_answering: int, wanted: Wanted) -> int:
         """Append units of a prompt to its sequence, and rows to `wanted`; returns their end."""
@@ -332,16 +335,13 @@ class Batcher:
             self._forget_one()
         return self._sequences.fork(source or 0)
 
-    def _take(self, job: Job, rows: Rows, end: int | None) -> None:
-        """Give a request its rows; release it once it has ended."""
+    def _take(
+        self, job: Job, work: Callable[[], None], at_fault: type[TrimixError] = TrimixError
+    ) -> None:
+        """Do a request's part of a step; release it once it has ended, or by its own fault."""
         try:
-            if end is None and not rows:
-                job.draft()
-            elif end is None:
-                job.answer({role: matrix[0] for role, matrix in rows.items()})
-            else:
-                job.read(end, rows)
-        except TrimixError as error:
+            work()
+        except at_fault as error:
             job.fail(error)
             self._release(job, "error")
         if job.finish_reason is not None:

@@ -1,7 +1,7 @@
 """Which tokens of a prompt are scored: all, so many, or enough for a choice of weights.
 
-A choice does not need every token, and the rows of a token over a large vocabulary cost as much as
-a fifth of its reading. Whether a token is scored depends on its place only, neither
+A choice does not need every token, and the rows of a token over a large vocabulary cost up to half
+of its reading. Whether a token is scored depends on its place only, neither
 on the length of the prompt nor on how it is read: so the sums over a prefix hold for each prompt
 that begins with it, and a request chooses the same weights alone and among others.
 """
@@ -33,6 +33,8 @@ def stand_for(n_tokens: int, stride: int) -> NDArray[np.int64]:
 
     One of each part counts for all of it, at a place that looks like chance but is fixed.
     """
+    if stride == ALL:
+        return np.ones(n_tokens, np.int64)
     if stride in DENSITY:
         steps = 0.5 / DENSITY[stride]
         roots = np.arange(math.sqrt(N_FIRST), math.sqrt(n_tokens) + 1.0, steps)

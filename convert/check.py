@@ -14,6 +14,7 @@ from trimix_gguf.machine.file_trial import FileTrial
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
 from trimix_gguf.machine.loading import N_CTX, Loading
 from trimix_gguf.machine.vocabulary import check_contract
+from trimix_gguf.roles import Role
 
 # Sentences in the scripts that the method is for, and in English.
 PROBES = {
@@ -38,7 +39,11 @@ def check_trio(
     memory (bytes, and whether they fit), notes (lines worth reading that stop nothing). Raises
     ModelFileError, VocabularyMismatch with the first thing that is wrong.
     """
-    paths = {"large_ins": large_ins, "small_cpt": small_cpt, "small_base": small_base}
+    paths: dict[Role, Path] = {
+        "large_ins": large_ins,
+        "small_cpt": small_cpt,
+        "small_base": small_base,
+    }
     files = {role: read_gguf(path) for role, path in paths.items()}
     adapter = None
     if files["small_cpt"].metadata.get("general.type") == "adapter":
@@ -104,7 +109,7 @@ def _check_adapter(adapter: GGUFFile, base: GGUFFile) -> None:
             )
 
 
-def _check_sizes(files: dict[str, GGUFFile]) -> None:
+def _check_sizes(files: dict[Role, GGUFFile]) -> None:
     large, cpt, base = (files[role] for role in ("large_ins", "small_cpt", "small_base"))
     for what in ("architecture", "n_embd", "n_layer"):
         if getattr(cpt, what) != getattr(base, what):
@@ -119,7 +124,7 @@ def _check_sizes(files: dict[str, GGUFFile]) -> None:
         )
 
 
-def _probe(files: dict[str, GGUFFile]) -> dict[str, float]:
+def _probe(files: dict[Role, GGUFFile]) -> dict[str, float]:
     """Tokens a character of each probe, having seen that all models cut them alike."""
     texts = list(PROBES.values())
     ids = {role: native.tokenize_texts(str(f.path), texts) for role, f in files.items()}
@@ -133,7 +138,7 @@ def _probe(files: dict[str, GGUFFile]) -> dict[str, float]:
     return {s: len(ids["large_ins"][i]) / len(text) for i, (s, text) in enumerate(PROBES.items())}
 
 
-def _notes(files: dict[str, GGUFFile], n_ctx: int) -> list[str]:
+def _notes(files: dict[Role, GGUFFile], n_ctx: int) -> list[str]:
     notes = []
     large, base = files["large_ins"], files["small_base"]
     if large.architecture != base.architecture:

@@ -33,7 +33,7 @@ from trimix_gguf.mixing.fusion import METHODS, Mix, Rows, fuse
 from trimix_gguf.mixing.sampler import Sampler
 from trimix_gguf.mixing.sampling import Sampling
 from trimix_gguf.mixing.scoring import GRID, Float64, grid_nll
-from trimix_gguf.roles import LOADING_ORDER, ROLES
+from trimix_gguf.roles import LOADING_ORDER, ROLES, Role
 from trimix_gguf.trio.model import Logits
 from trimix_gguf.trio.prefill import Window
 from trimix_gguf.trio.prompt import Prompt, Segment
@@ -74,8 +74,8 @@ class Run:
 class Repeat:
     """Every form once; times in seconds."""
 
-    prefill: dict[str, float]
-    alone: dict[str, Run]
+    prefill: dict[Role, float]
+    alone: dict[Role, Run]
     lockstep: Run
     speculative: Run
     speed: Mapping[str, float]  # of an answer with weight selection

@@ -14,7 +14,7 @@ from trimix_gguf.errors import PromptError, TrimixError
 from trimix_gguf.mixing.fusion import Rows, probability
 from trimix_gguf.mixing.sampler import Sampler
 from trimix_gguf.mixing.sampling import Sampling
-from trimix_gguf.roles import ROLES
+from trimix_gguf.roles import ROLES, Role
 from trimix_gguf.trio.prefill import Prefill, Window
 from trimix_gguf.trio.prompt import Prompt, is_shared
 from trimix_gguf.trio.trio import Trio
@@ -77,7 +77,7 @@ class Answer:
         return self._steering
 
     @property
-    def roles(self) -> tuple[str, ...]:
+    def roles(self) -> tuple[Role, ...]:
         """Models that read for it; all, while its mix is not selected."""
         if self._steering is None or self.request.trace == "all":
             return ROLES
@@ -210,7 +210,7 @@ def new_sampler(trio: Trio, prompt: Prompt, sampling: Sampling) -> Sampler:
     return sampler
 
 
-def _room(trio: Trio, prompt: Prompt, n_prompt: dict[str, int]) -> int:
+def _room(trio: Trio, prompt: Prompt, n_prompt: dict[Role, int]) -> int:
     """Tokens that every role can take after the prompt; raises PromptError."""
     Prefill(prompt).check_fits({role: model.n_ctx for role, model in trio.models.items()})
     if not all(n_prompt.values()):

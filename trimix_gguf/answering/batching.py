@@ -22,7 +22,7 @@ from trimix_gguf.answering.request import Event, Request
 from trimix_gguf.errors import ModelError, QueueFull, SamplerError, TrimixError
 from trimix_gguf.machine.loading import N_BATCH
 from trimix_gguf.mixing.fusion import Rows
-from trimix_gguf.roles import ROLES
+from trimix_gguf.roles import ROLES, Role
 from trimix_gguf.trio.prompt import n_common
 from trimix_gguf.trio.sums import PrefixSums
 from trimix_gguf.trio.trio import Trio
@@ -78,7 +78,7 @@ class Turns:
 
 LONG_STEP_S = 5.0
 _WORTH_KEEPING = 16  # units of a prompt: for fewer, their cells would slow each step
-Wanted = dict[str, dict[int, list[int]]]  # role -> sequence -> its ids whose rows are wanted
+Wanted = dict[Role, dict[int, list[int]]]  # role -> sequence -> its ids whose rows are wanted
 
 
 class Batcher:
@@ -249,7 +249,7 @@ class Batcher:
             with self._changed:
                 self._running.append(self._waiting.popleft())
 
-    def _has_room(self, need: Mapping[str, int]) -> bool:
+    def _has_room(self, need: Mapping[Role, int]) -> bool:
         for role, model in self.trio.models.items():
             to_come = 0
             for job in self._running:

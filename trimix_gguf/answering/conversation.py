@@ -22,7 +22,7 @@ from trimix_gguf.choosing.selection import Selection
 from trimix_gguf.errors import PromptError, WeightsError
 from trimix_gguf.mixing.fusion import Mix, Weights
 from trimix_gguf.mixing.sampling import N_SEEDS
-from trimix_gguf.roles import ROLES
+from trimix_gguf.roles import ROLES, Role
 from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.prompt import Prompt
 from trimix_gguf.trio.sequences import TokenProgress
@@ -257,7 +257,7 @@ class Conversation:
             self._notify(f"{path.name} was saved with other models; its answers are read as text")
 
 
-def pulls(probabilities: Mapping[str, float], weights: Weights, n_vocab: int) -> dict[str, float]:
+def pulls(probabilities: Mapping[str, float], weights: Weights, n_vocab: int) -> dict[Role, float]:
     """How far each model that the mix reads drew it to a token, in nats.
 
     `probabilities` are a traced token's. A pull is a model's coefficient times its log-probability

@@ -20,6 +20,7 @@ from trimix_gguf.answering.lookup import Lookup
 from trimix_gguf.answering.steering import Steering
 from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.mixing.sampler import Sampler
+from trimix_gguf.roles import Role
 from trimix_gguf.trio.strand import Strand
 
 
@@ -40,7 +41,7 @@ def decode_steps(
     *,
     drafting: Drafting,
     max_tokens: int,
-    also: Sequence[str] = (),
+    also: Sequence[Role] = (),
 ) -> Generator[Step, None, None]:
     """Yield the target's tokens one by one, without end.
 
@@ -77,7 +78,7 @@ def decode_steps(
         strand.rewind(n_ahead)
 
 
-def _needed(strand: Strand, steering: Steering, also: Sequence[str]) -> tuple[str, ...]:
+def _needed(strand: Strand, steering: Steering, also: Sequence[Role]) -> tuple[Role, ...]:
     """Roles whose rows the next round wants."""
     return tuple(role for role in strand.models if role in {*steering.roles, *also})
 
@@ -88,7 +89,7 @@ class _History:
     Nothing is looked up where the length of drafts is fixed.
     """
 
-    def __init__(self, strand: Strand, needed: Sequence[str], drafting: Drafting) -> None:
+    def __init__(self, strand: Strand, needed: Sequence[Role], drafting: Drafting) -> None:
         self._drafting, self._used = drafting, drafting.n_draft is None
         self.lookup = Lookup(strand.ids[needed[0]] if self._used else ())
         self.match = self.lookup.find()
@@ -108,7 +109,7 @@ def _next_draft(
     sampler: Sampler,
     drafting: Drafting,
     history: _History,
-    needed: Sequence[str],
+    needed: Sequence[Role],
     n_left: int,
 ) -> Draft:
     """Append a draft to the strand, from earlier text or by small_cpt; it may be empty.
@@ -126,12 +127,12 @@ def _next_draft(
     return Draft(tokens, looked_up=True)
 
 
-def _verifiers(drafted: Draft, needed: Sequence[str]) -> tuple[str, ...]:
+def _verifiers(drafted: Draft, needed: Sequence[Role]) -> tuple[Role, ...]:
     """Roles that read the draft in one batch: small_cpt has read its own already."""
     return tuple(role for role in needed if drafted.looked_up or role != DRAFTER)
 
 
-def _rows_at(strand: Strand, drafted: Draft, read: Rows, needed: Sequence[str], i: int) -> Rows:
+def _rows_at(strand: Strand, drafted: Draft, read: Rows, needed: Sequence[Role], i: int) -> Rows:
     """The models' rows [n_vocab] before drafted token `i`, or after the last one."""
     rows = {role: matrix[i] for role, matrix in read.items()}
     if DRAFTER in needed and DRAFTER not in read:

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from trimix_gguf.answering.lookup import LONGEST, Match
 from trimix_gguf.mixing.fusion import probability
 from trimix_gguf.mixing.sampler import Sampler
+from trimix_gguf.roles import Role
 from trimix_gguf.trio.strand import Strand
 
-DRAFTER = "small_cpt"
+DRAFTER: Role = "small_cpt"
 MOST_DRAFTED = 31
 _LEAST_STEP = 0.005  # seconds of lockstep: below this, drafting overhead exceeds its gain
 _MIN_GAIN = 1.1  # expected over lockstep's speed, or nothing is drafted: costs are estimates
@@ -100,7 +101,7 @@ class Drafting:
         """Share of the drafted tokens that were accepted."""
         return self.n_accepted / self.n_drafted if self.n_drafted else None
 
-    def plan(self, strand: Strand, needed: Sequence[str], most: int) -> DraftPlan:
+    def plan(self, strand: Strand, needed: Sequence[Role], most: int) -> DraftPlan:
         """What is worth drafting now, up to `most` tokens; `needed` are the roles in the mix."""
         if self.n_draft is not None:
             return DraftPlan(min(self.n_draft, most))
@@ -110,7 +111,7 @@ class Drafting:
             self._next_plan = self.n_rounds + (self.n_rounds > _PLAN_EVERY) * _PLAN_EVERY
         return replace(self._plan, n_draft=min(self._plan.n_draft, most))
 
-    def _best(self, strand: Strand, needed: Sequence[str], most: int) -> DraftPlan:
+    def _best(self, strand: Strand, needed: Sequence[Role], most: int) -> DraftPlan:
         lockstep = sum(float(strand.models[role].seconds(1)[0]) for role in needed)
         self._idle = lockstep < _LEAST_STEP and not self.always
         if self._idle:

@@ -17,6 +17,7 @@ from trimix_gguf.choosing.subset import stand_for
 from trimix_gguf.errors import TrimixError
 from trimix_gguf.machine.threads import available_cores
 from trimix_gguf.mixing.fusion import Rows
+from trimix_gguf.roles import Role
 from trimix_gguf.trio.prefill import Prefill, is_scored
 from trimix_gguf.trio.prompt import Unit, is_shared
 from trimix_gguf.trio.strand import Branch
@@ -70,7 +71,7 @@ class Job:
         return replace(self._sums, units=self.prefill.units[: self.prefill.at])
 
     @property
-    def roles(self) -> tuple[str, ...]:
+    def roles(self) -> tuple[Role, ...]:
         """Models that it reads now."""
         return self._answer.roles
 

@@ -17,7 +17,7 @@ from trimix_gguf.machine import native
 from trimix_gguf.machine.files import put_in_place, temporary_path
 from trimix_gguf.machine.parts import parts_of
 from trimix_gguf.machine.typed_json import parse
-from trimix_gguf.roles import ROLES
+from trimix_gguf.roles import ROLES, Role
 from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.sums import PrefixSums
 from trimix_gguf.trio.trio import Trio
@@ -93,14 +93,14 @@ def load_prompt(trio: Trio, folder: Path) -> bool:
     return True
 
 
-def _check_ids(trio: Trio, ids: dict[str, list[int]]) -> None:
+def _check_ids(trio: Trio, ids: dict[Role, list[int]]) -> None:
     """Raise ValueError where these cannot be what a trio has read."""
     for role in ROLES:
         if not all(0 <= i < trio.models[role].n_vocab for i in ids[role]):
             raise ValueError(f"{role} has no such ids")
 
 
-def _state_digests(folder: Path) -> dict[str, str]:
+def _state_digests(folder: Path) -> dict[Role, str]:
     digests = {}
     for role in ROLES:
         with (folder / f"{role}.state").open("rb") as file:
@@ -108,7 +108,7 @@ def _state_digests(folder: Path) -> dict[str, str]:
     return digests
 
 
-def _fingerprints(trio: Trio) -> dict[str, list[Any]]:
+def _fingerprints(trio: Trio) -> dict[Role, list[Any]]:
     return {role: _fingerprint(model) for role, model in trio.models.items()}
 
 

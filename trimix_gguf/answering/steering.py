@@ -14,7 +14,7 @@ from trimix_gguf.choosing.selection import TOKEN_KEEP, Selection
 from trimix_gguf.machine.threads import available_cores
 from trimix_gguf.mixing.fusion import METHODS, Mix, Rows
 from trimix_gguf.mixing.scoring import Float64, grid_nll, lowest
-from trimix_gguf.roles import ROLES
+from trimix_gguf.roles import ROLES, Role
 
 LARGE_INS = METHODS["large_ins"].weights
 SPAN = 8  # tokens that come again: two words or so of a language that the tokenizer cuts small
@@ -28,7 +28,7 @@ class Steering(Protocol):
     mix: Mix
 
     @property
-    def roles(self) -> tuple[str, ...]:
+    def roles(self) -> tuple[Role, ...]:
         """Models that it reads."""
 
     def take(self, token: int, rows: Rows) -> None:
@@ -51,7 +51,7 @@ class Steady:
         self.mix = mix
 
     @property
-    def roles(self) -> tuple[str, ...]:
+    def roles(self) -> tuple[Role, ...]:
         """Models that it reads."""
         return self.mix.roles
 
@@ -76,7 +76,7 @@ class Guard:
         self._seen: set[tuple[int, ...]] = set()
 
     @property
-    def roles(self) -> tuple[str, ...]:
+    def roles(self) -> tuple[Role, ...]:
         """Those of the mix, and large_ins."""
         reads = {*self.mix.roles, ROLES[0]}
         return tuple(role for role in ROLES if role in reads)
@@ -115,7 +115,7 @@ class Following:
         return self._score.alphas, self._score.betas
 
     @property
-    def roles(self) -> tuple[str, ...]:
+    def roles(self) -> tuple[Role, ...]:
         """All: each is a part of what is compared."""
         return ROLES
 

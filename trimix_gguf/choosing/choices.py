@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from trimix_gguf.machine.threads import available_cores
 from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.mixing.scoring import Float64, grid_token_nlls
-from trimix_gguf.roles import ROLES
+from trimix_gguf.roles import ROLES, Role
 from trimix_gguf.trio.trio import Trio
 
 
@@ -60,7 +60,7 @@ def _later_nlls(
     numbers = [sequences.fork(sequence) for _ in choices]
     for number, ids in zip(numbers, choices, strict=True):
         sequences.append(number, ids[:-1])
-    wanted: dict[str, dict[int, Sequence[int]]] = {role: {} for role in ROLES}
+    wanted: dict[Role, dict[int, Sequence[int]]] = {role: {} for role in ROLES}
     for role in ROLES:
         for number, ids in zip(numbers, choices, strict=True):
             n = len(sequences.ids(number)[role])

@@ -17,7 +17,7 @@ from trimix_gguf.cli.options import (
     trio_arguments,
     trio_options,
 )
-from trimix_gguf.roles import LOADING_ORDER
+from trimix_gguf.roles import LOADING_ORDER, Role
 
 
 @click.command()
@@ -89,7 +89,7 @@ def _machine(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _files(trio: Any) -> dict[str, dict[str, Any]]:
+def _files(trio: Any) -> dict[Role, dict[str, Any]]:
     """Name, bytes, tensor types (most bytes first) and device of each role's file."""
     found = {}
     for role in LOADING_ORDER:

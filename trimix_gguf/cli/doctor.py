@@ -9,6 +9,7 @@ import click
 from trimix_gguf.cli.options import named_trio, trio_arguments, trio_options
 from trimix_gguf.cli.plan import trio_files
 from trimix_gguf.cli.tuning_notes import tuning_words
+from trimix_gguf.roles import Role
 
 
 @click.command()
@@ -73,9 +74,9 @@ def _report(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     files, asked, lora = trio_files(trio_arguments(options))
     have, devices, info = memory.available(), native.devices(), native.build_info()
     machine: dict[str, Any] = {"devices": devices, "free_ram": have, "lora": lora}
-    on_cpu: dict[str, Any] = {r: {"n_gpu_layers": 0, **one} for r, one in asked.items()}
+    on_cpu: dict[Role, Any] = {r: {"n_gpu_layers": 0, **one} for r, one in asked.items()}
     found = plan(files, options=on_cpu, **machine)
-    all_auto: dict[str, Any] = {r: {**one, "n_gpu_layers": AUTO} for r, one in asked.items()}
+    all_auto: dict[Role, Any] = {r: {**one, "n_gpu_layers": AUTO} for r, one in asked.items()}
     auto = plan(files, options=all_auto, **machine)
     places = {role: model.device for role, model in found.models.items()}
     loadings = {role: Loading(**one) for role, one in asked.items()}

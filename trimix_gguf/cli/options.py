@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from trimix_gguf.errors import PromptError
+from trimix_gguf.roles import ROLES, Role
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -130,10 +131,8 @@ def open_trio(options: dict[str, Any], beside: Any = None) -> Any:
     return trio
 
 
-def asked_of(arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def asked_of(arguments: dict[str, Any]) -> dict[Role, Any]:
     """The fields of Loading by role that arguments of Trio.load set."""
-    from trimix_gguf.roles import ROLES
-
     names = ("n_ctx", "mmap", "mlock", "flash_attn")
     shared = {name: arguments[name] for name in names if name in arguments}
     return {role: {**shared, **arguments["per_role"].get(role, {})} for role in ROLES}

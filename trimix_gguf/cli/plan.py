@@ -15,6 +15,7 @@ from trimix_gguf.cli.options import (
     trio_arguments,
     trios_options,
 )
+from trimix_gguf.roles import ROLES, Role
 
 
 @click.command()
@@ -67,7 +68,7 @@ def _preset_to_pull(options: dict[str, Any]) -> Any:
 def _print_plans(
     names: list[str],
     plans: list[Any],
-    files: list[Mapping[str, Any]],
+    files: list[Mapping[Role, Any]],
     *,
     free_ram: int,
     named: bool,
@@ -135,11 +136,10 @@ def _plan_preset(preset: Any, devices: list[Any], free_ram: int, as_json: bool) 
         print("\nthe weights fit; the context needs more, which a plan after the pull counts")
 
 
-def trio_files(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Any]:
+def trio_files(arguments: dict[str, Any]) -> tuple[dict[Role, Any], dict[Role, Any], Any]:
     """Arguments of Trio.load -> the checked files by role, options by role, and the adapter."""
     from trimix_gguf.machine.gguf_file import read_gguf
     from trimix_gguf.machine.vocabulary import check_contract
-    from trimix_gguf.roles import ROLES
 
     files = {role: read_gguf(arguments.get(role) or arguments["small_base"]) for role in ROLES}
     check_contract(files)
@@ -171,7 +171,7 @@ def _flags(found: Any, named: bool) -> str:
     return " ".join(words) if any(m.n_layers for m in found.models.values()) else "--gpu-layers 0"
 
 
-def _report(found: Any, files: Mapping[str, Any], flags: str) -> dict[str, Any]:
+def _report(found: Any, files: Mapping[Role, Any], flags: str) -> dict[str, Any]:
     from dataclasses import asdict
 
     models = {}
@@ -206,7 +206,7 @@ def _report(found: Any, files: Mapping[str, Any], flags: str) -> dict[str, Any]:
     }
 
 
-def _table(found: Any, files: Mapping[str, Any], flags: str) -> str:
+def _table(found: Any, files: Mapping[Role, Any], flags: str) -> str:
     """Models, then devices, then what to type."""
     head = f"{'':<12}{'device':<10}{'layers':>10}{'weights':>11}{'KV':>11}{'buffers':>11}  file"
     lines = [head]

@@ -7,6 +7,7 @@ import click
 
 from trimix_gguf.cli.options import asked_of, model_name, named_trio, open_trio, trio_arguments
 from trimix_gguf.cli.plan import trio_files, trio_names
+from trimix_gguf.roles import Role
 
 Given = dict[str, Any]  # the options of one trio
 
@@ -103,7 +104,7 @@ def _fitting(trios: list[Given]) -> Callable[[], bool]:
         asked = []
         for given in trios:
             files, options, lora = trio_files(trio_arguments(dict(given)))
-            on_cpu: dict[str, Any] = {
+            on_cpu: dict[Role, Any] = {
                 role: {"n_gpu_layers": 0, **one} for role, one in options.items()
             }
             asked.append(planner.Asked(files, on_cpu, lora))

@@ -13,7 +13,7 @@ from trimix_gguf.machine import container
 from trimix_gguf.machine.gguf_file import GGUFFile, TensorInfo
 from trimix_gguf.machine.loading import Loading
 from trimix_gguf.machine.quantization import WEIGHT_TYPES
-from trimix_gguf.roles import ROLES
+from trimix_gguf.roles import ROLES, Role
 
 CTX_STEP = 256  # llama.cpp rounds a context up to a multiple of it
 # Python, NumPy, llama.cpp's code and what scoring works with: about 50 MiB in four trios.
@@ -87,11 +87,11 @@ class ModelMemory:
 
 
 def by_role(
-    files: Mapping[str, GGUFFile],
-    loadings: Mapping[str, Loading],
+    files: Mapping[Role, GGUFFile],
+    loadings: Mapping[Role, Loading],
     lora: GGUFFile | None = None,
     present: Collection[Path] = (),
-) -> dict[str, ModelMemory]:
+) -> dict[Role, ModelMemory]:
     """Each role's bytes; weights that roles share are the first one's, an adapter small_cpt's.
 
     The weights of files that are `present`, for another trio, count nothing.
@@ -129,8 +129,8 @@ def program(large_ins: GGUFFile, present: Collection[Path] = ()) -> int:
 
 
 def estimate(
-    files: Mapping[str, GGUFFile],
-    loadings: Mapping[str, Loading],
+    files: Mapping[Role, GGUFFile],
+    loadings: Mapping[Role, Loading],
     lora: GGUFFile | None,
     present: Collection[Path] = (),
 ) -> dict[str, int]:
@@ -177,8 +177,8 @@ def peak_rss() -> int:
 
 
 def check_fits(
-    files: Mapping[str, GGUFFile],
-    loadings: Mapping[str, Loading],
+    files: Mapping[Role, GGUFFile],
+    loadings: Mapping[Role, Loading],
     lora: GGUFFile | None,
     present: Collection[Path] = (),
 ) -> None:

@@ -15,7 +15,7 @@ from trimix_gguf.machine.gguf_file import GGUFFile
 from trimix_gguf.machine.loading import AUTO, Loading, LoadingOptions
 from trimix_gguf.machine.memory import ModelMemory, Need
 from trimix_gguf.machine.native import Device
-from trimix_gguf.roles import LOADING_ORDER, ROLES
+from trimix_gguf.roles import LOADING_ORDER, ROLES, Role
 
 CPU, RAM = "CPU", "RAM"
 _CARDS = ("GPU", "integrated GPU")  # kinds of device that layers can go to
@@ -23,7 +23,7 @@ _CARDS = ("GPU", "integrated GPU")  # kinds of device that layers can go to
 # on CUDA), the weights of a layer on their way from RAM, and what a screen takes.
 MARGIN = 512 << 20
 
-Files = Mapping[str, GGUFFile]
+Files = Mapping[Role, GGUFFile]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Case:
     """A trio, and the machine that it is to be arranged on."""
 
     files: Files
-    loadings: Mapping[str, Loading]  # of every role
+    loadings: Mapping[Role, Loading]  # of every role
     lora: GGUFFile | None
     devices: Sequence[Device]
     free_ram: int
@@ -80,7 +80,7 @@ class Change:
 class LayerPlan:
     """Models by role, RAM and devices by name; `program` is the process's own part of RAM."""
 
-    models: dict[str, Placement]
+    models: dict[Role, Placement]
     rooms: dict[str, Room]
     program: int
     advice: tuple[Change, ...] = ()
@@ -97,7 +97,7 @@ class LayerPlan:
         on_devices = all(room.need.total <= room.usable for room in self.rooms.values())
         return on_devices and self.ram_needed <= self.rooms[RAM].free
 
-    def load_options(self, role: str) -> LoadingOptions:
+    def load_options(self, role: Role) -> LoadingOptions:
         """n_gpu_layers and device for Model. Without layers on it, a device is not opened."""
         placement = self.models[role]
         if len(self.rooms) == 1:
@@ -133,7 +133,7 @@ def arrange(case: Case) -> LayerPlan:
     """The plan without advice: planner.plan says by which rules."""
     memories = memory.by_role(case.files, case.loadings, case.lora, case.present)
     program = memory.program(case.files[ROLES[0]], case.present)
-    groups: dict[Any, list[str]] = {}
+    groups: dict[Any, list[Role]] = {}
     for role in ROLES:
         groups.setdefault(case.files[role].path, []).append(role)
     wishes = {tuple(roles): (_fixed(roles, case), _named(roles, case)) for roles in groups.values()}
@@ -159,11 +159,11 @@ def arrange(case: Case) -> LayerPlan:
 
 
 def _choose(
-    memories: Mapping[str, ModelMemory],
+    memories: Mapping[Role, ModelMemory],
     devices: Sequence[Device],
-    wishes: Mapping[tuple[str, ...], tuple[int | None, str | None]],
+    wishes: Mapping[tuple[Role, ...], tuple[int | None, str | None]],
     spare: int,
-) -> dict[tuple[str, ...], tuple[str, int]]:
+) -> dict[tuple[Role, ...], tuple[str, int]]:
     """Device and layers for each group of roles that share weights.
 
     `wishes` are the layers and the device that the user fixed, or None. `spare` bytes of RAM are
@@ -219,7 +219,7 @@ def _is_ram(device: Device) -> bool:
     return device.kind == _CARDS[1] or device.name.startswith(("Metal", "MTL"))
 
 
-def _fixed(roles: Sequence[str], case: Case) -> int | None:
+def _fixed(roles: Sequence[Role], case: Case) -> int | None:
     """Layers that the user fixed for weights that `roles` share; None where he left it open."""
     for role in sorted(roles, key=LOADING_ORDER.index):
         if (layers := case.loadings[role].n_gpu_layers) != AUTO:
@@ -227,7 +227,7 @@ def _fixed(roles: Sequence[str], case: Case) -> int | None:
     return None
 
 
-def _named(roles: Sequence[str], case: Case) -> str | None:
+def _named(roles: Sequence[Role], case: Case) -> str | None:
     """The device that the user named for weights that `roles` share."""
     names = [device.name for device in case.devices]
     for role in sorted(roles, key=LOADING_ORDER.index):

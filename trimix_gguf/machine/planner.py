@@ -15,7 +15,7 @@ from trimix_gguf.machine.native import Device
 from trimix_gguf.machine.placement import RAM, Case, Change, Files, LayerPlan, arrange
 from trimix_gguf.machine.quantization import FLOATS, QUANTIZED
 from trimix_gguf.machine.sharing import shared_roles
-from trimix_gguf.roles import ROLES
+from trimix_gguf.roles import ROLES, Role
 
 
 def plan(
@@ -23,7 +23,7 @@ def plan(
     *,
     devices: Sequence[Device],
     free_ram: int,
-    options: Mapping[str, LoadingOptions] | None = None,
+    options: Mapping[Role, LoadingOptions] | None = None,
     lora: GGUFFile | None = None,
     present: Collection[Path] = (),
 ) -> LayerPlan:
@@ -49,7 +49,7 @@ class Asked(NamedTuple):
     """What is asked of one trio: arguments of plan()."""
 
     files: Files
-    options: Mapping[str, LoadingOptions]
+    options: Mapping[Role, LoadingOptions]
     lora: GGUFFile | None
 
 
@@ -88,10 +88,10 @@ def plan_together(
     return plans
 
 
-def _shared(asked: Asked, earlier: Sequence[Asked]) -> dict[str, int]:
+def _shared(asked: Asked, earlier: Sequence[Asked]) -> dict[Role, int]:
     """Role -> which earlier trio has its weights."""
     paths = {role: file.path for role, file in asked.files.items()}
-    found: dict[str, int] = {}
+    found: dict[Role, int] = {}
     for at, other in enumerate(earlier):
         others = {role: file.path for role, file in other.files.items()}
         for role in shared_roles(paths, asked.options, others, other.options):
@@ -101,10 +101,10 @@ def _shared(asked: Asked, earlier: Sequence[Asked]) -> dict[str, int]:
 
 def place(
     files: Files,
-    options: Mapping[str, LoadingOptions],
+    options: Mapping[Role, LoadingOptions],
     lora: GGUFFile | None,
     present: Collection[Path] = (),
-) -> dict[str, LoadingOptions]:
+) -> dict[Role, LoadingOptions]:
     """`options` with every n_gpu_layers "auto" decided for this machine; others as they are.
 
     Raises MemoryNeededError where a trio that asks for it fits nowhere.
@@ -116,7 +116,7 @@ def place(
     open_files = {files[role].path for role, n in layers.items() if n == AUTO}
     if not open_files:
         return by_role
-    asked: dict[str, LoadingOptions] = {
+    asked: dict[Role, LoadingOptions] = {
         role: {"n_gpu_layers": AUTO if files[role].path in open_files else 0, **one}
         for role, one in by_role.items()
     }

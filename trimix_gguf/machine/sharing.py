@@ -6,25 +6,25 @@ from typing import Any
 
 from trimix_gguf.machine.hashes import same_content
 from trimix_gguf.machine.loading import LoadingOptions
-from trimix_gguf.roles import ROLES
+from trimix_gguf.roles import ROLES, Role
 
 _OF_WEIGHTS = ("n_gpu_layers", "device", "mmap", "mlock")  # the other settings are a context's
-Paths = Mapping[str, Path]
-Options = Mapping[str, LoadingOptions]
+Paths = Mapping[Role, Path]
+Options = Mapping[Role, LoadingOptions]
 
 
-def shared_roles(paths: Paths, options: Options, others: Paths, theirs: Options) -> list[str]:
+def shared_roles(paths: Paths, options: Options, others: Paths, theirs: Options) -> list[Role]:
     """The roles in which two trios have the same file and ask the same of its weights.
 
     None, unless large_ins and small_base are among them: trios that share less are kept apart.
     `options` are Trio.load's by role. Raises OSError where a file is not there.
     """
 
-    def asked(given: Options, role: str) -> list[Any]:
+    def asked(given: Options, role: Role) -> list[Any]:
         known: Mapping[str, Any] = given.get(role, {})
         return [known.get(name) for name in _OF_WEIGHTS]
 
-    def is_same(role: str) -> bool:
+    def is_same(role: Role) -> bool:
         same_settings = asked(options, role) == asked(theirs, role)
         return same_settings and same_content(paths[role], others[role])
 

@@ -1,10 +1,12 @@
 """The vocabulary contract: the models of a trio speak the same tokens, or are refused."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from trimix_gguf.errors import VocabularyMismatch
 from trimix_gguf.machine.gguf_file import GGUFFile
+
+_Name = TypeVar("_Name", bound=str)  # of a model: a role, or of one beside a trio
 
 _PREFIX = "tokenizer.ggml."
 # Keys of ours, for what GGUF has none: ids that end a text, what is done to a text first, and the
@@ -20,7 +22,7 @@ _ADD_BOS = frozenset(
 )
 
 
-def check_contract(files: Mapping[str, GGUFFile]) -> int:
+def check_contract(files: Mapping[_Name, GGUFFile]) -> int:
     """The number of ids that all share; raises VocabularyMismatch naming the first difference.
 
     Compared: tokenizer model and pre-tokenizer, text, type and score of every id below the

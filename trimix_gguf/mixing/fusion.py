@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import WeightsError
-from trimix_gguf.roles import ROLES
+from trimix_gguf.roles import ROLES, Role
 
-Rows = dict[str, NDArray[np.float32]]  # role -> logits [n_tokens, n_vocab] or [n_vocab]
+Rows = dict[Role, NDArray[np.float32]]  # role -> logits [n_tokens, n_vocab] or [n_vocab]
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Weights:
         return 0.0 if abs(rest) < 1e-9 else rest
 
     @property
-    def coefficients(self) -> dict[str, float]:
+    def coefficients(self) -> dict[Role, float]:
         """The three factors of the mix, by role."""
         return dict(zip(ROLES, (self.alpha, self.beta, self.remainder), strict=True))
 
     @property
-    def active(self) -> tuple[str, ...]:
+    def active(self) -> tuple[Role, ...]:
         """Roles that the mix reads; a coefficient of 0 leaves its model out."""
         return tuple(role for role, c in self.coefficients.items() if c != 0.0)
 
@@ -76,7 +76,7 @@ class Mix:
         return self.plausibility_threshold > 0.0
 
     @property
-    def roles(self) -> tuple[str, ...]:
+    def roles(self) -> tuple[Role, ...]:
         """Models that it reads, in the order of ROLES; the mask reads large_ins."""
         reads = {*self.weights.active, *(("large_ins",) if self.is_masked else ())}
         return tuple(role for role in ROLES if role in reads)

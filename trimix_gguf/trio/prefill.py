@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from trimix_gguf.errors import PromptError
 from trimix_gguf.mixing.fusion import Rows
-from trimix_gguf.roles import ROLES
+from trimix_gguf.roles import ROLES, Role
 from trimix_gguf.trio.prompt import Prompt, Unit
 
 # How far a prompt has come: units read, and units covered (predicted, or nothing to predict).
@@ -73,7 +73,7 @@ class Prefill:
         if self.stop:
             self._is_wanted[self.stop - 1] = True
 
-    def check_fits(self, n_ctx: Mapping[str, int]) -> None:
+    def check_fits(self, n_ctx: Mapping[Role, int]) -> None:
         """Raise PromptError where a role's context is too small for the prompt and one token."""
         for role, most in n_ctx.items():
             n = self.ends[role][-1]
@@ -102,16 +102,16 @@ class Prefill:
             end += 1
         return end
 
-    def ids(self, start: int, end: int) -> dict[str, list[int]]:
+    def ids(self, start: int, end: int) -> dict[Role, list[int]]:
         """The ids of the units from `start` to `end`, by role."""
         units = self.units[start:end]
         return {role: [t for ids, _ in units for t in ids[i]] for i, role in enumerate(ROLES)}
 
-    def lengths(self) -> dict[str, int]:
+    def lengths(self) -> dict[Role, int]:
         """How many ids each role has of the units that are read."""
         return {role: self.ends[role][self.at] for role in ROLES}
 
-    def wanted(self, end: int, role: str) -> list[int]:
+    def wanted(self, end: int, role: Role) -> list[int]:
         """Indexes of the ids, up to unit `end`, whose rows are wanted of a role."""
         ends, units = self.ends[role], range(self.at, end)
         return [ends[unit + 1] - 1 for unit in units if self._is_wanted[unit]]

@@ -4,14 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from trimix_gguf.errors import PromptError
-from trimix_gguf.roles import ROLES
+from trimix_gguf.roles import ROLES, Role
 
 
 @dataclass(frozen=True)
 class Segment:
     """Token ids for every role; `shared` ones are the same for all, and only those are scored."""
 
-    ids: Mapping[str, tuple[int, ...]]
+    ids: Mapping[Role, tuple[int, ...]]
     shared: bool
     scored: bool
 
@@ -25,7 +25,7 @@ class Segment:
         return cls(dict.fromkeys(ROLES, tuple(ids)), shared=True, scored=scored)
 
     @classmethod
-    def per_role(cls, ids: Mapping[str, list[int]]) -> "Segment":
+    def per_role(cls, ids: Mapping[Role, list[int]]) -> "Segment":
         """Each role's own ids, possibly none: a chat template's control tokens, say."""
         return cls({r: tuple(ids.get(r, ())) for r in ROLES}, shared=False, scored=False)
 
@@ -45,7 +45,7 @@ def is_shared(ids: tuple[tuple[int, ...], ...]) -> bool:
     return len(ids[0]) == 1 and len(set(ids)) == 1
 
 
-def n_common(units: Sequence[Unit], ids: Mapping[str, Sequence[int]]) -> int:
+def n_common(units: Sequence[Unit], ids: Mapping[Role, Sequence[int]]) -> int:
     """How many of the first `units` stand in `ids`, by role, at its beginning."""
     known, at = [ids[role] for role in ROLES], [0] * len(ROLES)
     for n, (own_ids, _) in enumerate(units):
@@ -67,7 +67,7 @@ class Prompt:
         """The units of all segments."""
         return [unit for segment in self.segments for unit in segment.units]
 
-    def n_tokens(self, role: str = "large_ins") -> int:
+    def n_tokens(self, role: Role = "large_ins") -> int:
         """How many ids one role reads."""
         return sum(len(s.ids[role]) for s in self.segments)
 

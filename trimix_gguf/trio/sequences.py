@@ -16,7 +16,7 @@ import numpy as np
 from trimix_gguf.errors import ModelError
 from trimix_gguf.machine.threads import run_all
 from trimix_gguf.mixing.fusion import Rows
-from trimix_gguf.roles import ROLES
+from trimix_gguf.roles import ROLES, Role
 from trimix_gguf.trio.model import Entry, Logits, Model
 
 TokenProgress = Callable[[int], None]  # tokens just read
@@ -27,20 +27,20 @@ Wanted = Mapping[int, Sequence[int]]  # sequence -> indexes of its ids whose row
 class _Held:
     """A sequence: its ids by role, and the cells of those that were read."""
 
-    ids: dict[str, list[int]]
-    cells: dict[str, list[int]]
+    ids: dict[Role, list[int]]
+    cells: dict[Role, list[int]]
 
 
 class Sequences:
     """What each sequence holds in each of a trio's models; the cells of all share each context."""
 
-    def __init__(self, models: Mapping[str, Model], n_vocab: int) -> None:
+    def __init__(self, models: Mapping[Role, Model], n_vocab: int) -> None:
         self._models, self._n_vocab = models, n_vocab
         self.most = min(m.n_window for m in models.values()) - 1
         self._held = {0: _Held({r: [] for r in ROLES}, {r: [] for r in ROLES})}
         self._free = list(range(self.most, 0, -1))
         self._new_cell = itertools.count()
-        self._users: dict[str, Counter[int]] = {role: Counter() for role in ROLES}
+        self._users: dict[Role, Counter[int]] = {role: Counter() for role in ROLES}
         self._pool = ThreadPoolExecutor(len(ROLES), thread_name_prefix="device")
 
     # -- what they hold ---------------------------------------------------------------------
@@ -50,16 +50,16 @@ class Sequences:
         """How many more sequences there can be."""
         return len(self._free)
 
-    def n_cells(self, role: str) -> int:
+    def n_cells(self, role: Role) -> int:
         """Positions of a role's context in use; what sequences share counts once."""
         self._follow_model(role)
         return len(self._users[role])
 
-    def ids(self, sequence: int) -> Mapping[str, Sequence[int]]:
+    def ids(self, sequence: int) -> Mapping[Role, Sequence[int]]:
         """What a sequence has read or owes, by role."""
         return self._held[sequence].ids
 
-    def n_read(self, sequence: int, role: str) -> int:
+    def n_read(self, sequence: int, role: Role) -> int:
         """How many of a sequence's ids a role has read."""
         if sequence == 0:  # its model counts them, and may be rewound by others
             return min(self._models[role].n_past, len(self._held[0].ids[role]))
@@ -73,7 +73,7 @@ class Sequences:
         if not self._free:
             raise ModelError(f"{self.most} sequences at once are the most; drop one")
         new, known = self._free.pop(), self._held[source]
-        cells: dict[str, list[int]] = {}
+        cells: dict[Role, list[int]] = {}
         for role, model in self._models.items():
             self._follow_model(role)
             model.fork(source, new)
@@ -82,17 +82,17 @@ class Sequences:
         self._held[new] = _Held({role: list(ids) for role, ids in known.ids.items()}, cells)
         return new
 
-    def replace_ids(self, ids: Mapping[str, Sequence[int]]) -> None:
+    def replace_ids(self, ids: Mapping[Role, Sequence[int]]) -> None:
         """Say what sequence 0 holds, of which the models have read no more than is there."""
         self._held[0].ids = {role: list(ids[role]) for role in ROLES}
 
-    def append(self, sequence: int, ids: Sequence[int] | Mapping[str, Sequence[int]]) -> None:
+    def append(self, sequence: int, ids: Sequence[int] | Mapping[Role, Sequence[int]]) -> None:
         """Continue a sequence by the same ids for all roles, or by each role's own."""
         held = self._held[sequence].ids
         for role in ROLES:
             held[role] += ids[role] if isinstance(ids, Mapping) else ids
 
-    def rewind(self, sequence: int, lengths: Mapping[str, int]) -> None:
+    def rewind(self, sequence: int, lengths: Mapping[Role, int]) -> None:
         """Cut what each role holds or owes of a sequence to a length. Raises ModelError."""
         for role in ROLES:
             self._cut(sequence, role, max(0, lengths[role]))
@@ -113,7 +113,7 @@ class Sequences:
 
     # -- reading ----------------------------------------------------------------------------
 
-    def rows(self, sequences: Sequence[int], roles: Sequence[str] = ROLES) -> Rows:
+    def rows(self, sequences: Sequence[int], roles: Sequence[Role] = ROLES) -> Rows:
         """Next-token logits [n_sequences, n_vocab] of `roles` after each sequence's newest id.
 
         Zero-copy where one batch has all, as decode_entries. Raises ContextFullError, ModelError.
@@ -123,7 +123,7 @@ class Sequences:
         }
         return self.read(newest)
 
-    def read(self, wanted: Mapping[str, Wanted], progress: TokenProgress | None = None) -> Rows:
+    def read(self, wanted: Mapping[Role, Wanted], progress: TokenProgress | None = None) -> Rows:
         """Let each role read what these sequences owe it; logits [n_rows, n_vocab] by role.
 
         `wanted` gives, by role and sequence, the ids (ascending indexes) whose rows are wanted;
@@ -131,10 +131,10 @@ class Sequences:
         roles read at the same time, on one in turn. After a failure forks are to be dropped.
         """
 
-        def one(role: str) -> Logits:
+        def one(role: Role) -> Logits:
             return self._read(role, wanted[role], progress if role == ROLES[0] else None)
 
-        groups: dict[str, list[str]] = {}
+        groups: dict[str, list[Role]] = {}
         for role in wanted:
             groups.setdefault(self._models[role].device, []).append(role)
         if len(groups) < 2:
@@ -142,7 +142,7 @@ class Sequences:
         parts = run_all(self._pool, lambda group: {r: one(r) for r in group}, groups.values())
         return {role: rows for part in parts for role, rows in part.items()}
 
-    def _read(self, role: str, wanted: Wanted, progress: TokenProgress | None) -> Logits:
+    def _read(self, role: Role, wanted: Wanted, progress: TokenProgress | None) -> Logits:
         model, parts = self._models[role], []
         for sequence, indexes in wanted.items():
             if indexes:
@@ -160,7 +160,7 @@ class Sequences:
             return np.empty((0, self._n_vocab), dtype=np.float32)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _owed(self, role: str, wanted: Wanted) -> Iterator[Entry]:
+    def _owed(self, role: Role, wanted: Wanted) -> Iterator[Entry]:
         for sequence, indexes in wanted.items():
             ids, rows = self._held[sequence].ids[role], set(indexes)
             for i in range(self.n_read(sequence, role), len(ids)):
@@ -168,7 +168,7 @@ class Sequences:
 
     # -- cells ------------------------------------------------------------------------------
 
-    def _cut(self, sequence: int, role: str, length: int) -> None:
+    def _cut(self, sequence: int, role: Role, length: int) -> None:
         """Have a role forget what it read of a sequence from `length` on."""
         model = self._models[role]
         if sequence == 0:
@@ -180,20 +180,20 @@ class Sequences:
             self._release(role, self._held[sequence].cells[role][length:])
             del self._held[sequence].cells[role][length:]
 
-    def _take_cells(self, sequence: int, role: str, n_read: int) -> None:
+    def _take_cells(self, sequence: int, role: Role, n_read: int) -> None:
         cells = self._held[sequence].cells[role]
         new = list(itertools.islice(self._new_cell, max(0, n_read - len(cells))))
         cells += new
         self._users[role].update(new)
 
-    def _follow_model(self, role: str) -> None:
+    def _follow_model(self, role: Role) -> None:
         """Bring sequence 0's cells to what its model holds of it."""
         cells, n_past = self._held[0].cells[role], self._models[role].n_past
         self._release(role, cells[n_past:])
         del cells[n_past:]
         self._take_cells(0, role, n_past)
 
-    def _release(self, role: str, cells: Sequence[int]) -> None:
+    def _release(self, role: Role, cells: Sequence[int]) -> None:
         users = self._users[role]
         for cell in cells:
             if users[cell] == 1:

@@ -5,7 +5,7 @@ from typing import Any
 
 from trimix_gguf.errors import PromptError
 from trimix_gguf.mixing.fusion import Rows
-from trimix_gguf.roles import ROLES
+from trimix_gguf.roles import ROLES, Role
 from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.sequences import Sequences, TokenProgress
 
@@ -19,17 +19,17 @@ class Strand:
 
     unused: Any
 
-    def __init__(self, models: Mapping[str, Model], sequences: Sequences, number: int) -> None:
+    def __init__(self, models: Mapping[Role, Model], sequences: Sequences, number: int) -> None:
         self.models, self.sequences, self.number = models, sequences, number
         self.n_window = min(m.n_window for m in models.values())
         self._rows: Rows = {}  # next-token rows [n_vocab] of the roles that are up to date
 
     @property
-    def _ids(self) -> Mapping[str, Sequence[int]]:
+    def _ids(self) -> Mapping[Role, Sequence[int]]:
         return self.sequences.ids(self.number)
 
     @property
-    def ids(self) -> dict[str, list[int]]:
+    def ids(self) -> dict[Role, list[int]]:
         """What each role has read or owes."""
         return {role: list(ids) for role, ids in self._ids.items()}
 
@@ -49,7 +49,7 @@ class Strand:
         lengths = {role: len(self._ids[role]) - n for role in ROLES}
         self.sequences.rewind(self.number, lengths)
 
-    def rows(self, roles: Sequence[str] = ROLES, progress: TokenProgress | None = None) -> Rows:
+    def rows(self, roles: Sequence[Role] = ROLES, progress: TokenProgress | None = None) -> Rows:
         """Next-token logits [n_vocab] of `roles`, after all tokens so far.
 
         Zero-copy: valid until the next call that reads. A role that owes tokens reads them now.
@@ -58,7 +58,7 @@ class Strand:
         self._rows |= {role: tail[-1] for role, tail in self._read_tail(owing, 1, progress).items()}
         return {role: self._rows[role] for role in roles}
 
-    def tail_rows(self, roles: Sequence[str], n: int) -> Rows:
+    def tail_rows(self, roles: Sequence[Role], n: int) -> Rows:
         """Logits [n, n_vocab] of `roles` after each of the last `n` ≤ n_window tokens.
 
         One batch per role, zero-copy: valid until the next call that reads that role.
@@ -70,7 +70,7 @@ class Strand:
         return tails
 
     def _read_tail(
-        self, roles: Sequence[str], n: int, progress: TokenProgress | None = None
+        self, roles: Sequence[Role], n: int, progress: TokenProgress | None = None
     ) -> Rows:
         """Rows [n, n_vocab] after each of the last `n` ids, which are read now."""
         for role in roles:

@@ -21,7 +21,7 @@ from trimix_gguf.machine.sharing import Options, shared_roles
 from trimix_gguf.machine.vocabulary import check_contract
 from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.mixing.masks import TokenTree
-from trimix_gguf.roles import LOADING_ORDER, ROLES
+from trimix_gguf.roles import LOADING_ORDER, ROLES, Role
 from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.prefill import Prefill, PromptMark, StandFor, Window
 from trimix_gguf.trio.prompt import Prompt, Unit, n_common, text_prompt
@@ -49,7 +49,7 @@ class Trio(Strand):
         super().__init__(models, Sequences(models, self.n_vocab), 0)
         self.sums: PrefixSums | None = None  # over the prompt in the caches, for who scored it
         self.tuning: Tuning | None = None  # what `trimix tune` found out about these models
-        self.asked: Mapping[str, LoadingOptions] = {}  # by role, before layers were placed
+        self.asked: Mapping[Role, LoadingOptions] = {}  # by role, before layers were placed
 
     @classmethod
     def load(
@@ -59,7 +59,7 @@ class Trio(Strand):
         small_base: Path | str,
         small_cpt: Path | str | None = None,
         small_cpt_lora: Path | str | None = None,
-        per_role: Mapping[str, LoadingOptions] | None = None,
+        per_role: Mapping[Role, LoadingOptions] | None = None,
         chat_template: str | None = None,
         tuning: Tuning | None = None,
         beside: "Trio | None" = None,
@@ -75,13 +75,13 @@ class Trio(Strand):
         """
         if small_cpt is None and small_cpt_lora is None:
             raise ModelFileError("small_cpt is missing; give its GGUF, or an adapter of small_base")
-        paths = {
+        paths: dict[Role, Path] = {
             "large_ins": Path(large_ins),
             "small_cpt": Path(small_cpt or small_base),
             "small_base": Path(small_base),
         }
         given = per_role or {}
-        asked: dict[str, LoadingOptions] = {r: {**options, **given.get(r, {})} for r in ROLES}
+        asked: dict[Role, LoadingOptions] = {r: {**options, **given.get(r, {})} for r in ROLES}
         known = {} if beside is None else beside._shared(paths, asked)
         paths |= {role: model.path for role, model in known.items()}
         if small_cpt is None:
@@ -89,7 +89,7 @@ class Trio(Strand):
         files = {role: read_gguf(path) for role, path in paths.items()}
         check_contract(files)
         adapter = read_gguf(Path(small_cpt_lora)) if small_cpt_lora else None
-        wanted: dict[str, LoadingOptions] = {
+        wanted: dict[Role, LoadingOptions] = {
             r: {**asked[r], **_as_placed(known.get(r))} for r in ROLES
         }
         present = {model.path for model in known.values()}
@@ -104,7 +104,7 @@ class Trio(Strand):
         trio.tuning, trio.asked = tuning, asked
         return trio
 
-    def _shared(self, paths: Mapping[str, Path], asked: Options) -> dict[str, Model]:
+    def _shared(self, paths: Mapping[Role, Path], asked: Options) -> dict[Role, Model]:
         """The models here that another trio's roles would load alike."""
         own = {role: model.path for role, model in self.models.items()}
         try:
@@ -118,8 +118,8 @@ class Trio(Strand):
         """The small Kazakh trio that ships with the package: for a first try and for tests."""
         table = tomllib.loads((NANO / "trio.toml").read_text(encoding="utf-8"))
         tuning = Tuning.from_table(table["tuning"]) if "tuning" in table else None
-        arguments: dict[str, Any] = {**trio_paths(NANO), "n_ctx": 512, "tuning": tuning, **options}
-        return cls.load(**arguments)
+        paths = {str(role): path for role, path in trio_paths(NANO).items()}
+        return cls.load(**{**paths, "n_ctx": 512, "tuning": tuning, **options})
 
     # -- facts ------------------------------------------------------------------------------
 
@@ -233,13 +233,13 @@ class Trio(Strand):
         """The models' buffers are about to be, or were, written for other sequences."""
         self._rows = {}
 
-    def hold(self, ids: Mapping[str, Sequence[int]]) -> None:
+    def hold(self, ids: Mapping[Role, Sequence[int]]) -> None:
         """Say what was read or is owed, where the caches were loaded and hold no more than this."""
         self.sequences.replace_ids(ids)
         self._rows = {}
 
     @contextmanager
-    def forks(self, roles: Sequence[str] = ROLES) -> Iterator[Sequences]:
+    def forks(self, roles: Sequence[Role] = ROLES) -> Iterator[Sequences]:
         """Within it, texts may fork from what the trio holds; they are dropped at its end.
 
         `roles` read what they owe first: forks share what was read. Meanwhile the trio may read
@@ -277,12 +277,12 @@ class Trio(Strand):
                 model.rewind(0)  # it may hold ids that Ctrl-C kept it from counting
             raise
 
-    def _rewind(self, lengths: Mapping[str, int]) -> None:
+    def _rewind(self, lengths: Mapping[Role, int]) -> None:
         self._rows = {}
         self.sequences.rewind(0, lengths)
 
     def _read_tail(
-        self, roles: Sequence[str], n: int, progress: TokenProgress | None = None
+        self, roles: Sequence[Role], n: int, progress: TokenProgress | None = None
     ) -> Rows:
         with self._atomic():
             return super()._read_tail(roles, n, progress)
@@ -296,13 +296,13 @@ def _as_placed(model: Model | None) -> LoadingOptions:
 
 
 def _open_models(
-    paths: Mapping[str, Path],
-    loadings: Mapping[str, Loading],
+    paths: Mapping[Role, Path],
+    loadings: Mapping[Role, Loading],
     lora: Path | str | None,
-    known: Mapping[str, Model],
-) -> dict[str, Model]:
+    known: Mapping[Role, Model],
+) -> dict[Role, Model]:
     """A model for each role; it shares the weights of a known one, or of a role with its file."""
-    models: dict[str, Model] = {}
+    models: dict[Role, Model] = {}
     for role in LOADING_ORDER:
         same = next((m for m in models.values() if m.path == paths[role]), None)
         models[role] = Model(
@@ -316,7 +316,7 @@ def _open_models(
 
 
 def _trials(
-    paths: Mapping[str, Path], loadings: Mapping[str, Loading], lora: Path | str | None
+    paths: Mapping[Role, Path], loadings: Mapping[Role, Loading], lora: Path | str | None
 ) -> Iterator[FileTrial]:
     """The files as they are about to be opened; one child tries them all."""
     for role in LOADING_ORDER:
@@ -326,14 +326,14 @@ def _trials(
             yield FileTrial(paths[role], loadings[role], lora=Path(lora), tokenizer=tokenizer)
 
 
-def concurrency(devices: Mapping[str, str]) -> str:
+def concurrency(devices: Mapping[Role, str]) -> str:
     """In words, how models on these devices (by role) are decoded for one token."""
     if len(set(devices.values())) < 2:
         return f"in turn, on {next(iter(devices.values()))}"
     return "at once, " + ", ".join(f"{role} on {name}" for role, name in devices.items())
 
 
-def trio_paths(folder: Path) -> dict[str, Path]:
+def trio_paths(folder: Path) -> dict[Role, Path]:
     """The three GGUF files of a folder, named after their roles."""
     paths = {role: folder / f"{role}.gguf" for role in ROLES}
     for role, path in paths.items():

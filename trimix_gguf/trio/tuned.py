@@ -8,7 +8,7 @@ from typing import Any
 
 from trimix_gguf.errors import WeightsError
 from trimix_gguf.mixing.fusion import Weights
-from trimix_gguf.roles import ROLES
+from trimix_gguf.roles import ROLES, Role
 
 VERSION = 1  # of the exercises and of the rule: a tuning of another version is not used
 POINTS = (*ROLES, "mix")  # whose answers a kind of exercise compares
@@ -37,7 +37,7 @@ class Tuning:
 
     weights: Weights | None
     verdict: str
-    models: Mapping[str, str]
+    models: Mapping[Role, str]
     kinds: Mapping[str, Kind] = field(default_factory=dict)
     language: str = ""
     seed: int = 0

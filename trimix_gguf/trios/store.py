@@ -75,7 +75,9 @@ def read_folder(folder: Path) -> TrioFile:
     """The trio of a folder: by its trio.toml, or three GGUF files named after their roles."""
     if (folder / FILENAME).is_file():
         return TrioFile.read(folder / FILENAME)
-    models = {role: ModelEntry(path=path.name) for role, path in trio_paths(folder).items()}
+    models: dict[str, ModelEntry] = {
+        role: ModelEntry(path=path.name) for role, path in trio_paths(folder).items()
+    }
     try:
         name = check_name(folder.resolve().name)
     except TrioFileError:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trimix_gguf.errors import PromptError
 from trimix_gguf.machine.folders import cache_folder
+from trimix_gguf.roles import Role
 from trimix_gguf.trio.trio import Trio
 from trimix_gguf.trio.tuned import VERSION, Tuning
 from trimix_gguf.tuning.exercises import Kind, kinds_of
@@ -27,7 +28,7 @@ def make_exercises(
 def tune(
     trio: Trio,
     kinds: Sequence[Kind],
-    models: Mapping[str, str],
+    models: Mapping[Role, str],
     *,
     language: str,
     seed: int,
@@ -52,7 +53,7 @@ def tune(
     return Tuning(verdict.weights, verdict.text, models, verdict.kinds, language, seed)
 
 
-def kept_answers(kinds: Sequence[Kind], models: Mapping[str, str], seed: int) -> Path:
+def kept_answers(kinds: Sequence[Kind], models: Mapping[Role, str], seed: int) -> Path:
     """Where the answers of such a run are kept: other exercises or models have another file."""
     asked = [[kind.name, kind.instruction, *(e.question for e in kind.exemplars)] for kind in kinds]
     facts = json.dumps([VERSION, seed, asked, dict(sorted(models.items()))])

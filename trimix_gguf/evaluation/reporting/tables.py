@@ -241,7 +241,7 @@ def _conventions(summary: Summary) -> str:
             f" p < {RACE_P})."
         )
     for run in runs:
-        files = {**run["models"], **(run.get("singles") or {})}
+        files: dict[str, ModelRecord] = {**run["models"], **(run.get("singles") or {})}
         lines += [f"{name}: {_file(file)}" for name, file in files.items()]
     for run in runs:
         versions = [f"{name} {version}" for name, version in (run.get("versions") or {}).items()]

@@ -37,7 +37,7 @@ from trimix_gguf.evaluation.running.task_weights import choose_task_weights
 from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 from trimix_gguf.mixing.fusion import METHODS, Weights
 from trimix_gguf.mixing.scoring import GRID, Float64
-from trimix_gguf.roles import ROLES
+from trimix_gguf.roles import ROLES, Role
 from trimix_gguf.trio.trio import Trio
 
 # Questions, and mixes of them, at once: more gain little, and a run that is killed loses them.
@@ -115,7 +115,7 @@ def _reads(settings: RunSettings) -> bool:
     return any(name in reading_methods() for name in settings.methods)
 
 
-def _roles(settings: RunSettings) -> tuple[str, ...]:
+def _roles(settings: RunSettings) -> tuple[Role, ...]:
     """The models that the methods run."""
     if any(name not in METHODS for name in settings.methods):
         return ROLES

@@ -71,7 +71,7 @@ class Comparison:
 
     def record(self, trio: Trio) -> RunRecord:
         """run.json of this comparison with `trio`."""
-        files = {role: model.path for role, model in trio.models.items()}
+        files: dict[str, Path] = {role: model.path for role, model in trio.models.items()}
         if self.fourth is not None:
             files[LARGE_BASE] = self.fourth
         files |= {f"{r}_lora": m.lora for r, m in trio.models.items() if m.lora is not None}

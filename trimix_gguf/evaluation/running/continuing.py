@@ -17,7 +17,7 @@ from trimix_gguf.errors import ContextFullError
 from trimix_gguf.evaluation.running.decoupled import FourthModel, three_of_four
 from trimix_gguf.evaluation.running.loops import Loop
 from trimix_gguf.mixing.fusion import Mix, Rows, Weights
-from trimix_gguf.roles import ROLES
+from trimix_gguf.roles import ROLES, Role
 from trimix_gguf.trio.sequences import Sequences
 from trimix_gguf.trio.trio import Trio
 
@@ -40,7 +40,7 @@ class Continuation:
     n_filled: int = 0
 
     @property
-    def roles(self) -> tuple[str, ...]:
+    def roles(self) -> tuple[Role, ...]:
         """The models that it reads."""
         return self.mix.roles if self.steering is None else self.steering.roles
 
@@ -65,7 +65,7 @@ class Start:
     continuations: Sequence[Continuation]
 
     @staticmethod
-    def here(trio: Trio, roles: Sequence[str], continuations: Sequence[Continuation]) -> "Start":
+    def here(trio: Trio, roles: Sequence[Role], continuations: Sequence[Continuation]) -> "Start":
         """A start after what `trio` holds now; `roles` are all that the continuations read."""
         rows = {role: row.copy() for role, row in trio.rows(roles).items()}
         sequence = trio.sequences.fork()
@@ -202,6 +202,6 @@ def _next_rows(sequences: Sequences, nodes: Sequence[_Node]) -> Iterator[Rows]:
     yield from found
 
 
-def roles_of(readers: Sequence[Mix | Continuation]) -> tuple[str, ...]:
+def roles_of(readers: Sequence[Mix | Continuation]) -> tuple[Role, ...]:
     """The models that at least one of them reads."""
     return tuple(role for role in ROLES if any(role in one.roles for one in readers))

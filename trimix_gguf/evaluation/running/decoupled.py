@@ -7,23 +7,24 @@ If γ = α, large_base cancels: this is the mix of three. For any fixed γ it is
 that stand for the four, so scoring and mixing are those of three.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.evaluation.names.compared import LARGE_BASE
-from trimix_gguf.machine.gguf_file import read_gguf
+from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
 from trimix_gguf.machine.loading import Loading
 from trimix_gguf.machine.memory import check_fits_beside
 from trimix_gguf.machine.vocabulary import check_contract
 from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.roles import ROLES
-from trimix_gguf.trio.model import Model
+from trimix_gguf.trio.model import Logits, Model
 from trimix_gguf.trio.trio import Trio
 
 
-def three_of_four(rows: Rows, gamma: float) -> Rows:
+def three_of_four(rows: Mapping[str, Logits], gamma: float) -> Rows:
     """Logits of three models: their mix by (α, β) is that of the four in `rows` by (α, β, γ)."""
     small, large = rows["small_base"], rows[LARGE_BASE]
     base = small + np.float32(gamma) * (large - small)
@@ -41,7 +42,8 @@ def check_fourth(path: Path, trio: Trio) -> None:
     if there is no memory for it.
     """
     file = read_gguf(path)
-    check_contract({r: m.file for r, m in trio.models.items()} | {LARGE_BASE: file})
+    files: dict[str, GGUFFile] = {r: m.file for r, m in trio.models.items()}
+    check_contract({**files, LARGE_BASE: file})
     check_fits_beside(file, _loading(trio))
 
 
@@ -68,13 +70,14 @@ class FourthModel:
         self.model, self._trio = model, trio
         self._ids: list[int] = []
 
-    def beside(self, rows: Rows, n_ids: int) -> Rows:
+    def beside(self, rows: Rows, n_ids: int) -> Mapping[str, Logits]:
         """`rows` [n, n_vocab] of the trio, and those of large_base after the same ids.
 
         They are the rows after each of the last n of the trio's first `n_ids` ids.
         """
         n = len(next(iter(rows.values())))
-        return {**rows, LARGE_BASE: self._rows(self._trio.ids[ROLES[0]][:n_ids], n)}
+        four: dict[str, Logits] = {role: matrix for role, matrix in rows.items()}
+        return four | {LARGE_BASE: self._rows(self._trio.ids[ROLES[0]][:n_ids], n)}
 
     def _rows(self, ids: list[int], n: int) -> NDArray[np.float32]:
         model, first = self.model, len(ids) - n

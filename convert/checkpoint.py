@@ -218,11 +218,11 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             raise ConversionError(f"{path} is not a safetensors file; download it again")
         raw = file.read(length)
     try:
-        entries = json.loads(raw)
+        entries = parse(raw, object)
         entries.pop("__metadata__", None)
         tensors = {name: _locate(path, 8 + length, entry) for name, entry in entries.items()}
         end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ConversionError(f"{path} has a damaged header; download it again") from error
     if end > size:
         raise ConversionError(

@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 from test_convert import folder  # noqa: F401  # a fixture
 
+import trimix_gguf
 from trimix_gguf.convert.hf import convert_hf
 from trimix_gguf.errors import ConversionError
 from trimix_gguf.machine.gguf_file import read_gguf
@@ -91,3 +94,45 @@ def test_a_snapshot_of_the_hubs_cache_is_read(folder, tmp_path):  # noqa: F811
         (snapshot / path.name).symlink_to(f"../../blobs/{i}")
     convert_hf(snapshot, tmp_path / "x.gguf")
     assert read_gguf(tmp_path / "x.gguf").architecture == "llama"
+
+
+# Our own lines between our own processes, and the server's reader of requests, which counts levels.
+OTHER_READERS = {"machine/typed_json.py", "machine/worker.py", "server/bodies.py", "trio/trial.py"}
+
+
+def test_no_other_reader_meets_files():
+    """json.loads of what json.dumps wrote just before is a copy, not a file."""
+    package = Path(trimix_gguf.__file__).parent
+    calls = re.compile(r"json\.loads?\((?!json\.dumps)")
+    found = {
+        file.relative_to(package).as_posix()
+        for file in package.rglob("*.py")
+        if calls.search(file.read_text("utf-8"))
+    }
+    assert found == OTHER_READERS
+
+
+HOSTILE = {
+    "deep": "[" * 100_000,
+    "digits": '{"id": ' + "9" * 5000 + "}",
+    "half a pair": r'{"text": "\ud800"}',
+}
+READERS = {
+    "eval": lambda f: ("eval", "--tasks", f, "--out", f.parent / "out"),
+    "adapt": lambda f: ("adapt", "x", f, "--dry-run"),
+    "run": lambda f: ("run", f, "-o", f.parent / "answers.jsonl"),
+    "schema": lambda f: ("generate", "а", "--json-schema", f),
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("reader", READERS)
+def test_hostile_json_is_one_line_for_every_command(reader, text, tmp_path, trimix):
+    file = tmp_path / "hostile.jsonl"
+    file.write_text(text + "\n", encoding="utf-8")
+    result = trimix(*READERS[reader](file))
+    assert result.returncode in (1, 2)
+    assert result.stdout == b""
+    (line,) = [line for line in result.stderr.decode().splitlines() if "hostile" in line or "schema" in line]
+    assert len(line) < 400
+    assert b"Traceback" not in result.stderr

@@ -1,6 +1,5 @@
 """The small model that is taught: as GGUF for its tokens, and as PyTorch for its training."""
 
-import json
 import os
 import weakref
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from trimix_gguf.errors import ConversionError, ModelFileError, TrioFileError
 from trimix_gguf.machine import native
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
 from trimix_gguf.machine.native import lib
+from trimix_gguf.machine.typed_json import parse
 from trimix_gguf.machine.vocabulary import check_contract
 from trimix_gguf.trios.triofile import TrioFile
 
@@ -135,4 +135,4 @@ def write_config(model: Any, folder: Path) -> None:
     """config.json of a model: what a conversion reads of a base."""
     folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)
-    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
+    assert parse((folder / "config.json").read_text(encoding="utf-8"), {})["architectures"]

@@ -1,7 +1,6 @@
 """Files of raw text -> documents, one after another: memory does not grow with a file."""
 
 import io
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from trimix_gguf.adapting.wikipedia import read_pages
 from trimix_gguf.errors import DataError
 from trimix_gguf.machine.packed import PACKED, damage, open_unpacked
+from trimix_gguf.machine.typed_json import parse
 
 TEXTS, JSON_LINES, DUMPS = (".txt", ".md", ".text"), (".jsonl", ".ndjson"), (".xml",)
 FEWEST_CHARACTERS = 1000  # of a document, before a blank line ends it
@@ -106,8 +106,8 @@ def _json_lines(file: Path, raw: io.BufferedReader) -> Iterator[Document]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
+            entry = parse(line, object)
+        except ValueError:
             raise DataError(
                 f"{file}, line {number}: not JSON; expected one object a line"
             ) from None

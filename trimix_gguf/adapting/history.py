@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trimix_gguf.adapting.judging import Judgement
+from trimix_gguf.errors import DataError
 from trimix_gguf.machine.files import write_text
+from trimix_gguf.machine.typed_json import parse
 
 PATIENCE = 2  # measurements in a row that answer worse, before training ends
 
@@ -17,8 +19,12 @@ class History:
         self._file = folder / "history.jsonl"
         self.all: list[Judgement] = []
         if self._file.is_file():
-            lines = self._file.read_text(encoding="utf-8").splitlines()
-            self.all = [Judgement(**json.loads(line)) for line in lines]
+            try:
+                lines = self._file.read_text(encoding="utf-8").splitlines()
+                self.all = [Judgement(**parse(line, {str: object})) for line in lines]
+            except (ValueError, TypeError):
+                mend = f"remove {folder} to begin again"
+                raise DataError(f"{self._file} is damaged; {mend}") from None
 
     def add(self, one: Judgement) -> None:
         """Write one more down; the file is whole at any moment."""

@@ -1,12 +1,12 @@
 """Lines that stand in evaluation sets too, found by word sequences: a model must not learn them."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from trimix_gguf.adapting.grams import digest, digests, grams, units_of
 from trimix_gguf.errors import DataError
+from trimix_gguf.machine.typed_json import parse
 
 N_WORDS = 8
 FEWEST_WORDS = 4  # a shorter line of an evaluation set says nothing
@@ -75,8 +75,8 @@ def _texts(file: Path) -> Iterator[str]:
 
 def _parsed(text: str, file: Path) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse(text, object)
+    except ValueError:
         raise DataError(f"--keep-out {file} is not JSON; expected what its name says") from None
 
 

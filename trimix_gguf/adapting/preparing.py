@@ -14,6 +14,7 @@ from trimix_gguf.adapting.report import Part, Report
 from trimix_gguf.adapting.scripts import count_scripts, main_script, script_name, share_of
 from trimix_gguf.errors import DataError
 from trimix_gguf.machine.files import whole_file
+from trimix_gguf.machine.typed_json import parse
 
 FEWEST_LETTERS = 20  # of a document
 HELD_OUT_CHARACTERS = (24_000, 120_000)  # at least, where that is not too much of the text; at most
@@ -56,7 +57,7 @@ def documents_of(file: Path) -> Iterator[Document]:
     """The documents that prepare() wrote."""
     with open(file, encoding="utf-8") as lines:
         for line in lines:
-            yield Document(*json.loads(line))
+            yield Document(*parse(line, [str]))
 
 
 def _write(path: Path, documents: Iterable[Document]) -> None:

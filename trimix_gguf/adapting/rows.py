@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from trimix_gguf.adapting.bases import Tokenizer
 from trimix_gguf.adapting.teaching import Pieces
 from trimix_gguf.machine.files import whole_file, write_text
+from trimix_gguf.machine.typed_json import parse
 
 SAMPLED = 200  # documents whose tokens say how many all have
 
@@ -30,7 +31,7 @@ class Rows:
         """What write_rows() left in a folder, mapped; None where it did not get to its end."""
         if not (folder / "rows.json").is_file():
             return None
-        shape = tuple(json.loads((folder / "rows.json").read_text(encoding="utf-8")))
+        shape = tuple(parse((folder / "rows.json").read_text(encoding="utf-8"), [int]))
         ids = np.memmap(folder / "rows.ids", np.int32, "r", shape=shape)
         return Rows(ids, np.memmap(folder / "rows.counts", np.uint8, "r", shape=shape))
 

@@ -6,7 +6,6 @@ not those that `trimix tune` asks, so that its verdict is not about what was pra
 """
 
 import csv
-import json
 import random
 import re
 import weakref
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import overload
 
 from trimix_gguf.errors import DataError
+from trimix_gguf.machine.typed_json import parse
 from trimix_gguf.tuning.text import Sentence, passages_of
 
 Pieces = list[tuple[str, int]]  # a document: its text in parts, and what their tokens count
@@ -60,7 +60,7 @@ class Texts(Sequence[str]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         self._file.seek(self._starts[index])
-        return str(json.loads(self._file.readline())[1])
+        return str(parse(self._file.readline(), [object])[1])
 
 
 def shares_of(

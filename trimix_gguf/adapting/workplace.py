@@ -11,6 +11,7 @@ from typing import Any
 from trimix_gguf.errors import DataError
 from trimix_gguf.machine.files import write_text
 from trimix_gguf.machine.locking import alone
+from trimix_gguf.machine.typed_json import parse
 
 ASKED, DECIDED, REPORT, LOCK = "asked.json", "decided.json", "report.json", "lock"
 
@@ -62,9 +63,14 @@ class Workplace:
                 path.unlink()
 
     def read(self, name: str) -> Any:
-        """A JSON file; None where it is not there."""
+        """A JSON file; None where it is not there. Raises DataError where it is damaged."""
         file = self.folder / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if not file.is_file():
+            return None
+        try:
+            return parse(file.read_text(encoding="utf-8"), object)
+        except ValueError:
+            raise DataError(f"{file} is damaged; remove {self.folder} to begin again") from None
 
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file."""

@@ -20,6 +20,7 @@ from trimix_gguf.answering.generation import OnSelection, Speculative, stream_ge
 from trimix_gguf.answering.request import Event, Options, Request, Token
 from trimix_gguf.choosing.selection import Selection
 from trimix_gguf.errors import PromptError, WeightsError
+from trimix_gguf.machine.typed_json import parse
 from trimix_gguf.mixing.fusion import Mix, Weights
 from trimix_gguf.mixing.sampling import N_SEEDS
 from trimix_gguf.roles import ROLES, Role
@@ -241,7 +242,7 @@ class Conversation:
         PromptError where the file holds none, OSError; this conversation is then as before.
         """
         try:
-            saved = json.loads(path.read_text(encoding="utf-8-sig"))
+            saved = parse(path.read_text(encoding="utf-8-sig"), object)
             own = saved.get("vocabulary") == _vocabulary_digest(self.trio)
             system, exchanges = _exchanges(saved["messages"], self.trio.n_vocab if own else 0)
             held = saved.get("weights")

@@ -20,6 +20,7 @@ from trimix_gguf.answering.drafting import MOST_DRAFTED
 from trimix_gguf.machine import native
 from trimix_gguf.machine.files import write_text
 from trimix_gguf.machine.folders import cache_folder
+from trimix_gguf.machine.typed_json import parse
 from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.trio import Trio
 
@@ -75,7 +76,7 @@ def _path() -> Path:
 def _read() -> dict[str, Any]:
     """The file's contents; empty where it cannot be used."""
     try:
-        stored = json.loads(_path().read_text(encoding="utf-8"))
+        stored = parse(_path().read_text(encoding="utf-8"), object)
     except _UNUSABLE:
         return {}
     return stored if isinstance(stored, dict) else {}

@@ -13,6 +13,7 @@ from typing import Any
 from trimix_gguf.machine.files import write_text
 from trimix_gguf.machine.folders import cache_folder
 from trimix_gguf.machine.parts import n_bytes_of, parts_of
+from trimix_gguf.machine.typed_json import parse
 
 CHUNK = 1 << 20  # bytes read at once
 _MOST_KEPT = 200
@@ -68,7 +69,7 @@ def _path() -> Path:
 
 def _read() -> dict[str, Any]:
     try:
-        kept = json.loads(_path().read_text(encoding="utf-8"))
+        kept = parse(_path().read_text(encoding="utf-8"), object)
     except (OSError, ValueError, RuntimeError):
         return {}
     return kept if isinstance(kept, dict) else {}

@@ -13,11 +13,23 @@ NEEDED = ""  # in a shape by key: the keys that must be there
 
 
 def parse(text: str | bytes, shape: Shape) -> Any:
-    """The value of a JSON text; raises ValueError, in words, where it is none or does not fit."""
+    """The value of a JSON text; raises ValueError, in words, where it is none or does not fit.
+
+    Where it is not JSON, that is a json.JSONDecodeError or a UnicodeDecodeError, with the place.
+    """
     try:
         value = json.loads(text)
+        if ("\\ud" if isinstance(text, str) else b"\\ud") in text.lower():  # type: ignore[operator]
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
         raise ValueError("nested too deep") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except UnicodeEncodeError as error:  # JSON can spell it, but no text has it
+        half = ascii(error.object[error.start])
+        raise ValueError(f"{half} is half of a surrogate pair, not a character") from None
+    except ValueError:
+        raise ValueError("a number has too many digits") from None
     if (flaw := misfit(value, shape)) is not None:
         raise ValueError(flaw)
     return value

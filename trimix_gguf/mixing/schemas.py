@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from trimix_gguf.errors import SchemaError
+from trimix_gguf.machine.typed_json import parse
 from trimix_gguf.mixing.patterns import portable
 
 MOST_PARTS = 4000  # objects and lists; llguidance may need 10 kB of stack for each
@@ -36,7 +37,7 @@ def read_schema(schema: object) -> Any:
     """
     try:
         text = schema if isinstance(schema, str) else json.dumps(schema)
-        value = json.loads(text)
+        value = parse(text, object)
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # half a pair, infinity
     except (ValueError, TypeError, RecursionError) as error:
         raise refused(f"it is not JSON: {error}") from None

@@ -98,7 +98,7 @@ class Journal:
                 offset, n_bytes = self._places[number]
                 self._file.seek(offset)
                 answer = self._file.read(n_bytes)
-                n_errors += json.loads(answer).get("error") is not None
+                n_errors += self._parse(answer).get("error") is not None
                 output.write(answer)
         self.close()
         self._path.unlink()

@@ -1,6 +1,5 @@
 """Models that other programs hold on this machine: Ollama, LM Studio, the Hugging Face cache."""
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from trimix_gguf.errors import TrioFileError
 from trimix_gguf.machine.parts import is_here
+from trimix_gguf.machine.typed_json import parse
 
 _LATER_PART = re.compile(r".+-(?!00001)\d{5}-of-\d{5}\.gguf")
 _MODEL = "application/vnd.ollama.image.model"
@@ -109,7 +109,7 @@ def _ollama() -> Iterator[Found]:
 def _blob(manifest: Path, blobs: Path) -> Path | None:
     """The file of the model, or of the adapter, that a manifest of Ollama names."""
     try:
-        layers = json.loads(manifest.read_text(encoding="utf-8"))["layers"]
+        layers = parse(manifest.read_text(encoding="utf-8"), object)["layers"]
         digests = {layer["mediaType"]: layer["digest"] for layer in layers}
         digest = str(digests.get(_ADAPTER) or digests[_MODEL])
     except (OSError, ValueError, KeyError, TypeError):

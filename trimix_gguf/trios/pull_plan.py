@@ -6,7 +6,6 @@ from. So a pull after one that was killed continues with what is there.
 """
 
 import hashlib
-import json
 import re
 import shutil
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from trimix_gguf.errors import HubError, MemoryNeededError, TrioFileError
 from trimix_gguf.machine import memory
 from trimix_gguf.machine.parts import is_here, n_bytes_of
 from trimix_gguf.machine.quantization import DIRECT, FLOATS, WEIGHT_TYPES
+from trimix_gguf.machine.typed_json import parse
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trios.hub import Notify, RemoteFile, Repository, check_access, read_repository
 from trimix_gguf.trios.store import SHIPPED, installed, installed_folder, presets
@@ -100,7 +100,7 @@ class PullPlan:
     def ready(self, part: Part) -> dict[str, Any] | None:
         """The note of this very model, sha256 and n_bytes, if it is staged or in its place."""
         try:
-            noted = json.loads(self.note(part).read_text(encoding="utf-8"))
+            noted = parse(self.note(part).read_text(encoding="utf-8"), object)
         except (OSError, ValueError):
             return None
         if not isinstance(noted, dict) or noted.get("key") != part.key:

@@ -22,6 +22,7 @@ from trimix_gguf.errors import ProgramError
 from trimix_gguf.machine.files import write_text
 from trimix_gguf.machine.folders import cache_folder
 from trimix_gguf.machine.hashes import sha256_of
+from trimix_gguf.machine.typed_json import parse
 
 PACKAGE = "trimix-gguf"
 _FILE = Path(__file__).resolve()
@@ -123,7 +124,7 @@ def own_wheel(folder: Path) -> Path:
         kept = folder / "kept"
     made_from, stamp = _hash_of_sources(), kept / "made-from.json"
     try:
-        found = json.loads(stamp.read_text(encoding="utf-8"))
+        found = parse(stamp.read_text(encoding="utf-8"), object)
         wheel = kept / found["wheel"]
         if found["sources"] == made_from and found["sha256"] == sha256_of(wheel):
             return _copied(wheel, folder)

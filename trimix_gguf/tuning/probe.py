@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from trimix_gguf.choosing.choices import choice_nll
+from trimix_gguf.machine.typed_json import parse
 from trimix_gguf.mixing.scoring import WITH_CORNERS, Float64
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.trio import Trio
@@ -104,7 +105,12 @@ def read_answers(kept: Path) -> dict[str, Answered]:
 
 def _read(raw: bytes) -> Iterator[tuple[str, Answered]]:
     for line in raw.splitlines():
-        entry = json.loads(line)
-        nll = np.asarray(entry["nll"], np.float64)
+        try:
+            entry = parse(line, object)
+            nll = np.asarray(entry["nll"], np.float64)
+            answered = Answered(str(entry["kind"]), int(entry["right"]), nll)
+            name = str(entry["id"])
+        except (ValueError, LookupError, TypeError):
+            continue  # damaged: measured again
         if nll.shape[1:] == _SHAPE:
-            yield entry["id"], Answered(entry["kind"], int(entry["right"]), nll)
+            yield name, answered

@@ -10,6 +10,7 @@ import numpy as np
 
 from trimix_gguf.errors import DataError
 from trimix_gguf.machine.files import write_text
+from trimix_gguf.machine.typed_json import parse
 from trimix_gguf.mixing.scoring import Float64
 
 Nested = list[Any]  # lists of numbers, as deep as an array has dimensions
@@ -73,7 +74,7 @@ def finished(file: Path) -> dict[str, AnswerLine]:
         os.truncate(file, len(whole))
     try:
         # Not splitlines(): an answer may contain other line ends, such as U+2028.
-        lines = [json.loads(line) for line in whole.split(b"\n")[:-1]]
+        lines = [parse(line, object) for line in whole.split(b"\n")[:-1]]
         return {line["id"]: line for line in lines}
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{file} holds lines that are not a run's; give another folder") from None
@@ -87,7 +88,7 @@ def write_json(file: Path, value: object) -> None:
 def read_json(file: Path) -> Any:
     """Read what write_json wrote. Raises DataError."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parse(file.read_text(encoding="utf-8"), object)
     except (OSError, ValueError):
         raise DataError(f"{file} is damaged; give another folder") from None
 

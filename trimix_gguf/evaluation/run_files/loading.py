@@ -1,6 +1,5 @@
 """Reads a run's folder back; one that is damaged, unfinished or not a run's gets a clear error."""
 
-import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -14,6 +13,7 @@ from trimix_gguf.evaluation.run_files.lines import MethodOutput, finite, has_gri
 from trimix_gguf.evaluation.run_files.record import FORMAT, RunRecord
 from trimix_gguf.evaluation.tasks import custom_task, find_task
 from trimix_gguf.evaluation.tasks.rows import Fields, Row, check_type, read_jsonl, read_lines
+from trimix_gguf.machine.typed_json import parse
 from trimix_gguf.mixing.scoring import Float64
 
 _UNFINISHED = "give the run's command again to finish it"
@@ -71,7 +71,7 @@ def _record(file: Path) -> RunRecord:
     if not file.is_file():
         raise DataError(f"{file.parent} has no run: run.json is missing")
     try:
-        record: RunRecord = json.loads("\n".join(read_lines(file)))
+        record: RunRecord = parse("\n".join(read_lines(file)), object)
     except ValueError:
         raise DataError(f"{file} is not JSON: {_DAMAGED}") from None
     _check(str(file), record, _RECORD)

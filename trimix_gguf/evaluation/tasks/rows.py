@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from trimix_gguf.errors import DataError
+from trimix_gguf.machine.typed_json import parse
 
 Record = dict[str, Any]  # an object as JSON holds it
 Row = tuple[str, Record]  # its place ("…/test.tsv:12"), its fields
@@ -89,19 +90,12 @@ def read_json(path: Path, fields: Fields) -> list[Row]:
 
 def _parsed(path: Path, text: str, first_line: int) -> Any:
     try:
-        value = json.loads(text)
-        if "\\ud" in text.lower():  # JSON can spell half of a surrogate pair, which is no text
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        return value
+        return parse(text, object)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise DataError(f"{path}:{line}: not JSON: {error.msg}, column {error.colno}") from None
-    except UnicodeEncodeError as error:
-        half = ascii(error.object[error.start])
-        flaw = f"{half} is half of a surrogate pair, not a character; take it out"
-        raise DataError(f"{path}:{first_line}: {flaw}") from None
-    except RecursionError:
-        raise DataError(f"{path}:{first_line}: JSON is nested too deep") from None
+    except ValueError as error:
+        raise DataError(f"{path}:{first_line}: JSON that cannot be used: {error}") from None
 
 
 def _checked(where: str, record: object, fields: Fields) -> Record:

@@ -2,7 +2,8 @@
 
 A good file of each kind is made from the nano trio. Each mutant of it has a few bytes flipped,
 removed, put in or repeated, or a value replaced by an extreme one, and is given to the command
-that reads such files. A command runs as `trimix` does, in a child process that imported the package
+that reads such files. Mutants of templates and schemas also hold pieces that mean something, and
+may cost much. A command runs as `trimix` does, in a child process that imported the package
 once. It may end well or say one line and exit with 1 or 2; all else is counted and shown.
 """
 
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from common import cpu_name
+from fuzz_pieces import SCHEMA_PIECES, TEMPLATE_PIECES
 
 from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.trio.trio import NANO
@@ -56,6 +58,8 @@ class Kind:
 
     def __init__(self, good: bytes, path: Path, command: list[object], most: int = 0) -> None:
         self.good, self.path, self.most = good, path, most or len(good)
+        self.pieces: list[str] = []  # that may stand where one of `places` is
+        self.places: tuple[str, ...] = ()
         self.command = [str(word) for word in command]
         self.copies: dict[Path, bytes] = {}  # what a command that ends well writes, if it does
         path.write_bytes(good)
@@ -126,8 +130,26 @@ def make_kinds(folder: Path) -> dict[str, Kind]:
     }
     under = ["generate", "а", "-n", "8", "--json-schema", schema, "--n-ctx", 64]
     kinds["schema"] = Kind(json.dumps(good).encode(), schema, under)
+    kinds["schema"].pieces, kinds["schema"].places = SCHEMA_PIECES, (", ", "{")
+    kinds["template"] = template_kind(folder)
     kinds |= checkpoint_kinds(folder)
     return kinds
+
+
+def template_kind(folder: Path) -> Kind:
+    """A trio whose chat template is told in its trio.toml, and one chat that it renders."""
+    own = folder / "templated"
+    shutil.copytree(NANO, own)
+    template = read_gguf(NANO / "large_ins.gguf").metadata["tokenizer.chat_template"]
+    assert "'''" not in template
+    file = own / "trio.toml"
+    good = f"chat_template = '''{template}'''\n{file.read_text(encoding='utf-8')}"
+    asked = folder / "chat.jsonl"
+    asked.write_text('{"messages": [{"role": "user", "content": "а"}], "max_tokens": 1}\n')
+    run = ["run", asked, "-o", folder / "chats.jsonl", "--force", "--n-ctx", 256, "--trio", own]
+    kind = Kind(good.encode(), file, run, len("chat_template = '''" + template))
+    kind.pieces, kind.places = TEMPLATE_PIECES, ("}}", "%}")
+    return kind
 
 
 def checkpoint_kinds(folder: Path) -> dict[str, Kind]:
@@ -170,6 +192,22 @@ def mutant(rng: random.Random, good: bytes, most: int) -> bytes:
     return bytes(raw)
 
 
+def with_pieces(rng: random.Random, kind: Kind) -> bytes:
+    """One or two pieces put in, each after a place for them."""
+    text = kind.good.decode()
+    for _ in range(rng.randint(1, 2)):
+        ends = [
+            at + len(place)
+            for place in kind.places
+            for at in range(min(kind.most, len(text)))
+            if text.startswith(place, at)
+        ]
+        at, piece = rng.choice(ends), rng.choice(kind.pieces)
+        comma = ", " if piece.startswith('"') else ""
+        text = text[:at] + piece + comma + text[at:]
+    return text.encode()
+
+
 def with_extreme(rng: random.Random, raw: bytearray, most: int) -> bytearray:
     """A number in it replaced by an extreme value, where it has one as text."""
     places = [i for i in range(min(most, len(raw))) if raw[i : i + 1].isdigit()]
@@ -188,7 +226,9 @@ def tried(kind: Kind, rng: random.Random, n: int) -> dict[str, Any]:
         raise SystemExit(f"{kind.path.name} is refused as it is: {said}")
     for i in range(n):
         shutil.rmtree(os.environ["TRIMIX_HOME"], ignore_errors=True)  # what was imported
-        kind.path.write_bytes(mutant(rng, kind.good, kind.most))
+        meant = bool(kind.pieces) and rng.random() < 0.7
+        changed = with_pieces(rng, kind) if meant else mutant(rng, kind.good, kind.most)
+        kind.path.write_bytes(changed)
         began = time.perf_counter()
         end, said = asked(child, kind.command)
         slowest = max(slowest, time.perf_counter() - began)

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-from test_convert import folder  # noqa: F401  # a fixture
 
 import trimix_gguf
 from trimix_gguf.convert.hf import convert_hf
@@ -57,7 +56,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_files_of_a_checkpoint_with_other_values_are_refused(folder, tmp_path, name):  # noqa: F811
+def test_files_of_a_checkpoint_with_other_values_are_refused(folder, tmp_path, name):
     path = folder / name
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     key, value = WRONG[name]
@@ -71,7 +70,7 @@ def test_files_of_a_checkpoint_with_other_values_are_refused(folder, tmp_path, n
 @pytest.mark.parametrize(
     "name", ["config.json", "chat_template.jinja", "tokenizer.json", "model.safetensors"]
 )
-def test_nothing_from_outside_a_checkpoint_is_read(folder, tmp_path, name):  # noqa: F811
+def test_nothing_from_outside_a_checkpoint_is_read(folder, tmp_path, name):
     """Bug: a link in a stranger's folder put any file of the user's into the GGUF."""
     outside = tmp_path / "secret"
     if (folder / name).is_file():
@@ -84,7 +83,7 @@ def test_nothing_from_outside_a_checkpoint_is_read(folder, tmp_path, name):  # n
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links as POSIX has them")
-def test_a_snapshot_of_the_hubs_cache_is_read(folder, tmp_path):  # noqa: F811
+def test_a_snapshot_of_the_hubs_cache_is_read(folder, tmp_path):
     cache = tmp_path / "models--x--y"
     snapshot, blobs = cache / "snapshots" / "abc", cache / "blobs"
     snapshot.mkdir(parents=True)
@@ -133,6 +132,10 @@ def test_hostile_json_is_one_line_for_every_command(reader, text, tmp_path, trim
     result = trimix(*READERS[reader](file))
     assert result.returncode in (1, 2)
     assert result.stdout == b""
-    (line,) = [line for line in result.stderr.decode().splitlines() if "hostile" in line or "schema" in line]
+    (line,) = [
+        line
+        for line in result.stderr.decode().splitlines()
+        if "hostile" in line or "schema" in line
+    ]
     assert len(line) < 400
     assert b"Traceback" not in result.stderr

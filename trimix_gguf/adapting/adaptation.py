@@ -12,6 +12,7 @@ from typing import Any
 from trimix_gguf.adapting import outlook, publishing, teaching, training
 from trimix_gguf.adapting.bases import ENGLISH, Base, Tokenizer, find_base, load_base
 from trimix_gguf.adapting.candidates import choose
+from trimix_gguf.adapting.chat_vector import add_chat_vector, find_instruct
 from trimix_gguf.adapting.documents import list_files
 from trimix_gguf.adapting.extras import is_here, need
 from trimix_gguf.adapting.history import History
@@ -40,6 +41,7 @@ class Asked:
     texts: Sequence[Path]
     trio: str = SHIPPED
     base: Path | None = None
+    instruct: Path | None = None
     pairs: Path | None = None
     replay: Sequence[Path] = ()
     keep_out: Sequence[Path] = ()
@@ -61,7 +63,7 @@ class Asked:
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         return {
             **found,
-            **{n: p and str(p) for n, p in (("base", self.base), ("output", self.output))},
+            **{n: found[n] and str(found[n]) for n in ("base", "instruct", "output")},
         }
 
     def files(self) -> list[Path]:
@@ -101,6 +103,7 @@ def adapt(asked: Asked, work: Workplace, shown: Shown, *, dry_run: bool = False)
         trio.check_files()
         base = find_base(trio, asked.base, work.folder, alone=asked.output is not None)
         run = _Run(asked, work, shown, trio, base, Tokenizer(base))
+        run.check_instruct()
         report = run.prepare()
         for line in report.lines():
             shown.say(line)
@@ -140,6 +143,13 @@ class _Run:
         self.asked, self.work, self.shown = asked, work, shown
         self.trio, self.base, self.tokenizer = trio, base, tokenizer
         self.folder = work.folder
+        self.instruct: Base | None = None
+
+    def check_instruct(self) -> None:
+        """Find the model of --instruct, and whether it fits, before anything long begins."""
+        given = self.asked.instruct
+        if given is not None:
+            self.instruct = find_instruct(given, self.base, self.folder)
 
     # -- text -----------------------------------------------------------------------------------
 
@@ -232,7 +242,7 @@ class _Run:
         )
         choose(taught, judge, history, self.folder, dtype, self.shown.say)
         n_tokens = decided["n_steps"] * outlook.ROWS_PER_STEP * self.base.n_block
-        return Adapted(report, ahead, history, self._publish(model, n_tokens))
+        return Adapted(report, ahead, history, self._publish(model, n_tokens, judge))
 
     def _dtype(self) -> str:
         """The faster one here."""
@@ -296,16 +306,30 @@ class _Run:
 
     # -- result ---------------------------------------------------------------------------------
 
-    def _publish(self, model: Any, n_tokens: int) -> TrioFile | None:
+    def _add_chat_vector(self, merged: Any, judge: Judge) -> None:
+        """Add it where it was asked for, and say what it does to the taught model."""
+        if self.instruct is None:
+            return
+        before = judge.look(merged, 0, "float32")
+        add_chat_vector(merged, self.instruct, self.base, self.shown.say)
+        after = judge.look(merged, 0, "float32")
+        said = f"held-out perplexity {before.perplexity:.1f} -> {after.perplexity:.1f}"
+        if before.right is not None:
+            said += f", exercises {before.right:.0%} -> {after.right:.0%} right"
+        self.shown.say(f"with the chat vector: {said}")
+
+    def _publish(self, model: Any, n_tokens: int, judge: Judge) -> TrioFile | None:
         made: dict[str, Path] = {}
         if self.base.folder is not None:
             made["small_base"] = self.base.gguf
-        if not self.asked.full:
+        if not self.asked.full and self.instruct is None:
             made["small_cpt"] = self.folder / publishing.ADAPTER
             publishing.write_adapter(model, self.folder, made["small_cpt"])
-        if self.asked.full or self.asked.merge:
+        if self.asked.full or self.asked.merge or self.instruct is not None:
             made["whole"] = self.folder / publishing.MODEL
-            publishing.write_model(model, self.base, self.folder, made["whole"])
+            merged = publishing.merged(model)
+            self._add_chat_vector(merged, judge)
+            publishing.write_model(merged, self.base, self.folder, made["whole"])
         if self.asked.output is not None:
             shutil.move(made.get("whole") or made["small_cpt"], self.asked.output)
             return None

@@ -28,17 +28,20 @@ def write_adapter(model: Any, work: Path, out: Path) -> None:
     convert_lora(work / "adapter", work / "base", out, force=True)
 
 
+def merged(model: Any) -> Any:
+    """A model in float32, its pairs merged where it has some (`model` is used up)."""
+    model = model.to(need("torch").float32)  # else the sums would be rounded twice
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
 def write_model(model: Any, base: Base, work: Path, out: Path, *, type: str = "q8_0") -> None:
-    """The whole model as GGUF, its pairs merged where it has some (`model` is used up)."""
-    torch = need("torch")
+    """A whole model as GGUF."""
     from trimix_gguf.convert.hf import convert_hf
     from trimix_gguf.convert.regraft import regraft
 
-    merged = model.to(torch.float32)  # else the sums would be rounded twice
-    merged = merged.merge_and_unload() if hasattr(merged, "merge_and_unload") else merged
     folder = work / "merged"
     shutil.rmtree(folder, ignore_errors=True)
-    merged.save_pretrained(folder)
+    model.save_pretrained(folder)
     if base.folder is None:
         regraft(base.gguf, folder, out, type=type, force=True)
     else:

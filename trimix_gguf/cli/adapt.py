@@ -28,6 +28,11 @@ TUNE_MINUTES = 10.0
         metavar="DIR|FILE",
         help="Teach this model in place of the trio's small_base.",
     ),
+    click.option(
+        "--instruct",
+        metavar="DIR|FILE",
+        help="Instruct model of small_base: add what it has over small_base to the taught model.",
+    ),
     click.option("--lang", metavar="CODE", help="Code of the language, kept in trio.toml."),
     click.option(
         "--script",
@@ -161,7 +166,7 @@ def _tune(trio: Any, seed: int) -> None:
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     """The options that the user set, files as paths: defaults live in Asked."""
     given = {key: value for key, value in options.items() if value not in (None, ())}
-    for key in ("base", "pairs", "output"):
+    for key in ("base", "instruct", "pairs", "output"):
         if key in given:
             given[key] = Path(given[key])
     for key in ("replay", "keep_out"):

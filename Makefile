@@ -9,7 +9,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/trimix demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # A llama-cpp-python wheel in dist/ that runs on every processor of this kind.
 portable:

@@ -161,6 +161,7 @@ class Terminal:
     def seen(self):
         """What was written since the last skip(), without colours and the like."""
         text = self._raw[self._at :].decode("utf-8", "ignore")
+        text = text.replace(">\b\x1b[2C", "> ")  # how the prompt is drawn
         return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
 
     def skip(self):
@@ -170,8 +171,8 @@ class Terminal:
     def wait_for(self, words, seconds=120, meanwhile=lambda: None):
         """Until these words are seen, or with "" anything; the test fails without.
 
-        `meanwhile` is done at each second of silence: Python's readline may sleep over a signal
-        that comes just before it waits for a key.
+        `meanwhile` is done at each second of silence: a signal may come just before it is waited
+        for.
         """
         deadline = time.monotonic() + seconds
         while words not in self.seen or not self.seen.strip():
@@ -184,14 +185,13 @@ class Terminal:
             else:
                 meanwhile()
 
-    def end(self, meanwhile=lambda: None, seconds=120):
+    def end(self, seconds=120):
         """Exit code, after all that was written has been read."""
         deadline = time.monotonic() + seconds
         with contextlib.suppress(OSError):
             while time.monotonic() < deadline:
-                if not select.select([self.master], [], [], 1)[0]:
-                    meanwhile()
-                elif not os.read(self.master, 65536):
+                ready = select.select([self.master], [], [], 1)[0]
+                if ready and not os.read(self.master, 65536):
                     break
         return self.process.wait(60)
 
@@ -231,6 +231,20 @@ def test_lines_are_edited_by_letters_and_ctrl_d_leaves(terminal, endless, tmp_pa
     assert chat.end() == 0
     saved = json.loads(path.read_text("utf-8"))["messages"]
     assert [m["content"] for m in saved[::2]] == ["Сәлем!", "Сәлем!"]
+
+
+def test_a_message_may_have_several_lines_and_commands_are_completed(terminal, tmp_path):
+    path = tmp_path / "chat.json"
+    chat = terminal(*ANSWERS)
+    chat.wait_for("> ")
+    chat.enter("Сәлем,\x1b\rдосым", "weights:")
+    chat.enter("\x1b[200~Екі\nжол\x1b[201~", "weights:")
+    chat.skip()
+    chat.press("/sa\t")
+    chat.wait_for("/save")
+    chat.enter(f" {path}", "saved to")
+    saved = json.loads(path.read_text("utf-8"))["messages"]
+    assert [m["content"] for m in saved[::2]] == ["Сәлем,\nдосым", "Екі\nжол"]
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat(terminal, endless, tmp_path):
@@ -291,8 +305,9 @@ def test_a_chat_begins_with_what_the_trio_is(terminal):
 
 def test_sigterm_ends_it(terminal):
     chat = terminal()
-    chat.wait_for("> ")
-    assert chat.end(meanwhile=chat.process.terminate) == 130
+    chat.wait_for("\n> ")
+    chat.process.terminate()
+    assert chat.end() == 130
 
 
 # -- real models ----------------------------------------------------------------------------

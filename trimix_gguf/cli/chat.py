@@ -1,12 +1,10 @@
 """trimix chat: a conversation with the mix, in a terminal or through pipes."""
 
-import locale
-import os
 import signal
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -274,30 +272,9 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[_Session, str], None] | None]] = 
 
 
 def _typed_lines() -> Iterator[str]:
-    """Lines typed at the terminal, with what editing it offers; Ctrl-C only empties the line."""
-    # Windows has neither of these: its terminals edit lines themselves.
-    with suppress(ImportError, AttributeError):
-        if "UTF-8" not in locale.nl_langinfo(locale.CODESET).upper():
-            os.environ["LC_ALL"] = "C.UTF-8"  # readline looks there, and would erase half a letter
-        import readline  # noqa: F401 - input() uses it
-    prompt = "> "
-    if not sys.stdout.isatty():  # input() would write it among the answers
-        prompt = ""
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(encoding="utf-8")
-    while True:
-        if not prompt:
-            print("> ", end="", file=sys.stderr, flush=True)
-        try:
-            yield input(prompt)
-        except EOFError:
-            print(file=sys.stderr)
-            return
-        except KeyboardInterrupt:
-            print(file=sys.stderr)
-            _note(_WAY_OUT)
-        except UnicodeDecodeError:
-            print("trimix: that line is not UTF-8; set the terminal to UTF-8", file=sys.stderr)
+    from trimix_gguf.cli.typing import typed_messages
+
+    return typed_messages(list(_COMMANDS), lambda: _note(_WAY_OUT))
 
 
 def _piped_lines() -> Iterator[str]:

@@ -15,8 +15,9 @@ from pathlib import Path
 from trimix_gguf.errors import ConversionError
 from trimix_gguf.machine.files import ByteProgress
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
-from trimix_gguf.machine.quantization import FLOATS, QUANTIZED, WEIGHT_TYPES
+from trimix_gguf.machine.quantization import CALIBRATED, FLOATS, QUANTIZED, WEIGHT_TYPES
 
+from .imatrix import Coverage, quantization_keys, read_imatrix
 from .output import whole_output
 
 MOST_BELOW_Q8_0 = 0.85  # bytes per weight of a whole file, about: a mix of types up to q6_k
@@ -29,19 +30,22 @@ def quantize_gguf(
     *,
     type: str,
     requantize: bool = False,
+    imatrix: Path | None = None,
     force: bool = False,
     progress: ByteProgress | None = None,
-) -> None:
-    """Write `source` to `out` with its matrices as `type`, one of QUANTIZED.
+) -> Coverage | None:
+    """Write `source` to `out` with its matrices as `type`, one of QUANTIZED or CALIBRATED.
 
-    A source that is quantized already is refused unless `requantize`: it loses twice. `progress`
-    gets (tensor name, bytes read, bytes in all). Raises ConversionError, ModelFileError.
+    A source that is quantized already is refused unless `requantize`: it loses twice. `imatrix`
+    is an importance matrix of the same model, which CALIBRATED types need; returns how much of the
+    model it covers. `progress` gets (tensor name, bytes read, bytes in all). Raises
+    ConversionError, ModelFileError.
     """
-    if type not in QUANTIZED:
-        raise ConversionError(f"unknown type {type!r}; choose one of {', '.join(QUANTIZED)}")
+    _check_type(type, imatrix)
     file = read_gguf(source)
     if not requantize:
         _refuse_quantized(file)
+    coverage = None if imatrix is None else read_imatrix(imatrix).coverage(file)
     n_weights = sum(math.prod(tensor.shape) for tensor in file.tensors)
     head = file.file_size - file.weight_bytes
     per_weight = WEIGHT_TYPES[type].bits[0] / 8 if type == "q8_0" else MOST_BELOW_Q8_0
@@ -49,7 +53,22 @@ def quantize_gguf(
     if out.exists() and out.samefile(source):
         raise ConversionError(f"{out} is the file to be read; choose another name")
     with whole_output(out, n_bytes=n_bytes, force=force) as partial:
-        _run_child(file, partial, type, requantize, progress)
+        _run_child(file, partial, type, requantize, imatrix, progress)
+    return coverage
+
+
+def _check_type(type: str, imatrix: Path | None) -> None:
+    """Raise ConversionError for an unknown type, or one that does not go with `imatrix`."""
+    if type not in (*QUANTIZED, *CALIBRATED):
+        known = ", ".join((*QUANTIZED, *CALIBRATED))
+        raise ConversionError(f"unknown type {type!r}; choose one of {known}")
+    if type in CALIBRATED and imatrix is None:
+        raise ConversionError(
+            f"{type} needs an importance matrix: make one with `trimix convert imatrix`, and give "
+            "it as --imatrix"
+        )
+    if type == "q8_0" and imatrix is not None:
+        raise ConversionError("q8_0 makes no use of an importance matrix; leave it out")
 
 
 def _refuse_quantized(file: GGUFFile) -> None:
@@ -66,10 +85,13 @@ def _run_child(
     out: Path,
     type: str,
     requantize: bool,
+    imatrix: Path | None,
     progress: ByteProgress | None,
 ) -> None:
     sizes = {tensor.name: tensor.n_bytes for tensor in file.tensors}
-    arguments = [str(file.path), str(out), str(WEIGHT_TYPES[type].file_type), str(int(requantize))]
+    file_type = CALIBRATED[type] if type in CALIBRATED else WEIGHT_TYPES[type].file_type
+    arguments = [str(file.path), str(out), str(file_type), str(int(requantize))]
+    arguments += [] if imatrix is None else [str(imatrix)]
     # UTF-8 mode: elsewhere than on Linux its stderr would have another encoding.
     command = [sys.executable, "-X", "utf8", "-m", "trimix_gguf.convert.quantize", *arguments]
     n_done, last = 0, "it gave no reason"
@@ -99,12 +121,17 @@ def _run_child(
         raise ConversionError(f"llama.cpp could not quantize {file.path}: {last}")
 
 
-def main(source: str, out: str, file_type: str, requantize: str) -> int:
+def main(source: str, out: str, file_type: str, requantize: str, imatrix: str = "") -> int:
     """The child: llama.cpp's own log goes to stderr, line by line."""
     from trimix_gguf.machine import native
 
+    means, keys = {}, {}
+    if imatrix:
+        read = read_imatrix(Path(imatrix))
+        means, keys = read.means(), quantization_keys(read, Path(imatrix))
     native.set_verbose(True)
-    return native.quantize(source, out, int(file_type), requantize=requantize == "1")
+    again = requantize == "1"
+    return native.quantize(source, out, int(file_type), requantize=again, imatrix=means, keys=keys)
 
 
 if __name__ == "__main__":

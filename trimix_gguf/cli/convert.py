@@ -1,5 +1,6 @@
 """trimix convert: Hugging Face checkpoints, adapters and merges -> GGUF."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import click
 
 from trimix_gguf.cli.options import byte_progress
-from trimix_gguf.machine.quantization import FLOATS, QUANTIZED, WEIGHT_TYPES
+from trimix_gguf.machine.quantization import CALIBRATED, FLOATS, QUANTIZED, WEIGHT_TYPES
 
 
 @click.group()
@@ -126,18 +127,79 @@ def merge(model_dirs: tuple[str, ...], output: str, force: bool, **options: Any)
 
 
 @convert.command()
+@click.argument("model", metavar="MODEL.gguf")
+@click.argument("texts", metavar="TEXT...", nargs=-1, required=True)
+@_output("file")
+@click.option("--lora", metavar="FILE", help="An adapter GGUF that the model is used with.")
+@click.option(
+    "--tokens",
+    "n_tokens",
+    type=click.IntRange(min=1),
+    help="Tokens to read, in equal parts from each text. Default 65536.",
+)
+@click.option(
+    "--ctx",
+    "n_ctx",
+    type=click.IntRange(min=32),
+    help="Tokens read at once. Default 512.",
+)
+def imatrix(model: str, texts: tuple[str, ...], output: str, force: bool, **options: Any) -> None:
+    """Measure on a text which weights count most, for quantize --imatrix.
+
+    TEXT is UTF-8 in the language that the model is for, also packed as .gz, .zst or .bz2. Ctrl-C
+    keeps what was read. A run that is killed starts again.
+    """
+    from trimix_gguf.cli.bars import count_bar
+    from trimix_gguf.convert.calibration import Stopped, calibrate
+
+    given = _given(options)
+    if "lora" in given:
+        given["lora"] = Path(given["lora"])
+    paths = Path(model), [Path(text) for text in texts], Path(output)
+    try:
+        with count_bar("Tokens") as progress:
+            calibrate(*paths, force=force, progress=progress, **given)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise
+    print(output)
+
+
+@convert.command()
 @click.argument("source", metavar="IN.gguf")
 @click.argument("output", metavar="OUT.gguf")
-@click.option("--type", type=click.Choice(QUANTIZED), required=True, help="Type of the output.")
+@click.option(
+    "--type",
+    type=click.Choice([*QUANTIZED, *CALIBRATED]),
+    required=True,
+    help=f"Type of the output; {', '.join(CALIBRATED)} need --imatrix.",
+)
+@click.option("--imatrix", metavar="FILE", help="Importance matrix of this model: convert imatrix.")
 @click.option("--requantize", is_flag=True, help="Allow a source that is already quantized.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
-def quantize(source: str, output: str, **options: Any) -> None:
+def quantize(source: str, output: str, imatrix: str | None, **options: Any) -> None:
     """Quantize a GGUF with llama.cpp's own quantizer."""
     from trimix_gguf.convert.quantize import quantize_gguf
 
+    matrix = None if imatrix is None else Path(imatrix)
     with byte_progress("Quantizing") as progress:
-        quantize_gguf(Path(source), Path(output), progress=progress, **options)
+        covered = quantize_gguf(
+            Path(source), Path(output), imatrix=matrix, progress=progress, **options
+        )
+    if covered is not None:
+        print(_described(covered), file=sys.stderr)
     print(output)
+
+
+def _described(covered: Any) -> str:
+    """What an importance matrix says of a model, in a line."""
+    n_found = covered.n_matrices - covered.n_missing
+    words = [f"importance matrix: {n_found} of {covered.n_matrices} matrices in the layers"]
+    if covered.n_missing:
+        words.append(f"{covered.n_missing} are quantized without")
+    if covered.n_unreached:
+        words.append(f"no token reached {covered.n_unreached} matrices of experts")
+    return "; ".join(words)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

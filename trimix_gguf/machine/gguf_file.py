@@ -185,7 +185,7 @@ def read_gguf(path: Path) -> GGUFFile:
     Raises ModelFileError, one line that names the file, where it is not a sound GGUF file.
     """
     first, *others = parts_of(path)
-    file = _read_file(path)
+    file = read_header(path)
     _check_part(file, 0, n_parts=len(others) + 1)
     if file.metadata.get("general.type") == "adapter" and others:
         _refuse(path, "is an adapter in several files, which llama.cpp does not read; merge them")
@@ -198,7 +198,7 @@ def read_gguf(path: Path) -> GGUFFile:
         return file
     rows, n_bytes = {tensor.name: tensor for tensor in file.tensors}, file.file_size
     for i, other in enumerate(others, 1):
-        part = _read_file(other)
+        part = read_header(other)
         _check_part(part, i, n_parts=len(others) + 1)
         for tensor in part.tensors:
             if tensor.name in rows:
@@ -227,7 +227,8 @@ def _check_part(file: GGUFFile, index: int, n_parts: int) -> None:
         )
 
 
-def _read_file(path: Path) -> GGUFFile:
+def read_header(path: Path) -> GGUFFile:
+    """As read_gguf, for one GGUF file of any kind: it need not be a model."""
     try:
         if path.exists() and not path.is_file():
             _refuse(path, "is a directory; give a file" if path.is_dir() else "is not a file")

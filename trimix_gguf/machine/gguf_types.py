@@ -16,6 +16,8 @@ _TYPES: dict[str, tuple[str, tuple[str, ...], bool]] = {
     r"general\.(type|name)": ("a string", ("STRING",), False),
     r"general\.(file_type|quantization_version)": ("a whole number", _SIZES, False),
     r"split\.(no|count|tensors\.count)": ("a whole number", _SIZES, False),
+    r"imatrix\.chunk_(count|size)": ("a whole number", _SIZES, False),
+    r"imatrix\.datasets": ("an array of strings", ("STRING",), True),
     r"adapter\.type": ("a string", ("STRING",), False),
     r"adapter\.lora\.alpha": ("a number", _NUMBERS, False),
     r"tokenizer\.ggml\.(model|pre)": ("a string", ("STRING",), False),

@@ -10,11 +10,12 @@ import sys
 import threading
 import unicodedata
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.errors import ModelFileError
@@ -147,13 +148,9 @@ def _c_library() -> Any:
 
 def without_tokenizer(params: Any, architecture: str, n_vocab: int) -> Any:
     """Load a model without its tokenizer, about 200 bytes per token; keep what is returned."""
-    overrides: Any = (lib.llama_model_kv_override * 3)()  # ends with an empty key
-    overrides[0].tag = lib.LLAMA_KV_OVERRIDE_TYPE_STR
-    overrides[0].key = b"tokenizer.ggml.model"
-    overrides[0].value.val_str = b"no_vocab"
-    overrides[1].tag = lib.LLAMA_KV_OVERRIDE_TYPE_INT
-    overrides[1].key = f"{architecture}.vocab_size".encode()
-    overrides[1].value.val_i64 = n_vocab
+    overrides = _overrides(
+        {"tokenizer.ggml.model": "no_vocab", f"{architecture}.vocab_size": n_vocab}
+    )
     params.kv_overrides = overrides
     return overrides
 
@@ -224,13 +221,46 @@ def build_info() -> dict[str, str]:
     }
 
 
-def quantize(source: str, out: str, file_type: int, *, requantize: bool) -> int:
-    """llama.cpp's quantizer on a whole file; 0 where it succeeded. It can take minutes."""
+def quantize(
+    source: str,
+    out: str,
+    file_type: int,
+    *,
+    requantize: bool,
+    imatrix: Mapping[str, NDArray[np.float32]] | None = None,
+    keys: Mapping[str, str | int] | None = None,
+) -> int:
+    """llama.cpp's quantizer on a whole file; 0 where it succeeded. It can take minutes.
+
+    `imatrix` has means of squared inputs by weight name, `keys` go into the file's metadata.
+    """
     params = lib.llama_model_quantize_default_params()
     params.ftype, params.allow_requantize = file_type, requantize
     params.max_buf_size = QUANTIZE_BUFFER
+    if imatrix:
+        entries = (lib.llama_model_imatrix_data * (len(imatrix) + 1))()  # ends without a name
+        for entry, (name, means) in zip(entries, imatrix.items(), strict=False):
+            entry.name, entry.size = name.encode(), means.size
+            entry.data = means.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        params.imatrix = entries
+    if keys:
+        params.kv_overrides = _overrides(keys)
     names = os.fsencode(source), os.fsencode(out)
     return int(lib.llama_model_quantize(*names, ctypes.byref(params)))
+
+
+def _overrides(keys: Mapping[str, str | int]) -> Any:
+    """Metadata for llama.cpp, whose strings take 127 bytes; it ends with an empty key."""
+    overrides: Any = (lib.llama_model_kv_override * (len(keys) + 1))()
+    for override, (key, value) in zip(overrides, keys.items(), strict=False):
+        override.key = key.encode()
+        if isinstance(value, str):
+            override.tag = lib.LLAMA_KV_OVERRIDE_TYPE_STR
+            override.value.val_str = value.encode()[:127].decode(errors="ignore").encode()
+        else:
+            override.tag = lib.LLAMA_KV_OVERRIDE_TYPE_INT
+            override.value.val_i64 = value
+    return overrides
 
 
 def cut_runs(text: str) -> list[str]:

@@ -25,3 +25,14 @@ WEIGHT_TYPES = {  # from the largest to the smallest
 QUANTIZED = tuple(name for name in WEIGHT_TYPES if name not in FLOATS)
 # What the converter writes itself; llama.cpp's quantizer makes the others from a whole file.
 DIRECT = (*FLOATS, "q8_0")
+# llama.cpp's quantizer makes these only with an importance matrix: type -> LLAMA_FTYPE.
+CALIBRATED = {
+    "iq3_xxs": 23,
+    "iq2_m": 29,
+    "q2_k_s": 21,
+    "iq2_s": 28,
+    "iq2_xs": 20,
+    "iq2_xxs": 19,
+    "iq1_m": 31,
+    "iq1_s": 24,
+}

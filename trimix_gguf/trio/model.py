@@ -21,6 +21,7 @@ from trimix_gguf.machine.file_trial import FileTrial
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
 from trimix_gguf.machine.loading import Loading
 from trimix_gguf.machine.native import lib
+from trimix_gguf.machine.products import Watch
 from trimix_gguf.machine.threads import MOST_THREADS, available_cores
 from trimix_gguf.machine.vocabulary import END_IDS, NORMALIZER, usual_normalizer
 
@@ -37,8 +38,8 @@ class Model:
     Sequence 0 is there from the start, with `n_past` ids; fork() starts others as copies.
     `share` is a Model of the same file whose weights this one reads too: a small_cpt that is
     small_base plus an adapter keeps one copy in memory. Without `tokenizer` it takes only ids,
-    in less memory. Raises ModelFileError for a file that is damaged, ModelError where llama.cpp
-    refuses it.
+    in less memory. `watch` sees what the weights are multiplied with. Raises ModelFileError for a
+    file that is damaged, ModelError where llama.cpp refuses it.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Model:
         lora_scale: float = 1.0,
         share: "Model | None" = None,
         tokenizer: bool = True,
+        watch: Watch | None = None,
     ) -> None:
         if loading.n_threads > MOST_THREADS:
             raise ModelError(f"{loading.n_threads} threads are too many; at most {MOST_THREADS}")
@@ -59,6 +61,7 @@ class Model:
         self.n_window = loading.n_window
         self.n_batch = max(loading.n_batch, loading.n_window)
         self.lora = Path(lora) if lora is not None else None
+        self._watch = watch  # kept: llama.cpp calls it
         self.kv_types = (loading.type_k, loading.type_v)
         self.n_gpu_layers = int(loading.n_gpu_layers)
         self.device = device_of(self.n_gpu_layers, loading.device)
@@ -106,6 +109,8 @@ class Model:
         params.flash_attn_type = -1 if self.flash_attn is None else int(self.flash_attn)
         params.swa_full = True  # a sliding-window cache could not be rewound
         params.no_perf = True
+        if self._watch is not None:
+            params.cb_eval = self._watch.callback
         context = lib.llama_init_from_model(self._weights.handle, params)
         if not context:
             raise ModelError(

@@ -67,7 +67,8 @@ def calibrate(
     with whole_output(out, n_bytes=n_bytes, force=force) as partial:
         watch = Watch(result.sums, result.add)
         with closing(Model(model, loading, lora=lora, watch=watch)) as opened:
-            ids = [i for text in texts for i in _ids(opened, text, -(-n_tokens // len(texts)))]
+            share = -(-n_tokens // len(texts))
+            ids = [i for text in texts for i in _ids(opened, text, share)]
             chunks = _chunks(ids[:n_tokens], n_ctx, opened.bos)
             try:
                 for i, chunk in enumerate(chunks):
@@ -120,12 +121,13 @@ def _blocks(text: Path) -> Iterator[str]:
 
 
 def _chunks(ids: list[int], n_ctx: int, bos: list[int]) -> list[list[int]]:
-    """`ids` in whole chunks; BOS takes the place of each one's first id, as in llama.cpp."""
-    if len(ids) < n_ctx:
+    """`ids` in whole chunks, as llama.cpp cuts them; BOS takes the place of a later one's first."""
+    if len(bos) + len(ids) < n_ctx:
         raise ConversionError(
             f"the text has {len(ids)} tokens, fewer than the {n_ctx} of one chunk; give more "
             "text, or a smaller --ctx"
         )
+    ids = [*bos, *ids]
     whole = [ids[i : i + n_ctx] for i in range(0, len(ids) - n_ctx + 1, n_ctx)]
     return [[*bos, *chunk[len(bos) :]] for chunk in whole]
 

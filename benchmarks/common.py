@@ -73,6 +73,11 @@ def cpu_name() -> str:
     return processor.describe()[0] or "?"
 
 
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    return {name: importlib.metadata.version(name) for name in VERSIONS}
+
+
 def machine(options: argparse.Namespace) -> dict[str, Any]:
     """Device, versions and inputs; files by their names alone."""
     from trimix_gguf.machine.threads import available_cores
@@ -81,7 +86,7 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": available_cores(),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in VERSIONS},
+        **versions(),
         "files": {role: path.name for role, path in files(options).items() if path},
         "text": options.text.name,
         "seed": None,  # nothing is drawn: fixed rows, greedy decoding

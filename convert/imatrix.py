@@ -91,7 +91,7 @@ class ImportanceMatrix:
 def layer_matrices(file: GGUFFile) -> dict[str, tuple[int, int]]:
     """The weight matrices of a model's layers: name -> (matrices in the stack, columns of each).
 
-    Without output and embedding: llama.cpp keeps those in wider types, and measures neither.
+    Without output and embedding: llama.cpp measures neither, and rounds both without an entry.
     """
     return {
         tensor.name: (math.prod(tensor.shape[2:]), tensor.shape[0])

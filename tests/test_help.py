@@ -144,6 +144,7 @@ def material(tmp_path_factory, nano_files, checkpoint, adapter):
         (folder / f"{name}.gguf").symlink_to(nano_files[role])
     for name in ("kazakh.txt", "questions.txt"):
         (folder / name).write_text(KAZAKH + "\n", encoding="utf-8")
+    (folder / "kk.txt").write_bytes((NANO / "text.txt").read_bytes())
     (folder / "prompts.txt").write_text(f"{KAZAKH}\n\nАстана\n", encoding="utf-8")
     (folder / "prompts.jsonl").write_text(json_blocks(FOLDER / "many-prompts.md")[0], "utf-8")
     batch = {"custom_id": "a", "method": "POST", "url": "/v1/completions"}

@@ -1,6 +1,5 @@
 """Importance matrices: measured, written, read and quantized with, on nano, as a user would."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,11 +8,9 @@ import sys
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter, LlamaFileType
-from hf_checkpoint import checkpoint_folder
 from test_cli import one_line_error
 
-from trimix_gguf.convert.calibration import calibrate
-from trimix_gguf.convert.checkpoint import StoredTensor, write_safetensors
+from trimix_gguf.convert.calibration import _chunks, calibrate
 from trimix_gguf.convert.hf import convert_hf
 from trimix_gguf.convert.imatrix import layer_matrices, read_imatrix, write_imatrix
 from trimix_gguf.convert.lora import convert_lora, merge_lora
@@ -149,6 +146,14 @@ def test_what_is_written_is_read_back(measured, tmp_path):
         assert (one.sums[name] == other.sums[name]).all()
 
 
+def test_chunks_are_cut_as_llama_cpp_cuts_them():
+    """BOS comes before the first; in later ones it takes the place of a token."""
+    assert _chunks([1, 2, 3, 4, 5, 6, 7], 3, [9]) == [[9, 1, 2], [9, 4, 5]]
+    assert _chunks([1, 2, 3, 4, 5, 6, 7], 3, []) == [[1, 2, 3], [4, 5, 6]]
+    with pytest.raises(ConversionError, match="the text has 1 tokens, fewer than the 3"):
+        _chunks([1], 3, [9])
+
+
 def test_sums_of_chunks_do_not_depend_on_the_parts_they_are_read_in(tmp_path, monkeypatch):
     """A chunk of 128 in parts of 128 or 32; the texts of two files are read in equal parts."""
     half = tmp_path / "half.txt"
@@ -167,33 +172,23 @@ def test_sums_of_chunks_do_not_depend_on_the_parts_they_are_read_in(tmp_path, mo
     assert not np.allclose(first.sums["blk.0.attn_q.weight"], one.sums["blk.0.attn_q.weight"])
 
 
-def test_an_adapter_beside_its_base_gives_what_the_merged_model_gives(tmp_path):
-    folder, adapter = tmp_path / "base", tmp_path / "adapter"
-    checkpoint_folder(NANO / "small_base.gguf", folder, "F32")
-    adapter.mkdir()
-    rng, shapes = np.random.default_rng(0), {}
-    for layer in range(5):
-        prefix = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_"
-        shapes |= {f"{prefix}A.weight": (4, 192), f"{prefix}B.weight": (192, 4)}
-    stored = {n: StoredTensor(adapter, 0, shape, "F32") for n, shape in shapes.items()}
-    data = {n: 0.3 * rng.standard_normal(shape, "f4") for n, shape in shapes.items()}
-    write_safetensors(adapter / "adapter_model.safetensors", stored, data.__getitem__)
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    base, lora, merged = (tmp_path / f"{n}.gguf" for n in ("b", "a", "m"))
-    convert_hf(folder, base, type="f32")
-    convert_lora(adapter, folder, lora, type="f32")
-    merge_lora(adapter, folder, merged, type="f32")
+def test_an_adapter_beside_its_base_gives_what_the_merged_model_gives(
+    checkpoint, adapter, tmp_path
+):
+    base, lora, merged = (tmp_path / f"{name}.gguf" for name in ("base", "lora", "merged"))
+    convert_hf(checkpoint, base, type="f32")
+    convert_lora(adapter, checkpoint, lora, type="f32")
+    merge_lora(adapter, checkpoint, merged, type="f32")
     options = {"n_tokens": 512, "n_ctx": 128, "force": True}
     plain, beside, whole = (
-        calibrate(path, [TEXT], tmp_path / "i.gguf", lora=beside, **options)
-        for path, beside in ((base, None), (base, lora), (merged, None))
+        calibrate(path, [TEXT], tmp_path / "i.gguf", lora=with_, **options)
+        for path, with_ in ((base, None), (base, lora), (merged, None))
     )
     assert plain.sums.keys() == beside.sums.keys() == whole.sums.keys()
     for name, sums in whole.sums.items():
         np.testing.assert_allclose(beside.sums[name], sums, rtol=0.02, err_msg=name)
-    last = "blk.4.attn_output.weight"
-    assert not np.allclose(beside.sums[last], plain.sums[last], rtol=0.1)
+    after = "blk.1.attn_output.weight"
+    assert not np.allclose(beside.sums[after], plain.sums[after], rtol=0.1)
 
 
 # -- quantizing -----------------------------------------------------------------------------
@@ -366,7 +361,7 @@ def test_a_stop_keeps_what_was_read_and_a_kill_leaves_nothing(sent, tmp_path):
     long, out = tmp_path / "long.txt", tmp_path / "out.gguf"
     long.write_text(60 * TEXT.read_text("utf-8"), "utf-8")
     command = [*CONVERT, "imatrix", str(MODEL), str(long), "-o", str(out), "--tokens", "600000"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8") as running:
         first = running.stderr.readline()  # after the first chunk
         running.send_signal(sent)
         rest = running.stderr.read()
@@ -399,6 +394,17 @@ def test_what_a_watch_raises_comes_out_of_the_decode():
         watch.check()
     watch.check()
     model.close()
+
+
+def test_the_output_layer_is_not_computed():
+    seen = []
+    watched = ["token_embd.weight", "blk.4.ffn_down.weight"]  # nano's output is its embedding
+    watch = products.Watch(watched, lambda name, rows, which: seen.append((name, rows.shape)))
+    model = Model(MODEL, Loading(n_ctx=64), watch=watch)
+    model.decode([1, 2, 3], every_row=True)
+    model.decode([4, 5], every_row=True)
+    model.close()
+    assert seen == [("blk.4.ffn_down.weight", (n, 512)) for n in (3, 2)]
 
 
 def test_another_form_of_llama_cpps_tensors_is_refused(monkeypatch):

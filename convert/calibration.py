@@ -115,7 +115,7 @@ def _ids(model: Model, text: Path, n_tokens: int) -> list[int]:
 def _blocks(text: Path) -> Iterator[str]:
     """A text in blocks of whole lines, unpacked where it is packed."""
     with ExitStack() as stack:
-        lines = io.TextIOWrapper(open_unpacked(text, stack), encoding="utf-8-sig")
+        lines = io.TextIOWrapper(open_unpacked(text, stack), encoding="utf-8-sig", newline="")
         while block := "".join(lines.readlines(_BLOCK)):
             yield block
 

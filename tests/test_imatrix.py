@@ -1,5 +1,6 @@
 """Importance matrices: measured, written, read and quantized with, on nano, as a user would."""
 
+import gzip
 import os
 import signal
 import subprocess
@@ -10,9 +11,14 @@ import pytest
 from gguf import GGUFReader, GGUFWriter, LlamaFileType
 from test_cli import one_line_error
 
-from trimix_gguf.convert.calibration import _chunks, calibrate
+from trimix_gguf.convert.calibration import _blocks, _chunks, calibrate
 from trimix_gguf.convert.hf import convert_hf
-from trimix_gguf.convert.imatrix import layer_matrices, read_imatrix, write_imatrix
+from trimix_gguf.convert.imatrix import (
+    ImportanceMatrix,
+    layer_matrices,
+    read_imatrix,
+    write_imatrix,
+)
 from trimix_gguf.convert.lora import convert_lora, merge_lora
 from trimix_gguf.convert.quantize import quantize_gguf
 from trimix_gguf.errors import ConversionError, ModelError, TrimixError
@@ -152,6 +158,17 @@ def test_chunks_are_cut_as_llama_cpp_cuts_them():
     assert _chunks([1, 2, 3, 4, 5, 6, 7], 3, []) == [[1, 2, 3], [4, 5, 6]]
     with pytest.raises(ConversionError, match="the text has 1 tokens, fewer than the 3"):
         _chunks([1], 3, [9])
+
+
+@pytest.mark.parametrize("name", ["text.txt", "text.txt.gz"])
+def test_a_text_is_read_in_blocks_as_it_stands(tmp_path, monkeypatch, name):
+    """Bug: line ends of Windows became others, and the tokens were not those of llama.cpp."""
+    monkeypatch.setattr("trimix_gguf.convert.calibration._BLOCK", 8)
+    text = "бір\r\nекі\n\n\r\nүш\u2028төрт\r" + "бес " * 20 + "\nалты"
+    raw = ("\ufeff" + text).encode()
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    blocks = list(_blocks(tmp_path / name))
+    assert "".join(blocks) == text and len(blocks) > 2
 
 
 def test_sums_of_chunks_do_not_depend_on_the_parts_they_are_read_in(tmp_path, monkeypatch):
@@ -394,6 +411,23 @@ def test_what_a_watch_raises_comes_out_of_the_decode():
         watch.check()
     watch.check()
     model.close()
+
+
+def test_what_fails_while_it_is_measured_ends_the_measurement(tmp_path, monkeypatch):
+    def fails(imatrix, name, rows, which):
+        raise MemoryError(name)
+
+    monkeypatch.setattr(ImportanceMatrix, "add", fails)
+    with pytest.raises(MemoryError, match="blk"):
+        calibrate(MODEL, [TEXT], tmp_path / "out.gguf", n_tokens=512)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_long_name_is_cut_between_two_letters():
+    """llama.cpp takes 127 bytes; half a letter would be no UTF-8."""
+    overrides = native._overrides({"quantize.imatrix.file": 100 * "ә", "n": 3})
+    assert overrides[0].value.val_str.decode() == 63 * "ә"
+    assert (overrides[1].value.val_i64, overrides[2].key) == (3, b"")
 
 
 def test_the_output_layer_is_not_computed():

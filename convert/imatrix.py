@@ -152,7 +152,7 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
                 f"{path} {_FLAW}: {name} has {sums.size} sums and {counts.size} counts"
             )
         imatrix.sums[name] = sums.reshape(counts.size, -1).astype(np.float64)
-        imatrix.counts[name] = np.rint(counts).astype(np.int64)
+        imatrix.counts[name] = np.rint(np.minimum(counts, 1e15)).astype(np.int64)
     if not names:
         raise ConversionError(f"{path} {_FLAW}: it has no entries; make it again")
     return imatrix

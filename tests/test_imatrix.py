@@ -276,6 +276,18 @@ def test_what_a_matrix_does_not_cover_is_said(trimix, measured, tmp_path):
     assert "Missing importance matrix for tensor blk.3.ffn_down.weight" in refused
 
 
+def test_infinite_sums_are_not_written_and_endless_counts_are_read(measured, tmp_path):
+    name = "blk.0.attn_q.weight"
+    with pytest.raises(ConversionError, match=f"inputs of {name} are not finite"):
+        changed(measured, tmp_path / "i.gguf", lambda imatrix: imatrix.sums[name].fill(np.inf))
+
+    def endless(keys, tensors):
+        tensors[f"{name}.counts"].fill(1e30)
+
+    means = read_imatrix(rewritten(measured, tmp_path / "j.gguf", endless)).means()
+    assert (means[name] > 0).all() and (means[name] < 1e-9).all()
+
+
 def test_a_stack_of_experts_has_a_mean_each_and_1_where_no_token_came(measured, tmp_path):
     def stacked(imatrix):
         imatrix.sums["blk.0.ffn_up_exps.weight"] = np.array([[8.0, 4.0], [0.0, 0.0]])

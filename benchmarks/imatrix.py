@@ -86,7 +86,7 @@ def _options() -> argparse.Namespace:
     options.add_argument("model", type=Path, metavar="MODEL.gguf")
     options.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
     options.add_argument("--held-out", type=Path, required=True, metavar="FILE")
-    options.add_argument("--types", default="q4_k_m,q4_0,iq3_xxs,iq2_m")
+    options.add_argument("--types", default="q4_k_m,q3_k_m,iq3_xxs")
     options.add_argument("--lora", type=Path, help="an adapter that the model is measured with")
     options.add_argument("--tokens", type=int, default=N_TOKENS, help="to calibrate on")
     options.add_argument("--chunks", type=int, default=32, help=f"of {N_CTX} tokens, held out")

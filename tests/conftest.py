@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from measured_matrix import measured  # noqa: F401  # a fixture
 from zero_checkpoint import folder  # noqa: F401  # a fixture
 
 from trimix_gguf import Trio

@@ -45,7 +45,7 @@ def test_a_folder_becomes_the_trio_it_came_from(trimix, folders, nano_files, tmp
         assert ours[name] == pytest.approx(value, rel=1e-3), name
 
 
-@pytest.mark.parametrize("type", ["q4_0", "q4_k_m", "q5_k_m", "q6_k"])
+@pytest.mark.parametrize("type", ["q3_k_m", "q4_0", "q4_k_m", "q5_k_m", "q6_k"])
 def test_quantized_types_straight_and_by_way_of_a_file(trimix, folders, tmp_path, type):
     straight, whole, by_way = (tmp_path / f"{n}.gguf" for n in ("straight", "whole", "by_way"))
     folder = folders["large_ins"]

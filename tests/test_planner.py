@@ -368,7 +368,7 @@ def test_a_smaller_quantization_is_the_best_that_suffices():
     assert "smaller trio" in hopeless.refusal()
 
 
-@pytest.mark.parametrize("name", ["q6_k", "q5_k_m", "q4_k_m", "q4_0"])
+@pytest.mark.parametrize("name", ["q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m"])
 def test_sizes_of_quantized_files_are_near_what_llama_cpp_makes(trimix, tmp_path, nano_files, name):
     source, out = nano_files["large_ins"], tmp_path / "out.gguf"
     trimix("convert", "quantize", source, out, "--type", name, "--requantize")

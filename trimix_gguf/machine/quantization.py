@@ -21,6 +21,7 @@ WEIGHT_TYPES = {  # from the largest to the smallest
     "q5_k_m": WeightType(17, (5.67, 6.0), 0.73),
     "q4_k_m": WeightType(15, (4.8, 5.5), 0.63),
     "q4_0": WeightType(2, (4.5, 4.5), 0.58),
+    "q3_k_m": WeightType(12, (3.82, 4.75), 0.5),
 }
 QUANTIZED = tuple(name for name in WEIGHT_TYPES if name not in FLOATS)
 # What the converter writes itself; llama.cpp's quantizer makes the others from a whole file.

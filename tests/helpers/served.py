@@ -1,5 +1,6 @@
 """`trimix serve` as a user starts it: a process of its own, at a free port."""
 
+import json
 import re
 import signal
 import subprocess
@@ -24,6 +25,13 @@ TEXTS = [
     "Once upon a time there was a",
     "Мектеп оқушылары кітап оқиды, себебі",
 ]
+
+
+# Values that a field does not have.
+WRONG = [
+    -2.5, 2**70, "warm", "", [], [[]], [None], {}, {"a": 1}, [{"a": []}], True, None,
+    [{"type": "function", "function": {"name": "a"}}],
+]  # fmt: skip
 
 
 @dataclass
@@ -97,3 +105,28 @@ def error_of(response, status):
     assert error.keys() == {"message", "type", "param", "code"}
     assert error["message"] and "\n" not in error["message"]
     return error
+
+
+def places(value, at=()):
+    """The way to every value inside a value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in items if isinstance(value, dict | list) else ():
+        yield (*at, key)
+        if isinstance(inner, dict | list):
+            yield from places(inner, (*at, key))
+
+
+def broken(server, path, good):
+    """The refusals of a good body with one value at a time replaced by a wrong one."""
+    with httpx.Client(timeout=PATIENCE_S) as client:
+        for *way, last in places(good):
+            for wrong in WRONG:
+                body = json.loads(json.dumps(good))
+                inner = body
+                for key in way:
+                    inner = inner[key]
+                inner[last] = wrong
+                response = client.post(server.url + path, json=body)
+                assert response.status_code < 500, (body, response.text)
+                if response.status_code >= 400:
+                    yield response

@@ -112,7 +112,7 @@ class Answer:
         self.sampler.accept(token)
         self.n_tokens += 1
         text = self._text.push(told.piece)
-        if self._text.stopped:
+        if self._text.stopped is not None:
             self.finish_reason = "stop"
         elif self.n_tokens >= self.request.max_tokens:
             self.finish_reason = "length"
@@ -148,6 +148,7 @@ class Answer:
             n_cached=self.n_cached,
             n_tokens=self.n_tokens,
             finish_reason=None if error else self.finish_reason,
+            stopped=self._text.stopped,
             speed=dict(self.speed),
             guard=self._steering.stepped_in if isinstance(self._steering, Guard) else None,
             error=error,
@@ -178,24 +179,24 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = [s for s in stop if s]
         self._held = ""
-        self.stopped = False
+        self.stopped: str | None = None  # the stop string that came
 
     def push(self, piece: bytes) -> str:
         """The text that is certain after one more token."""
         self._held += self._decoder.decode(piece)
-        found = [at for s in self._stop if (at := self._held.find(s)) >= 0]
+        found = [(at, s) for s in self._stop if (at := self._held.find(s)) >= 0]
         if found:
-            self.stopped = True
-            ready, self._held = self._held[: min(found)], ""
+            at, self.stopped = min(found, key=lambda pair: pair[0])
+            ready, self._held = self._held[:at], ""
             return ready
-        keep = max((_overlap(self._held, s) for s in self._stop), default=0)
+        keep = max((overlap(self._held, s) for s in self._stop), default=0)
         cut = len(self._held) - keep
         ready, self._held = self._held[:cut], self._held[cut:]
         return ready
 
     def flush(self) -> str:
         """What was held back, once nothing more comes."""
-        if self.stopped:
+        if self.stopped is not None:
             return ""
         return self._held + self._decoder.decode(b"", final=True)
 
@@ -218,7 +219,7 @@ def _room(trio: Trio, prompt: Prompt, n_prompt: dict[Role, int]) -> int:
     return min(model.n_ctx - n_prompt[role] for role, model in trio.models.items())
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Longest end of `text` that begins `stop`."""
     sizes = range(min(len(text), len(stop) - 1), 0, -1)
     return next((n for n in sizes if text.endswith(stop[:n])), 0)

@@ -42,6 +42,7 @@ def chat_prompt(
     add_generation_prompt: bool = True,
     answers: Mapping[int, Sequence[int] | None] | None = None,
     variables: Mapping[str, Any] | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> Prompt:
     """Messages {"role": system | user | assistant, "content": text} as a prompt for three models.
 
@@ -50,13 +51,15 @@ def chat_prompt(
     scored; control tokens in it are only text. `answers` are contents that were generated, by the
     message's index: they are not scored, and keep these ids, if any. Without the generation prompt
     the last message stays open, to be continued. `variables` are for the template, such as
-    enable_thinking. A system message that the template does not take is put before the first user
-    message. Raises PromptError where the template refuses them.
+    enable_thinking, and `tools` are the functions that it offers. A system message that the
+    template does not take is put before the first user message. Raises PromptError where the
+    template refuses them.
     """
     model = trio.models[ROLES[0]]
     turns = _checked(messages, answers or {}, model, trio.n_ctx)
     own = template or model.chat_template or PLAIN_TEMPLATE
     known = {**(variables or {}), **_tokens(model), "add_generation_prompt": add_generation_prompt}
+    known |= {"tools": list(tools) or None, "documents": None}
     try:
         try:
             layout = _lay_out(turns, own, known)

@@ -141,7 +141,8 @@ class Event:
 
     `tokens` are those that gave `text`; `end` is the end-of-generation token, where one came.
     The first event has the `prompt_tokens`, if they were asked for. `finish_reason` is None until
-    the last: 'stop', 'length', 'context' or 'cancelled'. An `error` is the last event too.
+    the last: 'stop', 'length', 'context' or 'cancelled'; `stopped` is the stop string that came, or
+    None. An `error` is the last event too.
     `n_prompt` tokens of large_ins are the prompt, and `n_cached` of these were not read again.
     `speed` has times in seconds and tokens per second. `guard` is the number of tokens after which
     the mix had fallen into a loop and large_ins went on by itself (steering.Guard), or None.
@@ -157,6 +158,7 @@ class Event:
     n_cached: int = 0
     n_tokens: int = 0
     finish_reason: FinishReason | None = None
+    stopped: str | None = None
     speed: Mapping[str, float] = field(default_factory=dict)
     guard: int | None = None
     error: TrimixError | None = None

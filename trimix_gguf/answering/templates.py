@@ -57,7 +57,7 @@ def render(
         {k: _Text._of(v, i) if k in _CONTENTS and isinstance(v, str) else v for k, v in m.items()}
         for i, m in enumerate(messages)
     ]
-    known = {**variables, "tools": None, "documents": None}
+    known = {"tools": None, "documents": None, **variables}
     _clock["now"] = datetime.now()
     pieces = list(_pieces(_rendered(template, {**known, "messages": marked})))
     plain = _rendered(template, {**known, "messages": [dict(m) for m in messages]})

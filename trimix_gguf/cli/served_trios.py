@@ -1,6 +1,7 @@
 """The trios of `trimix serve`: what options mean, which share weights, how they are opened."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -53,6 +54,8 @@ def mixes_by_auto(given: Given) -> bool:
 def _entry(given: Given, name: str | None) -> Any:
     """What clients see of a trio; by files, it is called as the large model's file."""
     from trimix_gguf.machine.loading import Loading
+    from trimix_gguf.machine.parts import n_bytes_of
+    from trimix_gguf.roles import ROLES
     from trimix_gguf.server.settings import mix_settings
     from trimix_gguf.server.trios import Entry
 
@@ -60,8 +63,10 @@ def _entry(given: Given, name: str | None) -> Any:
     arguments = trio_arguments(dict(given))
     n_ctx = min(Loading(**one).n_ctx for one in asked_of(arguments).values())
     name = name or model_name(trio_file, given)
+    files = {Path(arguments[r]) for r in (*ROLES, "small_cpt_lora") if arguments.get(r)}
+    n_bytes = sum(map(n_bytes_of, files))
     if trio_file is None:
-        return Entry(name, n_ctx)
+        return Entry(name, n_ctx, n_bytes=n_bytes)
     return Entry(
         name,
         n_ctx,
@@ -69,6 +74,7 @@ def _entry(given: Given, name: str | None) -> Any:
         languages=trio_file.languages,
         mix=mix_settings(trio_file.method, trio_file.weights),
         tuning=arguments.get("tuning"),
+        n_bytes=n_bytes,
     )
 
 

@@ -1,11 +1,11 @@
 """The routes: from a request body to the engine, and back to a reply."""
 
-import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from trimix_gguf.answering.chat import close_renderer
 from trimix_gguf.errors import QueueFull, TrimixError
+from trimix_gguf.server.anthropic import MessageReply, parse_counted, parse_message
 from trimix_gguf.server.bodies import read_json
 from trimix_gguf.server.errors import INVALID_SCHEMA, RequestError, as_request_error, error_response
 from trimix_gguf.server.events import Events, stopping
@@ -28,12 +29,21 @@ from trimix_gguf.server.guard import Access, Guard
 from trimix_gguf.server.limits import Limits
 from trimix_gguf.server.log import Log
 from trimix_gguf.server.metrics import CONTENT_TYPE, Metrics
+from trimix_gguf.server.models import Models
+from trimix_gguf.server.ollama import (
+    NOT_HERE,
+    GenerateReply,
+    OllamaReply,
+    parse_generate,
+    parse_ollama_chat,
+)
 from trimix_gguf.server.openai import Call, parse_chat, parse_completion
-from trimix_gguf.server.prompts import make_requests, no_model, prompt_texts
+from trimix_gguf.server.prompts import count_prompt, make_requests, prompt_texts, with_usable_tools
 from trimix_gguf.server.records import Record, Recorded, record_of
-from trimix_gguf.server.replies import Reply
+from trimix_gguf.server.replies import Reply, Said
 from trimix_gguf.server.responses import ResponseReply, parse_response
-from trimix_gguf.server.trios import BY_LETTERS, Engine, Entry, Trios, defaults_of
+from trimix_gguf.server.streaming import Stream
+from trimix_gguf.server.trios import Engine, Entry, Trios
 
 PAGE = Path(__file__).parent / "page.html"
 # The page is one file that asks only this server, and no other page may show it in a frame.
@@ -42,10 +52,19 @@ _PAGE_POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 Parse = Callable[[object, list[str] | None], Call]
+Door = Callable[[HttpRequest], Awaitable[Response]]
+_DOORS: dict[str, tuple[Parse, type[Reply]]] = {
+    "/v1/chat/completions": (parse_chat, Reply),
+    "/v1/completions": (parse_completion, Reply),
+    "/v1/responses": (parse_response, ResponseReply),
+    "/v1/messages": (parse_message, MessageReply),
+    "/api/chat": (parse_ollama_chat, OllamaReply),
+    "/api/generate": (parse_generate, GenerateReply),
+}
 
 
 class Api:
-    """Trios and their engines behind OpenAI's routes, under the names of the trios.
+    """Trios and their engines behind the routes of OpenAI, Anthropic and Ollama.
 
     `limits` are those of each trio's Batcher too. Fields that are not known are ignored, and named
     in a header, and so is the name of a model where there is one trio; `strict` refuses them.
@@ -53,7 +72,7 @@ class Api:
 
     def __init__(self, trios: Trios, *, limits: Limits, strict: bool = False) -> None:
         self._trios, self._limits, self._strict = trios, limits, strict
-        self._created = int(time.time())
+        self._models = Models(trios, limits)
         self._metrics = Metrics()
         self._open: set[Events] = set()
         # Few threads: each takes turns with the engine's for Python's lock.
@@ -64,14 +83,17 @@ class Api:
         """The ASGI application for those who have access; it writes a line per request to `log`."""
         routes = [
             Route("/", self.page),
-            Route("/v1/chat/completions", self.chat, methods=["POST"]),
-            Route("/v1/completions", self.completions, methods=["POST"]),
-            Route("/v1/responses", self.responses, methods=["POST"]),
+            *(Route(path, self._door(*d), methods=["POST"]) for path, d in _DOORS.items()),
+            Route("/v1/messages/count_tokens", self.count_tokens, methods=["POST"]),
             Route("/v1/models", self.models),
             Route("/v1/models/{id:path}", self.model),
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
             Route("/tokenizer_info", self.tokenizer_info),
+            Route("/api/tags", self.tags),
+            Route("/api/ps", self.loaded),
+            Route("/api/show", self.show, methods=["POST"]),
+            Route("/api/version", self.version),
             Route("/health", self.health),
             Route("/metrics", self.metrics),
         ]
@@ -98,38 +120,30 @@ class Api:
 
     # -- replies ----------------------------------------------------------------------------
 
-    async def chat(self, request: HttpRequest) -> Response:
-        """Answer a chat."""
-        call = await self._call(request, parse_chat)
-        async with self._engine(request, call) as (engine, taken):
-            reply = Reply(call, engine.trio, model=engine.name, taken=taken)
-            return await self._reply(request, engine, call, reply)
+    def _door(self, parse: Parse, kind: type[Reply]) -> Door:
+        """What answers a path: bodies that `parse` reads, in the form of a kind of reply."""
 
-    async def responses(self, request: HttpRequest) -> Response:
-        """Answer a chat, in the form of OpenAI's newer route."""
-        call = await self._call(request, parse_response)
-        async with self._engine(request, call) as (engine, taken):
-            reply = ResponseReply(call, engine.trio, model=engine.name, taken=taken)
-            return await self._reply(request, engine, call, reply)
+        async def answer(request: HttpRequest) -> Response:
+            ignored, record = self._ignored(request), record_of(request.scope)
+            call = parse(await self._read(request), ignored)
+            self._check_number(call)
+            async with self._engine(call, ignored) as (engine, taken):
+                call = with_usable_tools(engine.trio, call, ignored)
+                echoes = prompt_texts(engine.trio, call)
+                said = Said(model=engine.name, echoes=echoes, taken=taken, began=record.began)
+                reply = kind(call, engine.trio, **said)
+                if call.is_empty:
+                    return JSONResponse(reply.body())
+                return await self._reply(request, engine, call, reply)
 
-    async def completions(self, request: HttpRequest) -> Response:
-        """Continue one or more texts."""
-        call = await self._call(request, parse_completion)
-        self._check_number(call)
-        async with self._engine(request, call) as (engine, taken):
-            echoes = prompt_texts(engine.trio, call)
-            reply = Reply(call, engine.trio, model=engine.name, echoes=echoes, taken=taken)
-            return await self._reply(request, engine, call, reply)
-
-    async def _call(self, request: HttpRequest, parse: Parse) -> Call:
-        return parse(await self._read(request), self._ignored(request))
+        return answer
 
     @asynccontextmanager
     async def _engine(
-        self, request: HttpRequest, call: Call
+        self, call: Call, ignored: list[str] | None
     ) -> AsyncIterator[tuple[Engine, dict[str, str]]]:
         """The engine that a call asks for, and what the reply says of that choice."""
-        entry = self._entry(call.model, call.question, self._ignored(request))
+        entry = self._trios.asked(call.model, call.question, ignored)
         async with self._trios.use(entry) as engine:
             yield engine, {} if self._trios.is_single else {"trio": entry.name}
 
@@ -169,7 +183,8 @@ class Api:
             chunks = self._stream(engine, events, reply, record)
             # Headers are sent with the first chunk: a failure before it has its own status.
             first = await anext(chunks)
-            return _EventStream(first, chunks, stall_s=self._limits.read_timeout_s)
+            stall_s = self._limits.read_timeout_s
+            return Stream(first, chunks, media_type=reply.media_type, stall_s=stall_s)
         async for _ in self._chunks(engine, events, reply, record):
             pass
         return JSONResponse(reply.body())
@@ -209,7 +224,7 @@ class Api:
     async def _stream(
         self, engine: Engine, events: Events, reply: Reply, record: Record
     ) -> AsyncGenerator[bytes, None]:
-        """Server-sent events; an error after the first one is the last of them."""
+        """The parts of a stream; an error after the first one is the last of them."""
         begun = False
         try:
             async with aclosing(self._chunks(engine, events, reply, record)) as chunks:
@@ -226,61 +241,48 @@ class Api:
             if not begun:
                 raise
 
-    def _entry(self, model: str | None, text: str, ignored: list[str] | None) -> Entry:
-        """The trio that a call names, or that `text` asks for; RequestError where there is none.
-
-        Where there is one trio, it answers to any name.
-        """
-        found = self._trios.named(model)
-        if found is not None:
-            return found
-        if not self._trios.is_single:
-            if model == BY_LETTERS:
-                return self._trios.by_letters(text)
-            raise self._no_model(str(model))
-        if ignored is None:
-            raise self._no_model(str(model))
-        ignored.append("model")
-        return self._trios.entries[0]
-
-    def _no_model(self, name: str) -> RequestError:
-        return no_model(name, *(entry.name for entry in self._trios.entries))
-
     # -- the rest ---------------------------------------------------------------------------
 
     async def models(self, _: HttpRequest) -> Response:
         """The list of models: the trios."""
-        data = [self._model(entry) for entry in self._trios.entries]
-        return JSONResponse({"object": "list", "data": data})
+        return JSONResponse(self._models.openai())
 
     async def model(self, request: HttpRequest) -> Response:
         """One model of the list."""
         name = request.path_params["id"]
         if not name:
             raise HTTPException(404)
-        entry = self._trios.named(name)
-        if entry is None:
-            raise self._no_model(name)
-        return JSONResponse(self._model(entry))
+        # An unknown name is refused here also where a chat would ignore it.
+        return JSONResponse(self._models.openai_model(self._trios.asked(name, "", None)))
 
-    def _model(self, entry: Entry) -> dict[str, Any]:
-        # Of calls that name none; None where each prompt chooses its own.
-        fixed, tuning = defaults_of(entry, self._limits).fixed, entry.tuning
-        said: dict[str, Any] = {
-            "description": entry.description or None,
-            "weights": fixed and [fixed.weights.alpha, fixed.weights.beta],
-            "tuning": tuning and {"verdict": tuning.verdict, "n_exercises": tuning.n},
-        }
-        if not self._trios.is_single:
-            said["languages"] = entry.languages
-        return {
-            "id": entry.name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "trimix",
-            "max_model_len": entry.n_ctx,
-            "trimix": said,
-        }
+    async def tags(self, _: HttpRequest) -> Response:
+        """Ollama's list of models."""
+        return JSONResponse(self._models.tags())
+
+    async def loaded(self, _: HttpRequest) -> Response:
+        """Ollama's list of models in memory."""
+        return JSONResponse(self._models.loaded())
+
+    async def show(self, request: HttpRequest) -> Response:
+        """What Ollama's clients ask about a model."""
+        fields, entry = await self._fields(request)
+        fields.ignore("verbose")
+        fields.done()
+        async with self._trios.use(entry) as engine:
+            return JSONResponse(self._models.shown(entry, engine))
+
+    async def version(self, _: HttpRequest) -> Response:
+        """The version of this program, where Ollama's clients ask for Ollama's."""
+        return JSONResponse({"version": version("trimix-gguf")})
+
+    async def count_tokens(self, request: HttpRequest) -> Response:
+        """How many tokens a body of /v1/messages would have as a prompt."""
+        ignored = self._ignored(request)
+        call = parse_counted(await self._read(request), ignored)
+        async with self._engine(call, ignored) as (engine, _):
+            call = with_usable_tools(engine.trio, call, ignored)
+            n = await engine.tokens.aside(lambda: count_prompt(engine.trio, call))
+            return JSONResponse({"input_tokens": n})
 
     async def tokenize(self, request: HttpRequest) -> Response:
         """Text to token ids."""
@@ -305,7 +307,8 @@ class Api:
         fields = Fields(body, ignored=ignored)
         texts = [body.get(name) for name in ("content", "prompt")] if isinstance(body, dict) else []
         text = "".join(text for text in texts if isinstance(text, str))
-        return fields, self._entry(fields.text("model"), text, ignored)
+        name = fields.text("model")
+        return fields, self._trios.asked(name and name.removesuffix(":latest"), text, ignored)
 
     async def health(self, _: HttpRequest) -> Response:
         """Whether the engines run, and take more requests."""
@@ -326,55 +329,33 @@ class Api:
         return Response(PAGE.read_bytes(), headers=headers, media_type="text/html")
 
 
-class _EventStream(Response):
-    """A response in parts that come one by one; it ends if a client reads none for `stall_s`."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], *, stall_s: float) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self._first, self._rest, self._stall_s = first, rest, stall_s
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def tell(part: bytes, more: bool = True) -> None:
-            async with asyncio.timeout(self._stall_s):
-                await send({"type": "http.response.body", "body": part, "more_body": more})
-
-        start = {"type": "http.response.start", "status": self.status_code}
-        with suppress(TimeoutError):  # uvicorn hangs up where a response ends too early
-            async with aclosing(self._rest) as rest:
-                await send({**start, "headers": self.raw_headers})
-                await tell(self._first)
-                async for part in rest:
-                    await tell(part)
-            await tell(b"", more=False)
-
-
-async def _refused(_: HttpRequest, error: Exception) -> Response:
+async def _refused(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, TrimixError)
-    return error_response(as_request_error(error))
+    return error_response(as_request_error(error), request.scope["path"])
 
 
 async def _no_such_route(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    path, method = request.url.path[:80], request.method
+    path, method = request.scope["path"], request.method
+    shown = repr(path[:80])
     message = {
-        404: f"there is nothing at {path!r}; the API is under /v1",
-        405: f"{path!r} does not take {method}; it takes {(error.headers or {}).get('Allow')}",
+        404: f"there is nothing at {shown}; the API is under /v1",
+        405: f"{shown} does not take {method}; it takes {(error.headers or {}).get('Allow')}",
     }.get(error.status_code, error.detail)
+    if error.status_code == 404 and path in NOT_HERE:
+        message = f"{path} is not supported: {NOT_HERE[path]}"
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    return error_response(
-        RequestError(
-            message, status=error.status_code, code=code, headers=error.headers, is_read=False
-        )
+    refusal = RequestError(
+        message, status=error.status_code, code=code, headers=error.headers, is_read=False
     )
+    return error_response(refusal, path)
 
 
 async def _left(_: HttpRequest, __: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it, but it is counted
 
 
-async def _broken(_: HttpRequest, __: Exception) -> Response:
+async def _broken(request: HttpRequest, __: Exception) -> Response:
     """For mistakes of this program: the trace goes to stderr, and no client sees it."""
-    return error_response(RequestError("the server made a mistake", status=500, code="internal"))
+    error = RequestError("the server made a mistake", status=500, code="internal")
+    return error_response(error, request.scope["path"])

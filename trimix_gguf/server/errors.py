@@ -1,4 +1,4 @@
-"""OpenAI's error object, for requests that are refused or fail."""
+"""The error object of each API, for requests that are refused or fail."""
 
 import asyncio
 import json
@@ -20,7 +20,15 @@ from trimix_gguf.errors import (
 
 _LINGER_S = 2.0  # how long a client's bytes are read and dropped
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-_RETRY_S = 5
+# Anthropic's names; other statuses are invalid_request_error, or api_error from 500 on.
+_ANTHROPIC_TYPES = {
+    **_TYPES,
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+RETRY = {"Retry-After": "5"}  # seconds
 INVALID_SCHEMA = "invalid_schema"
 
 
@@ -51,8 +59,7 @@ def as_request_error(error: TrimixError) -> RequestError:
         return error
     text = " ".join(str(error).split())
     if isinstance(error, QueueFull):
-        wait = {"Retry-After": str(_RETRY_S)}
-        return RequestError(text, status=429, code="queue_full", headers=wait)
+        return RequestError(text, status=429, code="queue_full", headers=RETRY)
     if isinstance(error, PromptError):
         return RequestError(text, code="invalid_prompt")
     if isinstance(error, SchemaError):
@@ -62,24 +69,29 @@ def as_request_error(error: TrimixError) -> RequestError:
     return RequestError(text, status=500, code="engine_error")
 
 
-def error_json(error: RequestError) -> dict[str, Any]:
-    """{"error": {message, type, param, code}}."""
-    kind = _TYPES.get(
-        error.status, "server_error" if error.status >= 500 else "invalid_request_error"
-    )
+def error_json(error: RequestError, path: str = "") -> dict[str, Any]:
+    """{"error": {message, type, param, code}}; for a path of another API, as that API has it."""
+    if path.startswith("/api/"):  # Ollama
+        return {"error": str(error)}
+    ours = error.status >= 500
+    if path.startswith("/v1/messages"):
+        kind = "api_error" if ours else "invalid_request_error"
+        kind = _ANTHROPIC_TYPES.get(error.status, kind)
+        return {"type": "error", "error": {"type": kind, "message": str(error)}}
+    kind = _TYPES.get(error.status, "server_error" if ours else "invalid_request_error")
     return {
         "error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}
     }
 
 
-def error_response(error: RequestError) -> Response:
-    """The response to a request that is refused."""
+def error_response(error: RequestError, path: str = "") -> Response:
+    """The response to a request for a path that is refused."""
     kind = Response if error.is_read else _LastWords
     headers = dict(error.headers)
     if error.status in (408, 413):  # the rest is not waited for
         headers["Connection"] = "close"
     return kind(
-        json.dumps(error_json(error), ensure_ascii=False),
+        json.dumps(error_json(error, path), ensure_ascii=False),
         status_code=error.status,
         headers=headers,
         media_type="application/json",

@@ -61,11 +61,13 @@ class Fields:
             return None if value is None else float(value)
         self.wrong(name, value, f"a number from {low:g} to {high:g}")
 
-    def boolean(self, name: str) -> bool:
-        """true or false; false where it is absent."""
+    def boolean(self, name: str, *, absent: bool = False) -> bool:
+        """true or false; `absent` where it is absent."""
         value = self.take(name)
-        if value is None or type(value) is bool:
-            return bool(value)
+        if value is None:
+            return absent
+        if type(value) is bool:
+            return value
         self.wrong(name, value, "true or false")
 
     def text(self, name: str) -> str | None:
@@ -91,20 +93,26 @@ class Fields:
         """Raise where a field asks for what the server does not have; `harmless` values do not."""
         value = self.take(name)
         if value is not None and value not in harmless:
-            raise RequestError(
-                f"{self.place(name)} is not supported: {why}",
-                param=self.place(name),
-                code="unsupported_parameter",
-            )
+            raise self._unsupported(name, why)
 
     def leave_out(self, name: str, why: str, *, harmless: Sequence[Any] = ()) -> None:
         """Ignore what the server does not have, and say so; where nothing is ignored, refuse it."""
-        if self._ignored is None:
-            self.refuse(name, why, harmless=harmless)
-            return
         value = self.take(name)
         if value is not None and value not in harmless:
-            self._ignored.append(self.place(name))
+            self.left_out(name, why)
+
+    def left_out(self, name: str, why: str) -> None:
+        """Say that a field which was taken is not used; where nothing is ignored, refuse it."""
+        if self._ignored is None:
+            raise self._unsupported(name, why)
+        self._ignored.append(self.place(name))
+
+    def _unsupported(self, name: str, why: str) -> RequestError:
+        return RequestError(
+            f"{self.place(name)} is not supported: {why}",
+            param=self.place(name),
+            code="unsupported_parameter",
+        )
 
     def wrong(self, name: str, value: Any, expected: str) -> NoReturn:
         """Raise, saying what was expected."""

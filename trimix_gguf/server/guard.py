@@ -74,7 +74,7 @@ class Guard:
             if scope["path"] not in _OPEN:
                 record_of(scope).key = self._check_key(headers)
         except RequestError as error:
-            await error_response(error)(scope, receive, tell)
+            await error_response(error, scope["path"])(scope, receive, tell)
         else:
             await self._app(scope, receive, tell)
 
@@ -110,10 +110,13 @@ class Guard:
         if self._keys is None:
             return "-"
         scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            key = headers.get("x-api-key", "")  # as Anthropic's clients send it
         name = self._keys.name_of(key.strip().encode("latin-1", "replace"))
-        if scheme.lower() != "bearer" or name is None:
+        if name is None:
             raise RequestError(
-                "the API key is missing or wrong; send it as Authorization: Bearer KEY",
+                "the API key is missing or wrong; send it as Authorization: Bearer KEY, or as "
+                "X-Api-Key: KEY",
                 status=401,
                 code="invalid_api_key",
                 is_read=False,

@@ -13,7 +13,7 @@ from trimix_gguf.server.errors import RequestError
 from trimix_gguf.server.fields import Fields
 from trimix_gguf.server.messages import Message, messages_of
 from trimix_gguf.server.settings import options_of
-from trimix_gguf.server.tools import forced_function
+from trimix_gguf.server.tools import Function, Tools, openai_tools
 
 MOST_TOP = 20  # alternatives to a token
 MOST_TOKENS = 1 << 20
@@ -41,7 +41,13 @@ class Call:
     seed: int | None = None
     options: Options = field(default_factory=Options)
     function: str | None = None  # that the answer calls; its text is the arguments
+    tools: tuple[Function, ...] = ()  # that it may call
     schema_at: str = "response_format.json_schema.schema"
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to answer: Ollama's way to have a trio loaded."""
+        return not (self.messages or self.prompts)
 
     @property
     def question(self) -> str:
@@ -75,14 +81,7 @@ def parse_chat(body: object, ignored: list[str] | None = None) -> Call:
         raise RequestError("top_logprobs goes with logprobs: true", param="top_logprobs")
     if with_logprobs:
         options["n_top"] = n_top or 0
-    function = forced_function(fields)
-    if function is not None:
-        if "json_schema" in options:
-            raise RequestError(
-                "response_format and a forced tool_choice both say what the answer is; give one",
-                param="tool_choice",
-            )
-        options["json_schema"] = function.schema
+    tools = openai_tools(fields)
     fields.refuse("modalities", "the models write only text", harmless=(["text"],))
     for name in ("audio", "web_search_options"):
         fields.refuse(name, "the models read and write only text")
@@ -96,9 +95,21 @@ def parse_chat(body: object, ignored: list[str] | None = None) -> Call:
         template_variables=variables or {},
         options=options,
     )
-    if function is not None:
-        call = replace(call, function=function.name, schema_at=function.schema_at)
-    return _call(fields, call, limit)
+    return _call(fields, with_tools(call, tools), limit)
+
+
+def with_tools(call: Call, tools: Tools) -> Call:
+    """A chat whose answer calls a function, or may; raises RequestError."""
+    function = tools.forced
+    if function is None:
+        return replace(call, tools=tools.offered)
+    if "json_schema" in call.options:
+        raise RequestError(
+            "a format of the answer and a forced tool_choice both say what it is; give one",
+            param="tool_choice",
+        )
+    options: Options = {**call.options, "json_schema": function.schema}
+    return replace(call, options=options, function=function.name, schema_at=function.schema_at)
 
 
 def parse_completion(body: object, ignored: list[str] | None = None) -> Call:

@@ -8,13 +8,16 @@ from trimix_gguf.errors import PromptError
 from trimix_gguf.mixing.sampling import N_SEEDS
 from trimix_gguf.roles import ROLES
 from trimix_gguf.server.errors import RequestError
+from trimix_gguf.server.messages import as_read
 from trimix_gguf.server.openai import Call, Source
+from trimix_gguf.server.tools import WHY_LEFT_OUT, takes_tools, template_tools
 from trimix_gguf.trio.prompt import Prompt, Segment
 from trimix_gguf.trio.trio import Trio
 
 
 def make_requests(trio: Trio, call: Call, *, defaults: Request) -> list[Request]:
     """`n` for each prompt; a seed counts up from one to the next. Raises RequestError."""
+    call = with_usable_tools(trio, call, None)
     for token in call.options.get("logit_bias") or ():
         _check_id(trio, token, "logit_bias")
     if call.kind == "chat":
@@ -34,6 +37,26 @@ def make_requests(trio: Trio, call: Call, *, defaults: Request) -> list[Request]
                 request = Request.of(request, seed=(call.seed + len(requests)) % N_SEEDS)
             requests.append(request)
     return requests
+
+
+def count_prompt(trio: Trio, call: Call) -> int:
+    """How many tokens of large_ins a chat is; raises RequestError."""
+    return _chat(trio, call).n_tokens(ROLES[0])
+
+
+def with_usable_tools(trio: Trio, call: Call, ignored: list[str] | None) -> Call:
+    """A call without the tools that it offers, where the chat template does not take them.
+
+    They are named in `ignored`; without that list it raises RequestError.
+    """
+    if not call.tools or takes_tools(trio.models[ROLES[0]].chat_template):
+        return call
+    if ignored is None:
+        raise RequestError(
+            f"tools is not supported: {WHY_LEFT_OUT}", param="tools", code="unsupported_parameter"
+        )
+    ignored.append("tools")
+    return replace(call, tools=())
 
 
 def check_model(name: str | None, own: str) -> None:
@@ -72,7 +95,12 @@ def _text(trio: Trio, ids: tuple[int, ...]) -> str:
 
 def _chat(trio: Trio, call: Call) -> Prompt:
     try:
-        return chat_prompt(trio, call.messages, variables=call.template_variables)
+        return chat_prompt(
+            trio,
+            as_read(call.messages, with_calls=bool(call.tools)),
+            variables=call.template_variables,
+            tools=template_tools(call.tools),
+        )
     except PromptError as error:
         raise RequestError(str(error), param="messages", code="invalid_prompt") from None
 

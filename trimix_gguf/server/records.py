@@ -20,13 +20,17 @@ _QUIET = ("/health", "/metrics")  # programs ask for these all day
 
 @dataclass
 class Record:
-    """One request: its client's address, the name of its key, its tokens, fields not used."""
+    """One request: its client's address, the name of its key, its tokens, fields not used.
+
+    `began` is when it came, by time.perf_counter().
+    """
 
     client: str = "-"
     key: str = "-"
     n_prompt: int = 0
     n_tokens: int = 0
     ignored: list[str] = field(default_factory=list)
+    began: float = field(default_factory=time.perf_counter)
 
     @property
     def holder(self) -> str:
@@ -68,7 +72,7 @@ class Recorded:
         self._log, self._proxies = log, proxies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        record, began, status = Record(client_of(scope, self._proxies)), time.perf_counter(), 0
+        record, status = Record(client_of(scope, self._proxies)), 0
         path = scope["path"]
         path = path[:-1] if path.endswith("/") and len(path) > 1 else path
 
@@ -87,7 +91,7 @@ class Recorded:
         finally:
             self._metrics.count_tokens(record.key, record.n_prompt, record.n_tokens)
             if self._log is not None and not (path in _QUIET and status == 200):
-                ms = round(1000 * (time.perf_counter() - began))
+                ms = round(1000 * (time.perf_counter() - record.began))
                 self._log.write(_line(record, scope["method"], path, status, ms))
 
 

@@ -1,4 +1,7 @@
-"""Events of the engine -> what a client gets: OpenAI's response objects, whole or in chunks."""
+"""Events of the engine -> what a client gets: OpenAI's response objects, whole or in chunks.
+
+Replies of other APIs are made of the same parts.
+"""
 
 import codecs
 import json
@@ -6,12 +9,14 @@ import math
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NotRequired, TypedDict, Unpack
 
 from trimix_gguf.answering.request import Event, Token
 from trimix_gguf.choosing.methods import AUTO
 from trimix_gguf.choosing.selection import Selection
+from trimix_gguf.server.calls import CallFinder, FunctionCall, new_id
 from trimix_gguf.server.errors import RequestError, error_json
 from trimix_gguf.server.openai import Call
 from trimix_gguf.trio.trio import Trio
@@ -22,30 +27,42 @@ _REASONS = {"stop": "stop", "length": "length", "context": "length"}
 _LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 
+def sent_line(value: dict[str, Any]) -> str:
+    """An object as one line of JSON."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.translate(_LINE_ENDS)
+
+
 def sent_event(value: dict[str, Any], name: str | None = None) -> bytes:
     """A server-sent event, with a name where it has one."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     named = "" if name is None else f"event: {name}\n"
-    return f"{named}data: {text.translate(_LINE_ENDS)}\n\n".encode()
+    return f"{named}data: {sent_line(value)}\n\n".encode()
+
+
+class Said(TypedDict):
+    """What a reply says beside its answers.
+
+    `echoes` are the prompts' texts, for completions that give them back; else empty. `taken` is
+    what the extension `trimix` says of the trio, where there are several. `began` is when the
+    request came, by time.perf_counter().
+    """
+
+    model: str
+    echoes: NotRequired[Sequence[str]]
+    taken: NotRequired[Mapping[str, str]]
+    began: NotRequired[float]
 
 
 class Reply:
-    """What a client gets for one call: a choice for each of its prompts, `n` times.
+    """What a client gets for one call: a choice for each of its prompts, `n` times."""
 
-    `echoes` are the prompts' texts, for completions that give them back; else empty. `taken` is
-    what the extension `trimix` says of the trio, where there are several.
-    """
+    media_type = "text/event-stream"
 
-    def __init__(
-        self,
-        call: Call,
-        trio: Trio,
-        *,
-        model: str,
-        echoes: Sequence[str] = (),
-        taken: Mapping[str, str] | None = None,
-    ) -> None:
-        self._call, self._trio, self._taken = call, trio, dict(taken or {})
+    def __init__(self, call: Call, trio: Trio, **said: Unpack[Said]) -> None:
+        echoes = said.get("echoes", ())
+        self._call, self._trio, self._taken = call, trio, dict(said.get("taken", {}))
+        self._ready = time.perf_counter()
+        self._began = said.get("began", self._ready)
         self.schema_at = call.schema_at
         n_prompts = 1 if call.kind == "chat" else len(call.prompts)
         self.choices = [
@@ -57,21 +74,28 @@ class Reply:
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
             "object": "chat.completion" if chat else "text_completion",
             "created": int(time.time()),
-            "model": model,
+            "model": said["model"],
             "system_fingerprint": f"trimix-gguf-{version('trimix-gguf')}",
         }
 
     def take(self, index: int, event: Event) -> Iterator[dict[str, Any]]:
         """Keep an event of a choice; yield the chunks that tell it, if the call streams."""
+        begins = self.choices[index].take(event)
+        if self._call.stream:
+            yield from self._tell(index, event, begins)
+
+    def _tell(self, index: int, event: Event, begins: bool) -> Iterator[dict[str, Any]]:
+        """The chunks that tell an event; it is the choice's first if it `begins`."""
         choice = self.choices[index]
-        begins = choice.take(event)
-        if not self._call.stream:
-            return
         if begins:
-            yield self._chunk(index, choice.opening(), {**choice.mix(), **self._taken})
+            yield self._chunk(index, choice.opening(), self.mix(choice))
         piece = choice.piece(event)
         if piece is not None:
             yield self._chunk(index, piece, self.extension(choice, event.tokens) or None)
+
+    def mix(self, choice: "Choice") -> dict[str, Any]:
+        """The extension `trimix`, as far as the first event of a choice tells it."""
+        return {**choice.mix(), **self._taken}
 
     def extension(self, choice: "Choice", tokens: Sequence[Token]) -> dict[str, Any]:
         """The extension `trimix`: traced tokens, and an end that OpenAI has no word for."""
@@ -118,7 +142,7 @@ class Reply:
         for i, choice in enumerate(self.choices):
             choices.append({"index": i, **choice.whole()})
             extension = self.extension(choice, choice.tokens)
-            mixes.append({**choice.mix(), **self._taken, **extension})
+            mixes.append({**self.mix(choice), **extension})
         if len(choices) > 1:
             choices = [{**c, "trimix": mix} for c, mix in zip(choices, mixes, strict=True)]
         return {**self._head, "choices": choices, "usage": self.usage(), "trimix": mixes[0]}
@@ -146,8 +170,9 @@ class Choice:
 
     def __init__(self, call: Call, trio: Trio, echo: str) -> None:
         self._chat, self._logprobs, self._echo = call.kind == "chat", call.logprobs, echo
-        self._function = call.function
-        self._call_id = f"call_{secrets.token_hex(12)}"
+        self._function, self._call_id = call.function, new_id("call")
+        self._finder = CallFinder({tool.name for tool in call.tools}) if call.tools else None
+        self.shown = ""  # the text that the newest event shows
         self._gives_back = call.echo
         self._trio = trio
         self._text: list[str] = []
@@ -162,7 +187,11 @@ class Choice:
         begins = self._selection is None
         if begins:
             self._selection, self._prompt_tokens = event.selection, event.prompt_tokens
-        self._text.append(event.text)
+        self.shown = event.text
+        if self._finder is not None:
+            ends = event.finish_reason is not None
+            self.shown = self._finder.push(event.text, ends=ends)
+        self._text.append(self.shown)
         self.tokens += event.tokens
         self.newest = event
         return begins
@@ -173,7 +202,9 @@ class Choice:
             delta: dict[str, Any] = {"role": "assistant", "content": ""}
             if self._function is not None:
                 delta = {"role": "assistant", "content": None}
-                delta["tool_calls"] = [{"index": 0, **self._called("")}]
+                delta["tool_calls"] = [
+                    {"index": 0, **_called(replace(self.calls[0], arguments=""))}
+                ]
             return {"delta": delta, "logprobs": None, "finish_reason": None}
         logprobs = self._logprobs_of(self._prompt_tokens) if self._gives_back else None
         return {"text": self._echo, "logprobs": logprobs, "finish_reason": None}
@@ -181,11 +212,11 @@ class Choice:
     def piece(self, event: Event) -> dict[str, Any] | None:
         """The chunk of an event; None where there is nothing to tell yet."""
         reason = self._reason(event)
-        if not (event.text or event.tokens or reason):
+        if not (self.shown or event.tokens or reason):
             return None
         said: dict[str, Any] = {"logprobs": self._logprobs_of(event.tokens)}
         if self._chat:
-            said["delta"] = self._delta(event.text) if event.text else {}
+            said["delta"] = self._delta(ends=reason is not None)
         else:
             said["text"] = event.text
         return {**said, "finish_reason": reason}
@@ -197,8 +228,9 @@ class Choice:
         said: dict[str, Any] = {"logprobs": self._logprobs_of(tokens)}
         if self._chat:
             message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-            if self._function is not None:
-                message |= {"content": None, "tool_calls": [self._called(text)]}
+            if self.calls:
+                message["content"] = None if self._function is not None else text or None
+                message["tool_calls"] = [_called(call) for call in self.calls]
             said["message"] = message
         else:
             said["text"] = text
@@ -206,21 +238,28 @@ class Choice:
 
     @property
     def text(self) -> str:
-        """What has been answered so far."""
+        """What has been answered so far, without calls; of a forced call its arguments."""
         return "".join(self._text)
+
+    @property
+    def calls(self) -> list[FunctionCall]:
+        """The function that the answer calls, or those that it called at its end."""
+        if self._function is not None:
+            return [FunctionCall(self._function, self.text, self._call_id)]
+        return [] if self._finder is None else self._finder.calls
 
     def _reason(self, event: Event) -> str | None:
         reason = _REASONS.get(event.finish_reason or "")
-        return "tool_calls" if reason == "stop" and self._function is not None else reason
+        return "tool_calls" if reason == "stop" and self.calls else reason
 
-    def _called(self, arguments: str) -> dict[str, Any]:
-        function = {"name": self._function, "arguments": arguments}
-        return {"id": self._call_id, "type": "function", "function": function}
-
-    def _delta(self, text: str) -> dict[str, Any]:
-        if self._function is None:
-            return {"content": text}
-        return {"tool_calls": [{"index": 0, "function": {"arguments": text}}]}
+    def _delta(self, *, ends: bool) -> dict[str, Any]:
+        if self._function is not None:
+            function = {"arguments": self.shown}
+            return {"tool_calls": [{"index": 0, "function": function}]} if self.shown else {}
+        delta: dict[str, Any] = {"content": self.shown} if self.shown else {}
+        if ends and self.calls:
+            delta["tool_calls"] = [{"index": i, **_called(c)} for i, c in enumerate(self.calls)]
+        return delta
 
     def mix(self) -> dict[str, Any]:
         """The extension `trimix`: the chosen weights, and what they were chosen by."""
@@ -299,6 +338,11 @@ def mix_json(selection: Selection) -> dict[str, Any]:
         "perplexity": perplexities,
         "grid": grid,
     }
+
+
+def _called(call: FunctionCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def _or_none(value: float) -> Any:

@@ -1,18 +1,17 @@
 """OpenAI's /v1/responses, for text: a body to a chat, and its answer in the form of that route."""
 
 import secrets
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 from trimix_gguf.answering.request import Event, Options
 from trimix_gguf.server.errors import RequestError
 from trimix_gguf.server.fields import Fields
-from trimix_gguf.server.messages import Message, plain_role, role_of, text_of
+from trimix_gguf.server.messages import Message, plain_role, role_of, text_of, with_system
 from trimix_gguf.server.openai import IGNORED, Call, seed_of, token_limit
-from trimix_gguf.server.replies import Reply, sent_event
-from trimix_gguf.server.settings import form_kind, options_of, schema_of
+from trimix_gguf.server.replies import Reply, Said, sent_event
+from trimix_gguf.server.settings import JSON_OBJECT, form_kind, options_of, schema_of
 from trimix_gguf.trio.trio import Trio
 
 _STATELESS = "the server keeps no answers; send the whole conversation as input"
@@ -22,7 +21,7 @@ _PARTS = ("input_text", "output_text", "text")
 def parse_response(body: object, ignored: list[str] | None = None) -> Call:
     """The body of /v1/responses as a chat; raises RequestError."""
     fields = Fields(body, ignored=ignored)
-    messages = _with_instructions(fields.text("instructions"), _input(fields))
+    messages = with_system(fields.text("instructions"), _input(fields))
     options = options_of(fields)
     options.update(_form(fields))
     limit = token_limit(fields, "max_output_tokens")
@@ -41,16 +40,6 @@ def parse_response(body: object, ignored: list[str] | None = None) -> Call:
     fields.done()
     call = Call("chat", messages=messages, model=model, stream=stream, options=options)
     return replace(call, seed=seed, schema_at="text.format.schema")
-
-
-def _with_instructions(instructions: str | None, messages: list[Message]) -> tuple[Message, ...]:
-    """The instructions are the system's; templates take one message of it, at the beginning."""
-    if not instructions:
-        return tuple(messages)
-    if messages[0]["role"] == "system":
-        first, *messages = messages
-        instructions = f"{instructions}\n\n{first['content']}"
-    return ({"role": "system", "content": instructions}, *messages)
 
 
 def _input(fields: Fields) -> list[Message]:
@@ -96,27 +85,20 @@ def _form(fields: Fields) -> Options:
     if kind == "json_schema":
         return {"json_schema": schema_of(form)}
     form.done()
-    return {"json_schema": {"type": "object"}} if kind == "json_object" else {}
+    return {"json_schema": JSON_OBJECT} if kind == "json_object" else {}
 
 
 class ResponseReply(Reply):
     """What a client of /v1/responses gets: one message, whole or in events with names."""
 
-    def __init__(
-        self, call: Call, trio: Trio, *, model: str, taken: Mapping[str, str] | None = None
-    ) -> None:
-        super().__init__(call, trio, model=model, taken=taken)
+    def __init__(self, call: Call, trio: Trio, **said: Unpack[Said]) -> None:
+        super().__init__(call, trio, **said)
         self._max_tokens = call.options.get("max_tokens")
-        self._model, self._created = model, int(time.time())
         self._id, self._item_id = (f"{kind}_{secrets.token_hex(16)}" for kind in ("resp", "msg"))
         self._n_sent = 0
 
-    def take(self, index: int, event: Event) -> Iterator[dict[str, Any]]:
-        """Keep an event of the answer; yield the events that tell it, if the call streams."""
+    def _tell(self, index: int, event: Event, begins: bool) -> Iterator[dict[str, Any]]:
         choice = self.choices[index]
-        begins = choice.take(event)
-        if not self._call.stream:
-            return
         if begins:
             yield self._event("response.created", response=self._response("in_progress"))
             yield self._event("response.in_progress", response=self._response("in_progress"))
@@ -177,9 +159,9 @@ class ResponseReply(Reply):
         return {
             "id": self._id,
             "object": "response",
-            "created_at": self._created,
+            "created_at": self._head["created"],
             "status": status,
-            "model": self._model,
+            "model": self._head["model"],
             "output": [] if begun else [self._item(status)],
             "usage": None if begun else self._response_usage(),
             "error": None,
@@ -195,8 +177,7 @@ class ResponseReply(Reply):
             "tools": [],
             "truncation": "disabled",
             "trimix": {
-                **choice.mix(),
-                **self._taken,
+                **self.mix(choice),
                 **self.extension(choice, () if begun else choice.tokens),
             },
         }

@@ -11,7 +11,7 @@ from trimix_gguf.server.errors import RequestError
 from trimix_gguf.server.fields import Fields
 
 _MOST_STOPS = 32
-_JSON_OBJECT: dict[str, object] = {"type": "object"}
+JSON_OBJECT: dict[str, object] = {"type": "object"}
 # What other servers have and this one has not; each would change the answer.
 _NOT_HERE = {
     **dict.fromkeys(
@@ -29,8 +29,11 @@ _NOT_HERE = {
 }  # fmt: skip
 
 
-def options_of(fields: Fields) -> Options:
-    """The options that both kinds of body set; absent ones keep their defaults."""
+def options_of(fields: Fields, *, stop: str = "stop") -> Options:
+    """The options that all kinds of body set; absent ones keep their defaults.
+
+    `stop` is the name of the field with the stop strings.
+    """
     given: dict[str, object] = {
         "temperature": fields.number("temperature", 0, 2),
         "top_p": fields.number("top_p", 0, 1),
@@ -44,24 +47,24 @@ def options_of(fields: Fields) -> Options:
     }
     for name, why in _NOT_HERE.items():
         fields.refuse(name, why, harmless=(False, 0, [], ""))
-    options: Options = {"stop": _stops(fields)}
-    options.update(_present(given))
+    options: Options = {"stop": _stops(fields, stop)}
+    options.update(present(given))
     options.update(_mix(fields))
     return options
 
 
-def _present(given: dict[str, object]) -> Options:
+def present(given: dict[str, object]) -> Options:
     """The options that a body names."""
     return cast(Options, {name: value for name, value in given.items() if value is not None})
 
 
-def _stops(fields: Fields) -> tuple[str, ...]:
-    value = fields.take("stop")
+def _stops(fields: Fields, name: str) -> tuple[str, ...]:
+    value = fields.take(name)
     stops = [] if value in (None, "") else [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > _MOST_STOPS:
-        fields.wrong("stop", value, f"a string, or a list of up to {_MOST_STOPS}")
+        fields.wrong(name, value, f"a string, or a list of up to {_MOST_STOPS}")
     if not all(isinstance(stop, str) and stop for stop in stops):
-        fields.wrong("stop", value, "strings that are not empty")
+        fields.wrong(name, value, "strings that are not empty")
     return tuple(stops)
 
 
@@ -108,7 +111,7 @@ def _json_schema(fields: Fields) -> dict[str, object] | None:
     if kind == "json_schema":
         schema = schema_of(form.within(form.take("json_schema"), "json_schema"))
     form.done()
-    return _JSON_OBJECT if kind == "json_object" else schema
+    return JSON_OBJECT if kind == "json_object" else schema
 
 
 def form_kind(form: Fields) -> str:
@@ -138,7 +141,9 @@ def _mix(fields: Fields) -> Options:
     value = fields.take("trimix")
     if value is None:
         return {}
-    inner = Fields(value, "trimix")  # our own: an unknown name in it is a typing error
+    inner = Fields(
+        value, fields.place("trimix")
+    )  # our own: an unknown name in it is a typing error
     weights = inner.take("weights")
     method = inner.one_of("method", runtime_methods())
     given: dict[str, object] = {
@@ -150,9 +155,11 @@ def _mix(fields: Fields) -> Options:
     }
     inner.done()
     if weights is not None and method is not None:
-        raise RequestError("give trimix.weights or trimix.method, not both", param="trimix.method")
+        raise RequestError(
+            "give trimix.weights or trimix.method, not both", param=inner.place("method")
+        )
     pair = None if weights is None else _weights(inner, weights)
-    return {**_present(given), **mix_settings(method, pair)}
+    return {**present(given), **mix_settings(method, pair)}
 
 
 def _score_tokens(fields: Fields) -> object:

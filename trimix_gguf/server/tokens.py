@@ -16,7 +16,7 @@ class Tokens:
 
     def __init__(self, trio: Trio, *, most: int) -> None:
         self._trio, self._model, self._most = trio, trio.models[ROLES[0]], most
-        self._aside = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._n_aside = 0
 
     async def tokenize(self, fields: Fields) -> dict[str, Any]:
@@ -36,7 +36,7 @@ class Tokens:
         if text is None:
             fields.wrong("content", None, "a string")
         model = self._model
-        ids = await self._in_thread(lambda: model.tokenize(model.normalize(text), special=special))
+        ids = await self.aside(lambda: model.tokenize(model.normalize(text), special=special))
         ids = (model.bos if any(begin) else []) + ids
         return {"tokens": ids, "count": len(ids), "max_model_len": self._trio.n_ctx}
 
@@ -46,7 +46,7 @@ class Tokens:
         fields.done()
         if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < n_vocab for i in ids):
             fields.wrong("tokens", ids, f"a list of token ids below {n_vocab}")
-        raw = await self._in_thread(lambda: b"".join(self._model.piece(i) for i in ids))
+        raw = await self.aside(lambda: b"".join(self._model.piece(i) for i in ids))
         text = raw.decode("utf-8", "replace")
         return {"content": text, "prompt": text}
 
@@ -66,15 +66,16 @@ class Tokens:
             "chat_template": self._model.chat_template,
         }
 
-    def close(self) -> None:
-        """End its thread."""
-        self._aside.shutdown()
-
-    async def _in_thread(self, call: Callable[[], Any]) -> Any:
+    async def aside(self, call: Callable[[], Any]) -> Any:
+        """What a call gives that tokenizes, in a thread of its own; raises QueueFull."""
         if self._n_aside > self._most:
             raise QueueFull(f"{self._n_aside} requests wait already; try again later")
         self._n_aside += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._aside, call)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, call)
         finally:
             self._n_aside -= 1
+
+    def close(self) -> None:
+        """End its thread."""
+        self._thread.shutdown()

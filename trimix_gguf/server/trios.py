@@ -20,6 +20,7 @@ from trimix_gguf.errors import QueueFull, TrimixError
 from trimix_gguf.server.errors import RequestError
 from trimix_gguf.server.letters import closest
 from trimix_gguf.server.limits import Limits, share_of_context
+from trimix_gguf.server.prompts import no_model
 from trimix_gguf.server.tokens import Tokens
 from trimix_gguf.trio.trio import Trio
 from trimix_gguf.trio.tuned import Tuning
@@ -38,6 +39,7 @@ class Entry:
     languages: tuple[str, ...] = ()
     mix: Options = field(default_factory=Options)
     tuning: Tuning | None = None
+    n_bytes: int = 0  # of its files
 
 
 class Engine:
@@ -128,9 +130,24 @@ class Trios:
         own = (entry for entry in self.entries if entry.name == model)
         return next(own, None if self.is_single else next(of_language, None))
 
-    def by_letters(self, text: str) -> Entry:
-        """The trio whose language has the letters of a text."""
-        return self.entries[closest(text, [entry.languages for entry in self.entries])]
+    def asked(self, model: str | None, text: str, ignored: list[str] | None) -> Entry:
+        """The trio that a call names, or that `text` asks for; RequestError where there is none.
+
+        Where there is one trio it answers to any name, which then goes to `ignored`.
+        """
+        found = self.named(model)
+        if found is not None:
+            return found
+        if self.is_single and ignored is not None:
+            ignored.append("model")
+            return self.entries[0]
+        if not self.is_single and model == BY_LETTERS:
+            return self.entries[closest(text, [entry.languages for entry in self.entries])]
+        raise no_model(str(model), *(entry.name for entry in self.entries))
+
+    def is_loaded(self, entry: Entry) -> bool:
+        """Whether a trio is in memory, to stay."""
+        return self._group_of[entry.name].is_here
 
     # -- which are loaded -------------------------------------------------------------------
 

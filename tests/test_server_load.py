@@ -231,6 +231,33 @@ def test_what_runs_has_its_time_to_end(sent, drain, n, code):
         assert json.loads(events[-1])["error"]["code"] == "shutting_down"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGTERM")
+def test_while_answers_end_new_requests_are_told_to_come_again():
+    """Bug: the port was closed at once, and requests on open connections broke off."""
+    lines = []
+    with serving("--n-ctx", 8192, "--drain", 600) as served:
+        with httpx.Client(base_url=served.url, timeout=PATIENCE_S) as client:
+            assert client.get("/health").status_code == 200  # this connection stays open
+            thread = threading.Thread(
+                target=stream_lines, args=(served, lines), kwargs={"max_tokens": 3000}
+            )
+            thread.start()
+            served.wait_until(is_running)
+            served.process.send_signal(signal.SIGTERM)
+            while not refuses(served):
+                time.sleep(0.02)
+            body = {"messages": [{"role": "user", "content": KAZAKH}], "max_tokens": 1}
+            for path in ("/v1/chat/completions", "/v1/messages", "/api/chat"):
+                for ask in (client.post, httpx.post):
+                    url = path if ask == client.post else served.url + path
+                    told = ask(url, json=body, timeout=PATIENCE_S)
+                    assert told.status_code == 503 and told.headers["retry-after"] == "5"
+            assert served.metrics()["trimix_requests_running"] == 1
+        thread.join(PATIENCE_S)
+        assert served.process.wait(PATIENCE_S) == 0
+    assert [line for line in lines if line][-1] == "data: [DONE]"
+
+
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
 def test_a_second_ctrl_c_does_not_wait():
     lines = []
@@ -241,7 +268,7 @@ def test_a_second_ctrl_c_does_not_wait():
         thread.start()
         served.wait_until(is_running)
         served.process.send_signal(signal.SIGINT)
-        while served.process.poll() is None and not refuses(served.port):
+        while served.process.poll() is None and not refuses(served):
             time.sleep(0.02)  # until the first signal was taken in
         served.process.send_signal(signal.SIGINT)
         thread.join(PATIENCE_S)
@@ -274,12 +301,9 @@ def test_sigterm_ends_a_server_whose_engine_hangs():
         assert error_of(asked.result(), 503)["code"] == "shutting_down"
 
 
-def refuses(port):
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S).close()
-    except ConnectionRefusedError:
-        return True
-    return False
+def refuses(served):
+    """Whether it takes no more requests."""
+    return httpx.get(f"{served.url}/health", timeout=PATIENCE_S).status_code == 503
 
 
 def test_a_port_that_is_taken_is_one_line(trimix, server):

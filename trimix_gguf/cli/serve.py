@@ -112,7 +112,8 @@ def serve(**options: Any) -> None:
 
     With several trios, the field model of a request names one, or its language.
 
-    Ctrl-C or SIGTERM ends the server after the running answers; a second Ctrl-C ends it now.
+    Ctrl-C or SIGTERM ends the server after the running answers, and new requests get status 503; a
+    second Ctrl-C ends it now.
     """
     listening = {name: options.pop(name) for name in ("host", "port")}
     made_key = None
@@ -233,6 +234,7 @@ def _run(
             ended_by = run(
                 api.application(access, log),
                 listener,
+                drain=api.drain,
                 stop=api.stop,
                 on_ready=lambda: _say_ready(ready, given),
                 drain_s=limits.drain_s,

@@ -1,5 +1,6 @@
 """The routes: from a request body to the engine, and back to a reply."""
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -51,6 +52,7 @@ _PAGE_POLICY = (
     "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+_POLL_S = 0.02
 Parse = Callable[[object, list[str] | None], Call]
 Door = Callable[[HttpRequest], Awaitable[Response]]
 _DOORS: dict[str, tuple[Parse, type[Reply]]] = {
@@ -75,6 +77,8 @@ class Api:
         self._models = Models(trios, limits)
         self._metrics = Metrics()
         self._open: set[Events] = set()
+        self._n_inside = 0  # requests that were taken on, and have no reply yet
+        self._is_draining = False
         # Few threads: each takes turns with the engine's for Python's lock.
         self._executor = ThreadPoolExecutor(4, thread_name_prefix="prepare")
         self._n_answers: Counter[str] = Counter()  # that are not finished, by client
@@ -112,6 +116,12 @@ class Api:
         proxies = access.proxies
         return Recorded(application, metrics=self._metrics, paths=paths, log=log, proxies=proxies)
 
+    async def drain(self) -> None:
+        """Take on no more requests, and wait until those that were are answered."""
+        self._is_draining = True
+        while self._n_inside or self._open:
+            await asyncio.sleep(_POLL_S)
+
     def stop(self) -> None:
         """End every answer that is not finished, and say why."""
         for events in self._open:
@@ -127,7 +137,7 @@ class Api:
             ignored, record = self._ignored(request), record_of(request.scope)
             call = parse(await self._read(request), ignored)
             self._check_number(call)
-            async with self._engine(call, ignored) as (engine, taken):
+            async with self._inside(), self._engine(call, ignored) as (engine, taken):
                 call = with_usable_tools(engine.trio, call, ignored)
                 echoes = prompt_texts(engine.trio, call)
                 said = Said(model=engine.name, echoes=echoes, taken=taken, began=record.began)
@@ -137,6 +147,17 @@ class Api:
                 return await self._reply(request, engine, call, reply)
 
         return answer
+
+    @asynccontextmanager
+    async def _inside(self) -> AsyncIterator[None]:
+        """While a request is taken on; raises RequestError where the server is to end."""
+        if self._is_draining:
+            raise stopping()
+        self._n_inside += 1
+        try:
+            yield
+        finally:
+            self._n_inside -= 1
 
     @asynccontextmanager
     async def _engine(
@@ -312,6 +333,8 @@ class Api:
 
     async def health(self, _: HttpRequest) -> Response:
         """Whether the engines run, and take more requests."""
+        if self._is_draining:
+            raise stopping()
         if not self._trios.is_alive:
             raise RequestError("the engine has stopped", status=503, code="engine_stopped")
         return JSONResponse({"status": "busy" if self._trios.is_busy else "ok"})

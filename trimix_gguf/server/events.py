@@ -13,7 +13,7 @@ from trimix_gguf.answering.batching import Batcher
 from trimix_gguf.answering.job import Job
 from trimix_gguf.answering.request import Event, Request
 from trimix_gguf.errors import TrimixError
-from trimix_gguf.server.errors import RequestError, as_request_error
+from trimix_gguf.server.errors import RETRY, RequestError, as_request_error
 
 
 class Events:
@@ -117,4 +117,6 @@ def _raise_failure(event: Event) -> None:
 
 def stopping() -> RequestError:
     """What a client is told whose answer the server does not finish."""
-    return RequestError("the server is shutting down", status=503, code="shutting_down")
+    return RequestError(
+        "the server is shutting down", status=503, code="shutting_down", headers=RETRY
+    )

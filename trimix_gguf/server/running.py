@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -15,7 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from trimix_gguf.server.errors import RequestError, error_json
+from trimix_gguf.server.errors import RETRY, RequestError, error_json
 
 _MOST_HEADERS = 1 << 16  # bytes
 _LAST_WORDS_S = 1.0  # for answers that are cut off to say so
@@ -44,6 +44,7 @@ def run(
     application: ASGIApp,
     listener: socket.socket,
     *,
+    drain: Callable[[], Awaitable[None]],
     stop: Callable[[], None],
     on_ready: Callable[[], None],
     drain_s: float,
@@ -51,8 +52,9 @@ def run(
 ) -> int:
     """Serve until SIGINT or SIGTERM; returns the signal.
 
-    Then no new request is taken, and running ones have `drain_s` seconds to end before `stop` is
-    called; a second signal calls it at once.
+    Then `drain` refuses new requests and waits for the end of running ones, at most `drain_s`
+    seconds; then connections are refused, and `stop` ends what still runs. A second signal calls
+    it at once.
     """
     config = _Config(
         application,
@@ -69,7 +71,7 @@ def run(
         h11_max_incomplete_event_size=_MOST_HEADERS,
     )
     config.read_timeout_s = read_timeout_s
-    server = _Server(config, stop=stop, on_ready=on_ready, drain_s=drain_s)
+    server = _Server(config, drain=drain, stop=stop, on_ready=on_ready, drain_s=drain_s)
     server.run(sockets=[listener])
     return server.signal
 
@@ -87,12 +89,13 @@ class _Server(uvicorn.Server):
         self,
         config: uvicorn.Config,
         *,
+        drain: Callable[[], Awaitable[None]],
         stop: Callable[[], None],
         on_ready: Callable[[], None],
         drain_s: float,
     ) -> None:
         super().__init__(config)
-        self._stop, self._on_ready, self._drain_s = stop, on_ready, drain_s
+        self._drain, self._stop, self._on_ready, self._drain_s = drain, stop, on_ready, drain_s
         self.signal = 0
         self._hurry = False
 
@@ -114,13 +117,20 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let running answers end, within limits."""
-        ending = asyncio.get_running_loop().create_task(self._end_answers())
+        loop, deadline = asyncio.get_running_loop(), time.monotonic() + self._drain_s
+        draining = asyncio.ensure_future(self._drain())
+        while not draining.done() and self._is_patient(deadline):
+            await asyncio.sleep(0.05)
+        draining.cancel()
+        ending = loop.create_task(self._end_answers(deadline))
         await super().shutdown(sockets)
         ending.cancel()
 
-    async def _end_answers(self) -> None:
-        deadline = time.monotonic() + self._drain_s
-        while not self._hurry and time.monotonic() < deadline:
+    def _is_patient(self, deadline: float) -> bool:
+        return not self._hurry and time.monotonic() < deadline
+
+    async def _end_answers(self, deadline: float) -> None:
+        while self._is_patient(deadline):
             await asyncio.sleep(0.05)
         self._stop()
         await asyncio.sleep(_LAST_WORDS_S)
@@ -147,7 +157,10 @@ class _Protocol(H11Protocol):
             idle = [c for c in others if c.is_idle]
             if not idle:
                 message = f"{_MOST_CONNECTIONS} connections are open already; try again later"
-                self._refuse(RequestError(message, status=503, code="too_many_connections"))
+                error = RequestError(
+                    message, status=503, code="too_many_connections", headers=RETRY
+                )
+                self._refuse(error)
                 return
             min(idle, key=lambda c: c._idle_since).transport.abort()
 
@@ -237,6 +250,7 @@ def _whole_response(error: RequestError) -> Iterator[h11.Event]:
         "content-type": "application/json",
         "content-length": str(len(body)),
         "connection": "close",
+        **error.headers,
     }
     yield h11.Response(status_code=error.status, headers=list(headers.items()))
     yield h11.Data(data=body)

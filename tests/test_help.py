@@ -40,6 +40,7 @@ NOT_RUN = {
     "adapt": "needs the extra `adapt`; test_adapting.py runs it",
     "pull": "needs the Hugging Face hub",
     "serve": "runs until somebody stops it",
+    "run --ray": "needs a Ray cluster, as test_run_ray.py has",
     "doctor --mend": "may build llama.cpp",
     "export nano": "packs the program, as test_program.py does",
     "tune": "measures for minutes, as test_tuning.py does",

@@ -14,8 +14,9 @@ from trimix_gguf.answering.request import Request
 from trimix_gguf.cli.bars import count_bar
 from trimix_gguf.errors import DataError, ModelError, SamplerError
 from trimix_gguf.mixing.fusion import METHODS
+from trimix_gguf.runs.answers import Answers, Settings
 from trimix_gguf.runs.lines import read_lines
-from trimix_gguf.runs.running import Run, Settings, group_lines
+from trimix_gguf.runs.running import Here, Run, group_lines
 
 GOOD = {"prompt": "The prince", "temperature": 0, "max_tokens": 8, **ENDLESS}
 
@@ -47,7 +48,16 @@ def test_a_request_that_fails_on_the_way_is_wrong_too(trio, monkeypatch, n_choic
 
     def answers(**options):
         out, settings = io.BytesIO(), Settings("nano", n_parallel=3, **options)
-        assert Run(trio, lines, settings, source="in", bar=count_bar).to_stream(out) == 1
+        assert (
+            Run(
+                Here(Answers(trio, settings, source="in")),
+                lines,
+                settings,
+                source="in",
+                bar=count_bar,
+            ).to_stream(out)
+            == 1
+        )
         return [json.loads(line) for line in out.getvalue().splitlines()]
 
     failure = SamplerError("no token is allowed")

@@ -2,14 +2,14 @@
 
 import sys
 from contextlib import ExitStack
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from trimix_gguf.cli.bars import count_bar
-from trimix_gguf.cli.options import model_name, named_trio, open_trio, trio_options
+from trimix_gguf.cli.options import FILES, model_name, named_trio, open_trio, trio_options
 from trimix_gguf.errors import DataError
 from trimix_gguf.mixing.sampling import N_SEEDS
 from trimix_gguf.server.limits import Limits
@@ -56,6 +56,17 @@ def _shard(context: click.Context, parameter: click.Parameter, text: str) -> tup
     is_flag=True,
     help="Write an error for each wrong line and go on; the exit code is 0, their number a note.",
 )
+@click.option(
+    "--ray",
+    metavar="ADDRESS|auto|local",
+    help="Answer by a Ray cluster: at an address, this machine's (auto), or a new one (local).",
+)
+@click.option(
+    "--ray-workers",
+    type=click.IntRange(1),
+    metavar="N",
+    help="How many of its processes each load the trio. Default: one per machine.",
+)
 @click.option("--force", is_flag=True, help="Begin again, and replace an existing output.")
 def run(prompts: str, output: str, **options: Any) -> None:
     """Answer a file of requests, many at once.
@@ -65,11 +76,15 @@ def run(prompts: str, output: str, **options: Any) -> None:
     have the order of the lines. A run that was stopped, even by a kill, goes on with the same
     command, and ends in the same answers. See `trimix help many-prompts`.
     """
+    from trimix_gguf.runs.answers import Settings
     from trimix_gguf.runs.journal import claim
-    from trimix_gguf.runs.running import Run, Settings, refuse_wrong, shard_of
+    from trimix_gguf.runs.running import Run, refuse_wrong, shard_of
     from trimix_gguf.server.settings import mix_settings
 
     force, shard = options.pop("force"), options.pop("shard")
+    ray, n_workers = options.pop("ray"), options.pop("ray_workers")
+    if n_workers is not None and ray is None:
+        raise click.UsageError("--ray-workers goes with --ray")
     out = None if output == "-" else Path(output)
     with ExitStack() as stack:
         if out is not None:
@@ -88,13 +103,17 @@ def run(prompts: str, output: str, **options: Any) -> None:
             n_parallel=options.pop("parallel"),
             skip_bad=options.pop("skip_bad"),
         )
-        rounding = {name: options[name] for name in _ROUNDING}
-        trio = stack.enter_context(open_trio(options))
-        work = Run(trio, own, settings, source=source, bar=count_bar)
+        if ray is None:
+            workers = _here(stack, options, settings, source)
+        else:
+            workers = _by_ray(stack, ray, n_workers, options, settings, source)
+        work = Run(workers, own, settings, source=source, bar=count_bar)
         if out is None:
             n_wrong = work.to_stream(sys.stdout.buffer)
         else:
-            n_wrong = work.to_file(out, _header(trio, settings, sha256, shard, rounding))
+            given = {f"--{name.replace('_', '-')}": options[name] for name in _ROUNDING}
+            header = {**_header(settings, sha256, shard), **given, **workers.header()}
+            n_wrong = work.to_file(out, header)
     if n_wrong:
         print(f"note: {n_wrong} of {len(own)} lines were wrong", file=sys.stderr)
 
@@ -119,24 +138,45 @@ def _read(prompts: str) -> tuple[Any, str]:
     return lines, sha256
 
 
-def _header(
-    trio: Any, settings: Any, sha256: str, shard: tuple[int, int], rounding: dict[str, Any]
-) -> dict[str, Any]:
-    """What the answers depend on, by the words that name it."""
-    from trimix_gguf.machine.hashes import kept_sha256
+def _here(stack: ExitStack, options: dict[str, Any], settings: Any, source: str) -> Any:
+    """The trio of this process, open as long as `stack`."""
+    from trimix_gguf.runs.answers import Answers
+    from trimix_gguf.runs.running import Here
 
-    models = {role: kept_sha256(model.path) for role, model in trio.models.items()}
-    adapters = [kept_sha256(m.lora) for m in trio.models.values() if m.lora is not None]
+    trio = stack.enter_context(open_trio(dict(options)))
+    return Here(Answers(trio, settings, source=source))
+
+
+def _by_ray(
+    stack: ExitStack,
+    address: str,
+    n_workers: int | None,
+    options: dict[str, Any],
+    settings: Any,
+    source: str,
+) -> Any:
+    """The trios of a Ray cluster, one per machine, or `n_workers`."""
+    from trimix_gguf.runs.ray_workers import RayWorkers, connected
+
+    # Processes of the cluster have folders of their own.
+    named = {n: Path(options[n]) for n in ("trio", *FILES) if options.get(n) is not None}
+    here = {name: str(path.absolute()) for name, path in named.items() if path.exists()}
+    stack.enter_context(connected(address))
+    return RayWorkers(
+        partial(open_trio, {**options, **here}),
+        settings,
+        source=source,
+        n_workers=n_workers,
+    )
+
+
+def _header(settings: Any, sha256: str, shard: tuple[int, int]) -> dict[str, Any]:
+    """What the answers depend on beside the trio, by the words that name it."""
     return {
         "prompts": sha256,
-        "models": [models, adapters],
-        "weights of the trio": repr((settings.mix, trio.tuning)),
-        "versions": [version("trimix-gguf"), version("llama-cpp-python")],
         "--parallel": settings.n_parallel,
         "--seed": settings.seed,
         "--shard": shard,
         "--name": settings.name,
         "--skip-bad": settings.skip_bad,
-        "--n-ctx": trio.n_ctx,
-        **{f"--{name.replace('_', '-')}": value for name, value in rounding.items()},
     }

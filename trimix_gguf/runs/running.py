@@ -2,46 +2,28 @@
 
 Rounding depends on what shares a batch. So lines that begin alike form groups, and each group gets
 an engine of its own: a run that goes on after a kill has the groups, and the answers, of one that
-was not stopped. Within a group an answer that ends makes room for the next.
+was not stopped, and so has one whose groups are answered by several machines. Within a group an
+answer that ends makes room for the next.
 """
 
-import hashlib
-import queue
+import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
-from trimix_gguf.answering.batching import Batcher
 from trimix_gguf.answering.chat import close_renderer
-from trimix_gguf.answering.job import Job
-from trimix_gguf.answering.request import Event, Options, Request
-from trimix_gguf.errors import DataError, ModelError, TrimixError
-from trimix_gguf.mixing.sampling import N_SEEDS
+from trimix_gguf.errors import DataError
+from trimix_gguf.runs.answers import Answers, Settings, refused
 from trimix_gguf.runs.journal import Journal
-from trimix_gguf.runs.lines import Line, answer_text, error_text
-from trimix_gguf.server.errors import RequestError, as_request_error
-from trimix_gguf.server.limits import share_of_context
-from trimix_gguf.server.prompts import check_model, make_requests, prompt_texts
-from trimix_gguf.server.replies import Reply
-from trimix_gguf.trio.trio import Trio
+from trimix_gguf.runs.lines import Line
+from trimix_gguf.server.errors import RequestError
 
 _ROUNDS = 4  # a group has so many answers for each at a time; a kill may lose one group
 
 Progress = Callable[[int, int], None]  # lines done, lines in all
 Bar = Callable[[str], AbstractContextManager[Progress]]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a run answers: the model's name, its mix, a seed; whether wrong lines are skipped."""
-
-    name: str
-    mix: Options | None = None
-    seed: int = 0
-    n_parallel: int = 8
-    skip_bad: bool = False
 
 
 def shard_of(lines: Sequence[Line], i: int, n: int) -> Sequence[Line]:
@@ -69,16 +51,51 @@ def refuse_wrong(lines: Sequence[Line], source: str) -> None:
             raise DataError(f"{source}, line {line.number}: {line.error}")
 
 
+class Workers(Protocol):
+    """Who answers lines: the trio of this process, or those of several machines."""
+
+    def header(self) -> dict[str, Any]:
+        """What of the trio the answers depend on."""
+
+    def flaws(self, lines: Sequence[Line]) -> Iterator[RequestError | None]:
+        """What is wrong with each line, in their order."""
+
+    def answers(self, groups: Sequence[Sequence[Line]]) -> Iterator[tuple[int, int, str]]:
+        """(index of the group, number of the line, answer), as they come."""
+
+
+class Here:
+    """The trio of this process, which answers one group after another."""
+
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
+
+    def header(self) -> dict[str, Any]:
+        """What of the trio the answers depend on."""
+        return self._answers.header()
+
+    def flaws(self, lines: Sequence[Line]) -> Iterator[RequestError | None]:
+        """What is wrong with each line."""
+        return map(self._answers.flaw, lines)
+
+    def answers(self, groups: Sequence[Sequence[Line]]) -> Iterator[tuple[int, int, str]]:
+        """(index of the group, number of the line, answer), as they end."""
+        try:
+            for i, group in enumerate(groups):
+                for number, text in self._answers.to(group):
+                    yield i, number, text
+        finally:
+            close_renderer()
+
+
 class Run:
-    """The lines of a file, which messages call `source`, and how they are answered."""
+    """The lines of a file, which messages call `source`, and who answers them how."""
 
     def __init__(
-        self, trio: Trio, lines: Sequence[Line], settings: Settings, *, source: str, bar: Bar
+        self, workers: Workers, lines: Sequence[Line], settings: Settings, *, source: str, bar: Bar
     ) -> None:
-        self._trio, self._settings, self._source, self._bar = trio, settings, source, bar
-        self._lines = {line.number: line for line in lines}
-        most = share_of_context(trio.n_ctx, settings.n_parallel)
-        self._defaults = Request.of(Request("", max_tokens=most), **(settings.mix or {}))
+        self._workers, self._settings, self._source, self._bar = workers, settings, source, bar
+        self._lines = lines
 
     def to_file(self, out: Path, header: Mapping[str, Any]) -> int:
         """Answer into a file; continues an earlier run. Returns how many lines were wrong."""
@@ -93,137 +110,43 @@ class Run:
     def to_stream(self, stream: BinaryIO) -> int:
         """Print each answer once those before it are printed; returns how many lines were wrong."""
         waiting: dict[int, str] = {}
-        numbers = iter(self._lines)
-        newest = next(numbers, None)
+        numbers = iter([line.number for line in self._lines])
+        newest, n_wrong = next(numbers, None), 0
         for answers in self._answers(()):
             waiting |= answers
             while newest in waiting:
-                stream.write(waiting.pop(newest).encode())
+                text = waiting.pop(newest)
+                n_wrong += json.loads(text).get("error") is not None
+                stream.write(text.encode())
                 newest = next(numbers, None)
             stream.flush()
-        return sum(line.error is not None for line in self._lines.values())
+        return n_wrong
 
     def _answers(self, done: "Journal | tuple[()]") -> Iterator[dict[int, str]]:
-        """Answers by number, group by group, of the groups that are not `done`."""
-        groups = group_lines(list(self._lines.values()), _ROUNDS * self._settings.n_parallel)
+        """Answers by number, a group at a time, of the groups that are not `done`."""
+        groups = group_lines(self._lines, _ROUNDS * self._settings.n_parallel)
         n_done = len(done)
         left = [group for group in groups if group[0].number not in done]
-        self._check([line for group in left for line in group])
-        try:
-            with self._bar("Answering") as progress:
+        checked = self._checked([line for group in left for line in group])
+        left = [[checked[line.number] for line in group] for group in left]
+        with self._bar("Answering") as progress:
+            progress(n_done, len(self._lines))
+            come: defaultdict[int, dict[int, str]] = defaultdict(dict)
+            for i, number, text in self._workers.answers(left):
+                come[i][number] = text
+                n_done += 1
                 progress(n_done, len(self._lines))
-                for group in left:
-                    answers: dict[int, str] = {}
-                    for number, text in self._answer([self._lines[x.number] for x in group]):
-                        answers[number] = text
-                        progress(n_done + len(answers), len(self._lines))
-                    n_done += len(answers)
-                    yield answers
-        finally:
-            close_renderer()
+                if len(come[i]) == len(left[i]):
+                    yield come.pop(i)
 
-    # -- lines ------------------------------------------------------------------------------
-
-    def _check(self, lines: Sequence[Line]) -> None:
-        """Find the lines that cannot be answered, in their order; raises DataError for the first.
-
-        Where wrong ones are skipped, it notes what is wrong.
-        """
+    def _checked(self, lines: Sequence[Line]) -> dict[int, Line]:
+        """Lines by number, with what is wrong; raises DataError for the first that may not be."""
+        ordered, checked = sorted(lines, key=lambda line: line.number), {}
         with self._bar("Checking") as progress:
-            for i, line in enumerate(sorted(lines, key=lambda line: line.number), 1):
-                error = line.error or self._flaw(line)
-                if error is not None:
-                    self._wrong(line, error)
+            flaws = self._workers.flaws(ordered)
+            for i, (line, flaw) in enumerate(zip(ordered, flaws, strict=True), 1):
+                if flaw is not None:
+                    line = refused(line, flaw, self._settings, source=self._source)
+                checked[line.number] = line
                 progress(i, len(lines))
-
-    def _flaw(self, line: Line) -> RequestError | None:
-        """Why a line cannot be answered, as far as can be told before."""
-        try:
-            requests = self._requests(line)
-            for at, request in enumerate(requests):
-                if at == 0 or request.prompt is not requests[at - 1].prompt:
-                    Job(self._trio, request, lambda event: None)
-        except TrimixError as error:
-            return as_request_error(error)
-        return None
-
-    def _wrong(self, line: Line, error: RequestError) -> None:
-        """Note that a line is wrong; raises where that ends the run."""
-        told = f"{self._source}, line {line.number}: {error}"
-        if error.status >= 500:  # not the line's fault
-            raise ModelError(told)
-        if not self._settings.skip_bad:
-            raise DataError(told)
-        self._lines[line.number] = replace(line, error=error)
-
-    def _requests(self, line: Line) -> list[Request]:
-        """What a line asks of the engine; raises TrimixError."""
-        call = line.call
-        assert call is not None
-        check_model(call.model, self._settings.name)
-        if call.seed is None:
-            call = replace(call, seed=_seed(self._settings.seed, line.id))
-        return make_requests(self._trio, call, defaults=self._defaults)
-
-    # -- answers ----------------------------------------------------------------------------
-
-    def _answer(self, group: Sequence[Line]) -> Iterator[tuple[int, str]]:
-        """(number, answer) of each line of a group, as they end."""
-        requests: list[Request] = []
-        places: list[tuple[Line, int]] = []  # by request: whose answer, and which one
-        replies: dict[int, Reply] = {}
-        for line in group:
-            if line.error is not None or line.call is None:
-                yield line.number, self._refused(line)
-                continue
-            own = self._requests(line)
-            requests += own
-            places += [(line, i) for i in range(len(own))]
-            echoes = prompt_texts(self._trio, line.call)
-            name = self._settings.name
-            replies[line.number] = Reply(line.call, self._trio, model=name, echoes=echoes)
-        if not requests:
-            return
-        left = {line.number: line.n_answers for line in group if line.number in replies}
-        for at, event in self._events(requests):
-            line, i = places[at]
-            if line.number not in left:  # another of its answers failed
-                continue
-            if event.error is not None:
-                self._wrong(line, as_request_error(event.error))
-                del left[line.number]
-                yield line.number, self._refused(self._lines[line.number])
-                continue
-            for _ in replies[line.number].take(i, event):
-                pass
-            left[line.number] -= event.finish_reason is not None
-            if left[line.number] == 0:
-                del left[line.number]
-                yield line.number, answer_text(line, replies.pop(line.number).body())
-
-    def _events(self, requests: Sequence[Request]) -> Iterator[tuple[int, Event]]:
-        """(index, event) of requests, as they come, until each has ended."""
-        events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
-        n_parallel = self._settings.n_parallel
-        batcher = Batcher(
-            self._trio, n_parallel=n_parallel, n_queue=len(requests), all_known=True, drafts=False
-        )
-        try:
-            batcher.submit_all(requests, lambda i, event: events.put((i, event)))
-            n_left = len(requests)
-            while n_left:
-                at, event = events.get()
-                n_left -= event.error is not None or event.finish_reason is not None
-                yield at, event
-        finally:
-            batcher.close()
-
-    def _refused(self, line: Line) -> str:
-        assert line.error is not None
-        return error_text(line, line.error)
-
-
-def _seed(seed: int, id: str | int) -> int:
-    """The seed of a line that gives none: the same one in each run."""
-    digest = hashlib.sha256(f"{seed} {id}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") % N_SEEDS
+        return checked

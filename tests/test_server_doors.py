@@ -1,6 +1,9 @@
 """The doors for clients of Anthropic's API and of Ollama's: the same chat, in their forms."""
 
 import json
+import os
+import signal
+from contextlib import ExitStack
 from itertools import pairwise
 
 import httpx
@@ -389,15 +392,23 @@ def test_no_body_ends_in_a_mistake_of_the_server(server, path):
         shape(response, response.status_code)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGTERM")
 def test_a_stream_that_fails_ends_in_the_apis_error():
-    with serving("--timeout", 1, "--n-ctx", 8192, "--parallel", 1) as served:
-        long = {"messages": CHAT, "stream": True, **ENDLESS}
-        events = named_events(served.post("/v1/messages", {**long, "max_tokens": 8000}).text)
-        assert events[0]["type"] == "message_start" and events[-1]["type"] == "error"
-        assert events[-1]["error"]["type"] == "timeout_error"
-        asked = {"messages": CHAT, "options": {"num_predict": 8000, **ENDLESS}}
-        *lines, last = lines_of(served.post("/api/chat", asked).text)
-        assert lines and not any(line["done"] for line in lines) and "timeout" in last["error"]
+    long = {"messages": CHAT, "stream": True, "max_tokens": 8000, **ENDLESS}
+    asked = {"messages": CHAT, "options": {"num_predict": 8000, **ENDLESS}}
+    with serving("--n-ctx", 16384, "--drain", 0) as served, ExitStack() as stack:
+        texts = []
+        for path, body in [("/v1/messages", long), ("/api/chat", asked)]:
+            answer = httpx.stream("POST", served.url + path, json=body, timeout=PATIENCE_S)
+            texts.append(stack.enter_context(answer).iter_text())
+        begun = [next(text) for text in texts]
+        served.process.send_signal(signal.SIGTERM)
+        whole = ["".join([first, *rest]) for first, rest in zip(begun, texts, strict=True)]
+    events, lines = named_events(whole[0]), lines_of(whole[1])
+    assert events[0]["type"] == "message_start" and events[-1]["type"] == "error"
+    assert events[-1]["error"]["type"] == "overloaded_error"
+    assert not any(line["done"] for line in lines[:-1]) and len(lines) > 1
+    assert lines[-1] == {"error": "the server is shutting down"}
 
 
 def test_fields_that_are_not_known(server):

@@ -6,7 +6,6 @@ was not stopped, and so has one whose groups are answered by several machines. W
 answer that ends makes room for the next.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO, Protocol
 
 from trimix_gguf.answering.chat import close_renderer
 from trimix_gguf.errors import DataError
+from trimix_gguf.machine import typed_json
 from trimix_gguf.runs.answers import Answers, Settings, refused
 from trimix_gguf.runs.journal import Journal
 from trimix_gguf.runs.lines import Line
@@ -116,7 +116,7 @@ class Run:
             waiting |= answers
             while newest in waiting:
                 text = waiting.pop(newest)
-                n_wrong += json.loads(text).get("error") is not None
+                n_wrong += typed_json.parse(text.encode(), {}).get("error") is not None
                 stream.write(text.encode())
                 newest = next(numbers, None)
             stream.flush()

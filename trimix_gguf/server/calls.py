@@ -26,9 +26,10 @@ class FunctionCall:
     def values(self) -> object:
         """The arguments; none where they were cut off."""
         try:
-            return json.loads(self.arguments)
-        except ValueError:
+            values: object = parse_json(self.arguments.encode())
+        except RequestError:
             return {}
+        return values
 
 
 def new_id(kind: str) -> str:

@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -23,6 +22,7 @@ from trimix_gguf.answering.chat import close_renderer
 from trimix_gguf.errors import QueueFull, TrimixError
 from trimix_gguf.server.anthropic import MessageReply, parse_counted, parse_message
 from trimix_gguf.server.bodies import read_json
+from trimix_gguf.server.document import document
 from trimix_gguf.server.errors import INVALID_SCHEMA, RequestError, as_request_error, error_response
 from trimix_gguf.server.events import Events, stopping
 from trimix_gguf.server.fields import Fields
@@ -46,12 +46,6 @@ from trimix_gguf.server.responses import ResponseReply, parse_response
 from trimix_gguf.server.streaming import Stream
 from trimix_gguf.server.trios import Engine, Entry, Trios
 
-PAGE = Path(__file__).parent / "page.html"
-# The page is one file that asks only this server, and no other page may show it in a frame.
-_PAGE_POLICY = (
-    "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 _POLL_S = 0.02
 Parse = Callable[[object, list[str] | None], Call]
 Door = Callable[[HttpRequest], Awaitable[Response]]
@@ -346,10 +340,12 @@ class Api:
 
     async def page(self, request: HttpRequest) -> Response:
         """The chat page."""
-        if not PAGE.is_file():
+        try:
+            page, policy = document()
+        except OSError:
             return await _no_such_route(request, HTTPException(404))
-        headers = {"Content-Security-Policy": _PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
-        return Response(PAGE.read_bytes(), headers=headers, media_type="text/html")
+        headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
+        return Response(page, headers=headers, media_type="text/html")
 
 
 async def _refused(request: HttpRequest, error: Exception) -> Response:

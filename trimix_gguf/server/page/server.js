@@ -1,0 +1,55 @@
+// -- the server -------------------------------------------------------------------------------------
+
+class Failure extends Error {
+  constructor(name, detail = "") {
+    super(detail || name);
+    this.failure = name;
+    this.detail = detail;
+  }
+}
+
+async function request(path, options = {}) {
+  const key = recall("sessionStorage", "key");
+  const headers = key === null ? {} : { Authorization: `Bearer ${key}` };
+  let response;
+  try {
+    response = await fetch(path, { ...options, headers: { ...headers, ...options.headers } });
+  } catch (error) {
+    throw error.name === "AbortError" ? error : new Failure("gone");
+  }
+  if (response.ok) return response;
+  const said = await response.json().then((body) => body.error, () => null);
+  throw failure(response.status, said ?? {});
+}
+
+function failure(status, { code, message }) {
+  if (status === 401) return new Failure("needsKey");
+  if (status === 429) return new Failure("busy");
+  if (code === "context_length_exceeded") return new Failure("context");
+  return new Failure("failed", message);
+}
+
+/** Server-sent events -> objects. Bytes may be cut anywhere, inside a character too. */
+async function* events(body) {
+  const reader = body.getReader();
+  const decoder = new TextDecoder();
+  let [rest, isWhole] = ["", false];
+  try {
+    for (;;) {
+      const { value, done } = await reader.read().catch((error) => {
+        throw error.name === "AbortError" ? error : new Failure("cut");
+      });
+      if (done && !isWhole) throw new Failure("cut");
+      if (done) return;
+      const lines = (rest + decoder.decode(value, { stream: true })).split(/\r\n|\n/);
+      rest = lines.pop();
+      for (const line of lines) {
+        const data = line.startsWith("data:") ? line.slice(5).trim() : "";
+        isWhole = isWhole || data === "[DONE]";
+        if (data && !isWhole) yield JSON.parse(data);
+      }
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}

@@ -1,0 +1,72 @@
+function setLanguage(name) {
+  language = name;
+  document.documentElement.lang = name;
+  document.documentElement.dir = TEXTS[name].dir;
+  $("language").value = name;
+  for (const part of document.querySelectorAll("[data-text]")) part.textContent = say(part.dataset.text);
+  for (const part of document.querySelectorAll("[data-placeholder]")) part.placeholder = say(part.dataset.placeholder);
+  for (const part of document.querySelectorAll("[data-label]")) part.setAttribute("aria-label", say(part.dataset.label));
+  const here = /^(localhost|127\..*|\[::1\])$/.test(location.hostname);
+  $("privacy").textContent = say(here ? "privateHere" : "privateThere", { host: location.host });
+  if (!("highlights" in CSS)) $("colours").title = say("noColours");
+  $("card").hidden = true;
+  setDirection($("question"));
+  turns.forEach(show);
+}
+
+function firstLanguage() {
+  const wanted = [recall("localStorage", "language"), ...navigator.languages.map((tag) => tag.split("-")[0])];
+  return wanted.find((name) => name in TEXTS) ?? "en";
+}
+
+function setColours(on) {
+  document.documentElement.classList.toggle("coloured", on);
+  $("colours").checked = on;
+}
+
+function start() {
+  prepareColours();
+  $("colours").disabled = !("highlights" in CSS);
+  setColours("highlights" in CSS && (recall("localStorage", "colours") ?? true));
+  for (const [name, { name: own, dir }] of Object.entries(TEXTS)) $("language").append(element("option", { value: name, lang: name, dir }, own));
+  settings = { ...settings, ...recall("sessionStorage", "settings") };
+  turns = recall("sessionStorage", "turns") ?? [];
+  for (const turn of turns) turn.answer = { ...turn.answer, end: turn.answer?.end ?? { name: "stopped" } };
+  setLanguage(firstLanguage());
+
+  $("language").addEventListener("change", (event) => {
+    remember("localStorage", "language", event.target.value);
+    setLanguage(event.target.value);
+  });
+  $("trio").addEventListener("change", (event) => {
+    remember("localStorage", "trio", event.target.value);
+    meet(chosenTrio());
+  });
+  $("colours").addEventListener("change", (event) => {
+    remember("localStorage", "colours", event.target.checked);
+    setColours(event.target.checked);
+  });
+  $("new").addEventListener("click", newConversation);
+  $("open-settings").addEventListener("click", openSettings);
+  $("settings").addEventListener("change", enableFields);
+  $("settings").addEventListener("input", (event) => { if (event.target.name === "system") setDirection(event.target); });
+  $("settings").addEventListener("close", readSettings);
+  $("key").querySelector("form").addEventListener("submit", takeKey);
+  $("no-key").addEventListener("click", () => $("key").close());
+  $("stop").addEventListener("click", () => running?.abort.abort());
+  $("ask").addEventListener("submit", (event) => { event.preventDefault(); send(); });
+  $("question").addEventListener("input", fitQuestion);
+  $("question").addEventListener("keydown", (event) => {
+    if (isSend(event)) { event.preventDefault(); send(); }
+  });
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape") stopInspecting(); });
+  document.addEventListener("click", (event) => { if (!event.target.closest?.(".text")) stopInspecting(); });
+  addEventListener("scroll", () => {
+    $("card").hidden = true;
+    follow = innerHeight + scrollY >= document.documentElement.scrollHeight - 80;
+  }, { passive: true });
+  $("question").focus();
+  greet();
+}
+
+start();

@@ -1,0 +1,2 @@
+// The words of the page, by language: a file each in texts/.
+const TEXTS = {};

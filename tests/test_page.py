@@ -113,10 +113,13 @@ def test_copy_and_a_new_chat_and_where_things_are_kept(page, server):
     assert page.run("return navigator.clipboard.readText()") == shown(page, "answer")
     page.open(server.url)  # the tab is loaded again
     assert shown(page, "question") == KAZAKH
-    assert page.run("return Object.keys(localStorage)") == ["trimix.language"]
+    kept = page.run("return 'trimix.chat.' + chat.id")
+    assert sorted(page.run("return Object.keys(localStorage)")) == [kept, "trimix.language"]
     page.click("#new")
-    assert page.run("return sessionStorage['trimix.turns']") == "[]"
     assert page.run("return document.querySelectorAll('.turn').length") == 0
+    assert page.run("return localStorage[arguments[0]]", kept) is not None
+    page.click("#undo")
+    assert shown(page, "question") == KAZAKH
 
 
 def test_settings_reach_the_server(window, server):

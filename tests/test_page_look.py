@@ -95,7 +95,8 @@ def test_colours_go_and_come_and_move_no_letter(window, server):
     show(window, server.url, turns=[traced(UYGHUR, 2), traced(UYGHUR, 99)])
 
     places = """return turns.map((turn) => {
-        const text = turn.view.text, range = new Range();
+        const text = document.createTreeWalker(turn.view.body, NodeFilter.SHOW_TEXT).nextNode();
+        const range = new Range();
         return [...text.data].map((_, i) => {
           range.setStart(text, 0);
           range.setEnd(text, i + 1);

@@ -19,18 +19,22 @@ ENTER, TAB, ESCAPE, LEFT, RIGHT, END = "\ue007", "\ue004", "\ue00c", "\ue012", "
 GREEDY = {"temperature": 0, "maxTokens": 24}
 
 
-def show(window, url, *, turns=(), language="en", **settings):
+def show(window, url, *, turns=(), language="en", beside=False, **settings):
     """Open the page with what an earlier visit of this tab would have left."""
     window.resize(1280, 800)
     window.open(url)
-    kept = {"turns": turns, "settings": {**GREEDY, **settings}}
     window.run(
         """localStorage.clear(); sessionStorage.clear();
-        localStorage.setItem("trimix.language", JSON.stringify(arguments[1]));
-        for (const [name, value] of Object.entries(arguments[0]))
-          sessionStorage.setItem("trimix." + name, JSON.stringify(value));""",
-        kept,
+        remember("localStorage", "language", arguments[1]);
+        if (arguments[3]) remember("localStorage", "beside", true);
+        remember("sessionStorage", "settings", arguments[2]);
+        turns = arguments[0];
+        keepChat();
+        turns = [];""",
+        turns,
         language,
+        {**GREEDY, **settings},
+        beside,
     )
     window.open(url)
 
@@ -50,10 +54,14 @@ def ended(window, n=1):
 
 def last_exchange(window):
     """What was asked of the server last, and what it answered: its text, mix and tokens."""
-    address, sent, request = window.requests()[-1]
-    assert address.endswith("/v1/chat/completions")
+    sent, request = [
+        (body, request)
+        for address, body, request in window.requests()
+        if address.endswith("/v1/chat/completions")
+    ][-1]
     lines = window.response(request).split("\n")
     chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    chunks = [c for c in chunks if c["choices"]]  # the last one only counts tokens
     text = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks)
     tokens = [token for c in chunks[1:] for token in c["trimix"]["tokens"]]
     return json.loads(sent), text, chunks[0]["trimix"], tokens

@@ -45,7 +45,8 @@ function prepareColours() {
       const [r, g, b] = [0, 1, 2].map((i) => Math.round(parts.reduce((sum, n, k) => sum + n * INKS[k][i], 0) / STEPS));
       const strength = 0.08 + (0.4 * (Math.max(...parts) - STEPS / 3)) / (STEPS - STEPS / 3);
       CSS.highlights.set(`mix-${parts.join("-")}`, new Highlight());
-      rules += `.coloured .text::highlight(mix-${parts.join("-")}) { background-color: rgba(${r}, ${g}, ${b}, ${strength.toFixed(2)}); }\n`;
+      const name = `::highlight(mix-${parts.join("-")})`;
+      rules += `.coloured .text${name}, .coloured .text *${name} { background-color: rgba(${r}, ${g}, ${b}, ${strength.toFixed(2)}); }\n`;
     }
   }
   const current = new Highlight();
@@ -56,7 +57,7 @@ function prepareColours() {
   document.adoptedStyleSheets = [...document.adoptedStyleSheets, sheet];
 }
 
-/** Ranges over the one text node: nothing is cut, so joined letters stay joined. */
+/** Ranges over the text: nothing is cut, so joined letters stay joined. */
 function paint(turn) {
   const { view, answer } = turn;
   // The newest piece waits: the next token may belong to its last character.
@@ -64,19 +65,28 @@ function paint(turn) {
   for (; view.n < n; view.n++) {
     const piece = answer.pieces[view.n];
     const [start, end] = [view.covered, view.covered + piece.text.length];
-    if (end > view.text.length) return;
+    if (end > view.grown.length) return;
     view.covered = end;
-    if (piece.text === "" || view.text.data.slice(start, end) !== piece.text) continue;
+    if (piece.text === "" || answer.text.slice(start, end) !== piece.text) continue;
     const range = new Range();
-    range.setStart(view.text, start);
-    range.setEnd(view.text, end);
+    range.setStart(...placeOf(view.grown, start, false));
+    range.setEnd(...placeOf(view.grown, end, true));
     const parts = shares(piece.p);
     const highlight = parts && CSS.highlights?.get(`mix-${parts.join("-")}`);
     highlight?.add(range);
-    view.marks.push({ range, highlight, piece, start, end });
+    view.marks.push({ range, highlight, piece, start, end, n: view.n });
   }
 }
 
 function unpaint(turn) {
   for (const { range, highlight } of turn.view?.marks ?? []) highlight?.delete(range);
+}
+
+/** Forget the colours from a position on: what is there is written again. */
+function unpaintFrom({ view }, position) {
+  while (view.marks.at(-1)?.end > position) {
+    const { range, highlight, start, n } = view.marks.pop();
+    highlight?.delete(range);
+    [view.n, view.covered] = [n, start];
+  }
 }

@@ -30,12 +30,17 @@ function inspect(turn, index) {
   const card = $("card");
   card.replaceChildren(...numbersTable(piece));
   card.hidden = false;
-  const at = range.getClientRects()[0] ?? range.getBoundingClientRect();
+  const at = range.getClientRects()[0] ?? shownParent(range).getBoundingClientRect();
   const [width, height] = [card.offsetWidth, card.offsetHeight];
   const x = Math.max(8, Math.min(at.left + at.width / 2 - width / 2, document.documentElement.clientWidth - width - 8));
   const below = at.bottom + 8 + height < document.querySelector("footer").getBoundingClientRect().top;
   const y = below || at.top < height + 16 ? at.bottom + 8 : at.top - height - 8;
   card.style.transform = `translate(${Math.round(x)}px, ${Math.round(y)}px)`;
+}
+
+/** The part of the page that holds a range of hidden signs. */
+function shownParent(range) {
+  return range.startContainer.parentElement.closest(":not([hidden])");
 }
 
 function stopInspecting() {
@@ -48,9 +53,9 @@ function markAt(turn, x, y) {
   const position = document.caretPositionFromPoint?.(x, y);
   const range = position ? null : document.caretRangeFromPoint?.(x, y);
   const [node, offset] = position ? [position.offsetNode, position.offset] : [range?.startContainer, range?.startOffset];
-  if (node !== turn.view.text) return -1;
+  if (!node || !turn.view.body.contains(node)) return -1;
   const holds = ({ range }) => [...range.getClientRects()].some((r) => r.left <= x && x <= r.right && r.top <= y && y <= r.bottom);
-  return turn.view.marks.findIndex((mark) => mark.start <= offset && offset <= mark.end && holds(mark));
+  return turn.view.marks.findIndex((mark) => mark.range.isPointInRange(node, offset) && holds(mark));
 }
 
 function point(turn, event) {
@@ -61,6 +66,7 @@ function point(turn, event) {
 
 function stepTokens(turn, event) {
   const { marks, body } = turn.view;
+  if (event.target !== body) return; // a link or a button in it
   const forward = getComputedStyle(body).direction === "rtl" ? "ArrowLeft" : "ArrowRight";
   const back = forward === "ArrowLeft" ? "ArrowRight" : "ArrowLeft";
   const at = inspected?.turn === turn ? inspected.index : -1;
@@ -68,7 +74,7 @@ function stepTokens(turn, event) {
   if (target === undefined || event.ctrlKey || event.altKey || event.metaKey || !marks.length) return;
   event.preventDefault();
   const index = Math.max(0, Math.min(marks.length - 1, target));
-  marks[index].range.startContainer.parentElement.scrollIntoView({ block: "nearest" });
+  shownParent(marks[index].range).scrollIntoView({ block: "nearest" });
   inspect(turn, index);
   $("status").textContent = numbersText(marks[index].piece);
 }

@@ -53,3 +53,36 @@ async function* events(body) {
     reader.cancel().catch(() => {});
   }
 }
+
+// -- when it is away, or busy -----------------------------------------------------------------------
+
+const FIRST_LOOK_MS = 1000;
+const LAST_LOOK_MS = 15000;
+let trouble = null; // {name: "gone" or "busy"} until the server answers again
+
+/** Say how the server is, by how the last question failed, if it did; look until that is over. */
+function notice(failure) {
+  const name = { gone: "gone", cut: "gone", busy: "busy" }[failure] ?? null;
+  if (name && trouble?.name === name) return;
+  trouble = name && { name };
+  bar("server", name && say(name === "gone" ? "away" : "full"));
+  if (trouble) look(trouble, FIRST_LOOK_MS);
+}
+
+/** "ok" or "busy"; null where the server does not answer. */
+async function health() {
+  try { return (await (await fetch("health")).json()).status; } catch { return null; }
+}
+
+async function look(seen, pause) {
+  await new Promise((next) => setTimeout(next, pause));
+  const found = trouble === seen ? await health() : null;
+  if (trouble !== seen) return;
+  if (!found || (found === "busy" && seen.name === "busy")) {
+    look(seen, Math.min(2 * pause, LAST_LOOK_MS));
+    return;
+  }
+  trouble = null;
+  bar("server", say(seen.name === "gone" ? "back" : "free"));
+  if (seen.name === "gone") greet();
+}

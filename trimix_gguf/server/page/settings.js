@@ -48,6 +48,7 @@ function takeKey(event) {
 async function greet() {
   try {
     const { data } = await (await request("v1/models")).json();
+    models = data;
     if (data.length > 1) {
       listTrios(data);
       return;
@@ -71,6 +72,16 @@ function meet(model) {
   $("described").textContent = description ? `${model.id}: ${description}` : "";
   $("tuned").hidden = model === null || Boolean(model.trimix?.weights);
   $("tuned").textContent = tuning ? tuning.verdict : say("untuned");
+  showExamples(model);
+}
+
+/** Questions to begin with, in the trio's language if that is known, else in the page's. */
+function showExamples(model) {
+  const codes = (model?.trimix?.languages ?? []).map((code) => code.split(/[-_]/)[0]);
+  const code = codes.find((code) => code in TEXTS) ?? language;
+  const questions = TEXTS[code].examples.map((question) => element("li", {},
+    element("button", { type: "button", lang: code, dir: TEXTS[code].dir, click: () => { writeQuestion(question); $("question").focus(); } }, question)));
+  $("examples").replaceChildren(...questions);
 }
 
 function listTrios(data) {

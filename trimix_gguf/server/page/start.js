@@ -6,12 +6,19 @@ function setLanguage(name) {
   for (const part of document.querySelectorAll("[data-text]")) part.textContent = say(part.dataset.text);
   for (const part of document.querySelectorAll("[data-placeholder]")) part.placeholder = say(part.dataset.placeholder);
   for (const part of document.querySelectorAll("[data-label]")) part.setAttribute("aria-label", say(part.dataset.label));
-  const here = /^(localhost|127\..*|\[::1\])$/.test(location.hostname);
-  $("privacy").textContent = say(here ? "privateHere" : "privateThere", { host: location.host });
+  $("unreviewed").hidden = TEXTS[name].reviewed;
+  showPrivacy();
+  showExamples(chosenTrio());
   if (!("highlights" in CSS)) $("colours").title = say("noColours");
   $("card").hidden = true;
   setDirection($("question"));
   turns.forEach(show);
+}
+
+function showPrivacy() {
+  const here = /^(localhost|127\..*|\[::1\])$/.test(location.hostname);
+  const where = say(here ? "privateHere" : "privateThere", { host: location.host });
+  $("privacy").textContent = `${where} ${say(places().length > 1 ? "keptLong" : "keptShort")}`;
 }
 
 function firstLanguage() {
@@ -30,8 +37,8 @@ function start() {
   setColours("highlights" in CSS && (recall("localStorage", "colours") ?? true));
   for (const [name, { name: own, dir }] of Object.entries(TEXTS)) $("language").append(element("option", { value: name, lang: name, dir }, own));
   settings = { ...settings, ...recall("sessionStorage", "settings") };
-  turns = recall("sessionStorage", "turns") ?? [];
-  for (const turn of turns) turn.answer = { ...turn.answer, end: turn.answer?.end ?? { name: "stopped" } };
+  ({ chat, turns } = kept(recall("sessionStorage", "current")) ?? { chat, turns });
+  $("beside").checked = recall("localStorage", "beside") ?? false;
   setLanguage(firstLanguage());
 
   $("language").addEventListener("change", (event) => {
@@ -46,7 +53,9 @@ function start() {
     remember("localStorage", "colours", event.target.checked);
     setColours(event.target.checked);
   });
+  $("beside").addEventListener("change", (event) => remember("localStorage", "beside", event.target.checked));
   $("new").addEventListener("click", newConversation);
+  prepareChats();
   $("open-settings").addEventListener("click", openSettings);
   $("settings").addEventListener("change", enableFields);
   $("settings").addEventListener("input", (event) => { if (event.target.name === "system") setDirection(event.target); });
@@ -65,6 +74,7 @@ function start() {
     $("card").hidden = true;
     follow = innerHeight + scrollY >= document.documentElement.scrollHeight - 80;
   }, { passive: true });
+  writeQuestion(recall("sessionStorage", "draft") ?? "");
   $("question").focus();
   greet();
 }

@@ -1,11 +1,14 @@
-// -- state: turns of {question, answer}, an answer {text, pieces, mix, end} ------------------------
+// -- state: turns of {question, answer, beside, leftOut}, an answer {text, pieces, mix, usage, end} -
+// `beside` is what only the large model says, {question, answer, main}; `leftOut` counts the oldest
+// turns that were not read for this one. A turn and its `beside` are parts: each has an answer.
 
 const ROLES = ["large_ins", "small_cpt", "small_base"];
 const $ = (id) => document.getElementById(id);
 let language = "en";
 let turns = [];
-let running = null; // {turn, abort} while an answer comes
-let trios = []; // of the server, where it has several
+let running = null; // {turn, part, abort} while an answer comes
+let models = []; // of the server: its trios
+let trios = []; // the same, where it has several
 let serverWeights = null; // of requests that name none; without, the server chooses for each
 let settings = { mix: "auto", alpha: 0.1, beta: 0.9, alone: "small_cpt", system: "", temperature: "", maxTokens: "" };
 
@@ -16,10 +19,6 @@ function recall(storage, name) {
 
 function remember(storage, name, value) {
   try { window[storage].setItem(`trimix.${name}`, JSON.stringify(value)); } catch { /* kept only in memory */ }
-}
-
-function keepTurns() {
-  remember("sessionStorage", "turns", turns.map(({ question, answer }) => ({ question, answer })));
 }
 
 function say(name, values = {}) {
@@ -43,6 +42,10 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 const SVG = { svg: 1, rect: 1, circle: 1, text: 1, g: 1, title: 1 };
+
+function parts(turn) {
+  return turn.beside ? [turn, turn.beside] : [turn];
+}
 
 function button(name, onClick, kind = "quiet") {
   return element("button", { type: "button", class: kind, click: onClick }, say(name));

@@ -10,21 +10,28 @@ function scriptOf(text) {
   return Object.keys(scripts).find((name) => 2 * count(scripts[name]) > letters) ?? "";
 }
 
+/** The direction of the first letter. dir="auto" would look for it again at each node that comes. */
+function direction(text) {
+  const [letter] = text.match(/\p{L}/u) ?? ["a"];
+  return /[\p{Script=Arabic}\p{Script=Hebrew}\p{Script=Syriac}\p{Script=Thaana}\p{Script=Nko}]/u.test(letter) ? "rtl" : "ltr";
+}
+
 function textBody(text, attributes = {}) {
-  return element("div", { class: `text ${scriptOf(text.data)}`, dir: "auto", lang: "", ...attributes }, text);
+  return element("div", { class: `text ${scriptOf(text)}`, dir: "auto", lang: "", ...attributes }, text);
 }
 
 /** Make a turn's element, or make it again in its place. */
 function show(turn) {
-  unpaint(turn);
-  if (inspected?.turn === turn) stopInspecting();
+  parts(turn).forEach(unpaint);
+  if (inspected && parts(turn).includes(inspected.turn)) stopInspecting();
   const old = turn.view?.root;
-  turn.view = { n: 0, covered: 0, marks: [], text: document.createTextNode("") };
-  turn.view.root = element("article", { class: "turn" }, questionView(turn), answerView(turn));
-  if (old) old.replaceWith(turn.view.root);
-  else $("turns").append(turn.view.root);
+  const root = element("article", { class: "turn" }, questionView(turn));
+  for (const part of parts(turn)) part.view = { root, n: 0, covered: 0, marks: [], grown: nothingGrown() };
+  root.append(element("div", { class: turn.beside ? "answers two" : "answers" }, ...parts(turn).map(answerView)));
+  if (old?.isConnected) old.replaceWith(root);
+  else $("turns").append(root);
   $("welcome").hidden = true;
-  update(turn);
+  parts(turn).forEach(update);
 }
 
 function questionView(turn) {
@@ -32,56 +39,66 @@ function questionView(turn) {
   edit.setAttribute("aria-label", say("editQuestion"));
   return element("div", { class: "question" },
     element("div", { class: "head" }, element("h2", {}, say("you")), element("span", { class: "actions idle" }, edit)),
-    textBody(document.createTextNode(turn.question)));
+    textBody(turn.question));
 }
 
+/** What a part of a turn answers. */
 function answerView(turn) {
   const { view } = turn;
-  view.body = textBody(view.text, {
+  view.body = textBody("", {
     role: "group",
     pointermove: (event) => { if (event.pointerType === "mouse") point(turn, event); },
     pointerleave: (event) => { if (event.pointerType === "mouse") stopInspecting(); },
-    click: (event) => { if (getSelection().isCollapsed) point(turn, event); },
+    click: (event) => { if (getSelection().isCollapsed && !event.target.closest("a, button")) point(turn, event); },
     keydown: (event) => stepTokens(turn, event),
     focus: () => { if (view.body.matches(":focus-visible") && view.marks.length) inspect(turn, 0); },
     blur: stopInspecting,
   });
+  view.leftOut = element("p", { class: "left-out" });
   view.note = element("p", { class: "note" });
   view.copy = button("copy", () => copy(turn));
-  view.actions = element("div", { class: "actions idle" }, view.copy, element("span", { class: "retry" }, button("retry", () => retry(turn))));
+  view.actions = element("div", { class: "actions idle" }, view.copy, element("span", { class: "retry" }, button("retry", () => retry(turn.main ?? turn))));
   view.why = element("details", { class: "why", toggle: () => {
     turn.isOpen = view.why.open;
     if (turn.isOpen) explain(turn);
   } }, element("summary", {}, say("why")), element("div"));
-  return element("div", { class: "answer" }, element("h2", {}, say("answer")), view.body, view.note, view.actions, view.why);
+  const heading = turn.main ? say("large_ins") : say(turn.beside ? "fused" : "answer");
+  view.box = element("div", { class: "answer" }, element("h2", {}, heading), view.leftOut, view.body, view.note, view.actions, view.why);
+  return view.box;
 }
 
 /** Show a turn's answer as it is now. */
 function update(turn) {
   const { view, answer } = turn;
-  const more = answer.text.slice(view.text.length);
-  view.text.appendData(more);
-  if (more && (view.text.length < 400 || answer.end)) view.body.className = `text ${scriptOf(answer.text)}`;
+  if (answer.text.length < 400 || answer.end) {
+    view.body.className = `text ${scriptOf(answer.text)}`;
+    view.body.dir = direction(answer.text);
+  }
+  unpaintFrom(turn, grow(view, answer.text, Boolean(answer.end)));
   paint(turn);
   view.body.hidden = answer.text === "";
   if (view.marks.length && !view.body.hasAttribute("tabindex")) {
     view.body.setAttribute("tabindex", "0");
     view.body.setAttribute("aria-label", say("tokenHint"));
   }
-  view.root.setAttribute("aria-busy", answer.end === null);
+  view.box.setAttribute("aria-busy", answer.end === null);
+  const isLeftOut = !turn.main && turn.leftOut > (turns[turns.indexOf(turn) - 1]?.leftOut ?? 0);
+  view.leftOut.textContent = isLeftOut ? say("leftOut", { n: number(turn.leftOut) }) : "";
   view.copy.hidden = answer.text === "";
   view.why.hidden = answer.mix === null;
   if (turn.isOpen && answer.mix && !view.why.open) view.why.open = true;
   if (answer.end && view.why.open) explain(turn);
-  updateNote(view.note, answer);
+  updateNote(view.note, answer, running?.part === turn);
   if (follow) scrollTo(0, document.documentElement.scrollHeight);
 }
 
-function updateNote(note, answer) {
+const WORDS = { context: "tooLong" }; // of a failure, where they are not under its name
+
+function updateNote(note, answer, isComing) {
   const { end } = answer;
   const failed = end?.failure;
-  const name = failed ?? { length: "length", context: "context", stopped: "stopped" }[end?.name] ?? (end && !answer.text ? "empty" : null);
-  const text = name ? say(name) : end || answer.text ? "" : say("reading");
+  const name = failed ? WORDS[failed] ?? failed : { length: "length", context: "context", stopped: "stopped" }[end?.name] ?? (end && !answer.text ? "empty" : null);
+  const text = name ? say(name) : end || answer.text || !isComing ? "" : say("reading");
   if (note.textContent === text) return;
   note.classList.toggle("error", Boolean(failed));
   if (failed) note.setAttribute("role", "alert");
@@ -113,7 +130,7 @@ function editQuestion(turn) {
 /** Put another question in a turn's place; later turns are removed. */
 function askInstead(turn, question) {
   for (const later of turns.splice(turns.indexOf(turn) + 1)) {
-    unpaint(later);
+    parts(later).forEach(unpaint);
     later.view.root.remove();
   }
   turn.question = question.trim();
@@ -121,34 +138,26 @@ function askInstead(turn, question) {
   ask(turn);
 }
 
-async function copy(turn) {
+function copy(turn) {
+  return copyText(turn.answer.text, turn.view.copy);
+}
+
+async function copyText(text, pressed) {
   try {
-    await navigator.clipboard.writeText(turn.answer.text);
+    await navigator.clipboard.writeText(text);
   } catch { // there is none on a plain-HTTP page of another machine
     const field = element("textarea", { class: "unseen" });
-    field.value = turn.answer.text;
+    field.value = text;
     document.body.append(field);
     field.select();
     document.execCommand("copy");
     field.remove();
-    turn.view.copy.focus();
+    pressed.focus();
   }
-  turn.view.copy.textContent = say("copied");
-  $("status").textContent = say("copied");
-  setTimeout(() => { turn.view.copy.textContent = say("copy"); }, 2000);
-}
-
-function newConversation() {
-  running?.abort.abort();
-  running = null;
-  turns.forEach(unpaint);
-  stopInspecting();
-  turns = [];
-  keepTurns();
-  $("turns").replaceChildren();
-  $("welcome").hidden = false;
-  setBusy(false);
-  $("question").focus();
+  tell(say("copied"));
+  if (pressed.ariaLabel) return; // the words of a sign
+  pressed.textContent = say("copied");
+  setTimeout(() => { pressed.textContent = say("copy"); }, 2000);
 }
 
 function setBusy(busy) {
@@ -157,15 +166,20 @@ function setBusy(busy) {
   $("send").hidden = busy;
   $("stop").hidden = !busy;
   if (hadFocus) $(busy ? "stop" : "send").focus();
-  if (busy) $("status").textContent = say("answering");
+  if (busy) tell(say("answering"));
 }
 
-function send() {
+/** Ask what is written. While the server is away, the words stay where they are. */
+async function send() {
+  const isAway = trouble?.name === "gone" && (await health()) === null;
   const question = $("question").value.trim();
   if (running || !question) return;
-  $("question").value = "";
-  fitQuestion();
-  const turn = { question, answer: null };
+  if (isAway) {
+    tell(say("away"));
+    return;
+  }
+  writeQuestion("");
+  const turn = { question, answer: null, beside: null, leftOut: 0 };
   turns.push(turn);
   ask(turn);
 }
@@ -175,8 +189,15 @@ function isSend(event) {
   return event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229 && !matchMedia("(pointer: coarse)").matches;
 }
 
+/** Put words into the field of the question. */
+function writeQuestion(text) {
+  $("question").value = text;
+  fitQuestion();
+}
+
 function fitQuestion() {
   const field = $("question");
+  remember("sessionStorage", "draft", field.value);
   setDirection(field);
   field.style.blockSize = "auto";
   field.style.blockSize = `${field.scrollHeight + 2}px`;

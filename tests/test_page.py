@@ -9,13 +9,12 @@ import httpx
 import pytest
 from browser import browser
 from served import ENDLESS, serving
-from visitor import ENTER, GREEDY, KAZAKH, ask, ended, last_exchange, show, shown, traced
+from visitor import ENTER, GREEDY, KAZAKH, LONG, ask, ended, last_exchange, show, shown, traced
 
 from trimix_gguf.trio.trio import NANO
 from trimix_gguf.trios.triofile import TrioFile
 
 WEIGHTS = {"alpha": 0.3, "beta": 0.5}
-LONG = {"mix": "fixed", "alpha": 0.1, "beta": 0.9}  # whose answers do not end by themselves
 
 
 @pytest.fixture(scope="module")

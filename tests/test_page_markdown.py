@@ -17,7 +17,7 @@ HTML = "return view.body.innerHTML"
 SEEN = """
 const copy = view.body.cloneNode(true);
 for (const part of copy.querySelectorAll("[hidden]")) part.remove();
-return copy.innerHTML.replace(/ (dir|rel|target|title|type|class|aria-label|tabindex)="[^"]*"/g, "")
+return copy.innerHTML.replace(/ (dir|rel|target|title|type|class|aria-label|tabindex|scope|data-open)="[^"]*"/g, "")
   .replace(/<button><\\/button>/g, "");
 """
 CASES = {
@@ -26,7 +26,7 @@ CASES = {
     "*a* _b_ **c** __d__ ~~e~~ ***f***": "<p><em>a</em> <em>b</em> <strong>c</strong> "
     "<strong>d</strong> <del>e</del> <em><strong>f</strong></em></p>",
     "2 * 3 * 4, snake_case_name, a * b": "<p>2 * 3 * 4, snake_case_name, a * b</p>",
-    "**a *b** c*": "<p><strong>a *b</strong> c*</p>",
+    "**a _b** c_": "<p><strong>a _b</strong> c_</p>",
     "**сөз**дер": "<p><strong>сөз</strong>дер</p>",
     r"\*a\* \q": r"<p>*a* \q</p>",
     "a `*b*` ``c ` d`` `e": "<p>a <code>*b*</code> <code>c ` d</code> `e</p>",

@@ -16,6 +16,7 @@ TIBETAN = "བོད་ཀྱི་སྐད་ཡིག་བརྒྱད་ས
 MONGOLIAN = "ᠮᠣᠩᠭᠣᠯ ᠬᠡᠯᠡ ᠪᠣᠯ ᠮᠣᠩᠭᠣᠯ ᠦᠨᠳᠦᠰᠦᠲᠡᠨ ᠦ ᠬᠡᠯᠡ ᠶᠤᠮ᠃"
 ENTER, TAB, ESCAPE, LEFT, RIGHT, END = "\ue007", "\ue004", "\ue00c", "\ue012", "\ue014", "\ue010"
 # Drawn answers may be empty, or so long that no second question fits behind them.
+LONG = {"mix": "fixed", "alpha": 0.1, "beta": 0.9}  # whose answers do not end by themselves
 GREEDY = {"temperature": 0, "maxTokens": 24}
 
 
@@ -28,7 +29,7 @@ def show(window, url, *, turns=(), language="en", beside=False, **settings):
         remember("localStorage", "language", arguments[1]);
         if (arguments[3]) remember("localStorage", "beside", true);
         remember("sessionStorage", "settings", arguments[2]);
-        turns = arguments[0];
+        [chat, turns] = [newChat(), arguments[0]];
         keepChat();
         turns = [];""",
         turns,

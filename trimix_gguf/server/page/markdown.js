@@ -39,8 +39,9 @@ function writeBlocks(out, parent, lines, depth = 0) {
   const said = lines.map((line) => lineText(out.source, line));
   for (let i = 0; i < lines.length; ) {
     if (!said[i].trim()) {
-      write(parent, out.source.slice(lines[i].start, lines[i].end), true);
-      i++;
+      const n = countWhile(said, i, (line) => !line.trim());
+      write(parent, out.source.slice(lines[i].start, lines[i + n - 1].end), true);
+      i += n;
       continue;
     }
     const kind = kindOf(said[i], depth);

@@ -1,3 +1,4 @@
+// No speaker has checked these words yet.
 TEXTS.kk = {
   name: "Қазақша", dir: "ltr", reviewed: false,
   language: "Тіл", newChat: "Жаңа әңгіме", settings: "Баптаулар", done: "Дайын", cancel: "Бас тарту",

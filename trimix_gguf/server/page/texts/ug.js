@@ -1,3 +1,4 @@
+// No speaker has checked these words yet.
 TEXTS.ug = {
   name: "ئۇيغۇرچە", dir: "rtl", reviewed: false,
   language: "تىل", newChat: "يېڭى سۆھبەت", settings: "تەڭشەكلەر", done: "تامام", cancel: "بىكار قىلىش",

@@ -1,0 +1,264 @@
+"""The page of `trimix serve` in a real browser: several chats, kept there, and files of them."""
+
+import json
+
+import pytest
+from browser import browser
+from served import serving
+from visitor import ENTER, KAZAKH, LONG, UYGHUR, ask, show, shown, traced
+
+CLICK_UNDO = "document.getElementById('undo').click()"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving() as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def window(tmp_path_factory):
+    with browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def page(window, server):
+    """Two chats: of an earlier visit, and one that is on the page; nothing is said to the console."""
+    show(window, server.url, turns=[traced(UYGHUR, 3)])
+    window.run(
+        "newConversation(); turns = arguments[0]; keepChat(); forgetUndo()", [traced(KAZAKH, 3)]
+    )
+    window.open(server.url)
+    yield window
+    assert [e for e in window.log("browser") if "favicon" not in e["message"]] == []
+
+
+def listed(window):
+    """The titles in the list of chats."""
+    window.run("if (!$('chats').open) openChats()")
+    return window.run(
+        "return [...document.querySelectorAll('#chat-list .title')].map((b) => b.textContent)"
+    )
+
+
+def everything(window):
+    """What the browser keeps of chats, by place."""
+    return window.run(
+        """return ["localStorage", "sessionStorage"].map((place) =>
+          Object.fromEntries(chatKeys(place).map((key) => [key, window[place][key]])))"""
+    )
+
+
+def press(window, name, row=1):
+    """A button of a row of the list, by the name of its words."""
+    window.run(
+        """[...document.querySelectorAll("#chat-list li")][arguments[1] - 1]
+          .querySelector(`[aria-label^="${say(arguments[0])}"]`).click()""",
+        name,
+        row,
+    )
+
+
+def rename(window, title, row=1):
+    press(window, "rename", row)
+    window.run("document.querySelector('.rename input').value = ''")
+    window.type(".rename input", title + ENTER)
+
+
+def test_chats_are_listed_opened_and_renamed_and_outlive_the_tab(page, server):
+    assert listed(page) == ["?", "?"]
+    rename(page, "Бірінші")
+    rename(page, "ئىككىنچى", row=2)
+    assert listed(page) == ["Бірінші", "ئىككىنچى"]
+    page.run("document.querySelectorAll('#chat-list .title')[1].click()")
+    assert shown(page, "answer") == UYGHUR
+    page.run("sessionStorage.clear()")  # another tab
+    page.open(server.url)
+    assert page.run("return turns.length") == 0
+    assert listed(page) == ["Бірінші", "ئىككىنچى"]
+    page.click("#chat-list .title")
+    assert shown(page, "answer") == KAZAKH
+    page.open(server.url)  # the same tab again
+    assert shown(page, "answer") == KAZAKH
+    assert page.run("return turns[0].answer.pieces.length") == len(traced(KAZAKH, 3)["answer"]["pieces"])  # fmt: skip
+
+
+def test_a_deleted_chat_comes_back_and_so_do_all(page):
+    rename(page, "one") if listed(page) else None
+    before = everything(page)
+    press(page, "delete")
+    assert listed(page) == ["?"] and page.run("return turns.length") == 0
+    assert page.run("return $('chats').contains($('undone')) && !$('undone').hidden")
+    page.click("#undo")
+    assert listed(page) == ["one", "?"] and everything(page) == before
+    assert shown(page, "answer") == KAZAKH
+    page.click("#delete-all")
+    assert listed(page) == [] and everything(page) == [{}, {}]
+    page.click("#chats-done")
+    page.click("#undo")  # it has come to the page with the end of the list
+    assert listed(page) == ["one", "?"] and everything(page) == before
+
+
+def test_a_new_chat_ends_the_answer_and_is_undone(window, server):
+    show(window, server.url, maxTokens=400, **LONG)
+    window.type("#question", KAZAKH + ENTER)
+    window.wait("return turns[0].answer.text")
+    window.click("#new")
+    assert window.run("return [turns.length, running, $('welcome').hidden]") == [0, None, False]
+    window.click("#undo")
+    assert window.text(".note") == "Stopped." and shown(window, "question") == KAZAKH
+    assert window.run("return $('undone').hidden")
+    window.click("#new")
+    ask(window, "?")  # a question ends what can be undone
+    assert window.run("return $('undone').hidden") and len(listed(window)) == 2
+
+
+def test_an_exported_file_is_imported_elsewhere(page, server, tmp_path):
+    page.cdp("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    rename(page, "one") if listed(page) else None
+    before = page.run("return keptIds().map(keptText)")
+    page.click("#export-all")
+    page.wait("return fetch('health').then(() => true)")  # the download is asked for
+    for _ in range(200):
+        if files := list(tmp_path.glob("trimix-chats-*.json")):
+            break
+        page.run("return new Promise((next) => setTimeout(next, 50))")
+    saved = json.loads(files[0].read_text(encoding="utf-8"))
+    assert (saved["format"], saved["version"], len(saved["chats"])) == ("trimix-chats", 1, 2)
+    for expected in ("2", "0"):  # what is here already is not added again
+        if expected == "2":
+            page.click("#delete-all")
+        page.run("$('chats-note').textContent = ''")
+        page.type("#import-file", str(files[0]))
+        page.wait("return $('chats-note').textContent === say('imported', {n: arguments[0]})", expected)  # fmt: skip
+        assert sorted(page.run("return keptIds().map(keptText)")) == sorted(before)
+    assert listed(page) == ["one", "?"]
+
+
+def damaged(text):
+    """Files that are no chats, or no longer."""
+    good = json.loads(text)
+    yield from ("", "{", "[]", "null", "3", '{"messages": []}', text[:-9], text.replace("{", "[", 3))
+    for change in (
+        {"format": "x"}, {"version": 2}, {"chats": {}}, {"chats": [*good["chats"], None]},
+    ):  # fmt: skip
+        yield json.dumps({**good, **change})
+    for path, value in (
+        ("title", 3), ("time", "x"), ("turns", None), ("turns.0.question", None),
+        ("turns.0.leftOut", 9), ("turns.0.answer", None), ("turns.0.answer.text", {}),
+        ("turns.0.answer.pieces", [["a", 1]]), ("turns.0.answer.pieces", [[1, 1, 1, 1, 1]]),
+        ("turns.0.answer.pieces", [["a", 1, "b", 1, 1]]), ("turns.0.answer.mix", {"weights": 1}),
+        ("turns.0.answer.mix.weights.alpha", "<b>"), ("turns.0.answer.end", {"failure": "x"}),
+        ("turns.0.answer.mix.grid", {"alphas": [1], "betas": [1], "mean_nll": [[1, 2]]}),
+        ("turns.0.beside", 7), ("turns.0.answer.usage", {}), ("version", None),
+    ):  # fmt: skip
+        file = json.loads(text)
+        *parents, last = path.split(".")
+        at = file["chats"][1]  # the first one is good
+        for name in parents:
+            at = at[int(name) if name.isdigit() else name]
+        at[last] = value
+        yield json.dumps(file)
+
+
+def test_a_damaged_or_foreign_file_is_one_line_and_changes_nothing(page, tmp_path):
+    text = page.run(
+        """return JSON.stringify({format: FILE_FORMAT, version: CHAT_VERSION,
+          chats: keptIds().map((id) => JSON.parse(keptText(id)))})"""
+    )
+    listed(page)
+    before = everything(page)
+    file = tmp_path / "chats.json"
+    n = 0
+    for bad in damaged(text):
+        file.write_text(bad, encoding="utf-8")
+        page.run("$('chats-note').textContent = ''")
+        page.type("#import-file", str(file))
+        told = page.wait("return $('chats-note').textContent")
+        assert told == page.run("return say('notChats', {name: 'chats.json'})"), bad
+        assert everything(page) == before
+        n += 1
+    assert n > 25
+    file.write_text(text, encoding="utf-8")
+    page.run("$('chats-note').textContent = ''")
+    page.type("#import-file", str(file))
+    assert page.wait("return $('chats-note').textContent") == "Chats imported: 0."
+
+
+def test_what_is_kept_of_a_chat_that_is_damaged_breaks_nothing(page, server):
+    page.run("localStorage['trimix.chat.x'] = '{'; localStorage['trimix.chat.y'] = 'null'")
+    page.run("localStorage['trimix.chat.' + chat.id] = '[]'")
+    page.open(server.url)
+    assert page.run("return turns.length") == 0 and listed(page) == ["?"]
+
+
+@pytest.mark.parametrize("language", ["en", "ug"])
+def test_a_full_browser_is_said_to_be_and_the_chat_lives_while_the_tab_does(
+    window, server, language
+):
+    show(window, server.url, language=language)
+    window.run("localStorage['trimix.chat.big'] = 'a'.repeat(MOST_CHARS - 100)")
+    ask(window, KAZAKH)
+    told = window.run("return say('storageFull')")
+    assert window.text("#unkept span") == told
+    window.open(server.url)
+    assert shown(window, "question") == KAZAKH
+    window.run("delete localStorage['trimix.chat.big']")
+    ask(window, "?", n=2)
+    assert window.run("return $('unkept').hidden")
+    here, tab = everything(window)
+    assert len(here) == 1 and tab == {}
+    # An import that has no room leaves nothing behind.
+    window.run("localStorage['trimix.chat.big'] = 'a'.repeat(MOST_CHARS - 10000)")
+    before = everything(window)
+    said = window.run(
+        """const more = { version: 1, title: "a".repeat(199), time: 1, turns: [] };
+        const chats = Array.from({ length: 60 }, (_, i) => ({ ...more, time: i }));
+        const text = JSON.stringify({ format: FILE_FORMAT, version: CHAT_VERSION, chats });
+        return importChats(new File([text], "x.json"))"""
+    )
+    assert said.startswith(told) and everything(window) == before
+
+
+def test_there_are_at_most_so_many_chats(window, server):
+    show(window, server.url)
+    window.run("for (let i = 0; i < MOST_CHATS; i++) localStorage[CHAT_KEY + i] = '{}'")
+    ask(window, KAZAKH)
+    assert window.text("#unkept span") == window.run("return say('storageFull')")
+
+
+def test_where_the_browser_keeps_nothing_the_page_says_so_and_works(window, server):
+    show(window, server.url)
+    window.run("Storage.prototype.setItem = () => { throw new DOMException('', 'SecurityError') }")
+    ask(window, KAZAKH)
+    assert window.text("#unkept span") == window.run("return say('storageBlocked')")
+    window.click("#new")
+    window.click("#undo")
+    assert shown(window, "question") == KAZAKH
+
+
+def test_chats_may_be_kept_for_this_tab_only(page, server):
+    listed(page)
+    here, tab = everything(page)
+    assert len(here) == 2 and tab == {}
+    page.click("#keep")
+    assert everything(page) == [{}, here]
+    page.click("#chats-done")
+    page.open(server.url)
+    page.click("#new")
+    assert page.run("return $('privacy').textContent.endsWith(say('keptShort'))")
+    listed(page)
+    page.click("#keep")
+    assert everything(page) == [here, {}]
+    assert page.run("return $('privacy').textContent.endsWith(say('keptLong'))")
+
+
+def test_two_tabs_with_one_chat_show_the_same(page):
+    page.run(
+        """const frame = Object.assign(document.createElement("iframe"), { src: "about:blank" });
+        document.body.append(frame);
+        const more = { chat, turns: [...turns, turns[0]] };
+        frame.contentWindow.localStorage[CHAT_KEY + chat.id] = packed(more.chat, more.turns)"""
+    )
+    page.wait("return document.querySelectorAll('.turn').length === 2")

@@ -37,7 +37,14 @@ def test_the_document_asks_for_nothing_elsewhere():
     html = document()[0].decode()
     found = re.findall(r"""(?:src|href|url|import|action)\s*[=(]\s*["']?([^"'\s>)]+)""", html)
     assert [address for address in found if re.match(r"https?:|//", address)] == []
-    for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function"):
+    for word in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval(",
+        "new Function",
+    ):
         assert word not in html
 
 

@@ -80,13 +80,17 @@ def test_only_the_large_model_answers_beside_the_mix(window, server):
     window.requests()
     ask(window, KAZAKH)
     mix, large = exchanges(window)
-    assert large["trimix"] == {"trace": True, "method": "large_ins"} and "method" not in mix["trimix"]
+    assert (
+        large["trimix"] == {"trace": True, "method": "large_ins"} and "method" not in mix["trimix"]
+    )
     assert {**mix, "trimix": 0} == {**large, "trimix": 0}
     weights = window.run("return parts(turns[0]).map((p) => p.answer.mix.weights)")
     assert weights[1] == {"alpha": 1, "beta": 0, "method": "fixed"} != weights[0]
     texts = window.run("return parts(turns[0]).map((p) => p.answer.text)")
     assert [shown(window, "answer", 1), shown(window, "answer", 2)] == texts
-    places = "return [...document.querySelectorAll('.answer')].map((e) => e.getBoundingClientRect())"
+    places = (
+        "return [...document.querySelectorAll('.answer')].map((e) => e.getBoundingClientRect())"
+    )
     one, other = window.run(places)
     assert one["right"] <= other["left"] and abs(one["top"] - other["top"]) < 1
     window.resize(599, 800)
@@ -134,7 +138,9 @@ def test_examples_are_in_the_language_of_the_trio(window, languages):
         window.wait("return !$('trios').hidden")
         first = "return [$('examples').textContent, $('examples').querySelector('button').lang]"
         for code in ("auto", "nano-ug", "nano-kk", "auto"):
-            window.run("$('trio').value = arguments[0]; $('trio').dispatchEvent(new Event('change'))", code)  # fmt: skip
+            window.run(
+                "$('trio').value = arguments[0]; $('trio').dispatchEvent(new Event('change'))", code
+            )
             language = {"nano-ug": "ug", "nano-kk": "kk"}.get(code, "en")
             words = window.run("return TEXTS[arguments[0]].examples.join('')", language)
             assert window.run(first) == [words, language]
@@ -163,6 +169,9 @@ def test_a_server_that_goes_away_is_looked_for_and_said_to_be_back(window):
     assert ask(window, "Алматы", n=2)["end"]["failure"] == "gone"
     words = "return $('server').hidden ? null : $('server').textContent"
     assert window.run(words) == window.run("return say('away')")
+    window.run("setLanguage('ug')")
+    assert window.run(words) == window.run("return TEXTS.ug.away")
+    window.run("setLanguage('en')")
     window.type("#question", "Астана" + ENTER)
     window.wait("return $('status').textContent === say('away')")
     assert window.run("return [$('question').value, turns.length]") == ["Астана", 2]

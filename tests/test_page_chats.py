@@ -24,7 +24,7 @@ def window(tmp_path_factory):
 
 @pytest.fixture
 def page(window, server):
-    """Two chats: of an earlier visit, and one that is on the page; nothing is said to the console."""
+    """Two chats, one of them on the page; in the end it has said nothing to the console."""
     show(window, server.url, turns=[traced(UYGHUR, 3)])
     window.run(
         "newConversation(); turns = arguments[0]; keepChat(); forgetUndo()", [traced(KAZAKH, 3)]
@@ -81,7 +81,9 @@ def test_chats_are_listed_opened_and_renamed_and_outlive_the_tab(page, server):
     assert shown(page, "answer") == KAZAKH
     page.open(server.url)  # the same tab again
     assert shown(page, "answer") == KAZAKH
-    assert page.run("return turns[0].answer.pieces.length") == len(traced(KAZAKH, 3)["answer"]["pieces"])  # fmt: skip
+    assert page.run("return turns[0].answer.pieces.length") == len(
+        traced(KAZAKH, 3)["answer"]["pieces"]
+    )
 
 
 def test_a_deleted_chat_comes_back_and_so_do_all(page):
@@ -131,7 +133,9 @@ def test_an_exported_file_is_imported_elsewhere(page, server, tmp_path):
             page.click("#delete-all")
         page.run("$('chats-note').textContent = ''")
         page.type("#import-file", str(files[0]))
-        page.wait("return $('chats-note').textContent === say('imported', {n: arguments[0]})", expected)  # fmt: skip
+        page.wait(
+            "return $('chats-note').textContent === say('imported', {n: arguments[0]})", expected
+        )
         assert sorted(page.run("return keptIds().map(keptText)")) == sorted(before)
     assert listed(page) == ["one", "?"]
 
@@ -139,20 +143,42 @@ def test_an_exported_file_is_imported_elsewhere(page, server, tmp_path):
 def damaged(text):
     """Files that are no chats, or no longer."""
     good = json.loads(text)
-    yield from ("", "{", "[]", "null", "3", '{"messages": []}', text[:-9], text.replace("{", "[", 3))
+    yield from (
+        "",
+        "{",
+        "[]",
+        "null",
+        "3",
+        '{"messages": []}',
+        text[:-9],
+        text.replace("{", "[", 3),
+    )
     for change in (
-        {"format": "x"}, {"version": 2}, {"chats": {}}, {"chats": [*good["chats"], None]},
-    ):  # fmt: skip
+        {"format": "x"},
+        {"version": 2},
+        {"chats": {}},
+        {"chats": [*good["chats"], None]},
+    ):
         yield json.dumps({**good, **change})
     for path, value in (
-        ("title", 3), ("time", "x"), ("turns", None), ("turns.0.question", None),
-        ("turns.0.leftOut", 9), ("turns.0.answer", None), ("turns.0.answer.text", {}),
-        ("turns.0.answer.pieces", [["a", 1]]), ("turns.0.answer.pieces", [[1, 1, 1, 1, 1]]),
-        ("turns.0.answer.pieces", [["a", 1, "b", 1, 1]]), ("turns.0.answer.mix", {"weights": 1}),
-        ("turns.0.answer.mix.weights.alpha", "<b>"), ("turns.0.answer.end", {"failure": "x"}),
+        ("title", 3),
+        ("time", "x"),
+        ("turns", None),
+        ("turns.0.question", None),
+        ("turns.0.leftOut", 9),
+        ("turns.0.answer", None),
+        ("turns.0.answer.text", {}),
+        ("turns.0.answer.pieces", [["a", 1]]),
+        ("turns.0.answer.pieces", [[1, 1, 1, 1, 1]]),
+        ("turns.0.answer.pieces", [["a", 1, "b", 1, 1]]),
+        ("turns.0.answer.mix", {"weights": 1}),
+        ("turns.0.answer.mix.weights.alpha", "<b>"),
+        ("turns.0.answer.end", {"failure": "x"}),
         ("turns.0.answer.mix.grid", {"alphas": [1], "betas": [1], "mean_nll": [[1, 2]]}),
-        ("turns.0.beside", 7), ("turns.0.answer.usage", {}), ("version", None),
-    ):  # fmt: skip
+        ("turns.0.beside", 7),
+        ("turns.0.answer.usage", {}),
+        ("version", None),
+    ):
         file = json.loads(text)
         *parents, last = path.split(".")
         at = file["chats"][1]  # the first one is good

@@ -1,6 +1,7 @@
 """The page of `trimix serve` in a real browser: what it shows, to whom, in which script."""
 
 import io
+import re
 import unicodedata
 
 import pytest
@@ -24,6 +25,8 @@ from visitor import (
     shown,
     traced,
 )
+
+from trimix_gguf.server.document import FOLDER
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +174,38 @@ def test_the_surface_marks_the_weights_that_were_said_where_perplexity_is_lowest
 # -- languages and scripts ------------------------------------------------------------------
 
 
+def test_every_language_has_all_words_with_the_same_places_and_says_who_checked_it(page):
+    texts = page.run("return TEXTS")
+    assert page.run("return Object.keys(TEXTS)") == [
+        "en",
+        "kk",
+        "ug",
+        "bo",
+        "mn",
+        "bn",
+        "ta",
+        "te",
+        "or",
+    ]
+    english = texts["en"]
+    for code, words in texts.items():
+        assert words.keys() == english.keys(), code
+        assert words["reviewed"] == (code == "en") and len(words["examples"]) == 3
+        for name, text in words.items():
+            if isinstance(text, str) and name != "dir":
+                assert text.strip() and (code == "en" or text != english[name]), (code, name)
+                assert set(re.findall(r"{\w+}", text)) == set(re.findall(r"{\w+}", english[name]))
+        source = (FOLDER / "texts" / f"{code}.js").read_text(encoding="utf-8")
+        assert source.startswith("// No speaker has checked") == (not words["reviewed"])
+        page.run("setLanguage(arguments[0])", code)
+        told = page.run("return $('unreviewed').hidden ? null : $('unreviewed').textContent")
+        assert told == (None if words["reviewed"] else words["unreviewed"])
+        assert page.run("return [document.documentElement.lang, $('send').textContent]") == [
+            code,
+            words["send"],
+        ]
+
+
 def test_uyghur_turns_the_page_round_and_is_remembered(page, server):
     texts = page.run("return TEXTS")
     assert len({frozenset(texts[name]) for name in texts}) == 1
@@ -200,22 +235,49 @@ def test_each_message_has_the_direction_and_setting_of_its_script(window, server
 # -- narrow, readable, reachable ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("language", ["en", "kk", "ug"])
-def test_nothing_sticks_out_at_320_pixels(window, server, language):
-    kept = [traced("a" * 300, 9), traced(UYGHUR * 3, 3), traced(MONGOLIAN * 9, 4)]
+MARKDOWN = f"""# {UYGHUR}
+
+```py
+{"code" * 60}
+```
+
+| {" | ".join("abc")} |
+|-|-|-|
+| {" | ".join([KAZAKH] * 3)} |
+
+- [{KAZAKH}](https://example.org/{"a" * 99})
+  1. {"b" * 99} `{"c" * 99}`
+"""
+
+
+@pytest.mark.parametrize("width", [320, 390])
+@pytest.mark.parametrize("language", ["en", "kk", "ug", "bo", "mn", "bn", "ta", "te", "or"])
+def test_nothing_sticks_out_of_a_telephone(window, server, language, width):
+    texts = ["a" * 300, UYGHUR * 3, MONGOLIAN * 9, MARKDOWN]
+    kept = [traced(text, 9 - i) for i, text in enumerate(texts)]
+    kept.append({**kept[0], "beside": kept[1], "leftOut": 2})
     for turns in ([], kept):
         show(window, server.url, turns=turns, language=language)
-        window.resize(320, 640, touch=True)
-        for state in ("", "turns.forEach((t) => t.view.why.open = true)", "openSettings()"):
+        window.resize(width, 640, touch=True)
+        for state in (
+            "",
+            "turns.flatMap(parts).forEach((t) => t.view.why.open = true)",
+            "openSettings()",
+            "$('settings').close(); openChats(); deleteChats(keptIds(), 'deletedAll')",
+            "$('chats').close(); bar('server', 'away'); bar('unkept', 'storageFull')",
+        ):
             window.run(state)
             out = window.run(
-                """const out = [...document.querySelectorAll("body *")].filter((e) => {
+                """const [limit] = arguments;
+                const out = [...document.querySelectorAll("body *")].filter((e) => {
                   const {width, left, right} = e.getBoundingClientRect();
-                  return width > 1 && (left < -1 || right > 321) && !e.closest(".unseen") });
+                  const isOut = left < -1 || right > limit + 1;
+                  return width > 1 && isOut && !e.closest(".unseen") });
                 const wide = document.documentElement.scrollWidth;
-                return [wide, out.map((e) => e.outerHTML.slice(0, 90))]"""
+                return [wide, out.map((e) => e.outerHTML.slice(0, 90))]""",
+                width,
             )
-            assert out == [320, []], state
+            assert out == [width, []], state
 
 
 def test_every_control_has_a_name_and_the_keyboard_reaches_it(page):

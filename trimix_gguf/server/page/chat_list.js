@@ -34,7 +34,7 @@ function chatRow(entry) {
   row.append(open, element("small", {}, date), element("span", { class: "actions" },
     act("rename", () => renameChat(entry, row)),
     act("export", () => exportChats([id])),
-    act("delete", () => { deleteChats([id], say("deleted", { title })); focusList(); })));
+    act("delete", () => { deleteChats([id], "deleted", { title }); focusList(); })));
   return row;
 }
 
@@ -76,7 +76,7 @@ function prepareChats() {
   $("chats").addEventListener("close", placeUndo);
   $("chats-done").addEventListener("click", () => $("chats").close());
   $("export-all").addEventListener("click", () => exportChats(keptIds()));
-  $("delete-all").addEventListener("click", () => { deleteChats(keptIds(), say("deletedAll")); focusList(); });
+  $("delete-all").addEventListener("click", () => { deleteChats(keptIds(), "deletedAll"); focusList(); });
   $("import").addEventListener("click", () => $("import-file").click());
   $("import-file").addEventListener("change", (event) => takeFile(event.target));
   $("keep").addEventListener("change", (event) => moveChats(event.target.checked));

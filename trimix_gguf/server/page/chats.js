@@ -55,7 +55,7 @@ function keepChat() {
   if (!turns.length) return;
   remember("sessionStorage", "current", chat.id);
   const why = keep(chat.id, packed(chat, turns));
-  bar("unkept", why && say(why));
+  bar("unkept", why);
 }
 
 /** The text of a kept chat; of two the one of this tab, which is newer. */
@@ -119,12 +119,12 @@ function newConversation() {
   leaveChat();
   const before = { chat, turns };
   enterChat({ chat: newChat(), turns: [] });
-  if (before.turns.length) offerUndo(say("newChat"), () => openChat(before));
+  if (before.turns.length) offerUndo(() => openChat(before), "newChat");
   $("question").focus();
 }
 
 /** Delete chats by their ids; what was on the page comes back with them. */
-function deleteChats(ids, words) {
+function deleteChats(ids, ...words) {
   const hasCurrent = ids.includes(chat.id);
   if (hasCurrent) leaveChat();
   const before = { chat, turns };
@@ -132,11 +132,11 @@ function deleteChats(ids, words) {
   ids.forEach((id) => drop(id));
   if (hasCurrent) enterChat({ chat: newChat(), turns: [] });
   listChats();
-  offerUndo(words, () => {
+  offerUndo(() => {
     for (const [id, text] of texts) if (text !== null) keep(id, text);
     if (hasCurrent && !turns.length) openChat(before);
     listChats();
-  });
+  }, ...words);
 }
 
 /** Keep all chats for good, or only in this tab. */
@@ -148,7 +148,7 @@ function moveChats(isForGood) {
     if (!isForGood) drop(id, ["localStorage"]);
     why = keep(id, text) ?? why;
   }
-  bar("unkept", why && say(why));
+  bar("unkept", why);
   showPrivacy();
 }
 
@@ -158,17 +158,21 @@ function tell(text) {
   $("status").textContent = text;
 }
 
-function bar(id, text) {
-  const part = $(id);
-  part.hidden = !text;
-  if (part.firstElementChild.textContent === (text ?? "")) return;
-  part.firstElementChild.textContent = text ?? "";
+/** Show words by their name, or nothing; they change with the language of the page. */
+function bar(id, name, values) {
+  const words = $(id).firstElementChild;
+  const text = name ? say(name, values) : "";
+  $(id).hidden = !name;
+  if (name && !values) words.dataset.text = name;
+  else delete words.dataset.text;
+  if (words.textContent === text) return;
+  words.textContent = text;
   if (text) tell(text);
 }
 
-function offerUndo(words, action) {
+function offerUndo(action, ...words) {
   undo = action;
-  bar("undone", words);
+  bar("undone", ...words);
   placeUndo();
 }
 

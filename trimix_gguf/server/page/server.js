@@ -65,7 +65,7 @@ function notice(failure) {
   const name = { gone: "gone", cut: "gone", busy: "busy" }[failure] ?? null;
   if (name && trouble?.name === name) return;
   trouble = name && { name };
-  bar("server", name && say(name === "gone" ? "away" : "full"));
+  bar("server", name && (name === "gone" ? "away" : "full"));
   if (trouble) look(trouble, FIRST_LOOK_MS);
 }
 
@@ -83,6 +83,6 @@ async function look(seen, pause) {
     return;
   }
   trouble = null;
-  bar("server", say(seen.name === "gone" ? "back" : "free"));
+  bar("server", seen.name === "gone" ? "back" : "free");
   if (seen.name === "gone") greet();
 }

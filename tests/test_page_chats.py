@@ -112,6 +112,7 @@ def test_a_new_chat_ends_the_answer_and_is_undone(window, server):
     assert window.text(".note") == "Stopped." and shown(window, "question") == KAZAKH
     assert window.run("return $('undone').hidden")
     window.click("#new")
+    window.run("settings.maxTokens = 4")
     ask(window, "?")  # a question ends what can be undone
     assert window.run("return $('undone').hidden") and len(listed(window)) == 2
 

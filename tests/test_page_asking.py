@@ -34,13 +34,15 @@ def exchanges(window):
 
 def test_the_oldest_turns_are_left_out_before_the_context_is_full(window, server):
     show(window, server.url)
+    window.requests()
     n = 0
     while not window.run("return turns.at(-1)?.leftOut > 0"):
         n += 1
         assert n < 30
         answer = ask(window, f"{n}. {KAZAKH}", n)
         assert "failure" not in answer["end"], answer
-    *_, last = exchanges(window)
+    *before, last = exchanges(window)
+    assert len(before) == n - 1  # the server refused none
     left_out = window.run("return turns.at(-1).leftOut")
     said = [m["content"] for m in last["messages"] if m["role"] == "user"]
     assert said == [f"{i}. {KAZAKH}" for i in range(left_out + 1, n + 1)]

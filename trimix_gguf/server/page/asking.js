@@ -133,7 +133,8 @@ function leftOutFor(turn) {
   if (!last || !nContext) return first;
   const perByte = last.answer.usage.prompt / bytes(messagesFor(last));
   const expected = (n) => perByte * bytes(messagesFor(turn, n));
-  const room = Math.min(settings.maxTokens || nContext, nContext / 4);
+  // An eighth more: the count is of one model, and another may read more tokens.
+  const room = Math.min(settings.maxTokens || nContext, nContext / 4) + nContext / 8;
   if (expected(first) <= nContext - room) return first;
   let n = first;
   while (n < index && expected(n) > nContext / 2) n++;

@@ -230,6 +230,11 @@ GUARDED = {
     ("trimix_gguf/machine/worker.py", "os.nice"): "not on Windows",
     ("trimix_gguf/machine/worker.py", "signal.setitimer"): "not on Windows",
     ("trimix_gguf/machine/memory.py", "'/proc/self/status'"): "where it exists",
+    ("trimix_gguf/machine/lending.py", "'/proc/'"): "on Linux only",
+    ("trimix_gguf/machine/lending.py", "os.sysconf"): "on Linux only",
+    ("trimix_gguf/cli/supervising.py", "os.getpgrp"): "not on Windows",
+    ("trimix_gguf/cli/supervising.py", "'/dev/tty'"): "not on Windows",
+    ("trimix_gguf/cli/supervising.py", "os.tcgetpgrp"): "not on Windows",
 }
 METHODS = {
     "add_signal_handler",

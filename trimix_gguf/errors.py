@@ -5,6 +5,7 @@ TrimixError
  ├── ModelFileError       a GGUF that is absent, damaged or not one
  ├── ModelError           llama.cpp refused to load, decode or rewind
  │    └── ContextFullError    no room left in a KV cache
+ ├── WorkerError          a worker that cannot be used, or was lost
  ├── MemoryNeededError    a trio larger than this machine's free memory
  ├── VocabularyMismatch   models that do not speak the same tokens
  ├── PromptError          a prompt that cannot be read, scored or fitted
@@ -40,6 +41,10 @@ class ModelError(TrimixError):
 
 class ContextFullError(ModelError):
     """No room left in a KV cache."""
+
+
+class WorkerError(TrimixError):
+    """A worker on another machine that cannot be used, or was lost."""
 
 
 class MemoryNeededError(TrimixError):

@@ -29,6 +29,7 @@ COMMANDS = {  # name -> (module, and function in it where that is called otherwi
     "import": ("trios:import_", "Install a trio that was exported."),
     "adapt": ("adapt", "Teach a trio's small model your language from raw text."),
     "doctor": ("doctor", "Test llama.cpp; show devices, and whether a trio fits."),
+    "worker": ("worker", "Lend this machine to a trimix on another one."),
     "plan": ("plan", "Show which layers go to which device, and what to change."),
     "check": ("check", "Check whether three GGUF files make a trio."),
     "convert": ("convert", "Turn a Hugging Face checkpoint into a GGUF file."),

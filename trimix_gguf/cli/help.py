@@ -9,7 +9,8 @@ import click
 FOLDER = Path(__file__).parent.parent / "help"
 TOPICS = (
     "install", "trios", "chat", "weights", "serve", "many-servers", "many-prompts", "your-language",
-    "own-models", "evaluation", "python", "graphics-cards", "how-it-works", "measured", "limits",
+    "own-models", "evaluation", "python", "graphics-cards", "machines", "how-it-works", "measured",
+    "limits",
 )  # fmt: skip
 
 

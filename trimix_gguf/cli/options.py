@@ -1,5 +1,6 @@
 """What several commands share: the trio's options, prompts from files, progress, the grid."""
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,20 @@ ROLE_OPTIONS: dict[str, Callable[[str], Any]] = {
     "kv_type": str,
 }
 FILES = ("large_ins", "small_base", "small_cpt", "small_cpt_lora")
+
+
+def _over_workers(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A command that, with --rpc, runs in a child process: see supervising."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, rpc: tuple[str, ...], **options: Any) -> Any:
+        if rpc:
+            from trimix_gguf.cli import supervising
+
+            supervising.take_workers(click.get_current_context(), rpc)
+        return command(*arguments, **options)
+
+    return run
 
 
 def option_group(*options: Decorator) -> Decorator:
@@ -89,7 +104,14 @@ _loading_options = option_group(
         default=None,
         help="Default: only on a device or for a quantized KV cache (slower on the CPU).",
     ),
+    click.option(
+        "--rpc",
+        multiple=True,
+        metavar="HOST:PORT[,…]",
+        help="Use workers on other machines; see `trimix help machines`.",
+    ),
     click.option("--verbose", is_flag=True, help="Show llama.cpp's log, and where layers went."),
+    _over_workers,
 )
 _ONE = "A trio; see `trimix list`. Default: nano."
 _SEVERAL = f"{_ONE} Can be given several times."
@@ -173,6 +195,9 @@ def own_mix(options: dict[str, Any]) -> Any:
 
 def trio_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """Take the trio's options out: arguments of Trio.load, the trio file's beneath the user's."""
+    from trimix_gguf.machine import rpc
+    from trimix_gguf.machine.loading import AUTO
+
     trio_file = named_trio(options)
     options.pop("trio", None)
     files = {r: Path(p) for r in FILES if (p := options.pop(r, None)) is not None}
@@ -191,6 +216,9 @@ def trio_arguments(options: dict[str, Any]) -> dict[str, Any]:
     for name, kind in ROLE_OPTIONS.items():
         for text in options.pop(name, ()):
             _set_per_role(arguments["per_role"], name, kind, text)
+    if rpc.is_engine():  # whoever names workers wants models there
+        for role in ROLES:
+            arguments["per_role"].setdefault(role, {}).setdefault("n_gpu_layers", AUTO)
     return arguments
 
 

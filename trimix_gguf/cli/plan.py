@@ -161,6 +161,10 @@ def _in_bytes(gb: float) -> int:
 
 def _flags(found: Any, named: bool) -> str:
     """The options that say what the planner chose; names of assumed devices mean nothing."""
+    from trimix_gguf.machine import rpc
+
+    if any(model.wire for model in found.models.values()):
+        return f"--rpc {','.join(rpc.endpoints())}"
     words = []
     for role in found.models:
         chosen = found.load_options(role)
@@ -182,6 +186,8 @@ def _report(found: Any, files: Mapping[Role, Any], flags: str) -> dict[str, Any]
             "n_gpu_layers": placement.n_layers,
             "n_layers": placement.most,
             "shares_weights_of": placement.shares,
+            "layers_by_worker": list(placement.chosen.split),
+            "network_bytes_per_token": placement.wire,
             "on_device": asdict(placement.on_device),
             "in_ram": asdict(placement.in_ram),
         }
@@ -224,6 +230,7 @@ def _table(found: Any, files: Mapping[Role, Any], flags: str) -> str:
         kept = "" if name == "RAM" else f"  {_size(room.free - room.usable)} of it kept free"
         kept += ", part of RAM" if room.is_ram else ""
         lines.append(f"{name:<12}{_size(needed):>11}{_size(room.free):>11}{kept}")
+    lines += _network_lines(found)
     if found.fits:
         return "\n".join([*lines, "", f"it fits: {flags}"])
     lines += ["", "it does not fit; what would help:"]
@@ -234,6 +241,19 @@ def _table(found: Any, files: Mapping[Role, Any], flags: str) -> str:
         if change.command:
             lines.append(f"      made by: {change.command}")
     return "\n".join(lines)
+
+
+def _network_lines(found: Any) -> list[str]:
+    """What each token sends over the network, about, and where the output layer is."""
+    lines = []
+    for role, placement in found.models.items():
+        if placement.wire:
+            words = "here" if placement.chosen.keeps_output else "there, and sends rows of logits"
+            kept = f"output layer {words}"
+            split = "+".join(map(str, placement.chosen.split))
+            parts = f"; {split} layers" if split else ""
+            lines.append(f"{role:<12}{placement.wire / 1e3:>11.1f} KB    {kept}{parts}")
+    return ["", f"{'':<12}{'network, for each token':<24}", *lines] if lines else []
 
 
 def _size(n_bytes: int) -> str:

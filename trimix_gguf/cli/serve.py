@@ -1,6 +1,7 @@
 """trimix serve: the mix behind an HTTP interface."""
 
 import ipaddress
+import os
 import re
 import secrets
 import signal
@@ -11,6 +12,7 @@ from typing import Any
 
 import click
 
+from trimix_gguf.cli import supervising
 from trimix_gguf.cli.options import Decorator, each_trio, option_group, trios_options
 from trimix_gguf.cli.served_trios import groups_of, mixes_by_auto
 from trimix_gguf.cli.tuning_notes import say_tuning
@@ -32,6 +34,7 @@ _LIMITS: dict[str, tuple[click.ParamType[Any], str]] = {
     "drain": (click.FloatRange(0), "Seconds for running answers to finish after Ctrl-C."),
     "body_limit": (click.IntRange(1024), "Most bytes of one request."),
 }
+_KEY = "TRIMIX_NEW_KEY"
 _FIELDS = {field.name.removesuffix("_s"): field for field in fields(Limits)}
 
 
@@ -118,14 +121,41 @@ def serve(**options: Any) -> None:
     listening = {name: options.pop(name) for name in ("host", "port")}
     made_key = None
     if options.pop("new_key") and options["api_key"] is None:
-        options["api_key"] = made_key = secrets.token_urlsafe(16)
+        # With --rpc a child serves, and another one after it: they have one key.
+        options["api_key"] = made_key = os.environ.setdefault(_KEY, secrets.token_urlsafe(16))
     access = _access(listening["host"], options)
+    context = click.get_current_context()
+    if workers := supervising.workers_of(context):
+        context.exit(_supervise(workers, listening, options))
     limits = Limits(**{_FIELDS[name].name: options.pop(name) for name in _LIMITS})
     log = _log(options.pop("log_file"))
     try:
         _run(listening, access, limits, log, options, made_key)
     finally:
         log.close()
+
+
+def _supervise(workers: list[str], listening: dict[str, Any], options: dict[str, Any]) -> int:
+    """Have a child serve, on workers, at a socket that is opened here; its exit code."""
+    from trimix_gguf.cli.supervising_server import run_server
+
+    if sys.platform == "win32":
+        raise click.ClickException("serve --rpc needs Linux or macOS: use WSL here")
+    if len(options["trio"]) > 1:
+        raise click.UsageError("with --rpc the server has one trio; start another for the next")
+    with _bound(listening) as listener:
+        return run_server(workers, listener)
+
+
+def _bound(listening: dict[str, Any]) -> Any:
+    from trimix_gguf.server.running import bind
+
+    host, port = listening["host"], listening["port"]
+    try:
+        return bind(host, port)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise click.ClickException(f"{host}:{port}: {reason}; choose another --port") from None
 
 
 def _access(host: str, options: dict[str, Any]) -> Any:
@@ -194,8 +224,10 @@ def _log(path: Path | None) -> Any:
         raise click.ClickException(f"{path}: {reason}; choose another --log-file") from None
 
 
-def _say_ready(ready: str, trios: list[dict[str, Any]]) -> None:
+def _say_ready(ready: str, trios: list[dict[str, Any]], parent: Any) -> None:
     """The address first: programs wait for that line; then what is said of the trios' tuning."""
+    if parent is not None:
+        parent.is_ready()
     _note(ready)
     for given in trios:
         if mixes_by_auto(given):
@@ -210,22 +242,22 @@ def _run(
     options: dict[str, Any],
     made_key: str | None,
 ) -> None:
+    from trimix_gguf.cli import supervising_server
     from trimix_gguf.server.app import Api
-    from trimix_gguf.server.running import bind, run
+    from trimix_gguf.server.running import run
     from trimix_gguf.server.trios import Trios
 
-    host, port = listening["host"], listening["port"]
-    try:
-        listener = bind(host, port)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise click.ClickException(f"{host}:{port}: {reason}; choose another --port") from None
+    host = listening["host"]
+    parent = supervising_server.Supervised() if supervising_server.is_supervised() else None
+    listener = _bound(listening) if parent is None else parent.listener
     name, strict, most = (options.pop(key) for key in ("name", "strict", "max_loaded"))
     with listener:
         given = each_trio(options)
         trios = Trios(groups_of(given, name=name), limits=limits, max_loaded=most)
         try:
             api = Api(trios, limits=limits, strict=strict)
+            if parent is not None:
+                parent.watch(api)
             address = f"[{host}]" if ":" in host else host
             url = f"http://{address}:{listener.getsockname()[1]}"
             names = ", ".join(entry.name for entry in trios.entries)
@@ -236,7 +268,7 @@ def _run(
                 listener,
                 drain=api.drain,
                 stop=api.stop,
-                on_ready=lambda: _say_ready(ready, given),
+                on_ready=lambda: _say_ready(ready, given, parent),
                 drain_s=limits.drain_s,
                 read_timeout_s=limits.read_timeout_s,
             )

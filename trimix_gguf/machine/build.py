@@ -41,6 +41,8 @@ _LIBRARY = (
     "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_BUILD_SERVER=OFF",
 )
+# Workers on other machines; RDMA would go past `trimix worker`, which stands in front.
+_RPC = ("-DGGML_RPC=ON", "-DGGML_RPC_RDMA=OFF")
 # Backends are installed like programs: keep them beside the library that loads them.
 _PORTABLE = (
     "-DGGML_NATIVE=OFF",
@@ -129,7 +131,7 @@ def _compiler() -> list[str]:
 def cmake_arguments(*, portable: bool, amx: bool = True) -> list[str]:
     """What CMake is told; says on stderr what had to be switched off. Raises BuildError."""
     arguments = [f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={_CMAKE}"]
-    arguments += [*_LIBRARY, *(_PORTABLE if portable else ())]
+    arguments += [*_LIBRARY, *_RPC, *(_PORTABLE if portable else ())]
     flags = [] if os.name == "nt" else _compiler_flags(_compiler(), native=not portable, amx=amx)
     if flags:
         off = [flag for flag in flags if flag.startswith("-mno-")]

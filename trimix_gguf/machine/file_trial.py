@@ -18,6 +18,7 @@ from trimix_gguf.machine import self_test
 from trimix_gguf.machine.folders import cache_folder
 from trimix_gguf.machine.loading import Loading
 from trimix_gguf.machine.parts import parts_of
+from trimix_gguf.machine.rpc import is_remote
 
 REFUSED = 4  # the child's exit code for an error of ours; its last line is the class and the text
 _N_CTX = 128
@@ -69,7 +70,11 @@ def require(trials: Iterable[FileTrial]) -> None:
     Another error of this package that the child meets is raised here as it is. Costs nothing for
     files that passed before.
     """
-    new = {} if self_test.is_skipped() else {t.fingerprint(): t for t in trials if not _ships(t)}
+    if self_test.is_skipped():
+        return
+    # On workers only the tokenizer: the child has none, and may not have room for the weights.
+    here = [replace(t, decode=False) if is_remote(t.loading.device) else t for t in trials]
+    new = {trial.fingerprint(): trial for trial in here if not _ships(trial)}
     new = {key: trial for key, trial in new.items() if key not in _passed}
     if new:
         kept = _kept()

@@ -19,6 +19,8 @@ class Loading:
     faster and shares pages, but counts the weights twice where llama.cpp repacks them. `device`
     is a name from `trimix doctor`; "CPU" leaves every other device unopened. `n_gpu_layers` -1
     is all, "auto" leaves it to the planner. `flash_attn` None chooses what is faster.
+    `device` may name several with + between them: each has `split` layers, the first ones first.
+    `keep_output` leaves the output layer in RAM, so that no row of logits comes from a worker.
     """
 
     n_ctx: int = N_CTX
@@ -27,6 +29,8 @@ class Loading:
     n_threads: int = 0
     n_gpu_layers: int | str = 0
     device: str | None = None
+    split: tuple[int, ...] = ()
+    keep_output: bool = False
     type_k: str = "f16"
     type_v: str = "f16"
     mmap: bool = False
@@ -53,6 +57,8 @@ class LoadingOptions(TypedDict, total=False):
     n_threads: int
     n_gpu_layers: int | str
     device: str | None
+    split: tuple[int, ...]
+    keep_output: bool
     type_k: str
     type_v: str
     mmap: bool

@@ -63,6 +63,7 @@ class ModelMemory:
     compute_cpu: int  # of a step where no layer is on a device
     tied: int = 0
     tied_ram: int = 0
+    keeps_output: bool = False  # in RAM, though it counts as a layer: see Loading
 
     @property
     def n_layers(self) -> int:
@@ -71,16 +72,21 @@ class ModelMemory:
 
     def on_device(self, n: int) -> Need:
         """What `n` of the layers need where they are."""
-        if n == 0:
+        return self.part(self.n_layers - n, self.n_layers)
+
+    def part(self, first: int, end: int) -> Need:
+        """What the layers from `first` to before `end` need on one device."""
+        if first == end:
             return Need()
-        first = self.n_layers - n
-        weights = self.output + self.tied + sum(self.layers[first:])
-        return Need(weights, sum(self.kv[first:]), self.compute)
+        weights = sum(self.layers[first:end])
+        if end == self.n_layers and not self.keeps_output:
+            weights += self.output + self.tied
+        return Need(weights, sum(self.kv[first:end]), self.compute)
 
     def in_ram(self, n: int) -> Need:
         """What stays in RAM where `n` of the layers are on a device."""
         first = self.n_layers - n if n else len(self.layers)
-        output = 0 if n else self.output + self.tied_ram
+        output = 0 if n and not self.keeps_output else self.output + self.tied_ram
         weights = self.embedding + output + sum(self.layers[:first])
         compute = self.compute if n else self.compute_cpu
         return Need(weights, sum(self.kv[:first]), self.rows + compute)
@@ -156,6 +162,16 @@ def total() -> int:
     limit = container.memory_limit()
     has = int(psutil.virtual_memory().total)
     return has if limit is None else min(has, limit)
+
+
+def address_limit() -> int | None:
+    """Bytes of address space that a process may have (ulimit -v); None where any number."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def peak_rss() -> int:

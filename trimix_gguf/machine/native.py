@@ -18,14 +18,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trimix_gguf.errors import ModelFileError
+from trimix_gguf.errors import ModelError, ModelFileError
 from trimix_gguf.machine import self_test
+from trimix_gguf.machine.loading import Loading
 from trimix_gguf.machine.quantization import FLOATS
 
 KV_TYPES = (*FLOATS, "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 MOST_RUN = 2000  # some 300 bytes of stack each; Windows has 1 MB
 _LONG_RUN = re.compile(rf"\S{{{MOST_RUN + 1},}}|\s{{{MOST_RUN + 1},}}")
 QUANTIZE_BUFFER = 256 << 20  # bytes of a tensor's rows that the quantizer holds at once
+# What workers say of their devices, in the order of llama.cpp's names RPC0, RPC1, …
+remote: list[dict[str, Any]] = []
 
 
 def _bindings(*names: str) -> list[Any]:
@@ -187,12 +190,15 @@ def devices() -> list[Device]:
     ] * 2
     for i in range(libggml.ggml_backend_dev_count()):
         handle = libggml.ggml_backend_dev_get(i)
+        if (name := libggml.ggml_backend_dev_name(handle).decode()).startswith("RPC"):
+            found.append(_remote(name, handle))
+            continue
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         libggml.ggml_backend_dev_memory(handle, ctypes.byref(free), ctypes.byref(total))
         kind = libggml.ggml_backend_dev_type(handle)
         found.append(
             Device(
-                name=libggml.ggml_backend_dev_name(handle).decode(),
+                name=name,
                 description=libggml.ggml_backend_dev_description(handle).decode("utf-8", "replace"),
                 kind={0: "CPU", 1: "GPU", 2: "integrated GPU"}.get(kind, "accelerator"),
                 free=free.value,
@@ -201,6 +207,50 @@ def devices() -> list[Device]:
             )
         )
     return found
+
+
+def _remote(name: str, handle: int) -> Device:
+    """A worker's device, as the worker describes it: llama.cpp knows only its address."""
+    about = remote[int(name.removeprefix("RPC"))]
+    kind = "remote CPU" if about["kind"] == "CPU" else "remote GPU"
+    description = f"{about['description']} at {about['endpoint']}"
+    return Device(name, description, kind, about["free"], about["total"], handle)
+
+
+class _Kept(ctypes.Structure):
+    """llama_model_tensor_buft_override: tensors of these names go to this kind of buffer."""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
+
+
+def place_on(params: Any, loading: Loading) -> list[Any]:
+    """Have a model loaded on the devices that `loading` names; keep what is returned meanwhile.
+
+    Raises ModelError for a device that is not here.
+    """
+    known = {device.name.lower(): device for device in devices()}
+    names = str(loading.device).split("+")
+    for name in names:
+        if name.lower() not in known:
+            have = ", ".join(device.name for device in known.values())
+            raise ModelError(f"device {name!r} is not here; this build has {have}")
+    chosen = [known[name.lower()] for name in names]
+    # The CPU is always used: if it is the one named, the list is empty.
+    handles = [None if device.kind == "CPU" else device.handle for device in chosen]
+    array = (ctypes.c_void_p * (len(handles) + 1))(*handles, None)
+    params.devices = ctypes.cast(array, ctypes.c_void_p)
+    kept: list[Any] = [array]
+    if loading.split:
+        split = (ctypes.c_float * max(int(lib.llama_max_devices()), len(chosen)))(*loading.split)
+        params.tensor_split = ctypes.cast(split, ctypes.POINTER(ctypes.c_float))
+        kept.append(split)
+    if loading.keep_output:
+        libggml.ggml_backend_cpu_buffer_type.restype = ctypes.c_void_p
+        in_ram = _Kept(b"^(output|token_embd)", libggml.ggml_backend_cpu_buffer_type())
+        overrides = (_Kept * 2)(in_ram, _Kept())
+        params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
+        kept.append(overrides)
+    return kept
 
 
 def gpu_offload() -> bool:

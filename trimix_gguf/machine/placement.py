@@ -4,6 +4,7 @@ Arithmetic over what files declare and devices report; nothing is loaded.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +16,21 @@ from trimix_gguf.machine.gguf_file import GGUFFile
 from trimix_gguf.machine.loading import AUTO, Loading, LoadingOptions
 from trimix_gguf.machine.memory import ModelMemory, Need
 from trimix_gguf.machine.native import Device
+from trimix_gguf.machine.rpc import REMOTE_CPU, REMOTE_GPU
+from trimix_gguf.machine.spreading import (
+    WAYS,
+    Chosen,
+    Way,
+    layers_by_device,
+    on_workers,
+    seen_from,
+    wire_bytes,
+)
 from trimix_gguf.roles import LOADING_ORDER, ROLES, Role
 
 CPU, RAM = "CPU", "RAM"
-_CARDS = ("GPU", "integrated GPU")  # kinds of device that layers can go to
+_WORKERS = (REMOTE_GPU, REMOTE_CPU)
+_CARDS = ("GPU", "integrated GPU", *_WORKERS)  # kinds of device that layers can go to
 # Left free on a device beside what is counted: the driver's context and kernels (some 300 MiB
 # on CUDA), the weights of a layer on their way from RAM, and what a screen takes.
 MARGIN = 512 << 20
@@ -45,14 +57,30 @@ class Case:
 
 @dataclass(frozen=True)
 class Placement:
-    """One role's model: `n_layers` of `most` on `device`, the output layer and then the last."""
+    """One role's model: `n_layers` of `most` on devices, the output layer and then the last."""
 
-    device: str  # CPU where no layer is offloaded
-    n_layers: int
+    chosen: Chosen
     most: int
-    on_device: Need
+    by_device: Mapping[str, Need]
     in_ram: Need
     shares: str | None  # the role whose weights it reads
+    flash_attn: bool | None  # decided; None where llama.cpp is to
+    wire: int = 0  # bytes over the network for each token
+
+    @property
+    def device(self) -> str:
+        """CPU where no layer is offloaded; several workers with + between them."""
+        return self.chosen.device
+
+    @property
+    def n_layers(self) -> int:
+        """Of `most`."""
+        return self.chosen.n
+
+    @property
+    def on_device(self) -> Need:
+        """On all its devices."""
+        return _sum(self.by_device.values())
 
 
 @dataclass(frozen=True)
@@ -102,7 +130,12 @@ class LayerPlan:
         placement = self.models[role]
         if len(self.rooms) == 1:
             return {"n_gpu_layers": 0}
-        return {"n_gpu_layers": placement.n_layers, "device": placement.device}
+        options: LoadingOptions = {"n_gpu_layers": placement.n_layers, "device": placement.device}
+        if placement.wire:
+            options["split"] = placement.chosen.split
+            options["keep_output"] = placement.chosen.keeps_output
+            options["flash_attn"] = placement.flash_attn
+        return options
 
     def in_words(self) -> str:
         """'large_ins 29 of 29 layers on CUDA0, …', or 'all on CPU'."""
@@ -131,6 +164,16 @@ class LayerPlan:
 
 def arrange(case: Case) -> LayerPlan:
     """The plan without advice: planner.plan says by which rules."""
+    ways = WAYS if any(device.kind in _WORKERS for device in case.devices) else WAYS[:1]
+    first = found = _arrange(case, ways[0])
+    for way in ways[1:]:
+        if found.fits:
+            break
+        found = _arrange(case, way)
+    return found if found.fits else first
+
+
+def _arrange(case: Case, way: Way) -> LayerPlan:
     memories = memory.by_role(case.files, case.loadings, case.lora, case.present)
     program = memory.program(case.files[ROLES[0]], case.present)
     groups: dict[Any, list[Role]] = {}
@@ -138,24 +181,60 @@ def arrange(case: Case) -> LayerPlan:
         groups.setdefault(case.files[role].path, []).append(role)
     wishes = {tuple(roles): (_fixed(roles, case), _named(roles, case)) for roles in groups.values()}
     spare = case.free_ram - program - _sum(needed.in_ram(0) for needed in memories.values()).total
-    chosen = _choose(memories, case.devices, wishes, spare)
+    chosen = _choose(memories, case.devices, wishes, spare, way)
     models = {}
     for roles in groups.values():
         for role in roles:
-            name, n = chosen[tuple(roles)]
-            needed, shares = memories[role], None if role == roles[0] else roles[0]
-            on_device, in_ram = needed.on_device(n), needed.in_ram(n)
-            models[role] = Placement(name, n, needed.n_layers, on_device, in_ram, shares)
+            shares = None if role == roles[0] else roles[0]
+            models[role] = _placement(case, role, memories[role], chosen[tuple(roles)], shares)
+    models = _with_wire(case, models)
     ram = _sum(placement.in_ram for placement in models.values()) + Need(buffers=program)
     rooms = {RAM: Room(case.free_ram, case.free_ram, ram)}
-    used = {placement.device for placement in models.values()}
+    used = {name for placement in models.values() for name in placement.by_device}
     usual = _usual(case.devices)
     for card in case.devices:
         if card.name in usual or (card.name in used and card.kind in _CARDS):
-            need = _sum(m.on_device for m in models.values() if m.device == card.name)
+            need = _sum(m.by_device.get(card.name, Need()) for m in models.values())
             usable = max(card.free - MARGIN, 0)
             rooms[card.name] = Room(card.free, usable, need, _is_ram(card))
     return LayerPlan({role: models[role] for role in ROLES}, rooms, program)
+
+
+def _placement(
+    case: Case, role: Role, model: ModelMemory, chosen: Chosen, shares: Role | None
+) -> Placement:
+    """What a choice means for one role."""
+    needed, loading, n = seen_from(model, chosen), case.loadings[role], chosen.n
+    by_device, at = {}, needed.n_layers - n
+    for name, n_there in layers_by_device(chosen).items():
+        by_device[name] = needed.part(at, at + n_there)
+        at += n_there
+    flash = loading.has_flash_attention(offloaded=False) if chosen.is_cpu else loading.flash_attn
+    return Placement(
+        most=needed.n_layers,
+        in_ram=needed.in_ram(n),
+        shares=shares,
+        by_device=by_device,
+        flash_attn=flash,
+        chosen=chosen,
+    )
+
+
+def _with_wire(case: Case, models: Mapping[Role, Placement]) -> dict[Role, Placement]:
+    """The same with what each token sends over the network."""
+    used = Counter(name for placement in models.values() for name in placement.by_device)
+    return {
+        role: replace(
+            placement,
+            wire=wire_bytes(
+                case.files[role],
+                placement.chosen,
+                case.loadings[role].n_ctx,
+                is_shared=any(used[name] > 1 for name in placement.by_device),
+            ),
+        )
+        for role, placement in models.items()
+    }
 
 
 def _choose(
@@ -163,8 +242,9 @@ def _choose(
     devices: Sequence[Device],
     wishes: Mapping[tuple[Role, ...], tuple[int | None, str | None]],
     spare: int,
-) -> dict[tuple[Role, ...], tuple[str, int]]:
-    """Device and layers for each group of roles that share weights.
+    way: Way,
+) -> dict[tuple[Role, ...], Chosen]:
+    """Where the layers of each group of roles go that share weights.
 
     `wishes` are the layers and the device that the user fixed, or None. `spare` bytes of RAM are
     left for what offloading adds where a device's memory is RAM.
@@ -172,36 +252,58 @@ def _choose(
     cards = {device.name: device for device in devices if device.kind in _CARDS}
     room = {name: card.free - MARGIN for name, card in cards.items()}
     usual = _usual(devices)
+    kinds = {name: card.kind for name, card in cards.items()}
     full: set[str] = set()
     chosen = {}
     # First what the user fixed: it takes its room in any case.
     for roles, (fixed, named) in sorted(wishes.items(), key=lambda wish: wish[1][0] is None):
         group = [memories[role] for role in roles]
-        most = group[0].n_layers
         free = [name for name in usual if fixed is not None or name not in full]
-        name = named or max(free, key=lambda name: room[name], default=CPU)
+        local = [name for name in free if kinds[name] not in _WORKERS]
+        candidates = local if fixed is None else free
+        name = named or max(candidates, key=lambda name: room[name], default=CPU)
         if name not in cards or (fixed is None and name in full):
-            n = 0
-        elif fixed is not None:
-            n = most if fixed < 0 else min(fixed, most)
+            name, n = CPU, 0
         else:
             left = spare if _is_ram(cards[name]) else None
-            n = next((n for n in range(most, 0, -1) if _holds(group, n, room[name], left)), 0)
-            full |= {name} if n < most else set()
-        if n:
-            room[name] -= _there(group, n)
-            spare -= _added(group, n) if _is_ram(cards[name]) else 0
-        chosen[roles] = (name if n else CPU, n)
+            n = _n_layers(group, fixed, room[name], left)
+        is_cpu = kinds.get(name) == REMOTE_CPU
+        keeps = way.keeps_output and is_cpu
+        found = Chosen(name if n else CPU, n, keeps_output=keeps, is_cpu=is_cpu and n > 0)
+        if fixed is None and n < group[0].n_layers:
+            on = [] if named else free
+            workers = {name: room[name] for name in on if kinds[name] in _WORKERS}
+            spread = on_workers(group, workers, kinds, way)
+            found = spread if spread is not None and spread.n >= n else found
+            full |= {name} if found is not spread else set()
+        chosen[roles] = found
+        models = [seen_from(model, found) for model in group]
+        at = group[0].n_layers - found.n
+        for used, n_there in layers_by_device(found).items():
+            room[used] -= _sum(model.part(at, at + n_there) for model in models).total
+            at += n_there
+            full |= {used} if kinds[used] in _WORKERS and not way.shares else set()
+            spare -= _added(group, found.n) if _is_ram(cards[used]) else 0
     return chosen
 
 
-def _usual(devices: Sequence[Device]) -> list[str]:
-    """Graphics cards; those inside the processor only where there are no others, as in llama.cpp.
+def _n_layers(group: Sequence[ModelMemory], fixed: int | None, room: int, left: int | None) -> int:
+    """How many layers go to a device: those that the user fixed, or as many as it holds."""
+    most = group[0].n_layers
+    if fixed is not None:
+        return most if fixed < 0 else min(fixed, most)
+    return next((n for n in range(most, 0, -1) if _holds(group, n, room, left)), 0)
 
-    A card that two backends offer, by its description, is the first one's.
+
+def _usual(devices: Sequence[Device]) -> list[str]:
+    """Graphics cards, and what workers lend.
+
+    Cards inside the processor only where there are no others, as in llama.cpp. A card that
+    two backends offer, by its description, is the first one's.
     """
     cards = [d for d in devices if d.kind == _CARDS[0]]
     cards = cards or [d for d in devices if d.kind == _CARDS[1]]
+    cards += [d for d in devices if d.kind in _WORKERS]
     backends: dict[str, str] = {}
     return [
         card.name

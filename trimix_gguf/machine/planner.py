@@ -14,6 +14,7 @@ from trimix_gguf.machine.memory import CTX_STEP, adapter_of, as_quantized
 from trimix_gguf.machine.native import Device
 from trimix_gguf.machine.placement import RAM, Case, Change, Files, LayerPlan, arrange
 from trimix_gguf.machine.quantization import FLOATS, QUANTIZED
+from trimix_gguf.machine.rpc import is_remote
 from trimix_gguf.machine.sharing import shared_roles
 from trimix_gguf.roles import ROLES, Role
 
@@ -114,7 +115,7 @@ def place(
     if wrong := [n for n in layers.values() if isinstance(n, str) and n != AUTO]:
         raise ModelError(f"n_gpu_layers is {wrong[0]!r}; expected a number or {AUTO!r}")
     open_files = {files[role].path for role, n in layers.items() if n == AUTO}
-    if not open_files:
+    if not open_files and not any(is_remote(one.get("device")) for one in by_role.values()):
         return by_role
     asked: dict[Role, LoadingOptions] = {
         role: {"n_gpu_layers": AUTO if files[role].path in open_files else 0, **one}

@@ -73,6 +73,7 @@ class Api:
         self._open: set[Events] = set()
         self._n_inside = 0  # requests that were taken on, and have no reply yet
         self._is_draining = False
+        self._failure: RequestError | None = None
         # Few threads: each takes turns with the engine's for Python's lock.
         self._executor = ThreadPoolExecutor(4, thread_name_prefix="prepare")
         self._n_answers: Counter[str] = Counter()  # that are not finished, by client
@@ -122,6 +123,17 @@ class Api:
             events.end(stopping())
         close_renderer()
 
+    def fail(self, error: RequestError) -> None:
+        """Answer all requests with this error, those included that are not finished."""
+        self._failure = error
+        for events in self._open:
+            events.end(error)
+
+    @property
+    def n_open(self) -> int:
+        """Requests that have an answer to come."""
+        return len(self._open)
+
     # -- replies ----------------------------------------------------------------------------
 
     def _door(self, parse: Parse, kind: type[Reply]) -> Door:
@@ -167,6 +179,8 @@ class Api:
         return None if self._strict else record_of(request.scope).ignored
 
     async def _read(self, request: HttpRequest) -> object:
+        if self._failure is not None:
+            raise self._failure
         most_bytes, timeout_s = self._limits.body_limit, self._limits.read_timeout_s
         return await read_json(request, most_bytes=most_bytes, timeout_s=timeout_s)
 
@@ -329,6 +343,8 @@ class Api:
         """Whether the engines run, and take more requests."""
         if self._is_draining:
             raise stopping()
+        if self._failure is not None:
+            raise self._failure
         if not self._trios.is_alive:
             raise RequestError("the engine has stopped", status=503, code="engine_stopped")
         return JSONResponse({"status": "busy" if self._trios.is_busy else "ok"})

@@ -331,15 +331,7 @@ class _Weights:
             overrides = native.without_tokenizer(params, file.architecture, n_vocab)  # noqa: F841
         params.n_gpu_layers = int(loading.n_gpu_layers)
         params.load_mode = int(loading.mmap) + 2 * int(loading.mlock)
-        if (device := loading.device) is not None:
-            chosen = [d for d in native.devices() if d.name.lower() == device.lower()]
-            if not chosen:
-                names = ", ".join(d.name for d in native.devices())
-                raise ModelError(f"device {device!r} is not here; this build has {names}")
-            # The CPU is always used: if it is the one named, the list is empty.
-            handle = None if chosen[0].kind == "CPU" else chosen[0].handle
-            self._devices = (ctypes.c_void_p * 2)(handle, None)
-            params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
+        placed = native.place_on(params, loading) if loading.device else None  # noqa: F841
         self.path, self._loading, self._tokenizer = path, loading, tokenizer
         self.handle = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:

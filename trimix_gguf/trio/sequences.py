@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trimix_gguf.errors import ModelError
+from trimix_gguf.machine.spreading import together
 from trimix_gguf.machine.threads import run_all
 from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.roles import ROLES, Role
@@ -134,12 +135,10 @@ class Sequences:
         def one(role: Role) -> Logits:
             return self._read(role, wanted[role], progress if role == ROLES[0] else None)
 
-        groups: dict[str, list[Role]] = {}
-        for role in wanted:
-            groups.setdefault(self._models[role].device, []).append(role)
+        groups = together({role: self._models[role].device for role in wanted})
         if len(groups) < 2:
             return {role: one(role) for role in wanted}
-        parts = run_all(self._pool, lambda group: {r: one(r) for r in group}, groups.values())
+        parts = run_all(self._pool, lambda group: {r: one(r) for r in group}, groups)
         return {role: rows for part in parts for role, rows in part.items()}
 
     def _read(self, role: Role, wanted: Wanted, progress: TokenProgress | None) -> Logits:

@@ -170,6 +170,8 @@ class Supervised:
         if not line:  # the parent has died
             os._exit(1)
         if self._loop is not None:
+            # New connections wait for the parent: one taken now could be cut off at the end.
+            self._loop.call_soon_threadsafe(self._loop.remove_reader, self.listener.fileno())
             _fail(api, line, self._loop.call_soon_threadsafe)
         os._exit(supervising.LOST)
 

@@ -132,7 +132,7 @@ class Api:
     @property
     def n_open(self) -> int:
         """Requests that have an answer to come."""
-        return len(self._open)
+        return len(self._open) + self._n_inside
 
     # -- replies ----------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from trimix_gguf.errors import WorkerError
+from trimix_gguf.machine.typed_json import parse
 
 HELLO = "TRIMIX 1 "  # then JSON
 _MOST_LINE = 1 << 16
@@ -85,7 +86,7 @@ class Link:
         self._link.settimeout(_ANSWERS_S)
         try:
             self._link.sendall(f"{HELLO}{json.dumps({'build': build})}\n".encode())
-            said = json.loads(read_line(self._link))
+            said = parse(read_line(self._link), {})
             if refused := said.get("refused", said.get("lost")):
                 raise WorkerError(f"worker {self.endpoint} refuses: {refused}")
             if said["build"] != build:
@@ -119,7 +120,7 @@ class Link:
                 line = read_line(self._link)
                 if not line:
                     return "has ended"
-                said = json.loads(line)
+                said = parse(line, {})
                 if "lost" in said:
                     return f"was lost: {said['lost']}"
                 self.sent, self.received = said["sent"], said["received"]

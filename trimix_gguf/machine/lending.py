@@ -21,6 +21,7 @@ from typing import Any
 from trimix_gguf.errors import WorkerError
 from trimix_gguf.machine import rpc
 from trimix_gguf.machine.borrowing import HELLO, keep_alive, read_line
+from trimix_gguf.machine.typed_json import parse
 
 _STARTS_S = 120.0  # for the server to listen
 _IDLE_S = 30.0  # for it to end the last session
@@ -188,7 +189,7 @@ class Lender:
     ) -> "tuple[str, None] | tuple[None, _Session]":
         word, _, rest = line.partition(" {")
         try:
-            build = json.loads("{" + rest)["build"]
+            build = parse("{" + rest, {})["build"]
         except (ValueError, LookupError, TypeError):
             build = None
         if f"{word} " != HELLO or build != self.build:

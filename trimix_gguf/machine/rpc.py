@@ -6,7 +6,6 @@ process when it loses a worker. What the workers have is in the child's environm
 
 import ctypes
 import importlib.metadata
-import json
 import os
 import threading
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 
 from trimix_gguf.errors import BuildError, WorkerError
 from trimix_gguf.machine import self_test
+from trimix_gguf.machine.typed_json import parse
 
 WORKERS = "TRIMIX_RPC_WORKERS"  # an engine's workers, as JSON
 REMOTE_GPU, REMOTE_CPU = "remote GPU", "remote CPU"  # kinds of devices
@@ -59,7 +59,7 @@ def is_engine() -> bool:
 
 def endpoints() -> list[str]:
     """The addresses of an engine's workers."""
-    return [worker["endpoint"] for worker in json.loads(os.environ.get(WORKERS, "[]"))]
+    return [worker["endpoint"] for worker in parse(os.environ.get(WORKERS, "[]"), [{}])]
 
 
 def serve(port: int, cache: str | None, n_threads: int, names: list[str]) -> None:
@@ -83,7 +83,7 @@ def add_workers() -> None:
     add_server.argtypes, add_server.restype = [ctypes.c_char_p], ctypes.c_void_p
     # A wheel has copies in place of links, so that llama.cpp may have a registry of its own.
     registries = (native.libggml, native.lib._lib)
-    for worker in json.loads(os.environ[WORKERS]):
+    for worker in parse(os.environ[WORKERS], [{}]):
         reg = add_server(worker["endpoint"].encode())
         if not reg:
             raise WorkerError(f"worker {worker['endpoint']} has no device")

@@ -203,7 +203,8 @@ class Crowd:
     def stream(self, client, i):
         body = {**asked(i), "max_tokens": 40, "stream": True}
         chunks = list(client.chat.completions.create(**body))
-        if self.hides and chunks[-1].choices[0].finish_reason is None:
+        # Broken off before its first event, or after some.
+        if self.hides and (not chunks or chunks[-1].choices[0].finish_reason is None):
             raise httpx.RemoteProtocolError("the stream has no end")
         assert chunks[-1].choices[0].finish_reason == "length"
         return chunks[0].model

@@ -33,8 +33,8 @@ def list_trios(every: bool, as_json: bool) -> None:
         print(_row(offer, f"{', '.join(offer['licences'])}: {offer['description']}"))
     if len(shown) < len(known):
         more = len(known) - len(shown)
-        print(f"{more} more need a small_cpt of your own: trimix list --presets", file=sys.stderr)
-    print("another language or script: teach it, `trimix help your-language`", file=sys.stderr)
+        own = f"{more} more need a small_cpt of your own: trimix list --presets"
+        print(f"{own}; to teach one: trimix help your-language", file=sys.stderr)
 
 
 @click.command()

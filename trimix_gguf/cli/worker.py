@@ -44,9 +44,9 @@ def worker(**options: Any) -> None:
     """
     from trimix_gguf.machine import rpc
 
+    rpc.require_library()  # before anything loads llama.cpp, which may be linked to it
     host = options["host"]
     _check_host(host, options["insecure_lan"])
-    rpc.require_library()
     ended_by = _lend(host, options)
     print("trimix: the worker has ended", file=sys.stderr)
     if ended_by == signal.SIGINT:

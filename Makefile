@@ -18,7 +18,7 @@ portable:
 # The oracle tests need torch (about 1 GB of disk) and transformers.
 oracle: $(VENV)/.oracle
 	$(BIN)/python -m pytest tests/test_convert_oracle.py tests/test_convert_lora.py \
-	  tests/test_convert_ids.py -rs
+	  tests/test_convert_ids.py tests/test_imatrix_oracle.py -rs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check trimix_gguf convert tests benchmarks

@@ -97,6 +97,7 @@ def test_who_waits_too_long_is_told_and_the_trio_comes_for_the_next(shelf, run):
                 pass
         assert told.value.status == 504
         shelf.gates["b"].set()
+        trios._limits = replace(trios._limits, timeout_s=60)  # however busy this machine is
         async with trios.use(shelf.entries["b"]) as engine:
             assert engine.name == "b"
         assert shelf.opened == ["a", "b"]

@@ -144,6 +144,16 @@ def test_a_mix_that_is_better_everywhere_answers():
     assert "2 of 2 kinds" in found.text
 
 
+def test_of_mixes_that_answer_alike_the_closest_to_the_best_model_answers():
+    good = at(large_ins=0.6)
+    good[:, 2:6] = 0.9  # any mix with some small_cpt
+    found = verdict(good, good)
+    axis = list(WITH_CORNERS)
+    assert found.weights.alpha == 1.0 and axis.index(found.weights.beta) in (2, 3)
+    good[0, 5] = 0.92  # a little better, but not for certain, and as far as can be
+    assert verdict(good, good).weights == found.weights
+
+
 def test_a_mix_that_costs_one_kind_is_not_taken():
     good, bad = at(large_ins=0.5), at(large_ins=0.9)
     good[4:6, 2:4] = 1.0

@@ -84,8 +84,9 @@ def judge(scores: Mapping[str, Scores]) -> Verdict:
     """Choose the mix that answers best in the mean of the kinds, if it costs none of them.
 
     It must be better than the best single model by more than one standard error, and in no kind
-    worse than that model by more than one. Otherwise that model answers by itself. Kinds that no
-    model answers better than chance say nothing.
+    worse than that model by more than one. Otherwise that model answers by itself. Of mixes that
+    are about as good, it is the one closest to that model. Kinds that no model answers better than
+    chance say nothing.
     """
     telling = {kind: one for kind, one in scores.items() if one.answers()}
     if not telling:
@@ -101,10 +102,7 @@ def judge(scores: Mapping[str, Scores]) -> Verdict:
         return Verdict(
             METHODS[best].weights, f"{reason}; auto stays with it", _kinds(scores, CORNERS[best])
         )
-    # The mean over neighbours: of many points about as good, one in the middle of them.
-    smooth = np.where(allowed, _smoothed(mean), -np.inf)
-    at = np.unravel_index(int(smooth.argmax()), smooth.shape)
-    point = int(at[0]), int(at[1])
+    point = _nearest_good(np.where(allowed, _smoothed(mean), -np.inf), error, CORNERS[best])
     weights = Weights(WITH_CORNERS[point[0]], WITH_CORNERS[point[1]])
     n_better = sum(bool(gain[point] > 0) for gain, _ in gains)
     text = (
@@ -128,8 +126,21 @@ def _mean_right(scores: Mapping[str, Scores], point: Point) -> float:
     return float(np.mean([one.right[:, point[0], point[1]].mean() for one in scores.values()]))
 
 
+def _nearest_good(gain: Float64, error: Float64, model: Point) -> Point:
+    """The mix closest to `model` of those that are within one standard error of the best mix.
+
+    Exercises cannot tell these apart. What they do not ask for changes least with the closest.
+    """
+    best = np.unravel_index(int(gain.argmax()), gain.shape)
+    good = np.argwhere(gain >= gain[best] - error[best])
+    axis = np.asarray(WITH_CORNERS)
+    far = np.abs(axis[good] - axis[np.asarray(model)]).sum(axis=1)
+    order = np.lexsort((-gain[tuple(good.T)], np.round(far, 6)))
+    return int(good[order[0]][0]), int(good[order[0]][1])
+
+
 def _smoothed(grid: Float64) -> Float64:
-    """The mean of each point and its neighbours, up to eight."""
+    """The mean of each point and its neighbours, up to eight: single points stand out by chance."""
     padded = np.pad(grid, 1, constant_values=np.nan)
     n, m = grid.shape
     parts = [padded[i : i + n, j : j + m] for i in range(3) for j in range(3)]

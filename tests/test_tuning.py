@@ -154,6 +154,14 @@ def test_of_mixes_that_answer_alike_the_closest_to_the_best_model_answers():
     assert verdict(good, good).weights == found.weights
 
 
+def test_a_mix_that_helps_in_half_of_the_kinds_is_not_taken():
+    good, same = at(large_ins=0.6), at(large_ins=0.9)
+    good[4:6, 2:4] = 0.95
+    same[4:6, 2:4] = 0.9
+    assert verdict(good, same).weights == METHODS["large_ins"].weights
+    assert verdict(good, good, same).weights != METHODS["large_ins"].weights
+
+
 def test_a_mix_that_costs_one_kind_is_not_taken():
     good, bad = at(large_ins=0.5), at(large_ins=0.9)
     good[4:6, 2:4] = 1.0

@@ -83,10 +83,10 @@ def scores_of(answers: Sequence[Answered]) -> dict[str, Scores]:
 def judge(scores: Mapping[str, Scores]) -> Verdict:
     """Choose the mix that answers best in the mean of the kinds, if it costs none of them.
 
-    It must be better than the best single model by more than one standard error, and in no kind
-    worse than that model by more than one. Otherwise that model answers by itself. Of mixes that
-    are about as good, it is the one closest to that model. Kinds that no model answers better than
-    chance say nothing.
+    It must be better than the best single model by more than one standard error, in the mean and
+    in most kinds, since what helps in one says little about questions of another; and in no kind
+    worse by more than one. Otherwise that model answers by itself. Of mixes that are about as good,
+    it is the one closest to that model. Kinds that no model answers better than chance say nothing.
     """
     telling = {kind: one for kind, one in scores.items() if one.answers()}
     if not telling:
@@ -97,6 +97,7 @@ def judge(scores: Mapping[str, Scores]) -> Verdict:
     mean = np.mean([gain for gain, _ in gains], axis=0)
     error = np.sqrt(np.sum([e**2 for _, e in gains], axis=0)) / len(gains)
     allowed = np.all([gain >= -e for gain, e in gains], axis=0) & (mean > error)
+    allowed &= np.sum([gain > e for gain, e in gains], axis=0) > len(gains) / 2
     if not allowed.any():
         reason = f"no mix answers better than {best}"
         return Verdict(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import browser
 from huggingface_hub import constants
 from measured_matrix import measured  # noqa: F401  # a fixture
 from zero_checkpoint import folder  # noqa: F401  # a fixture
@@ -66,6 +67,13 @@ def trimix():
         return subprocess.run(command, input=stdin, capture_output=True, timeout=timeout)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def window(tmp_path_factory):
+    """A browser's window; the tests skip where there is none."""
+    with browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")

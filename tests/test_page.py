@@ -7,7 +7,6 @@ import signal
 
 import httpx
 import pytest
-from browser import browser
 from served import ENDLESS, serving
 from visitor import ENTER, GREEDY, KAZAKH, LONG, ask, ended, last_exchange, show, shown, traced
 
@@ -21,12 +20,6 @@ WEIGHTS = {"alpha": 0.3, "beta": 0.5}
 def server():
     with serving() as served:
         yield served
-
-
-@pytest.fixture(scope="module")
-def window(tmp_path_factory):
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import signal
 
 import httpx
 import pytest
-from browser import browser
 from languages import options
 from served import ENDLESS, serving
 from visitor import ENTER, GREEDY, KAZAKH, LONG, ask, ended, last_exchange, show, shown, traced
@@ -15,12 +14,6 @@ from visitor import ENTER, GREEDY, KAZAKH, LONG, ask, ended, last_exchange, show
 def server():
     with serving() as served:
         yield served
-
-
-@pytest.fixture(scope="module")
-def window(tmp_path_factory):
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
 
 
 def exchanges(window):

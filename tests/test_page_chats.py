@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from browser import browser
 from served import serving
 from visitor import ENTER, KAZAKH, LONG, UYGHUR, ask, show, shown, traced
 
@@ -14,12 +13,6 @@ CLICK_UNDO = "document.getElementById('undo').click()"
 def server():
     with serving() as served:
         yield served
-
-
-@pytest.fixture(scope="module")
-def window(tmp_path_factory):
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -1,16 +1,9 @@
 """The page of a server with several trios: the list, and who answers."""
 
 import pytest
-from browser import browser
 from languages import CODES, QUESTIONS, options
 from served import serving
 from visitor import GREEDY, ask, last_exchange, show
-
-
-@pytest.fixture(scope="module")
-def window(tmp_path_factory):
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

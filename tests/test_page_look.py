@@ -5,7 +5,6 @@ import re
 import unicodedata
 
 import pytest
-from browser import browser
 from PIL import Image, ImageChops, ImageFilter
 from served import serving
 from visitor import (
@@ -33,12 +32,6 @@ from trimix_gguf.server.document import FOLDER
 def server():
     with serving() as served:
         yield served
-
-
-@pytest.fixture(scope="module")
-def window(tmp_path_factory):
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
 
 
 @pytest.fixture

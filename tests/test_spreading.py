@@ -5,9 +5,9 @@ from test_planner import FAMILIES, GIB, a_file, card
 
 from trimix_gguf.errors import WorkerError
 from trimix_gguf.machine.borrowing import parse_workers
+from trimix_gguf.machine.loading import REMOTE_CPU, REMOTE_GPU
 from trimix_gguf.machine.placement import MARGIN
 from trimix_gguf.machine.planner import plan
-from trimix_gguf.machine.rpc import REMOTE_CPU, REMOTE_GPU
 from trimix_gguf.machine.spreading import together
 from trimix_gguf.roles import ROLES
 

@@ -8,6 +8,8 @@ from trimix_gguf.machine.quantization import FLOATS
 N_CTX = 2048  # positions of a context
 N_WINDOW = 64  # most rows of logits held at once: half as many read a prompt a fifth slower
 N_BATCH = 128  # tokens read at once where only the last row is wanted
+# Devices that workers lend: what llama.cpp calls them, with a number, and their kinds here.
+REMOTE, REMOTE_CPU, REMOTE_GPU = "RPC", "remote CPU", "remote GPU"
 AUTO = "auto"  # as n_gpu_layers: the planner decides
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from trimix_gguf.errors import ModelError, ModelFileError
 from trimix_gguf.machine import self_test
-from trimix_gguf.machine.loading import Loading
+from trimix_gguf.machine.loading import REMOTE, REMOTE_CPU, REMOTE_GPU, Loading
 from trimix_gguf.machine.quantization import FLOATS
 
 KV_TYPES = (*FLOATS, "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
@@ -190,7 +190,7 @@ def devices() -> list[Device]:
     ] * 2
     for i in range(libggml.ggml_backend_dev_count()):
         handle = libggml.ggml_backend_dev_get(i)
-        if (name := libggml.ggml_backend_dev_name(handle).decode()).startswith("RPC"):
+        if (name := libggml.ggml_backend_dev_name(handle).decode()).startswith(REMOTE):
             found.append(_remote(name, handle))
             continue
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
@@ -211,8 +211,8 @@ def devices() -> list[Device]:
 
 def _remote(name: str, handle: int) -> Device:
     """A worker's device, as the worker describes it: llama.cpp knows only its address."""
-    about = remote[int(name.removeprefix("RPC"))]
-    kind = "remote CPU" if about["kind"] == "CPU" else "remote GPU"
+    about = remote[int(name.removeprefix(REMOTE))]
+    kind = REMOTE_CPU if about["kind"] == "CPU" else REMOTE_GPU
     description = f"{about['description']} at {about['endpoint']}"
     return Device(name, description, kind, about["free"], about["total"], handle)
 

@@ -13,10 +13,9 @@ from typing import Any
 from trimix_gguf.errors import ModelError
 from trimix_gguf.machine import memory
 from trimix_gguf.machine.gguf_file import GGUFFile
-from trimix_gguf.machine.loading import AUTO, Loading, LoadingOptions
+from trimix_gguf.machine.loading import AUTO, REMOTE_CPU, REMOTE_GPU, Loading, LoadingOptions
 from trimix_gguf.machine.memory import ModelMemory, Need
 from trimix_gguf.machine.native import Device
-from trimix_gguf.machine.rpc import REMOTE_CPU, REMOTE_GPU
 from trimix_gguf.machine.spreading import (
     WAYS,
     Chosen,

@@ -14,11 +14,10 @@ from typing import Any
 
 from trimix_gguf.errors import BuildError, WorkerError
 from trimix_gguf.machine import self_test
+from trimix_gguf.machine.loading import REMOTE
 from trimix_gguf.machine.typed_json import parse
 
 WORKERS = "TRIMIX_RPC_WORKERS"  # an engine's workers, as JSON
-REMOTE_GPU, REMOTE_CPU = "remote GPU", "remote CPU"  # kinds of devices
-_NAME = "RPC"  # what llama.cpp calls these devices, with a number
 _kept: list[Any] = []  # callbacks that C code holds
 
 
@@ -49,7 +48,7 @@ def _library(name: str) -> Path:
 
 def is_remote(device: str | None) -> bool:
     """Whether a device's name is that of a worker's device, or of several."""
-    return device is not None and device.startswith(_NAME)
+    return device is not None and device.startswith(REMOTE)
 
 
 def is_engine() -> bool:

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from trimix_gguf.machine.gguf_file import GGUFFile
+from trimix_gguf.machine.loading import REMOTE_CPU
 from trimix_gguf.machine.memory import ModelMemory
-from trimix_gguf.machine.rpc import REMOTE_CPU, is_remote
+from trimix_gguf.machine.rpc import is_remote
 from trimix_gguf.roles import Role
 
 

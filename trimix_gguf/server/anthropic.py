@@ -20,7 +20,7 @@ from trimix_gguf.server.messages import (
 )
 from trimix_gguf.server.openai import IGNORED, Call, seed_of, token_limit, with_tools
 from trimix_gguf.server.replies import Choice, Reply, Said, sent_event
-from trimix_gguf.server.settings import options_of, schema_of
+from trimix_gguf.server.settings import form_in, options_of, schema_of
 from trimix_gguf.server.tools import anthropic_tools, result_text
 from trimix_gguf.trio.trio import Trio
 
@@ -132,16 +132,9 @@ def _result(fields: Fields) -> str:
 
 def _form(fields: Fields) -> Options:
     """{"format": {"type": "json_schema", "schema": …}} of the field `output_config`."""
-    value = fields.take("output_config")
-    if value is None:
+    form = form_in(fields, "output_config", "effort")
+    if form is None:
         return {}
-    inner = fields.within(value, "output_config")
-    asked = inner.take("format")
-    inner.ignore("effort")
-    inner.done()
-    if asked is None:
-        return {}
-    form = inner.within(asked, "format")
     if form.one_of("type", ("json_schema",)) is None:
         form.wrong("type", None, "json_schema")
     return {"json_schema": schema_of(form)}

@@ -11,7 +11,7 @@ from trimix_gguf.server.fields import Fields
 from trimix_gguf.server.messages import Message, plain_role, role_of, text_of, with_system
 from trimix_gguf.server.openai import IGNORED, Call, seed_of, token_limit
 from trimix_gguf.server.replies import Reply, Said, sent_event
-from trimix_gguf.server.settings import JSON_OBJECT, form_kind, options_of, schema_of
+from trimix_gguf.server.settings import JSON_OBJECT, form_in, form_kind, options_of, schema_of
 from trimix_gguf.trio.trio import Trio
 
 _STATELESS = "the server keeps no answers; send the whole conversation as input"
@@ -71,16 +71,9 @@ def _message(fields: Fields) -> Message:
 
 def _form(fields: Fields) -> Options:
     """{"format": {"type": …}} of the field `text`."""
-    value = fields.take("text")
-    if value is None:
+    form = form_in(fields, "text", "verbosity")
+    if form is None:
         return {}
-    inner = fields.within(value, "text")
-    asked = inner.take("format")
-    inner.ignore("verbosity")
-    inner.done()
-    if asked is None:
-        return {}
-    form = inner.within(asked, "format")
     kind = form_kind(form)
     if kind == "json_schema":
         return {"json_schema": schema_of(form)}

@@ -122,6 +122,18 @@ def form_kind(form: Fields) -> str:
     return kind
 
 
+def form_in(fields: Fields, name: str, *ignored: str) -> Fields | None:
+    """The object {"format": {…}} of a field; None where neither is there."""
+    value = fields.take(name)
+    if value is None:
+        return None
+    inner = fields.within(value, name)
+    asked = inner.take("format")
+    inner.ignore(*ignored)
+    inner.done()
+    return None if asked is None else inner.within(asked, "format")
+
+
 def schema_of(fields: Fields) -> dict[str, object]:
     """The schema among fields that also name and describe it."""
     schema = fields.take("schema")

@@ -15,10 +15,12 @@ test: $(VENV)/.dev
 portable:
 	$(PYTHON) trimix_gguf/machine/build.py wheel dist --portable
 
-# The oracle tests need torch (about 1 GB of disk) and transformers.
+# The oracle tests need torch (about 1 GB of disk), transformers and lm-eval.
 oracle: $(VENV)/.oracle
-	$(BIN)/python -m pytest tests/test_convert_oracle.py tests/test_convert_lora.py \
-	  tests/test_convert_ids.py tests/test_imatrix_oracle.py -rs
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/test_convert_oracle.py \
+	  tests/test_convert_lora.py tests/test_convert_ids.py tests/test_imatrix_oracle.py \
+	  tests/test_harness.py tests/test_harness_chat.py tests/test_harness_requests.py \
+	  tests/test_lm_eval_command.py -rs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check trimix_gguf convert tests benchmarks

@@ -6,58 +6,19 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import KAZAKH
 
 lm_eval = pytest.importorskip("lm_eval")
 
+from harness_tasks import STOPS, TEXTS, write_tasks  # noqa: E402
 from naive_mix import CHOICES, MIX, encode, naive, naive_pair, near  # noqa: E402
 
 from trimix_gguf import TrimixError, Trio, generate  # noqa: E402
 from trimix_gguf.evaluation.running.harness import TrimixLM, run_harness  # noqa: E402
 
-TEXTS = [KAZAKH, "Абай — қазақтың ұлы ақыны. " * 3, "Астана " * 5]
-STOPS = [".", "\n\n"]
-TASKS = {
-    "kk_choice": {
-        "output_type": "multiple_choice",
-        "doc_to_text": "Сұрақ: {{question}}\nЖауап:",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{label}}",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-    },
-    "kk_rolling": {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{text}}",
-        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
-    },
-    "kk_text": {
-        "output_type": "generate_until",
-        "doc_to_text": "{{text}}",
-        "doc_to_target": "{{text}}",
-        "generation_kwargs": {"until": STOPS, "max_gen_toks": 12, "do_sample": False},
-        "metric_list": [{"metric": "exact_match"}],
-    },
-}
-DOCS = {
-    "kk_choice": [{"question": q, "choices": c, "label": n} for q, c, n in CHOICES],
-    "kk_rolling": [{"text": text} for text in TEXTS],
-    "kk_text": [{"text": question} for question, _, _ in CHOICES[:3]],
-}
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Tasks of local data, written as a user would; a YAML file may be JSON."""
-    folder = tmp_path_factory.mktemp("tasks")
-    for name, config in TASKS.items():
-        data = folder / f"{name}.jsonl"
-        data.write_text("\n".join(map(json.dumps, DOCS[name])), encoding="utf-8")
-        kwargs = {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")}
-        whole = {"task": name, "dataset_path": "json", "dataset_kwargs": kwargs, **config}
-        whole["test_split"] = "test"
-        (folder / f"{name}.yaml").write_text(json.dumps(whole), encoding="utf-8")
-    return folder
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import KAZAKH
-from topics import EXEMPLARS, QUESTION, TOPICS, scored
+from topics import EXEMPLARS, QUESTION, TOPICS, ask_here, scored
 
 from trimix_gguf import Trio, Weights, generate, score, select_weights
 from trimix_gguf.answering import steering
@@ -16,7 +16,6 @@ from trimix_gguf.errors import ContextFullError
 from trimix_gguf.evaluation.names.axis import AXIS
 from trimix_gguf.evaluation.names.settings import RunSettings
 from trimix_gguf.evaluation.running import asking, loops
-from trimix_gguf.evaluation.running.asking import ask_task
 from trimix_gguf.evaluation.running.continuing import Continuation, Start, continue_all, roles_of
 from trimix_gguf.evaluation.running.loops import Loop
 from trimix_gguf.evaluation.running.mixes import continuations
@@ -163,7 +162,7 @@ def test_how_many_questions_are_answered_at_once_changes_no_answer(trio, tmp_pat
     for most in (1, 3):
         monkeypatch.setattr(asking, "_MOST_TOGETHER", most)
         out = tmp_path / f"{most}.jsonl"
-        ask_task(trio, task, Dataset(asked, shown), RunSettings(("large_ins", "ppl", "token")), out)
+        ask_here(trio, task, Dataset(asked, shown), RunSettings(("large_ins", "ppl", "token")), out)
         lines.append([json.loads(line) for line in out.read_text("utf-8").splitlines()])
     for alone, together in zip(*lines, strict=True):
         assert alone["outputs"] == together["outputs"] and alone["id"] == together["id"]
@@ -257,7 +256,7 @@ def test_loops_are_filled_where_a_run_asks_for_it(trio, tmp_path, monkeypatch):
     n_filled = []
     for fill in (False, True):
         out, methods = tmp_path / f"{fill}", ("small_cpt", "large_ins", "ppl")
-        ask_task(trio, task, Dataset(asked, []), RunSettings(methods, fill_loops=fill), out)
+        ask_here(trio, task, Dataset(asked, []), RunSettings(methods, fill_loops=fill), out)
         lines = [json.loads(line)["outputs"] for line in out.read_text("utf-8").splitlines()]
         n_filled.append(sum(o.get("n_filled", 0) for line in lines for o in line.values()))
     assert n_filled[0] == 0 < n_filled[1]
@@ -335,7 +334,7 @@ def test_in_a_chat_large_ins_alone_reads_control_tokens(trio, tmp_path):
     for chat in (False, True):
         settings = RunSettings(("ppl", "ppl-answers"), chat=chat)
         out = tmp_path / f"{chat}.jsonl"
-        ask_task(trio, task, dataset, settings, out)
+        ask_here(trio, task, dataset, settings, out)
         plain[chat] = trio.ids, json.loads(out.read_text("utf-8"))
     control = set(around_message(trio.models["large_ins"])[0])
     assert control and control & set(plain[True][0]["large_ins"])

@@ -7,13 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from test_cli import one_line_error
-from topics import QUESTION, TOPICS, arguments
+from topics import QUESTION, TOPICS, arguments, ask_here
 
 from trimix_gguf import Trio, score
 from trimix_gguf.choosing.methods import MI_ANSWERS
 from trimix_gguf.evaluation.names.axis import AXIS
 from trimix_gguf.evaluation.names.settings import RunSettings
-from trimix_gguf.evaluation.running.asking import ask_task
 from trimix_gguf.evaluation.running.information import exemplars_information
 from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 from trimix_gguf.mixing.scoring import GRID
@@ -67,7 +66,7 @@ def test_it_does_not_hang_on_what_was_read_before(trio, chat):
 def test_a_run_takes_the_point_where_its_exemplars_tell_most(trio, tmp_path, chat):
     asked = Dataset([Example("1", QUESTION, "саясат", ("саясат",))], SHOWN)
     settings = RunSettings((MI_ANSWERS,), n_exemplars=2, chat=chat)
-    ask_task(trio, TASK, asked, settings, tmp_path / "topics.jsonl")
+    ask_here(trio, TASK, asked, settings, tmp_path / "topics.jsonl")
     output = json.loads((tmp_path / "topics.jsonl").read_text("utf-8"))["outputs"][MI_ANSWERS]
     expected = exemplars_information(trio, TASK, SHOWN[:2], chat=chat)
     kept = json.loads((tmp_path / "topics.exemplars.json").read_text("utf-8"))

@@ -25,7 +25,7 @@ PLACES = {
     "trimix_gguf/evaluation": ("eval", "lm-eval"),
     "trimix_gguf/cli/options.py": ("plot",),
     "trimix_gguf/machine/packed.py": ("adapt",),
-    "trimix_gguf/runs/ray_workers.py": ("ray",),
+    "trimix_gguf/machine/cluster.py": ("ray",),
     "convert/nano": ("train",),
     "convert/training.py": ("train",),
     "tests": ("adapt", "dev", "eval", "lm-eval", "oracle"),

@@ -1,5 +1,7 @@
 """A user's own small task: topics of Kazakh sentences."""
 
+from trimix_gguf.evaluation.running.distributing import ask_task
+from trimix_gguf.evaluation.running.working import Here, Models
 from trimix_gguf.trio.prompt import Prompt
 
 TOPICS = {"спорт": "Команда ойында жеңді.", "саясат": "Үкімет жаңа заң қабылдады."}
@@ -9,6 +11,12 @@ QUESTION = "Text: Президент Астанада сөз сөйледі.\nTo
 
 def scored(trio, text):
     return Prompt(tuple(s for s in trio.prompt(text).segments if s.scored))
+
+
+def ask_here(trio, task, dataset, settings, out):
+    """Have an open trio answer a task's questions into a file."""
+    models = Models(trio, {task.name: (task, dataset)}, settings)
+    ask_task(Here(models), task, dataset, settings, out)
 
 
 def arguments(task_file, out, methods="ppl,ppl-answers,ppl-task,ent,proxy-tuning,upper-bound"):

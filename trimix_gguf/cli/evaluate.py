@@ -10,6 +10,7 @@ import click
 
 from trimix_gguf.choosing.methods import ORACLE, compared_by_default
 from trimix_gguf.cli.bars import count_bar
+from trimix_gguf.cli.clusters import Ray, as_elsewhere, loader_elsewhere, ray_options, taken_ray
 from trimix_gguf.cli.options import named_trio, open_trio, parse_mix, trio_options
 from trimix_gguf.evaluation.names.compared import LARGE_BASE, check_methods
 from trimix_gguf.evaluation.names.settings import RunSettings
@@ -72,6 +73,7 @@ _DEFAULT = ",".join(compared_by_default())
     metavar="FILE",
     help="Fourth model, for decoupled. Default: the trio's, if it has one.",
 )
+@ray_options
 @click.option("-o", "--out", metavar="DIR", help="Folder of the results; a run there continues.")
 @click.pass_context
 def evaluate(context: click.Context, /, **options: Any) -> None:
@@ -82,7 +84,10 @@ def evaluate(context: click.Context, /, **options: Any) -> None:
     """
     if context.invoked_subcommand is not None:
         return
+    ray = taken_ray(options)
     if options["harness"]:
+        if ray is not None:
+            raise click.UsageError("--ray does not go with --harness")
         _run_harness(options)
         return
     for name in ("harness_path", "weights"):
@@ -91,7 +96,7 @@ def evaluate(context: click.Context, /, **options: Any) -> None:
     for name in ("tasks", "out"):
         if not options[name]:
             raise click.UsageError(f"give --{name}")
-    _run(options)
+    _run(options, ray)
 
 
 @evaluate.command()
@@ -132,8 +137,8 @@ def report(
         click.echo(to_csv(summary) if form == "csv" else to_markdown(summary), nl=False)
 
 
-def _run(options: dict[str, Any]) -> None:
-    from trimix_gguf.evaluation.running.comparing import Comparison, compare
+def _run(options: dict[str, Any], ray: Ray | None) -> None:
+    from trimix_gguf.evaluation.running.comparing import Comparison, Local, compare
 
     tasks = _split(options.pop("tasks"))
     comparison = Comparison(
@@ -141,15 +146,30 @@ def _run(options: dict[str, Any]) -> None:
         tasks=tasks,
         data=Path(options.pop("data")),
         settings=_settings(options),
-        singles=_singles(options.pop("single")),
-        large_base=_large_base(options),
+        singles=_singles(options.pop("single"), ray),
+        large_base=_large_base(options, ray),
         command=sys.argv,
     )
+    if ray is not None and comparison.settings.race:
+        raise click.UsageError("--race needs the answers before, so it does not go with --ray")
     comparison.check()
     out = Path(options.pop("out"))
-    with open_trio(options) as trio:
-        compare(trio, comparison, out, count_bar)
+    if ray is not None:
+        _run_by_ray(ray, options, comparison, out)
+    else:
+        with open_trio(options) as trio:
+            compare(Local(trio, comparison), comparison, out, count_bar)
     _conclude(out)
+
+
+def _run_by_ray(ray: Ray, options: dict[str, Any], comparison: Any, out: Path) -> None:
+    from trimix_gguf.evaluation.running.comparing import compare
+    from trimix_gguf.evaluation.running.ray_models import RayModels
+    from trimix_gguf.machine.cluster import connected
+
+    with connected(ray.address):
+        load = loader_elsewhere(options)
+        compare(RayModels(load, comparison, ray.n_workers), comparison, out, count_bar)
 
 
 def _language(tasks: tuple[str, ...]) -> str:
@@ -223,9 +243,9 @@ def _harness_weights(options: dict[str, Any]) -> dict[str, Any]:
     return {} if trio_file.method is None else {"method": trio_file.method}
 
 
-def _large_base(options: dict[str, Any]) -> Path | None:
+def _large_base(options: dict[str, Any], ray: Ray | None) -> Path | None:
     if (given := options.pop(LARGE_BASE)) is not None:
-        return Path(given)
+        return Path(given) if ray is None else as_elsewhere(given)
     trio_file = named_trio(options)
     named = trio_file is not None and LARGE_BASE in trio_file.models
     return trio_file.path(LARGE_BASE) if named else None
@@ -235,7 +255,7 @@ def _split(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
-def _singles(texts: tuple[str, ...]) -> dict[str, Path]:
+def _singles(texts: tuple[str, ...], ray: Ray | None) -> dict[str, Path]:
     from trimix_gguf.choosing.methods import INFORMATIVE, evaluated_methods
 
     pairs = [text.partition("=") for text in texts]
@@ -243,4 +263,4 @@ def _singles(texts: tuple[str, ...]) -> dict[str, Path]:
         raise click.UsageError("--single takes NAME=FILE")
     if taken := {name for name, _, _ in pairs} & {*evaluated_methods(), INFORMATIVE}:
         raise click.UsageError(f"--single: {taken.pop()} is the name of a method; take another")
-    return {name: Path(file) for name, _, file in pairs}
+    return {name: Path(file) if ray is None else as_elsewhere(file) for name, _, file in pairs}

@@ -34,6 +34,8 @@ def _over_workers(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def run(*arguments: Any, rpc: tuple[str, ...], **options: Any) -> Any:
         if rpc:
+            if options.get("ray") is not None:
+                raise click.UsageError("give --ray, or --rpc, not both")
             from trimix_gguf.cli import supervising
 
             supervising.take_workers(click.get_current_context(), rpc)

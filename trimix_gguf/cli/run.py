@@ -2,14 +2,14 @@
 
 import sys
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from trimix_gguf.cli.bars import count_bar
-from trimix_gguf.cli.options import FILES, model_name, named_trio, open_trio, trio_options
+from trimix_gguf.cli.clusters import loader_elsewhere, ray_options, taken_ray
+from trimix_gguf.cli.options import model_name, named_trio, open_trio, trio_options
 from trimix_gguf.errors import DataError
 from trimix_gguf.mixing.sampling import N_SEEDS
 from trimix_gguf.server.limits import Limits
@@ -56,17 +56,7 @@ def _shard(context: click.Context, parameter: click.Parameter, text: str) -> tup
     is_flag=True,
     help="Write an error for each wrong line and go on; the exit code is 0, their number a note.",
 )
-@click.option(
-    "--ray",
-    metavar="ADDRESS|auto|local",
-    help="Answer by a Ray cluster: at an address, this machine's (auto), or a new one (local).",
-)
-@click.option(
-    "--ray-workers",
-    type=click.IntRange(1),
-    metavar="N",
-    help="How many of its processes each load the trio. Default: one per machine.",
-)
+@ray_options
 @click.option("--force", is_flag=True, help="Begin again, and replace an existing output.")
 def run(prompts: str, output: str, **options: Any) -> None:
     """Answer a file of requests, many at once.
@@ -82,9 +72,7 @@ def run(prompts: str, output: str, **options: Any) -> None:
     from trimix_gguf.server.settings import mix_settings
 
     force, shard = options.pop("force"), options.pop("shard")
-    ray, n_workers = options.pop("ray"), options.pop("ray_workers")
-    if n_workers is not None and ray is None:
-        raise click.UsageError("--ray-workers goes with --ray")
+    ray = taken_ray(options)
     out = None if output == "-" else Path(output)
     with ExitStack() as stack:
         if out is not None:
@@ -106,7 +94,7 @@ def run(prompts: str, output: str, **options: Any) -> None:
         if ray is None:
             workers = _here(stack, options, settings, source)
         else:
-            workers = _by_ray(stack, ray, n_workers, options, settings, source)
+            workers = _by_ray(stack, ray, options, settings, source)
         work = Run(workers, own, settings, source=source, bar=count_bar)
         if out is None:
             n_wrong = work.to_stream(sys.stdout.buffer)
@@ -147,27 +135,14 @@ def _here(stack: ExitStack, options: dict[str, Any], settings: Any, source: str)
     return Here(Answers(trio, settings, source=source))
 
 
-def _by_ray(
-    stack: ExitStack,
-    address: str,
-    n_workers: int | None,
-    options: dict[str, Any],
-    settings: Any,
-    source: str,
-) -> Any:
-    """The trios of a Ray cluster, one per machine, or `n_workers`."""
-    from trimix_gguf.runs.ray_workers import RayWorkers, connected
+def _by_ray(stack: ExitStack, ray: Any, options: dict[str, Any], settings: Any, source: str) -> Any:
+    """The trios of a Ray cluster."""
+    from trimix_gguf.machine.cluster import connected
+    from trimix_gguf.runs.ray_workers import RayWorkers
 
-    # Processes of the cluster have folders of their own.
-    named = {n: Path(options[n]) for n in ("trio", *FILES) if options.get(n) is not None}
-    here = {name: str(path.absolute()) for name, path in named.items() if path.exists()}
-    stack.enter_context(connected(address))
-    return RayWorkers(
-        partial(open_trio, {**options, **here}),
-        settings,
-        source=source,
-        n_workers=n_workers,
-    )
+    stack.enter_context(connected(ray.address))
+    load = loader_elsewhere(options)
+    return RayWorkers(load, settings, source=source, n_workers=ray.n_workers)
 
 
 def _header(settings: Any, sha256: str, shard: tuple[int, int]) -> dict[str, Any]:

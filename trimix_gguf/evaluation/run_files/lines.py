@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypedDict
 
@@ -58,7 +58,11 @@ class SampleLine(TypedDict):
 
 def append_line(lines: IO[str], line: AnswerLine | SampleLine) -> None:
     """Write the JSON line of one example."""
-    lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+    lines.write(_json_line(line))
+
+
+def _json_line(line: AnswerLine | SampleLine) -> str:
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def finished(file: Path) -> dict[str, AnswerLine]:
@@ -78,6 +82,14 @@ def finished(file: Path) -> dict[str, AnswerLine]:
         return {line["id"]: line for line in lines}
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{file} holds lines that are not a run's; give another folder") from None
+
+
+def put_in_order(file: Path, lines: Mapping[str, AnswerLine], ids: Sequence[str]) -> None:
+    """Write the lines of `file`, by their ids, in the order of `ids`, if they have another."""
+    rank = {id: at for at, id in enumerate(ids)}
+    ordered = sorted(lines, key=lambda id: rank.get(id, len(rank)))
+    if ordered != list(lines):
+        write_text(file, "".join(_json_line(lines[id]) for id in ordered))
 
 
 def write_json(file: Path, value: object) -> None:

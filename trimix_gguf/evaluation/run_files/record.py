@@ -27,6 +27,17 @@ class ModelRecord(TypedDict):
     bytes: int
 
 
+class ModelsRecord(TypedDict):
+    """What of run.json those say who have the models."""
+
+    chat_template: str | None
+    n_ctx: int
+    models: dict[str, ModelRecord]
+    singles: dict[str, ModelRecord]
+    versions: dict[str, str]
+    cpu: str
+
+
 class RunRecord(RunSettingsRecord):
     """run.json; runs of earlier versions lack some of it."""
 

@@ -1,8 +1,7 @@
-"""Asks a task's questions; each answer is a line of JSON, so a run that was killed can continue."""
+"""Asks questions of a task, several at once: a line of answers for each."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -15,10 +14,7 @@ from trimix_gguf.evaluation.run_files.lines import (
     LineExtras,
     MethodOutput,
     Nested,
-    append_line,
-    finished,
 )
-from trimix_gguf.evaluation.running.bars import OpenBar, no_bar
 from trimix_gguf.evaluation.running.continuing import (
     WIDEST,
     Continuation,
@@ -27,72 +23,21 @@ from trimix_gguf.evaluation.running.continuing import (
     continue_decoupled,
     roles_of,
 )
-from trimix_gguf.evaluation.running.decoupled import FourthModel
 from trimix_gguf.evaluation.running.loops import Loop
 from trimix_gguf.evaluation.running.mixes import continuations, grid_continuations, lowest_decoupled
-from trimix_gguf.evaluation.running.prompts import open_reader, question_after
-from trimix_gguf.evaluation.running.racing import Points, still_racing
+from trimix_gguf.evaluation.running.prompts import question_after
+from trimix_gguf.evaluation.running.racing import Points
 from trimix_gguf.evaluation.running.reading import Reader, Reading
-from trimix_gguf.evaluation.running.task_weights import choose_task_weights
-from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
+from trimix_gguf.evaluation.tasks.task import Example, Task
 from trimix_gguf.mixing.fusion import METHODS, Weights
 from trimix_gguf.mixing.scoring import GRID, Float64
 from trimix_gguf.roles import ROLES, Role
-from trimix_gguf.trio.trio import Trio
 
 # Questions, and mixes of them, at once: more gain little, and a run that is killed loses them.
 _MOST_TOGETHER, _MOST_MIXES = 8, 192
 
 
-def ask_task(
-    trio: Trio,
-    task: Task,
-    dataset: Dataset,
-    settings: RunSettings,
-    out: Path,
-    *,
-    open_bar: OpenBar = no_bar,
-    single: str | None = None,
-    fourth: FourthModel | None = None,
-) -> None:
-    """Answer the task's questions with every method; appends lines to `out`.
-
-    Lines that `out` already has are kept, a line cut off by a kill is written again. `single` is
-    the name of large_ins' answers if it is a model by itself; DECOUPLED needs `fourth`. Raises
-    PromptError if the exemplars do not fit into the context; it says how many would.
-    """
-    questions = dataset.questions(settings.limit, settings.seed)
-    done = finished(out)
-    left = [q for q in questions if q.id not in done]
-    if not left:
-        return
-    label = task.name if single is None else f"{task.name}, {single}"
-    reader = open_reader(trio, task, dataset, questions, settings, fourth)
-    weights = choose_task_weights(
-        reader, task, dataset, settings, out, lambda what: open_bar(f"{label}, {what}")
-    )
-    n, n_done = _n_together(reader, task, questions, settings), len(questions) - len(left)
-    with open_bar(label) as shown, out.open("a", encoding="utf-8") as lines:
-        shown(n_done, len(questions))
-        for at in range(0, len(questions), n):
-            # All of the group, even if some are done: rounding makes neighbours change numbers.
-            group = questions[at : at + n]
-            if all(q.id in done for q in group):
-                continue
-            points = _points(task, settings, questions, [done[q.id] for q in questions[:at]])
-            for line in answer_all(reader, task, group, settings, weights, points):
-                if line["id"] in done:
-                    continue
-                if single is not None:
-                    line["outputs"] = {single: line["outputs"]["large_ins"]}
-                done[line["id"]] = line
-                append_line(lines, line)
-                n_done += 1
-            lines.flush()
-            shown(n_done, len(questions))
-
-
-def _n_together(
+def n_together(
     reader: Reader, task: Task, questions: Sequence[Example], settings: RunSettings
 ) -> int:
     """How many questions are answered at once, their tokens decoded in one batch."""
@@ -120,16 +65,6 @@ def _roles(settings: RunSettings) -> tuple[Role, ...]:
     if any(name not in METHODS for name in settings.methods):
         return ROLES
     return roles_of([METHODS[name] for name in settings.methods])
-
-
-def _points(
-    task: Task, settings: RunSettings, questions: Sequence[Example], lines: Sequence[AnswerLine]
-) -> Points:
-    """Which points answer after these lines: none, all, or those that are still in the race."""
-    asked = ORACLE in settings.methods
-    if asked and settings.race and not any(q.choices for q in questions):
-        return still_racing(task, lines)
-    return np.full((len(GRID), len(GRID)), asked)
 
 
 def answer_all(

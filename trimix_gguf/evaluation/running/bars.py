@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-# The name of a piece of work -> a function that is called with (done, total).
-OpenBar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+Shown = Callable[[int, int], None]  # (done, total)
+OpenBar = Callable[[str], AbstractContextManager[Shown]]  # the name of a piece of work -> its bar
 
 
 @contextmanager
-def no_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+def no_bar(name: str) -> Iterator[Shown]:
     """An OpenBar that shows nothing."""
     yield lambda done, total: None

@@ -1,24 +1,22 @@
 """A comparison: every method answers every task, into one folder."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
+from typing import Protocol
 
 from trimix_gguf.choosing.methods import CONTINUOUS, DECOUPLED
 from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.names.axis import AXIS
-from trimix_gguf.evaluation.names.compared import LARGE_BASE
 from trimix_gguf.evaluation.names.settings import RunSettings
-from trimix_gguf.evaluation.run_files.record import FORMAT, RunRecord, claim, fingerprint
-from trimix_gguf.evaluation.running.asking import ask_task
+from trimix_gguf.evaluation.run_files.record import FORMAT, ModelsRecord, RunRecord, claim
 from trimix_gguf.evaluation.running.bars import OpenBar, no_bar
-from trimix_gguf.evaluation.running.decoupled import FourthModel, check_fourth, open_fourth
+from trimix_gguf.evaluation.running.distributing import ask_task
+from trimix_gguf.evaluation.running.working import Here, Models, Workers
 from trimix_gguf.evaluation.tasks import custom_task, find_task
 from trimix_gguf.evaluation.tasks.task import Dataset, Task
-from trimix_gguf.machine import native
 from trimix_gguf.mixing.scoring import CONTINUOUS_RANGE
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.trio import Trio
@@ -69,15 +67,26 @@ class Comparison:
         """
         _ = self.fourth, self.datasets
 
-    def record(self, trio: Trio) -> RunRecord:
-        """run.json of this comparison with `trio`."""
-        files: dict[str, Path] = {role: model.path for role, model in trio.models.items()}
-        if self.fourth is not None:
-            files[LARGE_BASE] = self.fourth
-        files |= {f"{r}_lora": m.lora for r, m in trio.models.items() if m.lora is not None}
+    @property
+    def of_single(self) -> RunSettings:
+        """The settings with which a single GGUF answers."""
+        return replace(self.settings, methods=(ROLES[0],))
+
+    def load_single(self, name: str, n_ctx: int) -> Trio:
+        """A single GGUF in the place of all three models."""
+        file = self.singles[name]
+        return Trio.load(large_ins=file, small_cpt=file, small_base=file, n_ctx=n_ctx)
+
+    def models(self, trio: Trio, *, is_single: bool = False) -> Models:
+        """The models of one process: `trio`, and a fourth if a method reads it."""
+        if is_single:
+            return Models(trio, self.datasets, self.of_single)
+        return Models(trio, self.datasets, self.settings, fourth=self.fourth, singles=self.singles)
+
+    def record(self, models: ModelsRecord) -> RunRecord:
+        """run.json of this comparison with models."""
         limit, seed = self.settings.limit, self.settings.seed
         own_files = [Path(name) for name in self.tasks if name.endswith(".jsonl")]
-        packages = ("trimix-gguf", "llama-cpp-python", "numpy")
         return {
             "format": FORMAT,
             "command": list(self.command),
@@ -88,48 +97,68 @@ class Comparison:
             },
             "task_files": {custom_task(path).name: str(path.resolve()) for path in own_files},
             **self.settings.to_json(),
-            "chat_template": trio.models[ROLES[0]].chat_template if self.settings.chat else None,
+            "chat_template": models["chat_template"],
             # None in runs that searched from 0 to 1: they do not continue, their reports stay.
             "continuous_range": (
                 list(CONTINUOUS_RANGE) if CONTINUOUS in self.settings.methods else None
             ),
-            "n_ctx": trio.n_ctx,
+            "n_ctx": models["n_ctx"],
             "axis": list(AXIS),
-            "models": {role: fingerprint(path) for role, path in files.items()},
-            "singles": {name: fingerprint(path) for name, path in self.singles.items()},
-            "versions": {name: metadata.version(name) for name in packages},
-            "cpu": native.build_info().get("cpu", ""),
+            "models": models["models"],
+            "singles": models["singles"],
+            "versions": models["versions"],
+            "cpu": models["cpu"],
         }
 
 
-def compare(trio: Trio, comparison: Comparison, folder: Path, open_bar: OpenBar = no_bar) -> None:
+class Source(Protocol):
+    """Opens the models of a comparison: here, or on several machines."""
+
+    def trio(self) -> AbstractContextManager[Workers]:
+        """The trio, and a fourth model where a method needs it."""
+
+    def single(self, name: str, n_ctx: int) -> AbstractContextManager[Workers]:
+        """A single GGUF, by its name, in the place of all three models."""
+
+
+class Local:
+    """The models of this process, whose trio is open."""
+
+    def __init__(self, trio: Trio, comparison: Comparison) -> None:
+        self._trio, self._comparison = trio, comparison
+
+    @contextmanager
+    def trio(self) -> Iterator[Here]:
+        """The trio, and a fourth model where a method needs it."""
+        with closing(self._comparison.models(self._trio)) as models:
+            yield Here(models)
+
+    @contextmanager
+    def single(self, name: str, n_ctx: int) -> Iterator[Here]:
+        """A single GGUF, by its name."""
+        with self._comparison.load_single(name, n_ctx) as trio:
+            yield Here(self._comparison.models(trio, is_single=True))
+
+
+def compare(
+    source: Source, comparison: Comparison, folder: Path, open_bar: OpenBar = no_bar
+) -> None:
     """Answer every task that is not finished in `folder`; then each single GGUF, one at a time.
 
     Raises DataError if the folder has another run, or another process writes there.
     """
-    if comparison.fourth is not None:
-        check_fourth(comparison.fourth, trio)
-    with claim(folder, comparison.record(trio)):
-        with ExitStack() as stack:
-            fourth = None
-            if comparison.fourth is not None:
-                large_base = stack.enter_context(closing(open_fourth(comparison.fourth, trio)))
-                fourth = FourthModel(large_base, trio)
-            for name, (task, dataset) in comparison.datasets.items():
-                out = folder / f"{name}.jsonl"
-                ask_task(
-                    trio, task, dataset, comparison.settings, out, open_bar=open_bar, fourth=fourth
-                )
-        for single, file in comparison.singles.items():
-            _ask_single(single, file, comparison, folder, trio.n_ctx, open_bar)
 
-
-def _ask_single(
-    single: str, file: Path, comparison: Comparison, folder: Path, n_ctx: int, open_bar: OpenBar
-) -> None:
-    """Have one GGUF answer every task, in the place of all three models."""
-    settings = replace(comparison.settings, methods=(ROLES[0],))
-    with Trio.load(large_ins=file, small_cpt=file, small_base=file, n_ctx=n_ctx) as trio:
+    def ask(workers: Workers, single: str | None = None) -> None:
         for name, (task, dataset) in comparison.datasets.items():
-            out = folder / f"{name}.{single}.jsonl"
-            ask_task(trio, task, dataset, settings, out, open_bar=open_bar, single=single)
+            out = folder / (f"{name}.jsonl" if single is None else f"{name}.{single}.jsonl")
+            settings = comparison.settings if single is None else comparison.of_single
+            ask_task(workers, task, dataset, settings, out, open_bar=open_bar, single=single)
+
+    with ExitStack() as stack:
+        with source.trio() as workers:
+            models = workers.header()
+            stack.enter_context(claim(folder, comparison.record(models)))
+            ask(workers)
+        for single in comparison.singles:
+            with source.single(single, models["n_ctx"]) as workers:
+                ask(workers, single)

@@ -18,10 +18,9 @@ from trimix_gguf.evaluation.run_files.lines import (
     write_json,
 )
 from trimix_gguf.evaluation.running.bars import OpenBar
-from trimix_gguf.evaluation.running.information import exemplars_information
-from trimix_gguf.evaluation.running.prompts import exemplars_of, question_after
-from trimix_gguf.evaluation.running.reading import Reader
+from trimix_gguf.evaluation.running.working import Job, Workers, only
 from trimix_gguf.evaluation.tasks.task import Dataset, Task
+from trimix_gguf.machine.cluster import in_order
 from trimix_gguf.mixing.fusion import Weights
 from trimix_gguf.mixing.scoring import Float64
 
@@ -29,7 +28,7 @@ N_SAMPLE = 50  # prompts that the published code averages over
 
 
 def choose_task_weights(
-    reader: Reader,
+    workers: Workers,
     task: Task,
     dataset: Dataset,
     settings: RunSettings,
@@ -42,17 +41,23 @@ def choose_task_weights(
     """
     chosen: dict[str, Weights] = {}
     if TASK in settings.methods:
-        nats = _sample_nats(reader, dataset, settings, out.with_suffix(".sample.jsonl"), open_bar)
+        kept = out.with_suffix(".sample.jsonl")
+        nats = _sample_nats(workers, task, dataset, settings, kept, open_bar)
         chosen[TASK] = lowest_on_grid(nats)
     if MI_ANSWERS in settings.methods:
         kept = out.with_suffix(".exemplars.json")
-        information = _exemplars_information(reader, task, dataset, settings, kept, open_bar)
+        information = _exemplars_information(workers, task, kept, open_bar)
         chosen[MI_ANSWERS] = lowest_on_grid(-information)
     return chosen
 
 
 def _sample_nats(
-    reader: Reader, dataset: Dataset, settings: RunSettings, kept: Path, open_bar: OpenBar
+    workers: Workers,
+    task: Task,
+    dataset: Dataset,
+    settings: RunSettings,
+    kept: Path,
+    open_bar: OpenBar,
 ) -> Float64:
     """Macro perplexity, as nats, of a sample of prompts over AXIS² [n, n]."""
     questions = dataset.questions(settings.limit, settings.seed)
@@ -61,8 +66,11 @@ def _sample_nats(
     if done < len(sample):
         with open_bar(f"a sample for {TASK}") as shown, kept.open("a", encoding="utf-8") as lines:
             shown(done, len(sample))
-            for at, question in enumerate(sample[done:], done + 1):
-                nats = reader.read(question_after(reader, question)).nlls.mean(axis=0)
+            left = sample[done:]
+            results = workers.done(Job("sample", task.name, [question]) for question in left)
+            for at, (question, nats) in enumerate(
+                zip(left, in_order(results), strict=True), done + 1
+            ):
                 append_line(lines, {"id": question.id, "nll": nats.tolist()})
                 lines.flush()
                 shown(at, len(sample))
@@ -71,21 +79,11 @@ def _sample_nats(
     return mean
 
 
-def _exemplars_information(
-    reader: Reader,
-    task: Task,
-    dataset: Dataset,
-    settings: RunSettings,
-    kept: Path,
-    open_bar: OpenBar,
-) -> Float64:
+def _exemplars_information(workers: Workers, task: Task, kept: Path, open_bar: OpenBar) -> Float64:
     """How much the exemplars' answers depend on their questions, over AXIS² [n, n]."""
     if not kept.exists():
-        exemplars = exemplars_of(task, dataset, settings.n_exemplars)
         with open_bar(f"exemplars for {MI_ANSWERS}") as shown:
-            information = exemplars_information(
-                reader.trio, task, exemplars, chat=settings.chat, shown=shown
-            )
+            information = only(workers, Job("information", task.name, shown=shown))
         write_json(kept, information.tolist())
     return _on_axes(read_json(kept), kept)
 

@@ -41,6 +41,7 @@ NOT_RUN = {
     "pull": "needs the Hugging Face hub",
     "serve": "runs until somebody stops it",
     "run --ray": "needs a Ray cluster, as test_run_ray.py has",
+    "eval --ray": "needs a Ray cluster, as test_eval_ray.py has",
     "worker": "runs until somebody stops it, as test_rpc.py does",
     "plan --rpc": "needs workers, as test_rpc.py has them",
     "generate --rpc": "needs workers, as test_rpc.py has them",

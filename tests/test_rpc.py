@@ -17,22 +17,14 @@ import pytest
 from conftest import KAZAKH
 from served import ENDLESS, PATIENCE_S, error_of, serving
 from test_cli import one_line_error
-from workers import lending
+from workers import HAVE_WORKERS, lending
 
-from trimix_gguf.errors import BuildError, WorkerError
+from trimix_gguf.errors import WorkerError
 from trimix_gguf.machine import borrowing, rpc, self_test
 from trimix_gguf.machine.borrowing import open_links, parse_workers
 from trimix_gguf.machine.placement import MARGIN
 
-try:
-    rpc.require_library()
-    MISSING = ""
-except BuildError as error:
-    MISSING = str(error)
-pytestmark = [
-    pytest.mark.skipif(bool(MISSING), reason=MISSING),
-    pytest.mark.skipif(sys.platform == "win32", reason="processes are killed as on POSIX"),
-]
+pytestmark = HAVE_WORKERS
 GREEDY = ("--temperature", "0", "--weights", "0.7,1", "--threads", "1")
 LONG = ("--n-ctx", "3072")  # for answers that do not end before a worker does
 LOGITS = """
@@ -46,13 +38,6 @@ with Trio.nano(n_threads=1, n_gpu_layers="auto") as trio:
     trio.prefill(trio.prompt(sys.argv[2]))
     np.savez(sys.argv[1], **trio.rows())
 """
-
-
-@pytest.fixture(scope="module")
-def two():
-    """Two workers, and their addresses as --rpc takes them."""
-    with lending() as one, lending() as other:
-        yield f"{one.endpoint},{other.endpoint}"
 
 
 @contextmanager

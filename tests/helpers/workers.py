@@ -7,7 +7,21 @@ import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
 from served import PATIENCE_S
+
+from trimix_gguf.errors import BuildError
+from trimix_gguf.machine import rpc
+
+try:
+    rpc.require_library()
+    MISSING = ""
+except BuildError as error:
+    MISSING = str(error)
+HAVE_WORKERS = [
+    pytest.mark.skipif(bool(MISSING), reason=MISSING),
+    pytest.mark.skipif(sys.platform == "win32", reason="processes are killed as on POSIX"),
+]
 
 
 @dataclass
@@ -50,3 +64,10 @@ def lending(*arguments, limit=None):
             process.terminate()
             process.wait(timeout=PATIENCE_S)
         process.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def two():
+    """Two workers, and their addresses as --rpc takes them."""
+    with lending() as one, lending() as other:
+        yield f"{one.endpoint},{other.endpoint}"

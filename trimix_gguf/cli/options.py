@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -132,12 +132,19 @@ def each_trio(options: dict[str, Any]) -> list[dict[str, Any]]:
     return [{**options, "trio": name} for name in names]
 
 
-def open_trio(options: dict[str, Any], beside: Any = None) -> Any:
-    """Take the trio's options out of `options` and open it; `beside` as Trio.load has it."""
+def open_trio(
+    options: dict[str, Any], beside: Any = None, places: Mapping[Role, Any] | None = None
+) -> Any:
+    """Take the trio's options out of `options` and open it; `beside` as Trio.load has it.
+
+    `places` say by role where layers go, if that is planned already.
+    """
     from trimix_gguf.machine import native
     from trimix_gguf.trio.trio import Trio, concurrency
 
     arguments = trio_arguments(options)
+    for role, place in (places or {}).items():
+        arguments["per_role"][role] = {**arguments["per_role"].get(role, {}), **place}
     verbose = bool(options.pop("verbose", False))
     native.set_verbose(verbose)
     trio = Trio.load(**arguments, beside=beside)

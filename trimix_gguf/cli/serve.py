@@ -14,7 +14,7 @@ import click
 
 from trimix_gguf.cli import supervising
 from trimix_gguf.cli.options import Decorator, each_trio, option_group, trios_options
-from trimix_gguf.cli.served_trios import groups_of, mixes_by_auto
+from trimix_gguf.cli.served_trios import groups_of, mixes_by_auto, share_weights
 from trimix_gguf.cli.tuning_notes import say_tuning
 from trimix_gguf.server.limits import Limits
 
@@ -141,8 +141,12 @@ def _supervise(workers: list[str], listening: dict[str, Any], options: dict[str,
 
     if sys.platform == "win32":
         raise click.ClickException("serve --rpc needs Linux or macOS: use WSL here")
-    if len(options["trio"]) > 1:
-        raise click.UsageError("with --rpc the server has one trio; start another for the next")
+    first, *others = each_trio(options)
+    if apart := [other["trio"] for other in others if not share_weights(first, other)]:
+        raise click.UsageError(
+            f"with --rpc, trios of one server share large_ins and small_base, and {apart[0]} does "
+            f"not with {first['trio']}; start another server, with other workers"
+        )
     with _bound(listening) as listener:
         return run_server(workers, listener)
 

@@ -92,8 +92,9 @@ def _opener(trios: list[Given]) -> Callable[[], list[Any]]:
     def opened() -> list[Any]:
         found: list[Any] = []
         try:
-            for given in trios:
-                found.append(open_trio(dict(given), beside=found[0] if found else None))
+            for given, places in zip(trios, _places(trios), strict=True):
+                beside = found[0] if found else None
+                found.append(open_trio(dict(given), beside=beside, places=places))
         except BaseException:
             for trio in found:
                 trio.close()
@@ -101,6 +102,26 @@ def _opener(trios: list[Given]) -> Callable[[], list[Any]]:
         return found
 
     return opened
+
+
+def _places(trios: list[Given]) -> list[dict[Role, Any]]:
+    """Where layers go, by role, if several trios are on the same workers; else nothing.
+
+    What a worker has free is known from before the first one. Raises MemoryNeededError.
+    """
+    from trimix_gguf.errors import MemoryNeededError
+    from trimix_gguf.machine import memory, native, planner, rpc
+    from trimix_gguf.roles import ROLES
+
+    if len(trios) == 1 or not rpc.is_engine():
+        return [{} for _ in trios]
+    asked = [planner.Asked(*trio_files(trio_arguments(dict(given)))) for given in trios]
+    devices, free_ram = native.devices(), memory.available()
+    plans = planner.plan_together(asked, devices=devices, free_ram=free_ram)
+    for found in plans:
+        if not found.fits:
+            raise MemoryNeededError(found.refusal())
+    return [{role: found.load_options(role) for role in ROLES} for found in plans]
 
 
 def _fitting(trios: list[Given]) -> Callable[[], bool]:

@@ -18,7 +18,7 @@ def n_lines(file):
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory, nano_files):
-    """(the command without its folder, the folder of a run without Ray)."""
+    """(the command without its folder, the folder of a run without Ray, what that run said)."""
     folder = tmp_path_factory.mktemp("asked")
     rows = [{"instruction": "Classify.", "language": "kk", "max_tokens": 8}]
     for i, (label, text) in enumerate([*TOPICS.items()] * 11):
@@ -30,7 +30,7 @@ def asked(tmp_path_factory, nano_files):
     command = [*command[:-1], "--single", f"twin={nano_files['small_cpt']}", "-o"]
     done = ended(started(*command, folder / "run"))
     assert done.returncode == 0, done.stderr.decode()
-    return command, folder / "run"
+    return command, folder / "run", done.stdout
 
 
 def report(trimix, folder):
@@ -39,12 +39,12 @@ def report(trimix, folder):
 
 @has_ray
 def test_a_worker_that_is_killed_changes_nothing(asked, trimix, tmp_path):
-    command, expected = asked
+    command, expected, said = asked
     process = started(*command, tmp_path / "run", "--ray", "local", "--ray-workers", 2)
     wait_for(lambda: n_lines(tmp_path / "run" / "topics.jsonl"), process)
     kill_one(process, b"ray::_Worker")
     done = ended(process)
-    assert done.returncode == 0, done.stderr.decode()
+    assert done.returncode == 0 and done.stdout == said, done.stderr.decode()
     for name in KEPT:
         assert (tmp_path / "run" / name).read_bytes() == (expected / name).read_bytes()
     ours, theirs = (
@@ -56,7 +56,7 @@ def test_a_worker_that_is_killed_changes_nothing(asked, trimix, tmp_path):
 
 @has_ray
 def test_a_head_node_that_ends_is_one_line_and_its_lines_are_kept(asked, trimix, tmp_path):
-    command, expected = asked
+    command, expected, _ = asked
     lines = tmp_path / "run" / "topics.jsonl"
     process = started(*command, tmp_path / "run", "--ray", "local")
     wait_for(lambda: n_lines(lines), process)
@@ -69,7 +69,7 @@ def test_a_head_node_that_ends_is_one_line_and_its_lines_are_kept(asked, trimix,
 
 def test_lines_that_came_in_another_order_are_put_in_order(asked, trimix, tmp_path):
     """As where one process was slower than another, and the run ended before it could sort."""
-    command, expected = asked
+    command, expected, _ = asked
     shutil.copytree(expected, tmp_path / "run")
     file = tmp_path / "run" / "topics.jsonl"
     whole = file.read_bytes().splitlines(keepends=True)
@@ -88,14 +88,14 @@ def test_lines_that_came_in_another_order_are_put_in_order(asked, trimix, tmp_pa
     ],
 )
 def test_what_is_wrong_is_one_line(asked, tmp_path, given, said):
-    command, _ = asked
+    command, *_ = asked
     done = ended(started(*command, tmp_path / "run", "--ray", "local", *given))
     assert said in one_line_error_after_bars(done)
 
 
 @has_ray
 def test_no_head_node_is_one_line(asked, trimix, tmp_path):
-    command, _ = asked
+    command, *_ = asked
     for given, words in [(no_head(), "no head node of Ray"), ("a", "not a HOST:PORT")]:
         done = trimix(*command, tmp_path / "run", "--ray", given)
         assert words in one_line_error_after_bars(done) and given in done.stderr.decode()
@@ -103,7 +103,7 @@ def test_no_head_node_is_one_line(asked, trimix, tmp_path):
 
 @has_no_ray
 def test_without_ray_it_is_said_how_to_install_it(asked, trimix, tmp_path):
-    command, _ = asked
+    command, *_ = asked
     done = trimix(*command, tmp_path / "run", "--ray", "auto")
     assert "pip install 'trimix-gguf[ray]'" in one_line_error_after_bars(done)
 
@@ -118,6 +118,6 @@ def test_without_ray_it_is_said_how_to_install_it(asked, trimix, tmp_path):
     ],
 )
 def test_options_that_do_not_go_together_are_a_usage_error(asked, trimix, tmp_path, given, said):
-    command, _ = asked
+    command, *_ = asked
     done = trimix(*command, tmp_path / "run", *given)
     assert done.returncode == 2 and said in done.stderr

@@ -35,6 +35,18 @@ def test_a_worker_that_is_killed_changes_nothing(asked, tmp_path):
 
 
 @has_ray
+def test_answers_on_standard_output_are_all_that_is_there(asked):
+    """Ray printed there that a process was lost."""
+    source, expected = asked
+    process = started("run", source, "-o", "-", *SMALL, "--ray", "local", "--ray-workers", 2)
+    first = process.stdout.readline()
+    kill_one(process, b"ray::_Worker")
+    done = ended(process)
+    assert done.returncode == 0, done.stderr.decode()
+    assert first + done.stdout == expected
+
+
+@has_ray
 def test_a_head_node_that_ends_is_one_line_and_its_answers_are_kept(asked, trimix, tmp_path):
     source, expected = asked
     out, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"

@@ -74,6 +74,7 @@ def run(prompts: str, output: str, **options: Any) -> None:
     force, shard = options.pop("force"), options.pop("shard")
     ray = taken_ray(options)
     out = None if output == "-" else Path(output)
+    stdout = sys.stdout.buffer  # with --ray, the name is another stream's
     with ExitStack() as stack:
         if out is not None:
             if prompts != "-" and out.exists() and out.samefile(prompts):
@@ -97,7 +98,7 @@ def run(prompts: str, output: str, **options: Any) -> None:
             workers = _by_ray(stack, ray, options, settings, source)
         work = Run(workers, own, settings, source=source, bar=count_bar)
         if out is None:
-            n_wrong = work.to_stream(sys.stdout.buffer)
+            n_wrong = work.to_stream(stdout)
         else:
             given = {f"--{name.replace('_', '-')}": options[name] for name in _ROUNDING}
             header = {**_header(settings, sha256, shard), **given, **workers.header()}

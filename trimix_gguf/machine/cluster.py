@@ -6,9 +6,10 @@ A process that is lost is replaced, and its task is done again by another one.
 import logging
 import os
 import socket
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, Protocol, TypeVar
 
 from trimix_gguf.errors import TrimixError
@@ -36,21 +37,25 @@ class Loaded(Protocol):
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
-    """This process as a part of a Ray cluster: one at an address, 'auto' or 'local'."""
+    """This process as a part of a Ray cluster: one at an address, 'auto' or 'local'.
+
+    Meanwhile what is printed goes to stderr.
+    """
     ray = _library()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would ask, and tell others
     if address not in ("auto", "local"):
         _look_at(address)
     own: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise RayError(f"--ray {address}: {reason}") from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with redirect_stdout(sys.stderr):  # Ray prints there which process was lost, also at its end
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise RayError(f"--ray {address}: {reason}") from None
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 class Pool:

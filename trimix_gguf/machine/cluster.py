@@ -59,7 +59,7 @@ def connected(address: str) -> Iterator[None]:
 
 
 class Pool:
-    """Processes of the cluster that each `load` once: one per machine, or `n_workers`.
+    """Processes of the cluster that each `load` once: one per machine with CPUs, or `n_workers`.
 
     `named` says which task it is, for a message. Processes may differ in `may_differ` of their
     headers; other differences are refused.
@@ -76,15 +76,15 @@ class Pool:
         self._ray = ray = _library()
         self._load, self._named, self._may_differ = load, named, may_differ
         self._head = ray.get_runtime_context().gcs_address
-        machines = [node for node in ray.nodes() if node["Alive"]]
-        n_cpus = int(ray.cluster_resources().get("CPU", 0))
-        if n_workers is not None and n_workers > n_cpus:  # Ray would wait for ever
+        cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+        n = n_workers or max(1, sum(map(bool, cpus)))
+        if n > sum(cpus):  # Ray would wait for ever
             raise RayError(
-                f"--ray-workers {n_workers}: the cluster has {n_cpus} CPUs, one for each"
+                f"the cluster has {sum(cpus)} CPUs for {n} processes; give a lower --ray-workers"
             )
         # How many threads they use is for --threads to say; Ray only counts them.
         self._actor = ray.remote(_Worker).options(num_cpus=1, scheduling_strategy="SPREAD")
-        self._free = [self._new() for _ in range(n_workers or len(machines))]
+        self._free = [self._new() for _ in range(n)]
         self._header: dict[str, Any] | None = None
 
     def header(self) -> dict[str, Any]:

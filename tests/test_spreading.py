@@ -3,7 +3,11 @@
 import pytest
 from test_planner import FAMILIES, GIB, a_file, card
 
-from trimix_gguf.errors import WorkerError
+from trimix_gguf.cli import served_trios
+from trimix_gguf.cli.options import trio_arguments
+from trimix_gguf.cli.plan import trio_files
+from trimix_gguf.errors import MemoryNeededError, WorkerError
+from trimix_gguf.machine import native, rpc
 from trimix_gguf.machine.borrowing import parse_workers
 from trimix_gguf.machine.loading import REMOTE_CPU, REMOTE_GPU
 from trimix_gguf.machine.placement import MARGIN
@@ -97,3 +101,22 @@ def test_addresses():
     for wrong in ("", "a", "a:0", "a:65536", "a:b", "a:1,a:1", "[::1]:1"):
         with pytest.raises(WorkerError):
             parse_workers(wrong)
+
+
+def test_trios_that_share_weights_over_a_worker_are_planned_together(monkeypatch):
+    """The second one has the room that the first one leaves: a worker says once what is free."""
+    two = [{"trio": "nano"}] * 2
+    monkeypatch.setenv(rpc.WORKERS, "[]")
+    files, options, _ = trio_files(trio_arguments({"trio": "nano"}))
+
+    def lend(free):
+        devices = [CPU, card("RPC0", free, REMOTE_CPU)]
+        monkeypatch.setattr(native, "devices", lambda: devices)
+        return plan(files, devices=devices, free_ram=64 * GIB, options=options)
+
+    one = lend(40 * GIB).rooms["RPC0"].need.total
+    first, second = served_trios._places(two)
+    assert first["large_ins"]["device"] == second["large_ins"]["device"] == "RPC0"
+    assert lend(MARGIN + one).fits
+    with pytest.raises(MemoryNeededError, match="RPC0"):
+        served_trios._places(two)

@@ -61,7 +61,7 @@ SHORT = {  # added to a command, so that it takes little time
 }
 # Options in the text that belong to other programs.
 FOREIGN = {"--help": "click", "--portable": "machine/build.py", "--install": "xcode-select"}
-FOREIGN |= {"--array": "sbatch"}
+FOREIGN |= {"--array": "sbatch", "--model": "lm_eval"}
 FOREIGN |= dict.fromkeys(
     ("--rm", "--read-only", "--tmpfs", "--cap-drop", "--user", "--time"), "docker"
 )
@@ -236,7 +236,7 @@ def test_options_in_a_pages_sentences_are_there(path):
     every = {name for command in all_commands(program) for p in command.params for name in p.opts}
     every |= {name for c in all_commands(program) for p in c.params for name in p.secondary_opts}
     for span in re.findall(r"`([^`\n]+)`", path.read_text(encoding="utf-8")):
-        if span.startswith(("pip ", ".venv/bin/pip ", "sudo ")):
+        if span.startswith(("pip ", ".venv/bin/pip ", "sudo ", "lm_eval ")):
             continue
         for option in re.findall(r"(?<!\S)--[a-z][a-z-]*", span):
             assert option in every | FOREIGN.keys(), f"{path.name}: {span}"

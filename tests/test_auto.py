@@ -1,6 +1,7 @@
 """The automatic choice: text goes by perplexity, questions by a measurement, else on a leash."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,11 +13,15 @@ from trimix_gguf.answering.steering import SPAN, Guard
 from trimix_gguf.choosing import auto
 from trimix_gguf.choosing.auto import asks, on_a_leash
 from trimix_gguf.choosing.score import empty_score, score, score_prompts
+from trimix_gguf.evaluation.names.settings import RunSettings
+from trimix_gguf.evaluation.running.asking import ask_task
+from trimix_gguf.evaluation.running.file_weights import weights_of_file
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 from trimix_gguf.mixing.fusion import METHODS, Mix
 from trimix_gguf.mixing.scoring import WITH_CORNERS, grid_nll, large_ins_slopes, strays
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.sums import Sum
-from trimix_gguf.trio.tuned import Tuning
+from trimix_gguf.trio.tuned import Free, Tuning
 
 QUESTION = "Қазақстанның астанасы қай қала?"
 MODELS = dict.fromkeys(ROLES, "0" * 64)
@@ -123,20 +128,81 @@ def test_the_shorter_the_leash_the_closer_to_large_ins(trio, monkeypatch):
     assert strayed[0] > strayed[-1] == pytest.approx(0.0, abs=1e-9)
 
 
-def test_a_question_goes_by_what_was_measured(nano_files):
+def test_a_question_with_choices_goes_by_what_was_measured(nano_files):
     tuning = Tuning(Weights(0.9, 0.3), "measured", MODELS)
     with Trio.load(**nano_files, n_ctx=512, tuning=tuning) as trio:
-        chosen = select_weights(trio, trio.prompt(QUESTION))
+        chosen = select_weights(trio, trio.prompt(QUESTION), with_choices=True)
         assert (chosen.weights, chosen.reason) == (Weights(0.9, 0.3), "measured")
-        assert select_weights(trio, trio.prompt(KAZAKH)).score is not None
+        assert select_weights(trio, trio.prompt(KAZAKH), with_choices=True).score is not None
 
 
-def test_where_no_model_answers_perplexity_decides(nano_files):
+FOUND = (Weights(0.9, 0.3), Weights(1.0, 0.5), METHODS["small_cpt"].weights, None)
+
+
+@pytest.mark.parametrize("free", [None, Free(None, "not better", 20, 0.5, 0.4)])
+@pytest.mark.parametrize("found", FOUND)
+def test_what_was_measured_with_choices_never_changes_a_free_answer(trio, found, free):
+    """Bug: a pair chosen by exercises with choices broke a chat where large_ins was whole."""
+    asked = [trio.prompt(QUESTION), chat_prompt(trio, [{"role": "user", "content": KAZAKH}])]
+    for prompt in asked:
+        trio.tuning = None
+        trio.forget()
+        before = select_weights(trio, prompt)
+        trio.tuning = Tuning(found, "measured", MODELS, free=free)
+        trio.forget()
+        after = select_weights(trio, prompt)
+        assert (after.weights, after.reason) == (before.weights, before.reason)
+
+
+def test_free_answers_go_by_what_was_measured_of_them(trio):
+    free = Free(Weights(0.9, 0.3), "better there too", 40, 0.4, 0.5)
+    trio.tuning = Tuning(Weights(0.9, 0.3), "measured", MODELS, free=free)
+    chosen = select_weights(trio, trio.prompt(QUESTION))
+    assert (chosen.weights, chosen.reason) == (Weights(0.9, 0.3), "better there too")
+
+
+def test_where_no_model_answers_perplexity_decides_among_choices(nano_files):
     with Trio.load(**nano_files, n_ctx=512, tuning=Tuning(None, "none", MODELS)) as trio:
-        chosen = select_weights(trio, trio.prompt(QUESTION))
+        chosen = select_weights(trio, trio.prompt(QUESTION), with_choices=True)
         trio.forget()
         scored = score(trio, trio.prompt(QUESTION), grid=(WITH_CORNERS, WITH_CORNERS))
     assert chosen.weights == scored.best()
+
+
+# -- where choices are known ------------------------------------------------------------------
+
+CHOICES = Weights(0.7, 0.5)  # what was measured with choices
+FREELY = Example("free", "Text: Ауа райы жылы.\nTopic:", "ауа", ("ауа",))
+CHOOSING = replace(FREELY, id="choosing", choices=("ауа", "жер"))
+
+
+def test_a_run_takes_what_was_measured_only_for_questions_with_choices(trio, tmp_path):
+    task = Task("topics", ("kk",), "Name the topic.", ("accuracy",), 4, lambda *_: None)
+    settings = RunSettings(("auto",), n_exemplars=0)
+    weights = {}
+    for tuning in (None, Tuning(CHOICES, "measured", MODELS)):
+        for asked in (FREELY, CHOOSING):
+            trio.tuning = tuning
+            out = tmp_path / f"{tuning is None}-{asked.id}.jsonl"
+            ask_task(trio, task, Dataset([asked], []), settings, out)
+            said = json.loads(out.read_text(encoding="utf-8"))["outputs"]["auto"]
+            weights[tuning is None, asked.id] = Weights(said["alpha"], said["beta"])
+    assert weights[False, "choosing"] == CHOICES
+    assert weights[False, "free"] == weights[True, "free"] == weights[True, "choosing"]
+
+
+@pytest.mark.parametrize("with_choices", [False, True])
+def test_a_task_file_says_whether_there_are_choices(trio, tmp_path, with_choices):
+    """Bug: its JSON lines were read as text, and the choices in them were not seen."""
+    file = tmp_path / "task.jsonl"
+    row = {"question": "2 + 2 = ?", "answer": "B" if with_choices else "4"}
+    rows = [{**row, **({"choices": ["3", "4"]} if with_choices else {})}]
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    untuned = weights_of_file(trio, file, "auto", lambda *_: None).weights
+    trio.tuning = Tuning(CHOICES, "measured", MODELS)
+    trio.forget()
+    chosen = weights_of_file(trio, file, "auto", lambda *_: None)
+    assert chosen.weights == (CHOICES if with_choices else untuned) and chosen.method == "auto"
 
 
 # -- the collapse guard -----------------------------------------------------------------------

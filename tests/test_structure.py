@@ -18,7 +18,7 @@ from trimix_gguf.cli.reference import PATH, reference
 
 ROOT = Path(__file__).parent.parent
 ROOMS = [
-    "errors", "roles", "machine", "mixing", "trio", "choosing", "tuning", "answering", "trios",
+    "errors", "roles", "machine", "mixing", "trio", "choosing", "answering", "tuning", "trios",
     "bench", "evaluation", "adapting", "server", "runs", "cli",
 ]  # fmt: skip
 EVALUATION = ["names", "tasks", "run_files", "reporting", "running"]  # rooms within evaluation

@@ -15,7 +15,7 @@ from trimix_gguf.mixing.fusion import METHODS, Weights
 from trimix_gguf.mixing.scoring import WITH_CORNERS
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.trio import NANO
-from trimix_gguf.trio.tuned import Kind, Tuning
+from trimix_gguf.trio.tuned import Free, Kind, Tuning
 from trimix_gguf.trios.triofile import TrioFile, parse_trio, to_toml
 from trimix_gguf.tuning.exercises import kinds_of
 from trimix_gguf.tuning.probe import Answered
@@ -193,7 +193,18 @@ KEPT = Tuning(
 )
 
 
-@pytest.mark.parametrize("tuning", [KEPT, Tuning(None, "none", KEPT.models)])
+FREE = Free(Weights(0.9, 0.3), "better there too", 40, 0.25, 0.5)
+
+
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        KEPT,
+        Tuning(None, "none", KEPT.models),
+        Tuning(**{**vars(KEPT), "free": FREE}),
+        Tuning(**{**vars(KEPT), "free": Free(None, "not better", 40, 0.5, 0.25)}),
+    ],
+)
 def test_a_tuning_comes_back_from_the_trio_file(tmp_path, tuning):
     trio = TrioFile.read(NANO / "trio.toml")
     written = to_toml(TrioFile(**{**vars(trio), "tuning": tuning}))
@@ -207,9 +218,21 @@ def test_a_tuning_of_another_version_is_not_used(tmp_path):
     assert parse_trio(written, tmp_path / "trio.toml").tuning is None
 
 
+def test_a_tuning_from_before_free_answers_counts_for_choices_only():
+    shipped = TrioFile.read(NANO / "trio.toml").tuning
+    old = {**KEPT.to_table()}
+    assert "free" not in old and Tuning.from_table(old).free is None
+    for tuning in (shipped, KEPT):
+        assert tuning.words.startswith(f"with choices: {tuning.verdict}.")
+        assert tuning.words.endswith("Free answers: not measured, so they stay close to large_ins")
+
+
 @pytest.mark.parametrize(
     ("line", "instead"),
     [
+        ("close = 0.25", "close = 0.1"),
+        ('verdict = "better there too"', 'verdict = "x"'),
+        ("n = 40\nclose", "close"),
         ("weights = [0.9, 0.3]", "weights = [0.1, 0.9]"),
         ("seed = 7", "seed = 8"),
         ("mix = 0.5", "mix = 0.9"),
@@ -219,7 +242,8 @@ def test_a_tuning_of_another_version_is_not_used(tmp_path):
 )
 def test_an_edited_tuning_is_refused(tmp_path, line, instead):
     trio = TrioFile.read(NANO / "trio.toml")
-    written = to_toml(TrioFile(**{**vars(trio), "tuning": KEPT}))
+    tuning = Tuning(**{**vars(KEPT), "free": FREE})
+    written = to_toml(TrioFile(**{**vars(trio), "tuning": tuning}))
     head, tuned = written.split("[tuning]")
     assert line in tuned
     edited = f"{head}[tuning]{tuned.replace(line, instead)}"

@@ -3,7 +3,8 @@
 Perplexity finds the mix that knows the language. For text that goes on, that is the right mix.
 A question wants an answer, and a small_cpt that read little text answers worse the more it is
 heard (Elhady et al. 2025, arXiv 2506.00288). So for questions a measurement decides, made once
-for the trio (`trimix tune`); without one, the mix stays close to large_ins.
+for the trio (`trimix tune`): one of answers among choices where there are choices, one of free
+answers elsewhere. Without such a measurement, the mix stays close to large_ins.
 """
 
 from collections.abc import Callable, Sequence

@@ -41,7 +41,9 @@ class Choosing:
 
 CHOOSING = {
     AUTO: Choosing(
-        "for questions what `trimix tune` measured, for text the lowest perplexity", "runtime"
+        "for questions what `trimix tune` measured of such questions, for text the lowest "
+        "perplexity",
+        "runtime",
     ),
     PPL: Choosing("lowest perplexity of the prompt (TriMix-PPL)", "runtime"),
     ENT: Choosing("lowest entropy of the first token (TriMix-ENT)", "runtime"),

@@ -72,6 +72,7 @@ class Chooser:
         grid: Grid = (GRID, GRID),
         last: int | None = None,
         score_tokens: ScoreTokens = "auto",
+        with_choices: bool = False,
     ) -> None:
         check_last(last)
         check_score_tokens(score_tokens)
@@ -85,7 +86,7 @@ class Chooser:
                 f"{ANSWERS} needs the exemplars' answers: mark them (--spans), or give a task file"
             )
         if method == AUTO and any(asks(p, trio.text) for p in prompts):
-            self._for_questions()
+            self._for_questions(with_choices)
         if self.selection is None and method != ENT:
             keep = TOKEN_KEEP if method == TOKEN else 1.0
             if method == TOKEN or (score_tokens == "auto" and method != AUTO):
@@ -94,14 +95,17 @@ class Chooser:
             stride = stride_of(score_tokens, n_tokens, leashed=self._leashed)
             self.score = empty_score(grid, sloped=self._leashed, keep=keep, stride=stride)
 
-    def _for_questions(self) -> None:
-        """What a measurement of the trio says; without one, the choice is on a leash."""
+    def _for_questions(self, with_choices: bool) -> None:
+        """What a measurement of such questions says; without one, the choice is on a leash."""
         tuning = self._trio.tuning
-        self._leashed = tuning is None
-        if tuning is not None:
-            self._reason = f"a question; {tuning.verdict}"
-            if tuning.weights is not None:
-                self.selection = Selection(Mix(tuning.weights), AUTO, reason=tuning.verdict)
+        found = tuning if with_choices or tuning is None else tuning.free
+        weights = None if found is None else found.weights
+        if found is not None and weights is not None:
+            self.selection = Selection(Mix(weights), AUTO, reason=found.verdict)
+        elif tuning is not None and with_choices:
+            self._reason = f"a question with choices; {tuning.verdict}"
+        else:
+            self._leashed = True
 
     def decide(self, rows: Iterable[Rows], average: Average = "macro") -> Selection:
         """The choice, once the prompts are read; `rows` [n_vocab] are those after each."""
@@ -132,19 +136,29 @@ def select_weights(
     average: Average = "macro",
     last: int | None = None,
     score_tokens: ScoreTokens = "auto",
+    with_choices: bool = False,
     progress: TokenProgress | None = None,
 ) -> Selection:
     """Choose (alpha, beta) for a prompt, or one pair for a task's prompts, without labels.
 
     `auto`: lowest perplexity for text that goes on, what `trimix tune` measured for questions
-    (auto.py). `ppl`: the lowest fused perplexity (TriMix-PPL); `average` over several prompts,
-    `macro` as published. `ent`: the lowest entropy of the first generated token (TriMix-ENT),
-    averaged. `ppl-answers`: the lowest perplexity of the marked answers. `token`: chosen again for
-    each token. `last` scores only that many tokens at the end of each prompt. `score_tokens` scores
+    (auto.py); `with_choices` says that a question's answer is one of some that are given.
+    `ppl`: the lowest fused perplexity (TriMix-PPL); `average` over several prompts, `macro` as
+    published. `ent`: the lowest entropy of the first generated token (TriMix-ENT), averaged.
+    `ppl-answers`: the lowest perplexity of the marked answers. `token`: chosen again for each
+    token. `last` scores only that many tokens at the end of each prompt. `score_tokens` scores
     about that many, spread over it; "auto" enough of them for `auto`, and all for other methods.
     """
     listed = [prompts] if isinstance(prompts, Prompt) else list(prompts)
-    chooser = Chooser(trio, listed, method=method, grid=grid, last=last, score_tokens=score_tokens)
+    chooser = Chooser(
+        trio,
+        listed,
+        method=method,
+        grid=grid,
+        last=last,
+        score_tokens=score_tokens,
+        with_choices=with_choices,
+    )
     if chooser.score is not None:
         score_prompts(trio, chooser.prompts, chooser.score, progress=progress)
     elif chooser.selection is not None and listed:

@@ -153,9 +153,9 @@ def _tune(trio: Any, seed: int) -> None:
     language = trio.languages[0] if trio.languages else ""
     settings = {"language": language, "seed": seed, "minutes": TUNE_MINUTES}
     try:
-        kinds = make_exercises([trio.folder / "text.txt"], None, language, seed)
+        exercises = make_exercises([trio.folder / "text.txt"], None, language, seed)
         opened = partial(Trio.load, **trio.load_arguments())
-        _say(table_of(measure_and_keep(trio, opened, kinds, **settings)))
+        _say(table_of(measure_and_keep(trio, opened, exercises, **settings)))
     except (DataError, PromptError) as error:
         _say(f"not measured: {error}")
     except KeyboardInterrupt:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from trimix_gguf.choosing.methods import ANSWERS, file_methods
+from trimix_gguf.choosing.methods import ANSWERS, AUTO, file_methods
 from trimix_gguf.cli.bars import count_bar
 from trimix_gguf.cli.options import read_text, token_progress
 from trimix_gguf.mixing.fusion import METHODS
@@ -39,11 +39,12 @@ def task_weights(trio: Any, task: str, settings: dict[str, Any], average: Any = 
     chosen = {
         k: settings.pop(k) for k in ("method", "grid", "last", "score_tokens") if k in settings
     }
-    if chosen.get("method") in (*file_methods(), ANSWERS) and task.endswith(".jsonl"):
+    method = chosen.get("method", AUTO)
+    if method in (*file_methods(), ANSWERS, AUTO) and task.endswith(".jsonl"):
         from trimix_gguf.evaluation.running.file_weights import weights_of_file
 
         with count_bar(f"Choosing weights by {Path(task).name}") as shown:
-            return weights_of_file(trio, Path(task), chosen["method"], shown)
+            return weights_of_file(trio, Path(task), method, shown)
     prompts = [trio.prompt(t) for t in split_texts(read_text(task))]
     total = sum(p.n_tokens() for p in prompts)
     with token_progress(total, f"Scoring {len(prompts)} prompts") as progress:

@@ -247,7 +247,9 @@ def _lines(report: dict[str, Any]) -> str:
         "chat template": None if template is None else f"its own, {len(template)} characters",
     }
     if report["tuning"] is not None:
-        facts["tuned"] = report["tuning"]["verdict"]
+        from trimix_gguf.trio.tuned import Tuning
+
+        facts["tuned"] = Tuning.from_table(report["tuning"]).words
     to_pull = report.get("to_pull")
     lines = [report["name"]]
     if to_pull is not None:

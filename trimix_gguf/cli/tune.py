@@ -44,7 +44,8 @@ def tune(
     """Measure which mix of a trio answers best, and keep it in its trio.toml.
 
     Exercises with known answers are made of raw text in the language. Each model and each mix
-    answers them. Afterwards `--method auto`, the default, answers questions with the best mix. A
+    answers them. Afterwards `--method auto`, the default, answers questions with choices with the
+    best mix. It takes the mix for free answers, such as a chat, only if it is better there too. A
     run that was stopped continues with the same command.
     """
     import json
@@ -58,18 +59,18 @@ def tune(
     if trio_file is None:
         raise TrioFileError("a tuning is kept in a trio.toml; name a trio: --trio NAME|FILE|DIR")
     language = lang or (trio_file.languages[0] if trio_file.languages else "")
-    kinds = make_exercises(
+    exercises = make_exercises(
         _texts(trio_file, texts), None if pairs is None else Path(pairs), language, seed
     )
     figure = new_figure(figsize=(7, 6)) if plot is not None else None
     settings = {"language": language, "seed": seed, "minutes": minutes}
-    tuning = measure_and_keep(trio_file, lambda: open_trio(options), kinds, **settings)
+    tuning = measure_and_keep(trio_file, lambda: open_trio(options), exercises, **settings)
     print(json.dumps(tuning.to_table(), ensure_ascii=False) if as_json else table(tuning))
     if figure is not None and plot is not None:
         _draw(tuning, figure, plot)
 
 
-def measure_and_keep(trio_file: Any, opened: Any, kinds: Any, **settings: Any) -> Any:
+def measure_and_keep(trio_file: Any, opened: Any, exercises: Any, **settings: Any) -> Any:
     """Have the trio that `opened` gives answer exercises, and write the Tuning to its trio.toml."""
     from dataclasses import replace
 
@@ -80,7 +81,7 @@ def measure_and_keep(trio_file: Any, opened: Any, kinds: Any, **settings: Any) -
 
     models = {role: kept_sha256(trio_file.path(role)) for role in ROLES}
     with opened() as trio:
-        tuning = measure(trio, kinds, models, progress=count_bar, **settings)
+        tuning = measure(trio, exercises, models, progress=count_bar, **settings)
     replace(trio_file, tuning=tuning).write()
     print(f"kept in {trio_file.file}", file=sys.stderr)
     return tuning
@@ -94,7 +95,10 @@ def table(tuning: Any) -> str:
     for name, kind in tuning.kinds.items():
         cells = "".join(f"{_share(kind.right[point], kind.n):>18}" for point in POINTS)
         lines.append(f"{name:<10}{kind.n:>4}{cells}")
-    return "\n".join([*lines, "", tuning.verdict])
+    if (free := tuning.free) is not None:
+        lines += ["", f"free answers ({free.n}), how like the right ones they are, in percent:"]
+        lines.append(f"close to large_ins {100 * free.close:.1f}, mix {100 * free.mix:.1f}")
+    return "\n".join([*lines, "", tuning.words])
 
 
 def _share(share: float, n: int) -> str:
@@ -132,6 +136,6 @@ def _draw(tuning: Any, figure: Any, path: str) -> None:
         axes.bar(at, shares, width, label=point)
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("answered right, %")
-    axes.set_title(tuning.verdict, fontsize=9, wrap=True)
+    axes.set_title(tuning.words, fontsize=9, wrap=True)
     axes.legend()
     figure.savefig(path, dpi=150, format="png")

@@ -27,7 +27,7 @@ def tuning_words(trio_file: Any) -> str:
     if trio_file.tuning is None:
         return "none; `trimix tune` measures which mix answers best"
     changed = trio_file.changed_since_tuning()
-    return f"void, {changed} was changed" if changed else str(trio_file.tuning.verdict)
+    return f"void, {changed} was changed" if changed else str(trio_file.tuning.words)
 
 
 def _say(text: str) -> None:

@@ -42,6 +42,8 @@ def print_why(conversation: Any) -> None:
         print(f"guard: the mix repeated itself; after {n} tokens large_ins went on by itself")
     total = sum(drawn.values()) or 1.0
     print(f"alpha {weights.alpha:.3g}, beta {weights.beta:.3g}, {len(tokens)} tokens")
+    if reason := conversation.last.selection.reason:
+        print(f"auto: {reason}")
     for role in sorted(roles, key=lambda role: -drawn[role]):
         share = f"{100 * drawn[role] / total:.0f} % of the pull"
         print(f"{role}: spoke {n_led[role]} of {len(tokens)} tokens, {share}")

@@ -33,7 +33,7 @@ class Models:
         said: dict[str, Any] = {
             "description": entry.description or None,
             "weights": fixed and [fixed.weights.alpha, fixed.weights.beta],
-            "tuning": tuning and {"verdict": tuning.verdict, "n_exercises": tuning.n},
+            "tuning": tuning and {"verdict": tuning.words, "n_exercises": tuning.n},
         }
         if not self._trios.is_single:
             said["languages"] = entry.languages

@@ -1,4 +1,7 @@
-"""What `trimix tune` found out about a trio: which mix answers best, and by how much."""
+"""What `trimix tune` found out about a trio: which mix answers best, and by how much.
+
+It counts for what was measured. Exercises with choices say nothing about free answers.
+"""
 
 import hashlib
 import json
@@ -11,6 +14,7 @@ from trimix_gguf.mixing.fusion import Weights
 from trimix_gguf.roles import ROLES, Role
 
 VERSION = 1  # of the exercises and of the rule: a tuning of another version is not used
+NOT_MEASURED = "not measured, so they stay close to large_ins"
 POINTS = (*ROLES, "mix")  # whose answers a kind of exercise compares
 
 
@@ -27,12 +31,44 @@ class Kind:
 
 
 @dataclass(frozen=True)
+class Free:
+    """What free answers said of the mix that answers best with choices.
+
+    `weights` are its own, or None where it was not better: free answers stay close to large_ins.
+    `n` answers were compared; `close` and `mix` are their likeness to the right ones, 0 … 1.
+    """
+
+    weights: Weights | None
+    verdict: str
+    n: int
+    close: float
+    mix: float
+
+    def to_table(self) -> dict[str, Any]:
+        """As a table of trio.toml."""
+        figures = {"close": round(self.close, 4), "mix": round(self.mix, 4)}
+        return {"weights": _pair(self.weights), "verdict": self.verdict, "n": self.n, **figures}
+
+    @staticmethod
+    def from_table(table: Any) -> "Free":
+        """From what to_table gave; raises KeyError, TypeError or ValueError for anything else."""
+        return Free(
+            weights=_weights(table["weights"]),
+            verdict=str(table["verdict"]),
+            n=int(table["n"]),
+            close=float(table["close"]),
+            mix=float(table["mix"]),
+        )
+
+
+@dataclass(frozen=True)
 class Tuning:
     """The mix that answers questions best, and what that rests on.
 
-    `weights` is None where no model answers better than chance: there perplexity decides.
-    `models` are the SHA-256 of each role's file, of the adapter where small_cpt is one: the
-    result holds for these files only. `kinds` has each kind of exercise by name.
+    `weights` and `verdict` are for questions with choices; `weights` is None where no model answers
+    better than chance: there perplexity decides. `free` is for free answers, None where they were
+    not measured. `models` are the SHA-256 of each role's file, of the adapter where small_cpt is
+    one: the result holds for these files only. `kinds` has each kind of exercise by name.
     """
 
     weights: Weights | None
@@ -42,6 +78,13 @@ class Tuning:
     language: str = ""
     seed: int = 0
     version: int = VERSION
+    free: Free | None = None
+
+    @property
+    def words(self) -> str:
+        """What follows from it, for questions with choices and for free answers."""
+        free = NOT_MEASURED if self.free is None else self.free.verdict
+        return f"with choices: {self.verdict}. Free answers: {free}"
 
     @property
     def n(self) -> int:
@@ -50,10 +93,9 @@ class Tuning:
 
     def to_table(self) -> dict[str, Any]:
         """As the table [tuning] of trio.toml, with a checksum of the rest."""
-        w = self.weights
         table: dict[str, Any] = {
             "version": self.version,
-            "weights": [] if w is None else [w.alpha, w.beta],
+            "weights": _pair(self.weights),
             "verdict": self.verdict,
             "language": self.language,
             "seed": self.seed,
@@ -61,6 +103,8 @@ class Tuning:
         }
         if self.kinds:  # TOML has no empty table of tables
             table["kinds"] = {name: kind.to_table() for name, kind in self.kinds.items()}
+        if self.free is not None:
+            table["free"] = self.free.to_table()
         return {**table, "checksum": _checksum(table)}
 
     @staticmethod
@@ -77,7 +121,7 @@ class Tuning:
             raise edited
         try:
             return Tuning(
-                weights=Weights(*map(float, rest["weights"])) if rest["weights"] else None,
+                weights=_weights(rest["weights"]),
                 verdict=str(rest["verdict"]),
                 models={role: str(rest["models"][role]) for role in ROLES},
                 kinds={
@@ -87,9 +131,18 @@ class Tuning:
                 language=str(rest["language"]),
                 seed=int(rest["seed"]),
                 version=int(rest["version"]),
+                free=Free.from_table(rest["free"]) if "free" in rest else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError):
             raise edited from None
+
+
+def _pair(weights: Weights | None) -> list[float]:
+    return [] if weights is None else [weights.alpha, weights.beta]
+
+
+def _weights(pair: Any) -> Weights | None:
+    return Weights(*map(float, pair)) if pair else None
 
 
 def _checksum(table: Mapping[str, Any]) -> str:

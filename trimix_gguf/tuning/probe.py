@@ -93,18 +93,23 @@ def n_to_read(trio: Trio, kinds: Sequence[Kind]) -> int:
 
 
 def read_answers(kept: Path) -> dict[str, Answered]:
+    """The answers that a file holds."""
+    return dict(_read(whole_lines(kept)))
+
+
+def whole_lines(kept: Path) -> list[bytes]:
     """The whole lines of a file; what a kill cut off is left out, and cut off the file."""
     if not kept.exists():
-        return {}
+        return []
     raw = kept.read_bytes()
     whole = raw[: raw.rfind(b"\n") + 1]
     if len(whole) < len(raw):
         kept.write_bytes(whole)
-    return dict(_read(whole))
+    return whole.splitlines()
 
 
-def _read(raw: bytes) -> Iterator[tuple[str, Answered]]:
-    for line in raw.splitlines():
+def _read(lines: Sequence[bytes]) -> Iterator[tuple[str, Answered]]:
+    for line in lines:
         try:
             entry = parse(line, object)
             nll = np.asarray(entry["nll"], np.float64)

@@ -3,31 +3,46 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from trimix_gguf.errors import PromptError
 from trimix_gguf.machine.folders import cache_folder
-from trimix_gguf.roles import Role
+from trimix_gguf.mixing.fusion import METHODS
+from trimix_gguf.roles import ROLES, Role
 from trimix_gguf.trio.trio import Trio
 from trimix_gguf.trio.tuned import VERSION, Tuning
 from trimix_gguf.tuning.exercises import Kind, kinds_of
+from trimix_gguf.tuning.free import compare_all, judge_free
 from trimix_gguf.tuning.pairs import read_pairs
 from trimix_gguf.tuning.probe import ShowProgress, ask_all, n_to_read
 from trimix_gguf.tuning.text import read_passages
 from trimix_gguf.tuning.verdict import judge, scores_of
 
+_OF_FREE = 1_000_000  # added to the seed: free answers are to other exercises
+
+
+@dataclass(frozen=True)
+class Exercises:
+    """What is asked with choices, and what is asked to be answered freely."""
+
+    kinds: Sequence[Kind]
+    free: Sequence[Kind]
+
 
 def make_exercises(
     texts: Sequence[Path], pairs: Path | None, language: str, seed: int
-) -> list[Kind]:
+) -> Exercises:
     """Exercises of a person's own text and sentence pairs; raises DataError where it is short."""
     passages = read_passages(texts)
-    return kinds_of(passages, seed, pairs=() if pairs is None else read_pairs(pairs, language))
+    given = () if pairs is None else read_pairs(pairs, language)
+    kinds, free = (kinds_of(passages, s, pairs=given) for s in (seed, _OF_FREE + seed))
+    return Exercises(kinds, free)
 
 
 def tune(
     trio: Trio,
-    kinds: Sequence[Kind],
+    exercises: Exercises,
     models: Mapping[Role, str],
     *,
     language: str,
@@ -37,9 +52,11 @@ def tune(
 ) -> Tuning:
     """Ask the exercises, for about `minutes`, and judge; `models` are SHA-256 by role.
 
+    Where a mix is best, it then answers freely, for up to half as long: see free.py.
     What was asked before a kill is kept in the cache and not asked again. Raises PromptError
     where the exercises do not fit the context, DataError where too few were asked.
     """
+    kinds = exercises.kinds
     needed = n_to_read(trio, kinds)
     if needed > trio.n_ctx:
         raise PromptError(
@@ -50,7 +67,18 @@ def tune(
     kept.parent.mkdir(parents=True, exist_ok=True)
     answers = ask_all(trio, kinds, kept, seconds=60 * minutes, progress=progress)
     verdict = judge(scores_of(answers))
-    return Tuning(verdict.weights, verdict.text, models, verdict.kinds, language, seed)
+    free = None
+    if verdict.weights is not None and verdict.weights != METHODS[ROLES[0]].weights:
+        compared = compare_all(
+            trio,
+            exercises.free,
+            verdict.weights,
+            kept.with_suffix(".free.jsonl"),
+            seconds=30 * minutes,
+            progress=progress,
+        )
+        free = judge_free(compared, verdict.weights)
+    return Tuning(verdict.weights, verdict.text, models, verdict.kinds, language, seed, free=free)
 
 
 def kept_answers(kinds: Sequence[Kind], models: Mapping[Role, str], seed: int) -> Path:

@@ -119,7 +119,8 @@ def _begin(
         reading = reader.read(question)
     else:
         reader.start(question)
-    named = continuations(settings.methods, reading, task_weights, trio)
+    with_choices = bool(example.choices)
+    named = continuations(settings.methods, reading, task_weights, trio, with_choices=with_choices)
     line: AnswerLine = {
         "id": example.id,
         "references": list(example.references),

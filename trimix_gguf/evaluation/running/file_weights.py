@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from trimix_gguf.choosing.choices import choice_nll
-from trimix_gguf.choosing.methods import ANSWERS, INFORMATIVE, MI_ANSWERS
+from trimix_gguf.choosing.methods import ANSWERS, AUTO, INFORMATIVE, MI_ANSWERS
 from trimix_gguf.choosing.selection import Selection, select_weights
 from trimix_gguf.errors import WeightsError
 from trimix_gguf.evaluation.names.axis import AXIS, lowest_on_grid
@@ -20,7 +20,7 @@ from trimix_gguf.evaluation.running.prompts import (
 )
 from trimix_gguf.evaluation.running.reading import Reader
 from trimix_gguf.evaluation.tasks.custom import custom_task
-from trimix_gguf.evaluation.tasks.task import Dataset, Task
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 from trimix_gguf.mixing.fusion import Mix
 from trimix_gguf.mixing.scoring import Float64
 from trimix_gguf.roles import ROLES
@@ -35,13 +35,20 @@ Shown = Callable[[int, int], None]  # (done, total)
 def weights_of_file(trio: Trio, file: Path, method: str, shown: Shown) -> Selection:
     """Choose weights by a task file (tasks/custom.py), once for all prompts that are like it.
 
-    `mi`: mutual information of its questions and their choices. `mi-answers`: of its exemplars'
-    answers and questions. `ppl-answers`: the lowest perplexity of the exemplars' answers. Raises
-    WeightsError where the file lacks what the method needs, DataError where it is no task file.
+    `auto`: what was measured of such questions, with choices or without; else one pair, close to
+    large_ins, by all of them. `mi`: mutual information of its questions and their choices.
+    `mi-answers`: of its exemplars' answers and questions. `ppl-answers`: the lowest perplexity of
+    the exemplars' answers. Raises WeightsError where the file lacks what the method needs,
+    DataError where it is no task file.
     """
     task = custom_task(file)
     dataset = task.load(Path(), "", 0)
     exemplars = exemplars_of(task, dataset)
+    if method == AUTO:
+        asked = _asked(trio, task, dataset)
+        with_choices = all(question.choices for question, _ in asked)
+        prompts = [prompt for _, prompt in asked]
+        return select_weights(trio, prompts, method=AUTO, with_choices=with_choices)
     if method == INFORMATIVE:
         return Selection(Mix(most_informative(_choices(trio, task, dataset, shown))), INFORMATIVE)
     if not exemplars:
@@ -54,16 +61,23 @@ def weights_of_file(trio: Trio, file: Path, method: str, shown: Shown) -> Select
 
 def _choices(trio: Trio, task: Task, dataset: Dataset, shown: Shown) -> Float64:
     """Nats of each question's choices, nan where it has fewer: [n, n_choices, n_axis, n_axis]."""
-    questions = [q for q in dataset.questions(MOST_QUESTIONS, 0) if q.choices]
-    if not questions:
+    asked = [(q, prompt) for q, prompt in _asked(trio, task, dataset) if q.choices]
+    if not asked:
         raise WeightsError(f"{INFORMATIVE} needs questions with choices; {MI_ANSWERS} does not")
-    reader = Reader(trio, *open_task(trio, task, exemplars_of(task, dataset)))
-    most = max(len(q.choices) for q in questions)
-    nats = np.full((len(questions), most, len(AXIS), len(AXIS)), np.nan)
-    for at, question in enumerate(questions):
-        asked = question_after(reader, question)
-        trio.prefill(Prompt((*reader.prefix.segments, *asked.segments)))
+    most = max(len(q.choices) for q, _ in asked)
+    nats = np.full((len(asked), most, len(AXIS), len(AXIS)), np.nan)
+    for at, (question, prompt) in enumerate(asked):
+        trio.prefill(prompt)
         ids = [trio.models[ROLES[0]].tokenize(f" {choice}") for choice in question.choices]
         nats[at, : len(ids)] = choice_nll(trio, ids, AXIS)
-        shown(at + 1, len(questions))
+        shown(at + 1, len(asked))
     return nats
+
+
+def _asked(trio: Trio, task: Task, dataset: Dataset) -> list[tuple[Example, Prompt]]:
+    """Questions of a task, and each as a whole prompt."""
+    reader = Reader(trio, *open_task(trio, task, exemplars_of(task, dataset)))
+    return [
+        (question, Prompt((*reader.prefix.segments, *question_after(reader, question).segments)))
+        for question in dataset.questions(MOST_QUESTIONS, 0)
+    ]

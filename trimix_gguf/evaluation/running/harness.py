@@ -199,7 +199,7 @@ class TrimixLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         warning_once(logger, "contexts that do not fit lose their beginning; raise --n-ctx")
         return bos + context[len(context) - room + len(bos) :]
 
-    def _mix(self, context: Sequence[int]) -> Mix:
+    def _mix(self, context: Sequence[int], *, with_choices: bool = False) -> Mix:
         if self._fixed is not None:
             return self._fixed
         prompt = self._prompt(context)
@@ -212,6 +212,7 @@ class TrimixLM(TemplateLM):  # type: ignore[misc, unused-ignore]
             grid=self._grid,
             last=self._last,
             score_tokens="all",
+            with_choices=with_choices,
         )
         self.chosen[chosen.weights] += 1
         return chosen.mix
@@ -246,7 +247,8 @@ class TrimixLM(TemplateLM):  # type: ignore[misc, unused-ignore]
             groups.append((self._fit(context, longest), members))
         bar = tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests")
         for context, members in groups:
-            context_mix = mix or self._mix(context)
+            # Several continuations of one context are the choices of a question.
+            context_mix = mix or self._mix(context, with_choices=len(members) > 1)
             # Options that differ only in their last token share every row.
             for stem, same_stem in groupby(members, key=lambda i: requests[i][2][:-1]):
                 logprob, greedy, final = self._read(context, stem, context_mix)

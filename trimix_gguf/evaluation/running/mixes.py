@@ -33,6 +33,8 @@ def continuations(
     reading: Reading | None,
     task_weights: Mapping[str, Weights],
     trio: Trio,
+    *,
+    with_choices: bool,
 ) -> Mapping[str, Continuation]:
     """The continuation of a prompt for each method; methods that select need a reading.
 
@@ -46,7 +48,7 @@ def continuations(
         elif name in task_weights:
             made[name] = Continuation(Mix(task_weights[name]))
         elif name in reading_methods() and name != DECOUPLED and reading is not None:
-            made[name] = _selecting(name, reading, trio)
+            made[name] = _selecting(name, reading, trio, with_choices)
     return made
 
 
@@ -69,20 +71,22 @@ def grid_continuations() -> list[Continuation]:
     return [Continuation(Mix(Weights(alpha, beta))) for alpha in GRID for beta in GRID]
 
 
-def _selecting(name: str, reading: Reading, trio: Trio) -> Continuation:
+def _selecting(name: str, reading: Reading, trio: Trio, with_choices: bool) -> Continuation:
     if name == TOKEN:
         return _token_level(reading, trio)
     if name == AUTO:
-        mix = Mix(_automatic(reading, trio))
+        mix = Mix(_automatic(reading, trio, with_choices))
         return Continuation(mix, steering_of(Selection(mix, AUTO), trio.unused))
     return Continuation(Mix(_selected(name, reading)))
 
 
-def _automatic(reading: Reading, trio: Trio) -> Weights:
+def _automatic(reading: Reading, trio: Trio, with_choices: bool) -> Weights:
     """A task's prompts are questions: what a tuning measured, or a choice on a leash."""
-    nll = reading.nlls.sum(axis=0)
-    if trio.tuning is not None:
-        return trio.tuning.weights or lowest(nll, AXIS, AXIS)
+    nll, tuning = reading.nlls.sum(axis=0), trio.tuning
+    if tuning is not None and with_choices:
+        return tuning.weights or lowest(nll, AXIS, AXIS)
+    if tuning is not None and tuning.free is not None and tuning.free.weights is not None:
+        return tuning.free.weights
     if reading.slopes is None:
         raise ValueError(f"{AUTO} needs a reading with slopes")
     return on_a_leash(nll, reading.slopes, AXIS, AXIS)

@@ -56,8 +56,13 @@ def open_reader(
         *opening,
         fourth=fourth,
         continuous=CONTINUOUS in settings.methods,
-        sloped=AUTO in settings.methods and trio.tuning is None,
+        sloped=AUTO in settings.methods and not _is_measured(trio, questions),
     )
+
+
+def _is_measured(trio: Trio, questions: Sequence[Example]) -> bool:
+    """Whether a tuning says how to answer these; else it depends on the prompt's slopes."""
+    return trio.tuning is not None and all(question.choices for question in questions)
 
 
 def exemplars_of(task: Task, dataset: Dataset, n: int | None = None) -> Sequence[Example]:

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from conftest import KAZAKH
 
-from trimix_gguf import Trio, Weights, generate, select_weights
+from trimix_gguf import Trio, Weights, select_weights
 from trimix_gguf.answering.chat import chat_prompt
-from trimix_gguf.answering.steering import SPAN, Guard
 from trimix_gguf.choosing import auto
 from trimix_gguf.choosing.auto import asks, on_a_leash
 from trimix_gguf.choosing.score import empty_score, score, score_prompts
@@ -17,7 +16,7 @@ from trimix_gguf.evaluation.names.settings import RunSettings
 from trimix_gguf.evaluation.running.asking import ask_task
 from trimix_gguf.evaluation.running.file_weights import weights_of_file
 from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
-from trimix_gguf.mixing.fusion import METHODS, Mix
+from trimix_gguf.mixing.fusion import METHODS
 from trimix_gguf.mixing.scoring import WITH_CORNERS, grid_nll, large_ins_slopes, strays
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.sums import Sum
@@ -203,66 +202,6 @@ def test_a_task_file_says_whether_there_are_choices(trio, tmp_path, with_choices
     trio.forget()
     chosen = weights_of_file(trio, file, "auto", lambda *_: None)
     assert chosen.weights == (CHOICES if with_choices else untuned) and chosen.method == "auto"
-
-
-# -- the collapse guard -----------------------------------------------------------------------
-
-
-def expecting(token: int, expects: bool) -> dict[str, np.ndarray]:
-    row = np.zeros(50, np.float32)
-    row[token if expects else token - 1] = 9.0
-    return {"large_ins": row}
-
-
-def written(guard: Guard, ids: list[int], *, expects: bool) -> int | None:
-    for token in ids:
-        guard.take(token, expecting(token, expects))
-    return guard.stepped_in
-
-
-ROUND = list(range(1, 2 * SPAN))
-
-
-def test_a_loop_that_large_ins_does_not_expect_ends_in_large_ins():
-    guard = Guard(Mix(Weights(0.3, 0.9)))
-    assert written(guard, ROUND, expects=False) is None
-    assert written(guard, ROUND, expects=False) == len(ROUND) + SPAN
-    assert guard.mix.weights == METHODS["large_ins"].weights
-
-
-def test_what_large_ins_would_repeat_is_never_cut():
-    guard = Guard(Mix(Weights(0.3, 0.9)))
-    assert written(guard, 5 * ROUND, expects=True) is None
-
-
-def test_text_that_does_not_repeat_is_left_alone():
-    assert written(Guard(Mix(Weights(0.3, 0.9))), list(range(1, 49)), expects=False) is None
-
-
-def loops(trio, **options):
-    return generate(trio, KAZAKH, max_tokens=160, temperature=0, **options)
-
-
-@pytest.fixture
-def looping(trio, monkeypatch):
-    """small_cpt by itself, chosen by auto: greedy, it repeats itself."""
-    monkeypatch.setattr(
-        "trimix_gguf.choosing.score.Score.best",
-        lambda self, *_, **__: METHODS["small_cpt"].weights,
-    )
-    return trio
-
-
-@pytest.mark.parametrize("speculative", ["off", "on"])
-def test_the_guard_steps_in_while_decoding_with_drafts_and_without(looping, speculative):
-    answer = loops(looping, speculative=speculative)
-    assert answer.guard is not None
-    looping.forget()
-    fixed = loops(looping, weights=METHODS["small_cpt"])
-    assert fixed.guard is None
-    same = [t.id for t in answer.tokens[: answer.guard]]
-    assert same == [t.id for t in fixed.tokens[: answer.guard]]
-    assert answer.text != fixed.text
 
 
 def test_the_command_says_why_it_chose(trimix):

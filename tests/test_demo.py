@@ -54,7 +54,9 @@ def test_each_model_and_the_mix_answer_a_text_and_a_question(trimix):
         rows = [re.match(r"(\w+) +(\d+\.\d\d)  \S", line) for line in table[1].splitlines()]
         assert [row[1] for row in rows] == NAMES
         perplexities = [float(row[2]) for row in rows]
-        assert perplexities[-1] == min(perplexities)
+        # A question without choices stays close to large_ins, so another may be lower.
+        least = min(perplexities) if kind == "text" else perplexities[NAMES.index("large_ins")]
+        assert perplexities[-1] <= least
         assert re.match(r"alpha \S+, beta \S+; a (text|question)[ ;]", table[2])
 
 

@@ -66,6 +66,23 @@ def test_turns_whose_size_is_not_known_are_left_out_when_the_server_refuses(wind
     window.log("browser")  # Chromium itself notes what was refused
 
 
+# -- an answer that repeated itself ---------------------------------------------------------
+
+
+def test_the_page_says_that_the_large_model_went_on_by_itself(window, looping_folder):
+    with serving("--trio", looping_folder, "--threads", 1) as served:
+        show(window, served.url, maxTokens=160)
+        answer = ask(window, "Қазақстан Республикасының Үкіметі бүгін жаңа заң жобасын қарады.")
+        assert answer["mix"]["guard"] > 0
+        window.run("turns[0].view.why.open = true")
+        window.wait("return turns[0].view.why.querySelector('table')")
+        told = "return [...turns[0].view.why.querySelectorAll('p')].map((p) => p.textContent)"
+        assert window.run("return say('guarded')") in window.run(told)
+        # The tuning counts for choices only, or for free answers too: the page says which.
+        said = window.run("return document.getElementById('tuned').textContent")
+        assert said.endswith("Free answers: small_cpt is better")
+
+
 # -- only the large model beside the mix ----------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import click
 from trimix_gguf.cli import supervising
 from trimix_gguf.cli.options import Decorator, each_trio, option_group, trios_options
 from trimix_gguf.cli.served_trios import groups_of, mixes_by_auto, share_weights
+from trimix_gguf.cli.task_weights import task_methods
 from trimix_gguf.cli.tuning_notes import say_tuning
 from trimix_gguf.server.limits import Limits
 
@@ -109,6 +110,16 @@ def _limit_option(name: str) -> Decorator:
     metavar="FILE",
     help="Where to write a line per request. Default: standard error.",
 )
+@click.option(
+    "--task",
+    metavar="FILE",
+    help="Choose weights once for prompts like those of a file; requests name it as trimix.task.",
+)
+@click.option(
+    "--task-method",
+    type=click.Choice(task_methods()),
+    help="How --task chooses. Default: the trio's own method, or auto.",
+)
 @click.option("--name", metavar="NAME", help="Model name in the API. Default: the trio's.")
 def serve(**options: Any) -> None:
     """Answer over HTTP, like OpenAI's API, many requests at once.
@@ -124,6 +135,8 @@ def serve(**options: Any) -> None:
         # With --rpc a child serves, and another one after it: they have one key.
         options["api_key"] = made_key = os.environ.setdefault(_KEY, secrets.token_urlsafe(16))
     access = _access(listening["host"], options)
+    if options["task_method"] is not None and options["task"] is None:
+        raise click.UsageError("--task-method goes with --task FILE")
     context = click.get_current_context()
     if workers := supervising.workers_of(context):
         context.exit(_supervise(workers, listening, options))
@@ -255,9 +268,11 @@ def _run(
     parent = supervising_server.Supervised() if supervising_server.is_supervised() else None
     listener = _bound(listening) if parent is None else parent.listener
     name, strict, most = (options.pop(key) for key in ("name", "strict", "max_loaded"))
+    task, task_method = options.pop("task"), options.pop("task_method")
     with listener:
         given = each_trio(options)
-        trios = Trios(groups_of(given, name=name), limits=limits, max_loaded=most)
+        groups = groups_of(given, name=name, task=task, task_method=task_method)
+        trios = Trios(groups, limits=limits, max_loaded=most)
         try:
             api = Api(trios, limits=limits, strict=strict)
             if parent is not None:
@@ -267,6 +282,8 @@ def _run(
             names = ", ".join(entry.name for entry in trios.entries)
             words = "answers" if trios.is_single else "answer"
             ready = f"{names} {words} at {url}/v1" + (f"\nkey: {made_key}" if made_key else "")
+            if (served := trios.entries[0].task) is not None:
+                ready += f'\ntask: a request names it by "trimix": {{"task": "{served.name}"}}'
             ended_by = run(
                 api.application(access, log),
                 listener,

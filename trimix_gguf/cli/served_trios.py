@@ -1,6 +1,7 @@
 """The trios of `trimix serve`: what options mean, which share weights, how they are opened."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,23 @@ import click
 
 from trimix_gguf.cli.options import asked_of, model_name, named_trio, open_trio, trio_arguments
 from trimix_gguf.cli.plan import trio_files, trio_names
+from trimix_gguf.cli.task_weights import check_served_task, task_weights
 from trimix_gguf.roles import Role
 
 Given = dict[str, Any]  # the options of one trio
 
 
-def groups_of(trios: list[Given], name: str | None = None) -> list[Any]:
+def groups_of(
+    trios: list[Given],
+    name: str | None = None,
+    *,
+    task: str | None = None,
+    task_method: str | None = None,
+) -> list[Any]:
     """The server's groups: trios with the same large_ins and small_base are in one.
 
-    `name` stands for that of a single trio. Raises what a trio file or a GGUF may: all are read.
+    `name` stands for that of a single trio; calls can name the `task` of that file. Raises what a
+    trio file or a GGUF may: all are read.
     """
     from trimix_gguf.server.trios import Group
 
@@ -24,6 +33,12 @@ def groups_of(trios: list[Given], name: str | None = None) -> list[Any]:
         raise click.UsageError("--name is for one trio; several have their own")
     names = trio_names(trios) if len(trios) > 1 else [name]
     entries = [_entry(given, name) for given, name in zip(trios, names, strict=True)]
+    if task is not None:
+        check_served_task(task, task_method)
+        entries = [
+            replace(entry, task=_served_task(given, task, task_method))
+            for given, entry in zip(trios, entries, strict=True)
+        ]
     sets: list[list[int]] = []
     for i, given in enumerate(trios):
         same = next((known for known in sets if share_weights(given, trios[known[0]])), None)
@@ -76,6 +91,28 @@ def _entry(given: Given, name: str | None) -> Any:
         tuning=arguments.get("tuning"),
         n_bytes=n_bytes,
     )
+
+
+def _served_task(given: Given, task: str, method: str | None) -> Any:
+    """A task of the file's name, whose weights are chosen once for a trio, however often loaded."""
+    from trimix_gguf.server.trios import ServedTask
+
+    trio_file, name = named_trio(given), Path(task).stem
+    if method is None and trio_file is not None and trio_file.fixed_mix is None:
+        method = trio_file.method
+    chosen: list[Any] = []
+
+    def choose(trio: Any) -> Any:
+        if not chosen:
+            settings = {} if method is None else {"method": method}
+            found = task_weights(trio, task, settings)
+            trio.forget()
+            reason = "; ".join(filter(None, (f"chosen for the task {name}", found.reason)))
+            # The score is that of the file, not of what will be asked.
+            chosen.append(replace(found, score=None, follows=None, reason=reason))
+        return chosen[0]
+
+    return ServedTask(name, choose)
 
 
 def share_weights(one: Given, other: Given) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from trimix_gguf.choosing.methods import ANSWERS, AUTO, file_methods
+from trimix_gguf.choosing.methods import ANSWERS, AUTO, CHOOSING, TOKEN, file_methods
 from trimix_gguf.cli.bars import count_bar
 from trimix_gguf.cli.options import read_text, token_progress
 from trimix_gguf.mixing.fusion import METHODS
@@ -26,6 +26,31 @@ def check_task(task: str | None, method: str | None, weights: str | None) -> Non
         raise click.UsageError(f"give --task or --method {method}, not both: its weights are fixed")
     if method in file_methods() and not task.endswith(".jsonl"):
         raise click.UsageError(f"--method {method} needs a task file of JSON lines, not {task}")
+
+
+def task_methods() -> tuple[str, ...]:
+    """Methods that choose one pair by a file; `token` chooses again for each token."""
+    return (
+        tuple(name for name, row in CHOOSING.items() if row.where == "runtime" and name != TOKEN)
+        + file_methods()
+    )
+
+
+def check_served_task(task: str, method: str | None) -> None:
+    """Refuse a file that cannot be read, before any model is loaded."""
+    check_task(task, method, None)
+    if task == "-":
+        raise click.UsageError("--task takes a file here, as each trio reads it when it is loaded")
+    if not task.endswith(".jsonl"):
+        from trimix_gguf.cli.score import split_texts
+
+        if method == ANSWERS:
+            raise click.UsageError(f"--task-method {method} needs a task file of JSON lines")
+        split_texts(read_text(task))
+        return
+    from trimix_gguf.evaluation.tasks.custom import custom_task
+
+    custom_task(Path(task))
 
 
 def task_weights(trio: Any, task: str, settings: dict[str, Any], average: Any = None) -> Any:

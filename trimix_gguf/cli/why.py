@@ -22,7 +22,8 @@ def print_why(conversation: Any) -> None:
     tokens, n_vocab = conversation.trace, conversation.trio.n_vocab
     if not tokens:
         raise PromptError("there is no answer to explain; say something first")
-    roles = [role for role in ROLES if role in tokens[0].probabilities]
+    # After the guard, or with weights of each token, not every model reads all of them.
+    roles = [role for role in ROLES if any(role in token.probabilities for token in tokens)]
     weights, model = conversation.last.selection.weights, conversation.trio.models[ROLES[0]]
     table = Table("token", *roles, "mix", "spoke", box=None, pad_edge=False, header_style="bold")
     for column in table.columns[1:-1]:
@@ -34,7 +35,7 @@ def print_why(conversation: Any) -> None:
         n_led[spoke] += 1
         for role, nats in pull.items():
             drawn[role] += max(nats, 0.0)
-        values = (token.probabilities[name] for name in (*roles, "fused"))
+        values = (token.probabilities.get(name) for name in (*roles, "fused"))
         piece = model.piece(token.id, special=True).decode("utf-8", "replace")
         table.add_row(Text(_shown(piece)), *(_percent(p) for p in values), spoke)
     Console(file=sys.stdout, highlight=False).print(table)
@@ -56,5 +57,7 @@ def _shown(piece: str) -> str:
     return (text[: _N_CELLS - 1] + "…" if len(text) > _N_CELLS else text).replace(" ", "·")
 
 
-def _percent(p: float) -> str:
+def _percent(p: float | None) -> str:
+    if p is None:
+        return "–"
     return f"{100 * p:.1f} %" if p >= 0.0005 else "< 0.1 %"

@@ -111,7 +111,7 @@ class Answers:
         check_model(call.model, self._settings.name)
         if call.seed is None:
             call = replace(call, seed=_seed(self._settings.seed, line.id))
-        return make_requests(self._trio, call, defaults=self._defaults)
+        return make_requests(self._trio, call, defaults=self._defaults, tasks={})
 
     def _events(self, requests: Sequence[Request]) -> Iterator[tuple[int, Event]]:
         """(index, event) of requests, as they come, until each has ended."""

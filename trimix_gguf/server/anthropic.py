@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Unpack
 
-from trimix_gguf.answering.request import Event, Options
+from trimix_gguf.answering.request import Event
 from trimix_gguf.server.calls import FunctionCall, new_id
 from trimix_gguf.server.errors import RequestError, error_json
 from trimix_gguf.server.fields import Fields
@@ -20,7 +20,7 @@ from trimix_gguf.server.messages import (
 )
 from trimix_gguf.server.openai import IGNORED, Call, seed_of, token_limit, with_tools
 from trimix_gguf.server.replies import Choice, Reply, Said, sent_event
-from trimix_gguf.server.settings import form_in, options_of, schema_of
+from trimix_gguf.server.settings import CallOptions, form_in, options_of, schema_of
 from trimix_gguf.server.tools import anthropic_tools, result_text
 from trimix_gguf.trio.trio import Trio
 
@@ -130,7 +130,7 @@ def _result(fields: Fields) -> str:
     return content or ""
 
 
-def _form(fields: Fields) -> Options:
+def _form(fields: Fields) -> CallOptions:
     """{"format": {"type": "json_schema", "schema": …}} of the field `output_config`."""
     form = form_in(fields, "output_config", "effort")
     if form is None:

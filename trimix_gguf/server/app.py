@@ -202,7 +202,7 @@ class Api:
         self._check_share(n, record)
         events = Events(
             engine.batcher,
-            lambda: make_requests(engine.trio, call, defaults=engine.defaults),
+            lambda: make_requests(engine.trio, call, defaults=engine.defaults, tasks=engine.tasks),
             n=n,
             executor=self._executor,
             receive=request.receive,

@@ -35,6 +35,8 @@ class Models:
             "weights": fixed and [fixed.weights.alpha, fixed.weights.beta],
             "tuning": tuning and {"verdict": tuning.words, "n_exercises": tuning.n},
         }
+        if entry.task is not None:
+            said["task"] = entry.task.name
         if not self._trios.is_single:
             said["languages"] = entry.languages
         return {

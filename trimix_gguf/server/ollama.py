@@ -6,14 +6,14 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Unpack
 
-from trimix_gguf.answering.request import Event, Options
+from trimix_gguf.answering.request import Event
 from trimix_gguf.server.calls import FunctionCall
 from trimix_gguf.server.errors import RequestError, error_json
 from trimix_gguf.server.fields import Fields
 from trimix_gguf.server.messages import messages_of, with_system
 from trimix_gguf.server.openai import MOST_TOKENS, Call, seed_of, with_tools
 from trimix_gguf.server.replies import Choice, Reply, Said, sent_line
-from trimix_gguf.server.settings import JSON_OBJECT, options_of, present
+from trimix_gguf.server.settings import JSON_OBJECT, CallOptions, options_of, present
 from trimix_gguf.server.tools import offered_tools
 from trimix_gguf.trio.trio import Trio
 
@@ -92,7 +92,7 @@ def _call(fields: Fields, call: Call) -> Call:
     )
 
 
-def _own_options(inner: Fields) -> Options:
+def _own_options(inner: Fields) -> CallOptions:
     """Those of Ollama that OpenAI's clients do not have."""
     limit = inner.integer("num_predict", -2, MOST_TOKENS, but=(0,))
     given: dict[str, object] = {
@@ -107,7 +107,7 @@ def _own_options(inner: Fields) -> Options:
     return present(given)
 
 
-def _form(fields: Fields) -> Options:
+def _form(fields: Fields) -> CallOptions:
     form = fields.take("format")
     if form in (None, ""):
         return {}

@@ -8,11 +8,10 @@ there is none it is refused, as it may be a typing error.
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from trimix_gguf.answering.request import Options
 from trimix_gguf.server.errors import RequestError
 from trimix_gguf.server.fields import Fields
 from trimix_gguf.server.messages import Message, messages_of
-from trimix_gguf.server.settings import options_of
+from trimix_gguf.server.settings import CallOptions, options_of
 from trimix_gguf.server.tools import Function, Tools, openai_tools
 
 MOST_TOP = 20  # alternatives to a token
@@ -39,7 +38,7 @@ class Call:
     stream: bool = False
     include_usage: bool = False
     seed: int | None = None
-    options: Options = field(default_factory=Options)
+    options: CallOptions = field(default_factory=CallOptions)
     function: str | None = None  # that the answer calls; its text is the arguments
     tools: tuple[Function, ...] = ()  # that it may call
     schema_at: str = "response_format.json_schema.schema"
@@ -108,7 +107,7 @@ def with_tools(call: Call, tools: Tools) -> Call:
             "a format of the answer and a forced tool_choice both say what it is; give one",
             param="tool_choice",
         )
-    options: Options = {**call.options, "json_schema": function.schema}
+    options: CallOptions = {**call.options, "json_schema": function.schema}
     return replace(call, options=options, function=function.name, schema_at=function.schema_at)
 
 

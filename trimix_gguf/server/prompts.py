@@ -1,9 +1,12 @@
 """From a call to the requests of the engine: their prompts, settings and seeds."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any, cast
 
 from trimix_gguf.answering.chat import PLAIN_STOPS, chat_prompt
-from trimix_gguf.answering.request import Request
+from trimix_gguf.answering.request import Options, Request
+from trimix_gguf.choosing.selection import Selection
 from trimix_gguf.errors import PromptError
 from trimix_gguf.mixing.sampling import N_SEEDS
 from trimix_gguf.roles import ROLES
@@ -15,8 +18,13 @@ from trimix_gguf.trio.prompt import Prompt, Segment
 from trimix_gguf.trio.trio import Trio
 
 
-def make_requests(trio: Trio, call: Call, *, defaults: Request) -> list[Request]:
-    """`n` for each prompt; a seed counts up from one to the next. Raises RequestError."""
+def make_requests(
+    trio: Trio, call: Call, *, defaults: Request, tasks: Mapping[str, Selection]
+) -> list[Request]:
+    """`n` for each prompt; a seed counts up from one to the next. Raises RequestError.
+
+    `tasks` are the choices that a call can name.
+    """
     call = with_usable_tools(trio, call, None)
     for token in call.options.get("logit_bias") or ():
         _check_id(trio, token, "logit_bias")
@@ -24,7 +32,7 @@ def make_requests(trio: Trio, call: Call, *, defaults: Request) -> list[Request]
         prompts = [_chat(trio, call)]
     else:
         prompts = [_plain(trio, source) for source in call.prompts]
-    base = Request.of(defaults, **call.options)
+    base = Request.of(defaults, **_options(call, tasks))
     if call.kind == "chat":
         base = Request.of(base, stop=(*base.stop, *PLAIN_STOPS))
     base = Request.of(base, echo=call.echo and call.logprobs)  # else only the text is given back
@@ -37,6 +45,21 @@ def make_requests(trio: Trio, call: Call, *, defaults: Request) -> list[Request]
                 request = Request.of(request, seed=(call.seed + len(requests)) % N_SEEDS)
             requests.append(request)
     return requests
+
+
+def _options(call: Call, tasks: Mapping[str, Selection]) -> Options:
+    """Those of a call, with the weights of the task that it names."""
+    options: dict[str, Any] = {**call.options}
+    task = options.pop("task", None)
+    if task is not None and task not in tasks:
+        here = f"the one here is {', '.join(map(repr, tasks))}"
+        raise RequestError(
+            f"task {task[:80]!r} is not here; {here if tasks else 'trimix serve --task has one'}",
+            status=404,
+            param="trimix.task",
+            code="task_not_found",
+        )
+    return cast(Options, options if task is None else {**options, "weights": tasks[task]})
 
 
 def count_prompt(trio: Trio, call: Call) -> int:

@@ -5,13 +5,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Unpack
 
-from trimix_gguf.answering.request import Event, Options
+from trimix_gguf.answering.request import Event
 from trimix_gguf.server.errors import RequestError
 from trimix_gguf.server.fields import Fields
 from trimix_gguf.server.messages import Message, plain_role, role_of, text_of, with_system
 from trimix_gguf.server.openai import IGNORED, Call, seed_of, token_limit
 from trimix_gguf.server.replies import Reply, Said, sent_event
-from trimix_gguf.server.settings import JSON_OBJECT, form_in, form_kind, options_of, schema_of
+from trimix_gguf.server.settings import (
+    JSON_OBJECT,
+    CallOptions,
+    form_in,
+    form_kind,
+    options_of,
+    schema_of,
+)
 from trimix_gguf.trio.trio import Trio
 
 _STATELESS = "the server keeps no answers; send the whole conversation as input"
@@ -69,7 +76,7 @@ def _message(fields: Fields) -> Message:
     return {"role": plain_role(role), "content": content}
 
 
-def _form(fields: Fields) -> Options:
+def _form(fields: Fields) -> CallOptions:
     """{"format": {"type": …}} of the field `text`."""
     form = form_in(fields, "text", "verbosity")
     if form is None:

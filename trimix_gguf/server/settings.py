@@ -29,7 +29,13 @@ _NOT_HERE = {
 }  # fmt: skip
 
 
-def options_of(fields: Fields, *, stop: str = "stop") -> Options:
+class CallOptions(Options, total=False):
+    """Options of the engine's requests, and what the server itself makes some of."""
+
+    task: str  # whose weights answer
+
+
+def options_of(fields: Fields, *, stop: str = "stop") -> CallOptions:
     """The options that all kinds of body set; absent ones keep their defaults.
 
     `stop` is the name of the field with the stop strings.
@@ -47,15 +53,15 @@ def options_of(fields: Fields, *, stop: str = "stop") -> Options:
     }
     for name, why in _NOT_HERE.items():
         fields.refuse(name, why, harmless=(False, 0, [], ""))
-    options: Options = {"stop": _stops(fields, stop)}
+    options: CallOptions = {"stop": _stops(fields, stop)}
     options.update(present(given))
     options.update(_mix(fields))
     return options
 
 
-def present(given: dict[str, object]) -> Options:
+def present(given: dict[str, object]) -> CallOptions:
     """The options that a body names."""
-    return cast(Options, {name: value for name, value in given.items() if value is not None})
+    return cast(CallOptions, {name: value for name, value in given.items() if value is not None})
 
 
 def _stops(fields: Fields, name: str) -> tuple[str, ...]:
@@ -144,11 +150,11 @@ def schema_of(fields: Fields) -> dict[str, object]:
     return schema
 
 
-def _mix(fields: Fields) -> Options:
+def _mix(fields: Fields) -> CallOptions:
     """The extension `trimix`.
 
-    {"weights": [alpha, beta] | "method": name, "trace": bool, "score_tokens": "auto" |
-    "all" | n, "top_k", "min_p", "repeat_penalty"}
+    {"weights": [alpha, beta] | "method": name | "task": name, "trace": bool, "score_tokens":
+    "auto" | "all" | n, "top_k", "min_p", "repeat_penalty"}
     """
     value = fields.take("trimix")
     if value is None:
@@ -158,7 +164,9 @@ def _mix(fields: Fields) -> Options:
     )  # our own: an unknown name in it is a typing error
     weights = inner.take("weights")
     method = inner.one_of("method", runtime_methods())
+    task = inner.text("task")
     given: dict[str, object] = {
+        "task": task,
         "trace": "mix" if inner.boolean("trace") else None,
         "score_tokens": _score_tokens(inner),
         "top_k": _top_k(inner),
@@ -166,12 +174,13 @@ def _mix(fields: Fields) -> Options:
         "repeat_penalty": inner.number("repeat_penalty", 0.01, 100),
     }
     inner.done()
-    if weights is not None and method is not None:
-        raise RequestError(
-            "give trimix.weights or trimix.method, not both", param=inner.place("method")
-        )
+    named = {"weights": weights, "method": method, "task": task}
+    chosen_by = [name for name, value in named.items() if value is not None]
+    if len(chosen_by) > 1:
+        both = " or ".join(f"trimix.{name}" for name in chosen_by)
+        raise RequestError(f"give {both}, not both", param=inner.place(chosen_by[1]))
     pair = None if weights is None else _weights(inner, weights)
-    return {**present(given), **mix_settings(method, pair)}
+    return cast(CallOptions, {**present(given), **mix_settings(method, pair)})
 
 
 def _score_tokens(fields: Fields) -> object:

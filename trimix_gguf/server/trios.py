@@ -16,6 +16,7 @@ from typing import Any
 
 from trimix_gguf.answering.batching import Batcher, Statistics, Turns
 from trimix_gguf.answering.request import Options, Request
+from trimix_gguf.choosing.selection import Selection
 from trimix_gguf.errors import QueueFull, TrimixError
 from trimix_gguf.server.errors import RequestError
 from trimix_gguf.server.letters import closest
@@ -30,6 +31,14 @@ _POLL_S = 0.02
 
 
 @dataclass(frozen=True)
+class ServedTask:
+    """A task that calls can name; `choose` finds its weights with a loaded trio, once."""
+
+    name: str
+    choose: Callable[[Trio], Selection]
+
+
+@dataclass(frozen=True)
 class Entry:
     """What is known of a trio before it is loaded; `mix` is for calls that do not say how to."""
 
@@ -40,6 +49,7 @@ class Entry:
     mix: Options = field(default_factory=Options)
     tuning: Tuning | None = None
     n_bytes: int = 0  # of its files
+    task: ServedTask | None = None
 
 
 class Engine:
@@ -47,6 +57,7 @@ class Engine:
 
     def __init__(self, trio: Trio, entry: Entry, *, limits: Limits, turns: Turns) -> None:
         self.trio, self.name = trio, entry.name
+        self.tasks = {} if entry.task is None else {entry.task.name: entry.task.choose(trio)}
         self.batcher = Batcher(trio, n_parallel=limits.parallel, n_queue=limits.queue, turns=turns)
         self.tokens = Tokens(trio, most=limits.queue)
         self.defaults = defaults_of(entry, limits)
@@ -225,11 +236,16 @@ class Trios:
         return await asyncio.get_running_loop().run_in_executor(self._aside, call)
 
     def _opened(self, group: Group) -> dict[str, Engine]:
-        pairs = zip(group.load(), group.entries, strict=True)
-        return {
-            entry.name: Engine(trio, entry, limits=self._limits, turns=self._turns)
-            for trio, entry in pairs
-        }
+        trios, engines = group.load(), dict[str, Engine]()
+        try:
+            for trio, entry in zip(trios, group.entries, strict=True):
+                engines[entry.name] = Engine(trio, entry, limits=self._limits, turns=self._turns)
+        except TrimixError:  # of a task
+            _close(engines)
+            for trio in trios[len(engines) :]:
+                trio.close()
+            raise
+        return engines
 
     def close(self) -> None:
         """Free everything; running answers are ended."""

@@ -1,0 +1,218 @@
+"""The collapse guard: a mix that repeats itself gives way to large_ins, and that is said."""
+
+import json
+import queue
+import re
+
+import numpy as np
+import pytest
+from conftest import KAZAKH
+from served import PATIENCE_S, events_of, serving
+
+from trimix_gguf import Trio, Weights, generate
+from trimix_gguf.answering.batching import Batcher
+from trimix_gguf.answering.chat import chat_prompt
+from trimix_gguf.answering.request import Request, join_events
+from trimix_gguf.answering.steering import SPAN, Guard
+from trimix_gguf.mixing.fusion import METHODS, Mix
+from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.prompt import Prompt, Segment
+from trimix_gguf.trios.triofile import TrioFile
+
+
+def expecting(token: int, expects: bool) -> dict[str, np.ndarray]:
+    row = np.zeros(50, np.float32)
+    row[token if expects else token - 1] = 9.0
+    return {"large_ins": row}
+
+
+def written(guard: Guard, ids: list[int], *, expects: bool) -> int | None:
+    for token in ids:
+        guard.take(token, expecting(token, expects))
+    return guard.stepped_in
+
+
+ROUND = list(range(1, 2 * SPAN))
+
+
+def test_a_loop_that_large_ins_does_not_expect_ends_in_large_ins():
+    guard = Guard(Mix(Weights(0.3, 0.9)))
+    assert written(guard, ROUND, expects=False) is None
+    assert written(guard, ROUND, expects=False) == len(ROUND) + SPAN
+    assert guard.mix.weights == METHODS["large_ins"].weights
+
+
+def test_what_large_ins_would_repeat_is_never_cut():
+    guard = Guard(Mix(Weights(0.3, 0.9)))
+    assert written(guard, 5 * ROUND, expects=True) is None
+
+
+def test_text_that_does_not_repeat_is_left_alone():
+    assert written(Guard(Mix(Weights(0.3, 0.9))), list(range(1, 49)), expects=False) is None
+
+
+# -- the engines ------------------------------------------------------------------------------
+
+SMALL_CPT, LARGE_INS = METHODS["small_cpt"].weights, METHODS["large_ins"].weights
+MESSAGES = [{"role": "user", "content": KAZAKH}]
+MOST = 160  # tokens of an answer, of which small_cpt repeats itself before half
+
+
+@pytest.fixture(scope="module")
+def looping(looping_folder):
+    """Where a token read alone and beside others hardly rounds apart."""
+    arguments = TrioFile.read(looping_folder / "trio.toml").load_arguments()
+    with Trio.load(**{**arguments, "n_window": 32}, flash_attn=True, n_threads=1) as opened:
+        yield opened
+
+
+def request(trio, **options):
+    return Request.of(chat_prompt(trio, MESSAGES), max_tokens=MOST, temperature=0, **options)
+
+
+@pytest.fixture(scope="module")
+def alone(looping):
+    """The answer without drafts, one token after another."""
+    looping.forget()
+    return generate(looping, request(looping), speculative="off")
+
+
+def ids(answer, n=None):
+    return [token.id for token in answer.tokens[:n]]
+
+
+def test_the_guard_steps_in_where_the_same_weights_by_hand_go_on(looping, alone):
+    assert alone.selection.weights == SMALL_CPT and 0 < alone.guard < MOST
+    looping.forget()
+    fixed = generate(looping, request(looping, weights=SMALL_CPT), speculative="off")
+    assert fixed.guard is None
+    assert ids(alone, alone.guard) == ids(fixed, alone.guard)
+    assert ids(alone) != ids(fixed)
+
+
+def test_after_it_the_answer_is_that_of_large_ins(looping, alone):
+    """Oracle: large_ins, greedy, after the prompt and what was written until then."""
+    segments = chat_prompt(looping, MESSAGES).segments
+    looping.prefill(Prompt((*segments, Segment.of(ids(alone, alone.guard)))))
+    after = int(looping.rows((ROLES[0],))[ROLES[0]].argmax())
+    assert alone.tokens[alone.guard].id == after
+
+
+def test_drafts_do_not_move_it(looping, alone):
+    looping.forget()
+    drafted = generate(looping, request(looping), speculative="on")
+    assert any(token.from_draft for token in drafted.tokens)
+    assert (drafted.guard, ids(drafted)) == (alone.guard, ids(alone))
+
+
+def answers(trio, requests, **options):
+    """The whole answers of a batch engine to requests that come together."""
+    batcher = Batcher(trio, n_parallel=4, n_queue=8, **options)
+    events, ended = [[] for _ in requests], queue.Queue()
+
+    def take(i, event):
+        events[i].append(event)
+        if event.finish_reason is not None or event.error is not None:
+            ended.put(i)
+
+    try:
+        for i, one in enumerate(requests):
+            batcher.submit(one, lambda event, i=i: take(i, event))
+        for _ in requests:
+            ended.get(timeout=PATIENCE_S)
+    finally:
+        batcher.close()
+    return [join_events(some) for some in events]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("drafts", [False, True])
+def test_it_steps_in_in_the_batch_engine_with_drafts_and_without(looping, alone, n, drafts):
+    looping.forget()
+    others = [request(looping, weights=LARGE_INS) for _ in range(n - 1)]
+    found, *rest = answers(looping, [request(looping), *others], drafts=drafts)
+    assert (found.guard, ids(found)) == (alone.guard, ids(alone))
+    assert all(other.guard is None for other in rest)
+
+
+# -- who says so ------------------------------------------------------------------------------
+
+GREEDY = ("-n", MOST, "--temperature", 0, "--threads", 1)
+
+
+def test_generate_says_so_in_a_note_in_json_and_in_the_trace(trimix, looping_folder, tmp_path):
+    trace, asked = tmp_path / "trace.jsonl", f"{KAZAKH}?"
+    result = trimix(
+        "generate", asked, "--trio", looping_folder, *GREEDY, "--trace", trace, "--json"
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    n = json.loads(result.stdout)["guard"]
+    assert f"note: the mix repeated itself; after {n} tokens" in result.stderr.decode()
+    rows = [json.loads(line) for line in trace.read_text(encoding="utf-8").splitlines()]
+    assert all(row["weights"] == {"alpha": 0.0, "beta": 1.0} for row in rows[:n])
+    assert all(row["weights"] == {"alpha": 1.0, "beta": 0.0} for row in rows[n:]) and rows[n:]
+
+
+def test_a_chat_says_so_and_why_shows_all_its_tokens(trimix, looping_folder):
+    """Bug: /why failed after the guard, for it looked for models that were no longer read."""
+    stdin = f"{KAZAKH}\n/why\n".encode()
+    result = trimix("chat", "--trio", looping_folder, *GREEDY, stdin=stdin)
+    assert result.returncode == 0, result.stderr.decode()
+    said = "the mix repeated itself; after {} tokens large_ins went on by itself"
+    [n] = re.findall(said.format(r"(\d+)"), result.stderr.decode())
+    out = result.stdout.decode()
+    assert f"guard: {said.format(n)}" in out
+    assert f"{MOST} tokens" in out and "auto: small_cpt is better" in out
+    header = next(line for line in out.splitlines() if line.startswith("token "))
+    assert header.split() == ["token", "large_ins", "small_cpt", "mix", "spoke"]
+
+
+@pytest.fixture(scope="module")
+def server(looping_folder):
+    with serving("--trio", looping_folder, "--threads", 1) as served:
+        yield served
+
+
+CHAT = {"messages": MESSAGES, "max_tokens": MOST, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def told(server):
+    """What the server says of its guard."""
+    answer = server.post("/v1/chat/completions", {**CHAT, "trimix": {"trace": True}}).json()
+    n = answer["trimix"]["guard"]
+    traced = answer["trimix"]["tokens"]
+    assert 0 < n < len(traced) == MOST
+    # After it only large_ins is read, and so the trace has only its probability.
+    assert {*traced[n - 1]["probabilities"]} == {"large_ins", "small_cpt", "fused"}
+    assert all({*token["probabilities"]} == {"large_ins", "fused"} for token in traced[n:])
+    return n
+
+
+def test_the_server_says_so_whole_and_streamed(server, told):
+    assert server.post("/v1/chat/completions", CHAT).json()["trimix"]["guard"] == told
+    text = server.post("/v1/chat/completions", {**CHAT, "stream": True}).text
+    chunks = [json.loads(line) for line in events_of(text) if line != "[DONE]"]
+    guards = [chunk["trimix"]["guard"] for chunk in chunks if "guard" in chunk.get("trimix", {})]
+    assert guards and set(guards) == {told}
+    fixed = {**CHAT, "trimix": {"weights": [0, 1]}}
+    assert "guard" not in server.post("/v1/chat/completions", fixed).json()["trimix"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages", CHAT),
+        ("/v1/responses", {"input": KAZAKH, "max_output_tokens": MOST, "temperature": 0}),
+    ],
+)
+def test_the_other_doors_say_so(server, told, path, body):
+    assert server.post(path, body).json()["trimix"]["guard"] == told
+
+
+def test_a_run_of_many_prompts_says_so(trimix, looping_folder, told, tmp_path):
+    lines, out = tmp_path / "lines.jsonl", tmp_path / "out.jsonl"
+    lines.write_text(json.dumps(CHAT), encoding="utf-8")
+    result = trimix("run", lines, "-o", out, "--trio", looping_folder, "--threads", 1)
+    assert result.returncode == 0, result.stderr.decode()
+    assert f'"guard": {told}' in out.read_text(encoding="utf-8")

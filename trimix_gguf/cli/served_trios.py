@@ -105,7 +105,8 @@ def _served_task(given: Given, task: str, method: str | None) -> Any:
     def choose(trio: Any) -> Any:
         if not chosen:
             settings = {} if method is None else {"method": method}
-            found = task_weights(trio, task, settings)
+            # Programs wait for the address, which is the first line.
+            found = task_weights(trio, task, settings, quiet=True)
             trio.forget()
             reason = "; ".join(filter(None, (f"chosen for the task {name}", found.reason)))
             # The score is that of the file, not of what will be asked.

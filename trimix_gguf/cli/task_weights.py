@@ -1,5 +1,6 @@
 """--task FILE: one pair of weights for prompts that are like those of a file."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,12 @@ def check_served_task(task: str, method: str | None) -> None:
     custom_task(Path(task))
 
 
-def task_weights(trio: Any, task: str, settings: dict[str, Any], average: Any = None) -> Any:
+def task_weights(
+    trio: Any, task: str, settings: dict[str, Any], average: Any = None, *, quiet: bool = False
+) -> Any:
     """The Selection by a file: of texts that blank lines separate, or of a task's JSON lines.
 
-    Takes what it needs out of `settings`.
+    Takes what it needs out of `settings`. No progress is shown where it is to be `quiet`.
     """
     from trimix_gguf.choosing.selection import select_weights
     from trimix_gguf.cli.score import split_texts
@@ -68,11 +71,12 @@ def task_weights(trio: Any, task: str, settings: dict[str, Any], average: Any = 
     if method in (*file_methods(), ANSWERS, AUTO) and task.endswith(".jsonl"):
         from trimix_gguf.evaluation.running.file_weights import weights_of_file
 
-        with count_bar(f"Choosing weights by {Path(task).name}") as shown:
+        silent = nullcontext(lambda done, total: None)
+        with silent if quiet else count_bar(f"Choosing weights by {Path(task).name}") as shown:
             return weights_of_file(trio, Path(task), method, shown)
     prompts = [trio.prompt(t) for t in split_texts(read_text(task))]
     total = sum(p.n_tokens() for p in prompts)
-    with token_progress(total, f"Scoring {len(prompts)} prompts") as progress:
+    with token_progress(total, f"Scoring {len(prompts)} prompts", quiet=quiet) as progress:
         return select_weights(
             trio, prompts, average=average or "macro", progress=progress, **chosen
         )

@@ -134,7 +134,7 @@ def texts(trio: Trio, given: argparse.Namespace) -> Iterator[Row]:
         whole = Prompt((*begin, Segment.of(ids[:half], scored=False), Segment.of(ids[half:])))
         scored = empty_score((WITH_CORNERS, WITH_CORNERS))
         score_prompts(trio, whole, scored)
-        yield scored.mean_nll(), chooser(trio, first)
+        yield scored.mean_nll(), chooser(trio, first, with_choices=False)
 
 
 def asked(trio: Trio, given: argparse.Namespace, name: str) -> Iterator[Row]:
@@ -146,20 +146,22 @@ def asked(trio: Trio, given: argparse.Namespace, name: str) -> Iterator[Row]:
         prompt = trio.prompt(head(kind) + one.question)
         if prompt.n_tokens() + 64 > trio.n_ctx:
             continue
-        choose = chooser(trio, prompt)
+        choose = chooser(trio, prompt, with_choices=True)
         trio.prefill(prompt)
         ids = [trio.models[ROLES[0]].tokenize(f" {choice}") for choice in one.choices]
         nll = choice_nll(trio, ids, WITH_CORNERS)
         yield (nll.argmin(axis=0) == one.right).astype(float), choose
 
 
-def chooser(trio: Trio, prompt: Prompt) -> Callable[[str, Tuning | None], Weights]:
+def chooser(
+    trio: Trio, prompt: Prompt, *, with_choices: bool
+) -> Callable[[str, Tuning | None], Weights]:
     """The weights of a rule for a prompt; it is read for all of them now."""
     by_rule: dict[tuple[str, bool], Weights] = {}
     tuning = trio.tuning
     for method, known in (("ppl", None), ("auto", None), ("auto", tuning)):
         trio.tuning = known
-        chosen = select_weights(trio, prompt, method=method)  # type: ignore[arg-type]
+        chosen = select_weights(trio, prompt, method=method, with_choices=with_choices)  # type: ignore[arg-type]
         by_rule[method, known is not None] = chosen.weights
     trio.tuning = tuning
     return lambda method, known: by_rule[method, known is not None]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -14,16 +15,21 @@ from trimix_gguf.errors import DataError, TrioFileError, WeightsError
 from trimix_gguf.mixing.fusion import METHODS, Weights
 from trimix_gguf.mixing.scoring import WITH_CORNERS
 from trimix_gguf.roles import ROLES
-from trimix_gguf.trio.trio import NANO
+from trimix_gguf.trio.trio import NANO, Trio
 from trimix_gguf.trio.tuned import Free, Kind, Tuning
 from trimix_gguf.trios.triofile import TrioFile, parse_trio, to_toml
 from trimix_gguf.tuning.exercises import kinds_of
-from trimix_gguf.tuning.probe import Answered
+from trimix_gguf.tuning.probe import Answered, ask_all
 from trimix_gguf.tuning.text import passages_of, read_passages
-from trimix_gguf.tuning.verdict import CORNERS, judge, scores_of
+from trimix_gguf.tuning.verdict import CORNERS, FEWEST, judge, scores_of
 
 TEXT = NANO / "text.txt"
 N = len(WITH_CORNERS)
+
+
+@contextmanager
+def quiet(_):
+    yield lambda *_: None
 
 
 @pytest.fixture
@@ -103,11 +109,16 @@ def test_too_little_text_is_refused_with_what_is_needed(tmp_path):
 # -- the verdict ------------------------------------------------------------------------------
 
 
-def answers(rng, kind, n, p):
-    """Exercises of four choices that a mix at (i, j) answers right with probability p[i, j]."""
+def answers(rng, kind, n, p, own_luck=()):
+    """Exercises of four choices that a mix at (i, j) answers right with probability p[i, j].
+
+    One luck: all mixes see one exercise; but for those points that have `own_luck`.
+    """
     made = []
     for _ in range(n):
-        right, luck = int(rng.integers(4)), rng.random()  # one luck: all mixes see one exercise
+        right, luck = int(rng.integers(4)), np.full((N, N), rng.random())
+        for point in own_luck:
+            luck[point] = rng.random()
         chosen = np.where(luck < p, right, (right + 1) % 4)
         nll = np.full((4, N, N), 3.0)
         np.put_along_axis(nll, chosen[None], 0.1, axis=0)
@@ -123,9 +134,10 @@ def at(**shares):
     return p
 
 
-def verdict(*kinds, n=60):
-    rng = np.random.default_rng(1)
-    return judge(scores_of([a for i, p in enumerate(kinds) for a in answers(rng, f"k{i}", n, p)]))
+def verdict(*kinds, n=60, seed=1, own_luck=()):
+    rng = np.random.default_rng(seed)
+    made = (a for i, p in enumerate(kinds) for a in answers(rng, f"k{i}", n, p, own_luck))
+    return judge(scores_of(list(made)))
 
 
 def test_where_no_mix_is_better_the_best_model_answers():
@@ -133,6 +145,31 @@ def test_where_no_mix_is_better_the_best_model_answers():
         found = verdict(at(**{role: 0.9}), at(**{role: 0.8}))
         assert found.weights == METHODS[role].weights
         assert role in found.text
+
+
+SEEDS = range(20)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_another_seed_gives_the_same_verdict_where_one_model_is_better(role):
+    found = {verdict(at(**{role: 0.85}), at(**{role: 0.75}), n=30, seed=s).text for s in SEEDS}
+    assert found == {f"no mix answers better than {role}; auto stays with it"}
+
+
+def test_another_seed_gives_the_same_verdict_where_a_mix_is_better():
+    good = at(large_ins=0.55)
+    good[4:6, 2:4] = 0.95
+    found = [verdict(good, good, n=30, seed=s).weights for s in SEEDS]
+    near = [good[WITH_CORNERS.index(w.alpha), WITH_CORNERS.index(w.beta)] for w in found]
+    assert near == [0.95] * len(SEEDS)
+
+
+def test_of_models_that_are_level_large_ins_answers_whatever_was_drawn():
+    """Bug: the first of three level models was the best one, and another seed named another."""
+    level, small = np.full((N, N), 0.6), [CORNERS["small_cpt"], CORNERS["small_base"]]
+    found = [verdict(level, level, level, n=30, seed=s, own_luck=small).weights for s in SEEDS]
+    n_large_ins = sum(w == METHODS["large_ins"].weights for w in found)
+    assert n_large_ins >= len(SEEDS) - 1  # more than luck in each of most kinds comes by luck too
 
 
 def test_a_mix_that_is_better_everywhere_answers():
@@ -275,6 +312,17 @@ def test_a_trio_is_tuned_shown_used_and_void_after_a_change(trimix, own):
     used = trimix("generate", "Қазақстанның астанасы қай қала?", "-n", "2", "--trio", own)
     assert b"small_cpt is not the file that was tuned" in used.stderr
     assert used.returncode == 0
+
+
+def test_another_seed_gives_the_same_verdict_on_nano(tmp_path):
+    """12 of each kind, whatever the time."""
+    texts = set()
+    with Trio.nano(n_threads=1) as trio:
+        for seed in range(3):
+            kept, kinds = tmp_path / f"{seed}.jsonl", kinds_of(read_passages([TEXT]), seed)
+            asked = ask_all(trio, kinds, kept, seconds=1e9, progress=quiet, per_kind=FEWEST)
+            texts.add(judge(scores_of(asked)).text)
+    assert texts == {"none of the models answers better than chance; auto goes by perplexity"}
 
 
 def test_a_run_that_was_killed_continues(own, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trimix_gguf.errors import DataError
 from trimix_gguf.mixing.fusion import METHODS, Weights
@@ -86,31 +87,53 @@ def judge(scores: Mapping[str, Scores]) -> Verdict:
     It must be better than the best single model by more than one standard error, in the mean and
     in most kinds, since what helps in one says little about questions of another; and in no kind
     worse by more than one. Otherwise that model answers by itself. Of mixes that are about as good,
-    it is the one closest to that model. Kinds that no model answers better than chance say nothing.
+    it is the one closest to that model. A small model has to be as much better than large_ins to be
+    the best one: of models that are level, other exercises would name another. Kinds that no model
+    answers better than chance say nothing.
     """
     telling = {kind: one for kind, one in scores.items() if one.answers()}
     if not telling:
         text = "none of the models answers better than chance; auto goes by perplexity"
         return Verdict(None, text, _kinds(scores, CORNERS[ROLES[0]]))
-    best = max(CORNERS, key=lambda role: _mean_right(telling, CORNERS[role]))
-    gains = [one.gain(CORNERS[best]) for one in telling.values()]
-    mean = np.mean([gain for gain, _ in gains], axis=0)
-    error = np.sqrt(np.sum([e**2 for _, e in gains], axis=0)) / len(gains)
-    allowed = np.all([gain >= -e for gain, e in gains], axis=0) & (mean > error)
-    allowed &= np.sum([gain > e for gain, e in gains], axis=0) > len(gains) / 2
-    if not allowed.any():
+    best = ROLES[0]
+    over = _over(telling, CORNERS[best])
+    if able := [role for role, point in CORNERS.items() if over.is_better[point]]:
+        best = max(able, key=lambda role: over.mean[CORNERS[role]])
+        over = _over(telling, CORNERS[best])
+    if not over.is_better.any():
         reason = f"no mix answers better than {best}"
         return Verdict(
             METHODS[best].weights, f"{reason}; auto stays with it", _kinds(scores, CORNERS[best])
         )
-    point = _nearest_good(np.where(allowed, _smoothed(mean), -np.inf), error, CORNERS[best])
+    smooth = np.where(over.is_better, _smoothed(over.mean), -np.inf)
+    point = _nearest_good(smooth, over.error, CORNERS[best])
     weights = Weights(WITH_CORNERS[point[0]], WITH_CORNERS[point[1]])
-    n_better = sum(bool(gain[point] > 0) for gain, _ in gains)
+    n_better = sum(bool(gain[point] > 0) for gain in over.gains)
     text = (
         f"the mix answers better than {best} on {n_better} of {len(telling)} kinds; auto answers "
         f"with ({weights.alpha:g}, {weights.beta:g})"
     )
     return Verdict(weights, text, _kinds(scores, point))
+
+
+@dataclass(frozen=True)
+class _Over:
+    """How much better than one model each mix is [n_axis, n_axis], and where that is clear."""
+
+    gains: Sequence[Float64]  # by kind
+    mean: Float64
+    error: Float64
+    is_better: NDArray[np.bool_]
+
+
+def _over(scores: Mapping[str, Scores], model: Point) -> _Over:
+    gains, errors = zip(*(one.gain(model) for one in scores.values()), strict=True)
+    mean = np.mean(gains, axis=0)
+    error = np.sqrt(np.sum([e**2 for e in errors], axis=0)) / len(gains)
+    costs = [gain < -e for gain, e in zip(gains, errors, strict=True)]
+    helps = [gain > e for gain, e in zip(gains, errors, strict=True)]
+    most = np.sum(helps, axis=0) > len(gains) / 2
+    return _Over(gains, mean, error, (mean > error) & most & ~np.any(costs, axis=0))
 
 
 def _score(answers: Sequence[Answered]) -> Scores:
@@ -121,10 +144,6 @@ def _score(answers: Sequence[Answered]) -> Scores:
         right.append(one.nll.argmin(axis=0) == one.right)
     chance = float(np.mean([1 / len(one.nll) for one in answers]))
     return Scores(np.array(right, float), np.array(sure), chance)
-
-
-def _mean_right(scores: Mapping[str, Scores], point: Point) -> float:
-    return float(np.mean([one.right[:, point[0], point[1]].mean() for one in scores.values()]))
 
 
 def _nearest_good(gain: Float64, error: Float64, model: Point) -> Point:

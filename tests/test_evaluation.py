@@ -64,7 +64,7 @@ def test_continuous_is_what_generate_calls_by_that_name(trio):
     whole = Prompt((*prefix.segments, *scored(trio, QUESTION).segments))
     trio.forget()
     shipped = select_weights(trio, whole, method="ppl", grid="continuous").weights
-    made = continuations(("continuous",), reading, {}, trio)
+    made = continuations(("continuous",), reading, {}, trio, with_choices=False)
     ours = made["continuous"].mix.weights
     assert (ours.alpha, ours.beta) == pytest.approx((shipped.alpha, shipped.beta), abs=0.01)
 
@@ -297,7 +297,7 @@ def test_each_method_takes_the_lowest_of_its_own_evidence(trio):
     nlls = np.concatenate((bowl(0.1, 0.9), bowl(0.7, 0.3, n=4)))
     reading = reading_of(nlls, [False] * 12 + [True] * 4)
     names = ("ppl", "ppl-answers", "ent", "ppl-task", "large_ins", "continuous")
-    made = continuations(names, reading, {"ppl-task": Weights(0.3, 0.3)}, trio)
+    made = continuations(names, reading, {"ppl-task": Weights(0.3, 0.3)}, trio, with_choices=False)
     chosen = {name: (one.mix.weights.alpha, one.mix.weights.beta) for name, one in made.items()}
     continuous = chosen.pop("continuous")
     assert chosen == {
@@ -314,7 +314,7 @@ def test_token_level_weights_follow_the_newest_evidence(trio, monkeypatch):
     reading = reading_of(bowl(0.1, 0.9, n=40), [False] * 40)
     there = bowl(1.0, 0.1, n=1)[0]
     monkeypatch.setattr(steering, "grid_nll", lambda **_: there)
-    one = continuations(("token",), reading, {}, trio)["token"]
+    one = continuations(("token",), reading, {}, trio, with_choices=False)["token"]
     assert one.mix.weights == Weights(0.1, 0.9)
     row, weights = np.zeros(1, np.float32), []
     for _ in range(200):

@@ -121,13 +121,13 @@ def judge_free(compared: Sequence[Compared], weights: Weights) -> Free | None:
 def likeness(written: str, right: str) -> float:
     """chrF of one text, 0 … 1: F2 of character n-grams without spaces (Popović 2015)."""
     found, wanted = ("".join(text.lower().split()) for text in (written, right))
-    scores = []
-    for n in range(1, min(_N_GRAM, len(wanted)) + 1):
+    precision = recall = 0.0
+    for n in range(1, (orders := min(_N_GRAM, len(wanted))) + 1):
         a, b = _grams(found, n), _grams(wanted, n)
         hits = (a & b).total()
-        precision, recall = hits / max(a.total(), 1), hits / b.total()
-        scores.append(5 * precision * recall / (4 * precision + recall) if hits else 0.0)
-    return sum(scores) / max(len(scores), 1)
+        precision += hits / max(a.total(), 1)
+        recall += hits / b.total()
+    return 5 * precision * recall / (4 * precision + recall) / orders if recall else 0.0
 
 
 def _grams(text: str, n: int) -> Counter[str]:

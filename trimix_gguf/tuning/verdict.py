@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from trimix_gguf.errors import DataError
 from trimix_gguf.mixing.fusion import METHODS, Weights
 from trimix_gguf.mixing.scoring import WITH_CORNERS, Float64
-from trimix_gguf.roles import ROLES
+from trimix_gguf.roles import ROLES, Role
 from trimix_gguf.trio.tuned import Kind
 from trimix_gguf.tuning.probe import Answered
 
@@ -95,9 +95,9 @@ def judge(scores: Mapping[str, Scores]) -> Verdict:
     if not telling:
         text = "none of the models answers better than chance; auto goes by perplexity"
         return Verdict(None, text, _kinds(scores, CORNERS[ROLES[0]]))
-    best = ROLES[0]
+    best: Role = ROLES[0]
     over = _over(telling, CORNERS[best])
-    if able := [role for role, point in CORNERS.items() if over.is_better[point]]:
+    if able := [role for role in ROLES if over.is_better[CORNERS[role]]]:
         best = max(able, key=lambda role: over.mean[CORNERS[role]])
         over = _over(telling, CORNERS[best])
     if not over.is_better.any():

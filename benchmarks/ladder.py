@@ -159,7 +159,8 @@ def chooser(
     """The weights of a rule for a prompt; it is read for all of them now."""
     by_rule: dict[tuple[str, bool], Weights] = {}
     tuning = trio.tuning
-    for method, known in (("ppl", None), ("auto", None), ("auto", tuning)):
+    rules = [("ppl", None), ("auto", None), *([] if tuning is None else [("auto", tuning)])]
+    for method, known in rules:
         trio.tuning = known
         chosen = select_weights(trio, prompt, method=method, with_choices=with_choices)  # type: ignore[arg-type]
         by_rule[method, known is not None] = chosen.weights

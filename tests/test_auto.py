@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import KAZAKH
+from topics import ask_here
 
 from trimix_gguf import Trio, Weights, select_weights
 from trimix_gguf.answering.chat import chat_prompt
@@ -13,7 +14,6 @@ from trimix_gguf.choosing import auto
 from trimix_gguf.choosing.auto import asks, on_a_leash
 from trimix_gguf.choosing.score import empty_score, score, score_prompts
 from trimix_gguf.evaluation.names.settings import RunSettings
-from trimix_gguf.evaluation.running.asking import ask_task
 from trimix_gguf.evaluation.running.file_weights import weights_of_file
 from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 from trimix_gguf.mixing.fusion import METHODS
@@ -183,7 +183,7 @@ def test_a_run_takes_what_was_measured_only_for_questions_with_choices(trio, tmp
         for asked in (FREELY, CHOOSING):
             trio.tuning = tuning
             out = tmp_path / f"{tuning is None}-{asked.id}.jsonl"
-            ask_task(trio, task, Dataset([asked], []), settings, out)
+            ask_here(trio, task, Dataset([asked], []), settings, out)
             said = json.loads(out.read_text(encoding="utf-8"))["outputs"]["auto"]
             weights[tuning is None, asked.id] = Weights(said["alpha"], said["beta"])
     assert weights[False, "choosing"] == CHOICES

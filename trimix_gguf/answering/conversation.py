@@ -52,7 +52,9 @@ class Conversation:
     `options` are those of a Request, for all answers; `max_tokens` is 512 where it is not among
     them. `weights`, or a whole Mix, are held; None chooses weights for each answer. A
     `plausibility_threshold` stays, whatever weights come. Where the context is full the oldest
-    exchanges are no longer read, and `notify` is told.
+    exchanges are no longer read, and `notify` is told. With `context_shift` what is left then stays
+    in the caches, where the models can: it is not read again, and still holds what it took from
+    the exchanges that are gone.
     """
 
     def __init__(
@@ -63,9 +65,11 @@ class Conversation:
         notify: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
         speculative: Speculative = "auto",
         n_draft: int | None = None,
+        context_shift: bool = True,
         **options: Unpack[Options],
     ) -> None:
         self.trio, self.system, self._notify = trio, system, notify
+        self._context_shift = context_shift
         request = Request.of(Request("", max_tokens=512, trace="mix"), **options)
         self._request = Request.of(request, stop=(*PLAIN_STOPS, *request.stop))
         self._speculative, self._n_draft = speculative, n_draft
@@ -199,15 +203,19 @@ class Conversation:
     def _fitted(self, text: str) -> Prompt:
         """The prompt for `text`, without the oldest exchanges where it leaves no room to answer.
 
-        They are dropped until half of the context is free, as the rest is then read again.
+        They are dropped until half of the context is free, as the rest is then read again, or
+        shifted and so no longer exact.
         """
         prompt, n_ctx = self.prompt(text), self.trio.n_ctx
+        whole = prompt
         n_before, most = self.n_dropped, n_ctx - min(self._request.max_tokens, n_ctx // 4)
         if _longest(prompt) <= most:
             return prompt
         while self.n_dropped < len(self.exchanges) and _longest(prompt) > n_ctx // 2:
             self.n_dropped += 1
             prompt = self.prompt(text)
+        if self._context_shift:
+            self.trio.shift(whole.units, prompt.units)
         if n := self.n_dropped - n_before:
             oldest = "question and its answer are" if n == 1 else f"{n} questions and answers are"
             self._notify(
@@ -252,6 +260,8 @@ class Conversation:
                 f"{path} holds no conversation; expected JSON as `/save` writes it"
             ) from None
         self.reset()
+        if not self.trio.sequences.is_exact(0):
+            self.trio.forget()  # the file says what to read, and nothing of what was shifted
         self.system, self.exchanges = system, exchanges
         self.weights = self.weights if weights is None else weights
         if not own and exchanges:

@@ -37,8 +37,10 @@ _ENDS = 1 << 20  # bytes hashed at either end of a model file, which holds gigab
 def save_prompt(trio: Trio, folder: Path) -> None:
     """Write what the trio has read to `folder`, completely or not at all, over an older one.
 
-    Raises ModelError where llama.cpp cannot write a state, OSError.
+    Raises ModelError where llama.cpp cannot write a state or part of it was shifted, OSError.
     """
+    if not trio.sequences.is_exact(0):
+        raise ModelError(f"{folder}: what the caches hold was shifted; read it again to save it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with temporary_path(folder, "part") as partial:
         partial.mkdir()

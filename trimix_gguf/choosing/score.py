@@ -173,12 +173,16 @@ def add_window(sums: PrefixSums, trio: Trio, window: Window, n_threads: int) -> 
     rows: dict[str, Any] = {role: window.rows[role] for role in ROLES}
     rows |= {"targets": window.targets, "unused": trio.unused, "n_threads": n_threads}
     nlls = grid_token_nlls(**rows, alphas=points.alphas, betas=points.betas)
-    if points.keep < 1.0:
-        ages = np.arange(len(nlls))[::-1]
-        nlls *= (points.keep**ages)[:, None, None]
-    counts = window.stand_for
-    slopes = counts @ large_ins_slopes(**rows) if points.sloped else np.zeros(2)
-    sums.add(window.mark, np.tensordot(counts, nlls, 1), int(counts.sum()), slopes)
+    slopes = large_ins_slopes(**rows) if points.sloped else np.zeros((len(nlls), 2))
+    start = 0
+    for end, mark in window.marks:
+        part, counts = nlls[start:end], window.stand_for[start:end]
+        if points.keep < 1.0:
+            ages = np.arange(end - start)[::-1]
+            part = part * (points.keep**ages)[:, None, None]
+        total = np.tensordot(counts, part, 1)
+        sums.add(mark, total, int(counts.sum()), counts @ slopes[start:end])
+        start = end
 
 
 def _prompt_sum(

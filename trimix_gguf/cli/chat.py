@@ -39,6 +39,12 @@ _LONG = 64  # tokens to read that are worth a bar
 @click.option("--load", metavar="FILE", help="Continue a chat that /save wrote.")
 @mix_options
 @decoding_options
+@click.option(
+    "--context-shift/--no-context-shift",
+    default=True,
+    show_default=True,
+    help="If the context is full, move what is left instead of reading it again.",
+)
 def chat(system: str | None, load: str | None, **options: Any) -> None:
     """Chat with the mix of three models.
 

@@ -28,6 +28,7 @@ from trimix_gguf.machine.vocabulary import END_IDS, NORMALIZER, usual_normalizer
 # Pre-tokenizers that llama.cpp has code of its own for; the others go through std::regex.
 _WITHOUT_REGEX = ("qwen2", "llama-bpe", "gpt-2", "smollm")
 _ENDS = ("eos", "eot", "eom")  # token ids in a GGUF's metadata that end a text
+_ROPES = (lib.LLAMA_ROPE_TYPE_NORM, lib.LLAMA_ROPE_TYPE_NEOX)  # of one position per token
 Logits = NDArray[np.float32]  # [n, n_vocab]
 Entry = tuple[int, int, int, bool]  # id, position, sequence, whether its row is wanted
 
@@ -124,6 +125,17 @@ class Model:
         handles = (lib.llama_adapter_lora_p_ctypes * 1)(adapter)
         if lib.llama_set_adapters_lora(self._ctx, handles, 1, (ctypes.c_float * 1)(scale)) != 0:
             raise ModelError(f"{path}: llama.cpp cannot apply it: {native.last_error()}")
+
+    @property
+    def can_shift(self) -> bool:
+        """Whether what was read can move to other positions: only where RoPE encodes them.
+
+        llama.cpp also says yes of a recurrent state, but nothing can be taken out of one.
+        """
+        model = self._weights.handle
+        has_state = lib.llama_model_is_recurrent(model) or lib.llama_model_is_hybrid(model)
+        by_rope = lib.llama_model_rope_type(model) in _ROPES
+        return bool(by_rope and not has_state and lib.llama_memory_can_shift(self._memory))
 
     # -- decoding ---------------------------------------------------------------------------
 
@@ -235,6 +247,18 @@ class Model:
             if n_past > 0:
                 raise ModelError(f"{self.path.name}: llama.cpp cannot rewind this architecture")
         self.n_past = min(self.n_past, n_past)
+
+    def shift(self, sequence: int, start: int, end: int) -> None:
+        """Forget positions `start` to `end` of a sequence; those after them move into their place.
+
+        They keep what they took from the forgotten ones. No other sequence may have their cells.
+        Raises ModelError.
+        """
+        if not self.can_shift or not lib.llama_memory_seq_rm(self._memory, sequence, start, end):
+            raise ModelError(f"{self.path.name}: llama.cpp cannot shift this architecture")
+        lib.llama_memory_seq_add(self._memory, sequence, end, -1, start - end)
+        if sequence == 0:
+            self.n_past -= max(0, min(end, self.n_past) - start)
 
     def save_state(self, path: Path) -> None:
         """Write the cache to a file. Raises ModelError."""

@@ -6,6 +6,7 @@ and after the last unit. A prompt with the same prefix as an earlier one starts 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,14 +26,20 @@ StandFor = Callable[[int], NDArray[np.int64]]
 class Window:
     """Rows [n, n_vocab] by role, the ids [n] that they predict, and how far the prompt has come.
 
-    `stand_for` [n] says for how many ids each of them counts. The rows are valid until the next
-    decode.
+    `marks` say after how many of these ids it has come how far: where one scored part ends and
+    another begins, and at the window's end. `stand_for` [n] says for how many ids each of them
+    counts. The rows are valid until the next decode.
     """
 
     rows: Rows
     targets: NDArray[np.int64]
-    mark: PromptMark
+    marks: tuple[tuple[int, PromptMark], ...]
     stand_for: NDArray[np.int64]
+
+    @property
+    def mark(self) -> PromptMark:
+        """How far the prompt has come at the window's end."""
+        return self.marks[-1][1]
 
 
 def is_scored(unit: Unit) -> bool:
@@ -58,12 +65,14 @@ class Prefill:
     ) -> None:
         self.units = prompt.units
         # ends[role][n]: how many ids of `role` the first n units hold.
-        self.ends = {role: _ends(self.units, i) for i, role in enumerate(ROLES)}
+        self.ends = {role: count_ids(self.units, i) for i, role in enumerate(ROLES)}
         # Units whose id is a target: to be predicted, and every role has something before them.
         started = [all(ends[i] > 0 for ends in self.ends.values()) for i in range(len(self.units))]
         pairs = zip(self.units, started, strict=True)
         self._counts = [int(is_started and predicts(unit)) for unit, is_started in pairs]
         targets = [i for i, count in enumerate(self._counts) if count]
+        # By unit, the scored part that it is in: what stands between two parts is not predicted.
+        self._part = list(accumulate(1 - count for count in self._counts))
         self.stop = len(self.units) if to_end else max(targets, default=-1) + 1
         self.at = 0
         if stand_for is not None:
@@ -124,10 +133,16 @@ class Prefill:
         self.at = end
         before = {role: matrix[: len(targets)] for role, matrix in rows.items()}
         counts = np.array([self._counts[unit] for unit in predicted], dtype=np.int64)
-        return Window(before, targets, (end, n_units), counts)
+        marks = [
+            (n, (unit, unit + 1))
+            for n, (unit, after) in enumerate(pairwise(predicted), 1)
+            if self._part[unit] != self._part[after]
+        ]
+        return Window(before, targets, (*marks, (len(targets), (end, n_units))), counts)
 
 
-def _ends(units: Sequence[Unit], role: int) -> list[int]:
+def count_ids(units: Sequence[Unit], role: int) -> list[int]:
+    """How many ids of a role, by its index, the first 0, 1, … units hold."""
     ends = [0]
     for ids, _ in units:
         ends.append(ends[-1] + len(ids[role]))

@@ -45,6 +45,32 @@ def is_shared(ids: tuple[tuple[int, ...], ...]) -> bool:
     return len(ids[0]) == 1 and len(set(ids)) == 1
 
 
+_SURE = 8  # units that must agree for a text to count as the same
+
+
+def left_out(old: Sequence[Unit], new: Sequence[Unit]) -> tuple[int, int] | None:
+    """The range (first, end) of `old` without which it goes on as `new` does; None: there is none.
+
+    Of ranges that differ only in where equal units at their ends count, it is the first. The first
+    unit stays: models lean on the first token of a text (Xiao et al. 2023, arXiv 2309.17453).
+    """
+    start = n_same(old, new)
+    places = range(start + 1, len(old) - _SURE + 1)
+    ends = [i for i in places if list(old[i : i + _SURE]) == list(new[start : start + _SURE])]
+    if not start or not ends:
+        return None
+    end = max(ends, key=lambda i: n_same(old[i:], new[start:]))
+    while start > 1 and old[start - 1] == old[end - 1]:
+        start, end = start - 1, end - 1
+    return start, end
+
+
+def n_same(a: Sequence[Unit], b: Sequence[Unit]) -> int:
+    """How many of their first units are the same."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(a), len(b)))
+
+
 def n_common(units: Sequence[Unit], ids: Mapping[Role, Sequence[int]]) -> int:
     """How many of the first `units` stand in `ids`, by role, at its beginning."""
     known, at = [ids[role] for role in ROLES], [0] * len(ROLES)

@@ -26,10 +26,14 @@ Wanted = Mapping[int, Sequence[int]]  # sequence -> indexes of its ids whose row
 
 @dataclass
 class _Held:
-    """A sequence: its ids by role, and the cells of those that were read."""
+    """A sequence: its ids by role, and the cells of those that were read.
+
+    Of large_ins' ids the first `n_exact` were read as they stand; None: all.
+    """
 
     ids: dict[Role, list[int]]
     cells: dict[Role, list[int]]
+    n_exact: int | None = None
 
 
 class Sequences:
@@ -80,12 +84,14 @@ class Sequences:
             model.fork(source, new)
             cells[role] = list(known.cells[role])
             self._users[role].update(cells[role])
-        self._held[new] = _Held({role: list(ids) for role, ids in known.ids.items()}, cells)
+        ids = {role: list(of_role) for role, of_role in known.ids.items()}
+        self._held[new] = _Held(ids, cells, known.n_exact)
         return new
 
     def replace_ids(self, ids: Mapping[Role, Sequence[int]]) -> None:
         """Say what sequence 0 holds, of which the models have read no more than is there."""
         self._held[0].ids = {role: list(ids[role]) for role in ROLES}
+        self._held[0].n_exact = None
 
     def append(self, sequence: int, ids: Sequence[int] | Mapping[Role, Sequence[int]]) -> None:
         """Continue a sequence by the same ids for all roles, or by each role's own."""
@@ -98,6 +104,38 @@ class Sequences:
         for role in ROLES:
             self._cut(sequence, role, max(0, lengths[role]))
             del self._held[sequence].ids[role][max(0, lengths[role]) :]
+        held = self._held[sequence]
+        if held.n_exact is not None and lengths[ROLES[0]] <= held.n_exact:
+            held.n_exact = None
+
+    def is_exact(self, sequence: int) -> bool:
+        """Whether a sequence was read as it stands: nothing in it was shifted."""
+        return self._held[sequence].n_exact is None
+
+    def shift(self, sequence: int, ranges: Mapping[Role, tuple[int, int]]) -> bool:
+        """Take a range of ids (first, end) out of each role's; what was read after it moves up.
+
+        That still holds what it took from the range. False, and all is as before, where a model
+        cannot shift, or where another sequence has the same cells. Raises ModelError.
+        """
+        held = self._held[sequence]
+        for role, (_, end) in ranges.items():
+            self._follow_model(role)
+            if moved := held.cells[role][end:]:
+                alone = all(self._users[role][cell] == 1 for cell in moved)
+                if not alone or not self._models[role].can_shift:
+                    return False
+        for role, (start, end) in ranges.items():
+            if held.cells[role][end:]:
+                self._models[role].shift(sequence, start, end)
+                self._release(role, held.cells[role][start:end])
+                del held.cells[role][start:end]
+            else:  # nothing to move: the cut is at the end of what was read
+                self._cut(sequence, role, start)
+            del held.ids[role][start:end]
+        start, _ = ranges[ROLES[0]]
+        held.n_exact = start if held.n_exact is None else min(start, held.n_exact)
+        return True
 
     def drop(self, sequence: int) -> None:
         """Forget a sequence other than 0; its number may come back from fork()."""

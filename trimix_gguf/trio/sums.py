@@ -12,7 +12,7 @@ import numpy as np
 
 from trimix_gguf.mixing.scoring import Float64
 from trimix_gguf.trio.prefill import PromptMark
-from trimix_gguf.trio.prompt import Unit
+from trimix_gguf.trio.prompt import Unit, n_same
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,27 @@ class PrefixSums:
         """Those that hold for a prompt of `units`, where `n_kept` are in the cache."""
         if points != self.points:
             return PrefixSums(points, units)
-        pairs = enumerate(zip(self.units, units, strict=False))
-        n_same = next((i for i, (a, b) in pairs if a != b), min(len(self.units), len(units)))
-        held = [s for s in self.sums if s.mark[1] <= n_same and s.mark[0] <= n_kept]
+        same = n_same(self.units, units)
+        held = [s for s in self.sums if s.mark[1] <= same and s.mark[0] <= n_kept]
         return PrefixSums(points, units, held)
+
+    def without(self, start: int, end: int) -> "PrefixSums":
+        """Those of the units without a range, which begins and ends beside scored parts.
+
+        What follows the range keeps its nats, which are those of a text that had it.
+        """
+        before = [s for s in self.sums if s.mark[1] <= start]
+        in_range = [s for s in self.sums if start < s.mark[1] <= end]
+        kept = PrefixSums(self.points, [*self.units[:start], *self.units[end:]], before)
+        first, last = kept.newest, (in_range or [kept.newest])[-1]
+        for s in self.sums:
+            if s.mark[1] > end:
+                (n_read, n_covered), n = s.mark, s.n_tokens - last.n_tokens
+                mark = n_read - (end - start), n_covered - (end - start)
+                nll = s.nll + self.points.keep**n * (first.nll - last.nll)
+                slopes = s.slopes + first.slopes - last.slopes
+                kept.sums.append(Sum(mark, nll, first.n_tokens + n, slopes))
+        return kept
 
     def to_json(self) -> dict[str, Any]:
         """What from_json reads."""

@@ -23,8 +23,8 @@ from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.mixing.masks import TokenTree
 from trimix_gguf.roles import LOADING_ORDER, ROLES, Role
 from trimix_gguf.trio.model import Model
-from trimix_gguf.trio.prefill import Prefill, PromptMark, StandFor, Window
-from trimix_gguf.trio.prompt import Prompt, Unit, n_common, text_prompt
+from trimix_gguf.trio.prefill import Prefill, PromptMark, StandFor, Window, count_ids
+from trimix_gguf.trio.prompt import Prompt, Unit, left_out, n_common, text_prompt
 from trimix_gguf.trio.sequences import Sequences, TokenProgress
 from trimix_gguf.trio.strand import Strand
 from trimix_gguf.trio.sums import PrefixSums
@@ -224,6 +224,25 @@ class Trio(Strand):
     def n_kept(self, units: Sequence[Unit]) -> int:
         """How many of a prompt's first units the caches hold, or are owed, already."""
         return n_common(units, self._ids)
+
+    def shift(self, old: Sequence[Unit], new: Sequence[Unit]) -> bool:
+        """Take out of the caches what a prompt of units `new` leaves out of `old`.
+
+        What stands after it is not read again: it moves up, and still holds what it took from
+        what is left out, so the rows are no longer exactly those of `new`. False, and all is as
+        before, where the caches hold nothing after it, or a model cannot shift.
+        """
+        found, n_kept = left_out(old, new), self.n_kept(old)
+        if found is None or n_kept <= found[1]:
+            return False
+        start, end = found
+        ends = {role: count_ids(old, i) for i, role in enumerate(ROLES)}
+        self._rows = {}
+        with self._atomic():
+            moved = self.sequences.shift(0, {r: (ends[r][start], ends[r][end]) for r in ROLES})
+        if moved and self.sums is not None:
+            self.sums = self.sums.for_prompt(old, self.sums.points, n_kept).without(start, end)
+        return moved
 
     def forget(self) -> None:
         """Empty the three caches."""

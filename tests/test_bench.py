@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from trimix_gguf import Trio, bench, stream_generate
+from trimix_gguf.answering import timing
 from trimix_gguf.answering.drafting import Drafting
 from trimix_gguf.machine.gguf_file import GGUFFile, TensorInfo
 from trimix_gguf.mixing.fusion import METHODS, Mix, Weights
@@ -49,6 +51,8 @@ def test_json_has_the_documented_keys(report):
     assert report["speculative_over_lockstep"] > 0
     assert report["grid"]["over_naive"] > 0 and report["grid"]["share_of_prefill"] > 0
     assert all(report["memory"][key] > 0 for key in ("peak_rss", "files", "kv"))
+    assert list(report["answer_s"]) == list(timing.CONFIGURATIONS)
+    assert all(list(parts) == list(timing.PARTS) for parts in report["answer_s"].values())
 
 
 def test_json_names_machine_build_and_files(report, nano_files):
@@ -71,6 +75,7 @@ def test_table_and_plot_with_fixed_weights(trimix, tmp_path):
     words = result.stdout.decode()
     assert result.returncode == 0, result.stderr.decode()
     assert "24 prompt tokens" in words and "alpha 0.3, beta 0.9 (fixed)" in words
+    assert re.search(r"all of it +\S+ s 100.0% +\S+ s 100.0%", words)
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 

@@ -24,6 +24,7 @@ from trimix_gguf.answering.decoding import decode_steps
 from trimix_gguf.answering.drafting import Drafting
 from trimix_gguf.answering.generation import generate
 from trimix_gguf.answering.steering import Steady
+from trimix_gguf.answering.timing import time_answers
 from trimix_gguf.choosing.selection import Selection
 from trimix_gguf.errors import PromptError
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
@@ -123,6 +124,7 @@ def measure(
         "grid": {key: _median(r.grid[key] for r in runs) for key in runs[0].grid},
         "ttft_s": _median(r.speed["ttft_s"] for r in runs),
         "select_s": _median(r.speed["select_s"] for r in runs),
+        "answer_s": time_answers(trio, prompt, mix=mix, n_tokens=n_tokens, repeats=repeats),
         "memory": memory,
         "bandwidth": floor(trio, chosen.mix, _median(r.lockstep.seconds for r in runs) / n_tokens),
     }

@@ -35,17 +35,17 @@ from trimix_gguf.roles import LOADING_ORDER, Role
 @click.option(
     "--weights", metavar="ALPHA,BETA", help="Default: the trio's own, or chosen from the prompt."
 )
-@click.option("--plot", metavar="FILE.png", help="Draw the tokens per second.")
+@click.option("--plot", metavar="FILE.png", help="Draw speeds, and where the time goes.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 def bench(**options: Any) -> None:
-    """Measure a trio: each model, lockstep, drafts, scoring, memory.
+    """Measure a trio: each model, lockstep, drafts, scoring, the parts of an answer, memory.
 
     Decoding is greedy. Everything runs in turn, several times; the figures are medians.
     """
     from trimix_gguf.bench import N_PROMPT, TEXT, bench_prompt, measure
 
     plot, as_json = options.pop("plot"), options.pop("as_json")
-    figure = new_figure(figsize=(8.4, 4.0)) if plot is not None else None
+    figure = new_figure(figsize=(8.4, 7.0)) if plot is not None else None
     path, n_prompt = options.pop("prompt"), options.pop("n_prompt")
     text = TEXT if path is None else read_text(path)
     settings = _settings(options)
@@ -123,7 +123,8 @@ def _status() -> Iterator[Callable[[str], None]]:
 
 
 def _table(report: dict[str, Any]) -> str:
-    return "\n".join([*_heading(report), "", *_speeds(report), "", *_costs(report)])
+    parts = [*_speeds(report), "", *_parts(report["answer_s"]), "", *_costs(report)]
+    return "\n".join([*_heading(report), "", *parts])
 
 
 def _heading(report: dict[str, Any]) -> list[str]:
@@ -187,6 +188,24 @@ def _speeds(report: dict[str, Any]) -> list[str]:
     return [*lines, f"the two texts {where}"]
 
 
+def _parts(answers: dict[str, dict[str, float]]) -> list[str]:
+    """Where the time of a whole answer goes: seconds and shares, a column per configuration."""
+    wholes = {name: sum(parts.values()) for name, parts in answers.items()}
+
+    def line(title: str, seconds: dict[str, float]) -> str:
+        cells = (f"{seconds[name]:.3f} s {seconds[name] / wholes[name]:>6.1%}" for name in answers)
+        return f"{title:<20}" + "".join(f"{cell:>32}" for cell in cells)
+
+    return [
+        f"{'a whole answer':<20}" + "".join(f"{name:>32}" for name in answers),
+        *(
+            line(part, {name: parts[part] for name, parts in answers.items()})
+            for part in next(iter(answers.values()))
+        ),
+        line("all of it", wholes),
+    ]
+
+
 def _costs(report: dict[str, Any]) -> list[str]:
     lockstep, grid = report["lockstep"], report["grid"]
     memory, read = report["memory"], report["bandwidth"]
@@ -216,9 +235,10 @@ def _mib(n_bytes: int) -> str:
 
 
 def _draw(report: dict[str, Any], figure: Any, path: str) -> None:
-    """Bars of tokens a second: decoding in every form, reading by each model."""
+    """Bars of tokens a second, by form and by model; below them where an answer's time goes."""
     forms = {"decode": (*LOADING_ORDER, "lockstep", "speculative"), "prefill": LOADING_ORDER}
-    panels = figure.subplots(1, 2, width_ratios=[len(names) for names in forms.values()])
+    above, below = figure.subfigures(2, 1, height_ratios=[4.0, 3.0])
+    panels = above.subplots(1, 2, width_ratios=[len(names) for names in forms.values()])
     for axes, (stage, names) in zip(panels, forms.items(), strict=True):
         colors = ["tab:blue" if name in LOADING_ORDER else "crimson" for name in names]
         bars = axes.bar(names, [report[name][f"{stage}_tps"] for name in names], color=colors)
@@ -226,5 +246,23 @@ def _draw(report: dict[str, Any], figure: Any, path: str) -> None:
         axes.set_ylabel(f"{stage}, tokens/s")
         axes.tick_params(axis="x", labelrotation=20)
     w = report["weights"]
-    figure.suptitle(f"alpha {w['alpha']:.2g}, beta {w['beta']:.2g}; {report['machine']['cpu']}")
+    above.suptitle(f"alpha {w['alpha']:.2g}, beta {w['beta']:.2g}; {report['machine']['cpu']}")
+    _draw_parts(report["answer_s"], below.subplots())
     figure.savefig(path, dpi=150, format="png")
+
+
+def _draw_parts(answers: dict[str, dict[str, float]], axes: Any) -> None:
+    """A bar of seconds per configuration, the parts one after another."""
+    names = list(answers)
+    begin = dict.fromkeys(names, 0.0)
+    for i, part in enumerate(answers[names[0]]):
+        seconds = [answers[name][part] for name in names]
+        if any(seconds):
+            color = f"C{i}" if i < 10 else "black"
+            axes.barh(names, seconds, left=list(begin.values()), label=part, color=color)
+        begin = {name: begin[name] + answers[name][part] for name in names}
+    axes.bar_label(axes.containers[-1], [f" {total:.2f} s" for total in begin.values()])
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set_xlabel("seconds of a whole answer")
+    axes.legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.25))

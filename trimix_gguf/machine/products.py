@@ -5,6 +5,8 @@ Source: struct ggml_tensor in ggml/include/ggml.h, ggml_backend_sched_eval_callb
 """
 
 import ctypes
+import math
+import time
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -51,13 +53,7 @@ class Watch:
     """
 
     def __init__(self, weights: Collection[str], take: Take) -> None:
-        libggml.ggml_tensor_overhead.restype = ctypes.c_size_t
-        n_bytes = libggml.ggml_tensor_overhead() - _OBJECT_BYTES
-        if n_bytes != ctypes.sizeof(_Tensor):
-            raise ModelError(
-                f"this llama.cpp has tensors of {n_bytes} bytes, expected "
-                f"{ctypes.sizeof(_Tensor)}; install the llama-cpp-python that trimix names"
-            )
+        _check_form()
         libggml.ggml_op_name.restype = ctypes.c_char_p
         libggml.ggml_nbytes.restype = ctypes.c_size_t
         libggml.ggml_nbytes.argtypes = [ctypes.c_void_p]
@@ -97,6 +93,35 @@ class Watch:
         name = name.partition("#")[2].partition("#")[0] or name  # CUDA0#blk.0.attn_k.weight#0
         is_float = node.src[1].contents.type == lib.GGML_TYPE_F32
         return name if is_float and name in self._weights else None
+
+
+class OutputClock:
+    """Notes when the last decode began its output layer, on time.perf_counter's scale.
+
+    For `Model(watch=...)`. Raises ModelError as Watch does.
+    """
+
+    def __init__(self) -> None:
+        _check_form()
+        self.began = -math.inf
+        self.callback = lib.ggml_backend_sched_eval_callback(self._called)
+
+    def _called(self, address: int, ask: bool, _: Any) -> bool:
+        is_last = ctypes.string_at(address + _Tensor.name.offset, len(_LAST) + 1) == _LAST + b"\0"
+        if is_last and not ask:  # it was computed, and the output layer comes now
+            self.began = time.perf_counter()
+        return is_last or not ask
+
+
+def _check_form() -> None:
+    """Raise ModelError where this llama.cpp's tensors have another form."""
+    libggml.ggml_tensor_overhead.restype = ctypes.c_size_t
+    n_bytes = libggml.ggml_tensor_overhead() - _OBJECT_BYTES
+    if n_bytes != ctypes.sizeof(_Tensor):
+        raise ModelError(
+            f"this llama.cpp has tensors of {n_bytes} bytes, expected "
+            f"{ctypes.sizeof(_Tensor)}; install the llama-cpp-python that trimix names"
+        )
 
 
 def _rows(node: _Tensor) -> tuple[NDArray[np.float32], NDArray[np.intp]]:

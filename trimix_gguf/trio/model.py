@@ -21,7 +21,7 @@ from trimix_gguf.machine.file_trial import FileTrial
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
 from trimix_gguf.machine.loading import Loading
 from trimix_gguf.machine.native import lib
-from trimix_gguf.machine.products import Watch
+from trimix_gguf.machine.products import OutputClock, Watch
 from trimix_gguf.machine.threads import MOST_THREADS, available_cores
 from trimix_gguf.machine.vocabulary import END_IDS, NORMALIZER, usual_normalizer
 
@@ -52,7 +52,7 @@ class Model:
         lora_scale: float = 1.0,
         share: "Model | None" = None,
         tokenizer: bool = True,
-        watch: Watch | None = None,
+        watch: Watch | OutputClock | None = None,
     ) -> None:
         if loading.n_threads > MOST_THREADS:
             raise ModelError(f"{loading.n_threads} threads are too many; at most {MOST_THREADS}")

@@ -18,13 +18,12 @@ from functools import partial
 
 from trimix_gguf.answering.costs import kept_costs
 from trimix_gguf.answering.job import Job
+from trimix_gguf.answering.keeping import Kept
 from trimix_gguf.answering.request import Event, Request
 from trimix_gguf.errors import ModelError, QueueFull, SamplerError, TrimixError
 from trimix_gguf.machine.loading import N_BATCH
 from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.roles import ROLES, Role
-from trimix_gguf.trio.prompt import n_common
-from trimix_gguf.trio.sums import PrefixSums
 from trimix_gguf.trio.trio import Trio
 
 
@@ -77,7 +76,6 @@ class Turns:
 
 
 LONG_STEP_S = 5.0
-_WORTH_KEEPING = 16  # units of a prompt: for fewer, their cells would slow each step
 Wanted = dict[Role, dict[int, list[int]]]  # role -> sequence -> its ids whose rows are wanted
 
 
@@ -87,7 +85,7 @@ class Batcher:
     It answers `n_parallel` at once, at most a trio's n_window − 1; `n_queue` more may wait. With
     `drafts`, one that is answered by itself is drafted ahead where that pays. With `all_known` no
     others come later, so only what they begin with is kept. Several Batchers in one process take
-    `turns`: two steps at once would share the same cores.
+    `turns`: two steps at once would share the same cores. `context_shift`: see Kept.
     """
 
     def __init__(
@@ -98,6 +96,7 @@ class Batcher:
         n_queue: int = 32,
         drafts: bool = True,
         all_known: bool = False,
+        context_shift: bool = False,
         turns: Turns | None = None,
     ) -> None:
         self.trio, self._drafts, self._all_known = trio, drafts, all_known
@@ -107,7 +106,7 @@ class Batcher:
         self._n_parallel, self._n_queue = min(n_parallel, self._sequences.most), n_queue
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
-        self._kept: dict[int, PrefixSums] = {}  # of finished requests, the longest unused first
+        self._kept = Kept(trio, context_shift=context_shift)
         self._statistics = Statistics()
         self._changed = threading.Condition()
         self._n_reserved = 0
@@ -241,38 +240,25 @@ class Batcher:
     def _let_in(self) -> None:
         """Start waiting requests in their order, while there is room for all of each."""
         while self._waiting and len(self._running) < self._n_parallel:
-            need = self._waiting[0].n_cells
-            while not self._has_room(need) and self._kept:
-                self._forget_one()
-            if not self._has_room(need):
+            job = self._waiting[0]
+            if not self._has_room(job) and job.sequence is None:
+                self._kept.take_over(job)
+            while not self._has_room(job) and self._kept:
+                self._kept.forget_one()
+            if not self._has_room(job):
                 return
             with self._changed:
                 self._running.append(self._waiting.popleft())
 
-    def _has_room(self, need: Mapping[Role, int]) -> bool:
+    def _has_room(self, new: Job) -> bool:
         for role, model in self.trio.models.items():
             to_come = 0
-            for job in self._running:
+            for job in (*self._running, new):
                 held = 0 if job.sequence is None else len(self._sequences.ids(job.sequence)[role])
                 to_come += job.n_cells[role] - held
-            if self._sequences.n_cells(role) + to_come + need[role] > model.n_ctx:
+            if self._sequences.n_cells(role) + to_come > model.n_ctx:
                 return False
         return True
-
-    def _forget_one(self) -> None:
-        self._forget(next(iter(self._kept)))
-
-    def _forget(self, sequence: int) -> None:
-        del self._kept[sequence]
-        self._sequences.drop(sequence)
-
-    def _forget_unused(self) -> None:
-        """Drop what no request that is still to be read begins with."""
-        to_read = [job for job in (*self._waiting, *self._running) if job.sequence is None]
-        for sequence in list(self._kept):
-            ids = self._sequences.ids(sequence)
-            if all(n_common(job.prefill.units, ids) < _WORTH_KEEPING for job in to_read):
-                self._forget(sequence)
 
     # -- a step -----------------------------------------------------------------------------
 
@@ -306,7 +292,8 @@ class Batcher:
         """Append units of a prompt to its sequence, and rows to `wanted`; returns their end."""
         reading = job.prefill
         if job.sequence is None:
-            job.sequence = self._place(job)
+            running = {other.sequence: other.sums for other in self._running if other.sequence}
+            job.sequence = self._kept.place(job, running)
         # Others wait while a portion is read, so it is short; alone, a longer one is faster.
         n_ids = self.trio.n_window if n_answering else N_BATCH
         end = reading.portion(n_ids - n_answering, self.trio.n_window - n_answering)
@@ -315,25 +302,6 @@ class Batcher:
         for role in job.roles:
             wanted[role][job.sequence] = reading.wanted(end, role)
         return end
-
-    def _place(self, job: Job) -> int:
-        """A sequence for a request: a fork of the one that begins most like its prompt."""
-        running = {other.sequence: other.sums for other in self._running if other.sequence}
-        known = {**self._kept, **running}
-        common = {s: n_common(job.prefill.units, self._sequences.ids(s)) for s in known}
-        source = max(common, key=lambda sequence: common[sequence], default=None)
-        if source is not None:
-            job.start(common[source], known[source])
-        if source is None or job.prefill.at == 0:
-            source = None
-        elif source in self._kept:  # used now, so it is forgotten last
-            self._kept[source] = self._kept.pop(source)
-        if self._sequences.n_free == 0:
-            if source is not None and list(self._kept) == [source]:
-                del self._kept[source]  # no other is free, so it is continued itself
-                return source
-            self._forget_one()
-        return self._sequences.fork(source or 0)
 
     def _take(
         self, job: Job, work: Callable[[], None], at_fault: type[TrimixError] = TrimixError
@@ -353,9 +321,10 @@ class Batcher:
             (self._running if job in self._running else self._waiting).remove(job)
         if job.sequence is not None:
             job.end_drafts()
-            self._kept[job.sequence] = job.sums
+            self._kept.add(job.sequence, job.sums)
             if self._all_known:
-                self._forget_unused()
+                others = (*self._waiting, *self._running)
+                self._kept.forget_unused(other for other in others if other.sequence is None)
         finished = dict(self._statistics.finished)
         finished[reason] = finished.get(reason, 0) + 1
         self._statistics = replace(

@@ -2,6 +2,7 @@
 
 import pytest
 from conftest import KAZAKH
+from served import ENDLESS, serving
 from test_batching import agrees, ask, ids_alone, text_of
 
 from trimix_gguf import Trio, Weights
@@ -94,3 +95,25 @@ def test_where_a_model_cannot_shift_what_is_left_is_read_again_and_exact(trio, m
     assert n_cut and min(n_cut) > 2 * N_TOKENS + 30
     for request, events, _ in seen:
         assert agrees(events, ids_alone(trio, request))
+
+
+@pytest.mark.parametrize("flags", [(), ("--context-shift",)], ids=["default", "shift"])
+def test_a_server_shifts_only_if_it_is_asked_to(flags):
+    said = [SYSTEM]
+    with serving("--n-ctx", 256, "--threads", 1, *flags) as served:
+        for i in range(5):
+            said.append({"role": "user", "content": f"{i} {KAZAKH}"})
+            if i == 4:
+                del said[1:5]  # the oldest two turns
+            body = {
+                "messages": said,
+                "temperature": 0,
+                "max_tokens": N_TOKENS,
+                "trimix": {"weights": [0.3, 0.9]},
+                **ENDLESS,
+            }
+            answer = served.post("/v1/chat/completions", body).json()
+            said.append(answer["choices"][0]["message"])
+        usage = answer["usage"]
+    n_read = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
+    assert (n_read < 2 * N_TOKENS + 24) == bool(flags)

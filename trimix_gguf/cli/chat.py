@@ -19,6 +19,7 @@ from trimix_gguf.cli.generation_options import (
     weights_line,
 )
 from trimix_gguf.cli.options import (
+    context_shift_option,
     parse_mix,
     read_text,
     token_progress,
@@ -39,12 +40,7 @@ _LONG = 64  # tokens to read that are worth a bar
 @click.option("--load", metavar="FILE", help="Continue a chat that /save wrote.")
 @mix_options
 @decoding_options
-@click.option(
-    "--context-shift/--no-context-shift",
-    default=True,
-    show_default=True,
-    help="If the context is full, move what is left instead of reading it again.",
-)
+@context_shift_option(True)
 def chat(system: str | None, load: str | None, **options: Any) -> None:
     """Chat with the mix of three models.
 

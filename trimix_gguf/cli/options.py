@@ -301,6 +301,17 @@ def parse_grid_options(texts: tuple[str, ...]) -> Any:
     return (grids[0], grids[-1])
 
 
+def context_shift_option(default: bool) -> Decorator:
+    """What is done where a chat outgrows the context."""
+    return click.option(
+        "--context-shift/--no-context-shift",
+        default=default,
+        show_default=True,
+        help="If a chat outgrows the context, move what is left instead of reading it again: fast, "
+        "not exact.",
+    )
+
+
 grid_option = click.option(
     "--grid",
     multiple=True,

@@ -13,7 +13,13 @@ from typing import Any
 import click
 
 from trimix_gguf.cli import supervising
-from trimix_gguf.cli.options import Decorator, each_trio, option_group, trios_options
+from trimix_gguf.cli.options import (
+    Decorator,
+    context_shift_option,
+    each_trio,
+    option_group,
+    trios_options,
+)
 from trimix_gguf.cli.served_trios import groups_of, mixes_by_auto, share_weights
 from trimix_gguf.cli.task_weights import task_methods
 from trimix_gguf.cli.tuning_notes import say_tuning
@@ -56,6 +62,7 @@ def _limit_option(name: str) -> Decorator:
     help="Port to listen on; 0: any free port.",
 )
 @option_group(*map(_limit_option, _LIMITS))
+@context_shift_option(False)
 @click.option(
     "--max-loaded",
     type=click.IntRange(1),
@@ -267,12 +274,13 @@ def _run(
     host = listening["host"]
     parent = supervising_server.Supervised() if supervising_server.is_supervised() else None
     listener = _bound(listening) if parent is None else parent.listener
-    name, strict, most = (options.pop(key) for key in ("name", "strict", "max_loaded"))
+    name, strict = options.pop("name"), options.pop("strict")
     task, task_method = options.pop("task"), options.pop("task_method")
+    settings = {key: options.pop(key) for key in ("max_loaded", "context_shift")}
     with listener:
         given = each_trio(options)
         groups = groups_of(given, name=name, task=task, task_method=task_method)
-        trios = Trios(groups, limits=limits, max_loaded=most)
+        trios = Trios(groups, limits=limits, **settings)
         try:
             api = Api(trios, limits=limits, strict=strict)
             if parent is not None:

@@ -55,10 +55,18 @@ class Entry:
 class Engine:
     """A loaded trio, and what answers from it."""
 
-    def __init__(self, trio: Trio, entry: Entry, *, limits: Limits, turns: Turns) -> None:
+    def __init__(
+        self, trio: Trio, entry: Entry, *, limits: Limits, turns: Turns, context_shift: bool = False
+    ) -> None:
         self.trio, self.name = trio, entry.name
         self.tasks = {} if entry.task is None else {entry.task.name: entry.task.choose(trio)}
-        self.batcher = Batcher(trio, n_parallel=limits.parallel, n_queue=limits.queue, turns=turns)
+        self.batcher = Batcher(
+            trio,
+            n_parallel=limits.parallel,
+            n_queue=limits.queue,
+            context_shift=context_shift,
+            turns=turns,
+        )
         self.tokens = Tokens(trio, most=limits.queue)
         self.defaults = defaults_of(entry, limits)
         self._n_users = 0
@@ -110,13 +118,19 @@ class Trios:
     """All trios of a server. The first group is loaded at once; others when they are asked for.
 
     `max_loaded` groups are in memory at most; None: as many as fit. The group that was not used for
-    the longest time makes room, once its answers have ended.
+    the longest time makes room, once its answers have ended. `context_shift`: see Batcher.
     """
 
     def __init__(
-        self, groups: Sequence[Group], *, limits: Limits, max_loaded: int | None = None
+        self,
+        groups: Sequence[Group],
+        *,
+        limits: Limits,
+        max_loaded: int | None = None,
+        context_shift: bool = False,
     ) -> None:
         self._groups, self._limits, self._max_loaded = groups, limits, max_loaded
+        self._context_shift = context_shift
         self._group_of = {entry.name: group for group in groups for entry in group.entries}
         self._turns, self._lock = Turns(), asyncio.Lock()
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="load")
@@ -239,7 +253,13 @@ class Trios:
         trios, engines = group.load(), dict[str, Engine]()
         try:
             for trio, entry in zip(trios, group.entries, strict=True):
-                engines[entry.name] = Engine(trio, entry, limits=self._limits, turns=self._turns)
+                engines[entry.name] = Engine(
+                    trio,
+                    entry,
+                    limits=self._limits,
+                    turns=self._turns,
+                    context_shift=self._context_shift,
+                )
         except TrimixError:  # of a task
             _close(engines)
             for trio in trios[len(engines) :]:

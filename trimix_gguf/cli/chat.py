@@ -40,7 +40,7 @@ _LONG = 64  # tokens to read that are worth a bar
 @click.option("--load", metavar="FILE", help="Continue a chat that /save wrote.")
 @mix_options
 @decoding_options
-@context_shift_option(True)
+@context_shift_option("on")
 def chat(system: str | None, load: str | None, **options: Any) -> None:
     """Chat with the mix of three models.
 

@@ -57,7 +57,9 @@ class ChatTrio:
 
 def _opened(options: dict[str, Any], beside: Any = None) -> tuple[Any, dict[str, Any]]:
     given = dict(options)
-    settings = {**generation_settings(given), "context_shift": given.pop("context_shift")}
+    settings = generation_settings(given)
+    if (context_shift := given.pop("context_shift")) is not None:
+        settings["context_shift"] = context_shift
     task = given.pop("task")
     trio = open_trio(given, beside)
     try:

@@ -301,14 +301,13 @@ def parse_grid_options(texts: tuple[str, ...]) -> Any:
     return (grids[0], grids[-1])
 
 
-def context_shift_option(default: bool) -> Decorator:
-    """What is done where a chat outgrows the context."""
+def context_shift_option(default: str) -> Decorator:
+    """What is done where a chat outgrows the context; `default` says in words if it is not set."""
     return click.option(
         "--context-shift/--no-context-shift",
-        default=default,
-        show_default=True,
+        default=None,
         help="If a chat outgrows the context, move what is left instead of reading it again: fast, "
-        "not exact.",
+        f"not exact. Default: {default}.",
     )
 
 

@@ -62,7 +62,7 @@ def _limit_option(name: str) -> Decorator:
     help="Port to listen on; 0: any free port.",
 )
 @option_group(*map(_limit_option, _LIMITS))
-@context_shift_option(False)
+@context_shift_option("off")
 @click.option(
     "--max-loaded",
     type=click.IntRange(1),
@@ -276,7 +276,8 @@ def _run(
     listener = _bound(listening) if parent is None else parent.listener
     name, strict = options.pop("name"), options.pop("strict")
     task, task_method = options.pop("task"), options.pop("task_method")
-    settings = {key: options.pop(key) for key in ("max_loaded", "context_shift")}
+    own = ("max_loaded", "context_shift")
+    settings = {key: value for key in own if (value := options.pop(key)) is not None}
     with listener:
         given = each_trio(options)
         groups = groups_of(given, name=name, task=task, task_method=task_method)

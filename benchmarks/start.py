@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import pty
+import resource
 import shutil
 import statistics
 import subprocess
@@ -85,6 +86,7 @@ def self_test(rounds: int) -> dict[str, Any]:
 def chat(trio: str, rounds: int) -> dict[str, Any]:
     """Seconds from the start of `trimix chat` to its prompt."""
     took: dict[str, list[float]] = {"first": [], "cold": [], "warm": []}
+    computed: dict[str, list[float]] = {name: [] for name in took}
     cache = Path()
     with tempfile.TemporaryDirectory() as kept:
         arguments, n_bytes = [], 0
@@ -99,13 +101,16 @@ def chat(trio: str, rounds: int) -> dict[str, Any]:
                 if name == "first":
                     cache = Path(kept, f"cache-{i}")  # an empty one; the other two then have it
                 environment = {**os.environ, "TRIMIX_CACHE": str(cache)}
-                times.append(to_the_prompt(arguments, environment))
+                seconds, cpu_seconds = to_the_prompt(arguments, environment)
+                times.append(seconds)
+                computed[name].append(cpu_seconds)
     return {
         "cpu": cpu_name(),
         "n": rounds,
         "trio": trio,
         "mib": round(n_bytes / (1 << 20)),
         **{f"{name}_s": spread(times) for name, times in took.items()},
+        **{f"{name}_cpu_s": spread(times) for name, times in computed.items()},
     }
 
 
@@ -124,8 +129,12 @@ def drop_pages(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def to_the_prompt(arguments: list[str], environment: dict[str, str]) -> float:
-    """Seconds from the start of a chat at a terminal until it takes a message."""
+def to_the_prompt(arguments: list[str], environment: dict[str, str]) -> tuple[float, float]:
+    """Seconds from the start of a chat at a terminal until it takes a message; those of CPUs.
+
+    Of CPUs to its end: on a busy machine they say what an idle one would need.
+    """
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "trimix_gguf.cli", "chat", *arguments]
     started, seen = time.perf_counter(), b""
@@ -139,7 +148,8 @@ def to_the_prompt(arguments: list[str], environment: dict[str, str]) -> float:
         process.terminate()
         process.wait()
     os.close(master)
-    return seconds
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
 if __name__ == "__main__":

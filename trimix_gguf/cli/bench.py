@@ -258,8 +258,7 @@ def _draw_parts(answers: dict[str, dict[str, float]], axes: Any) -> None:
     for i, part in enumerate(answers[names[0]]):
         seconds = [answers[name][part] for name in names]
         if any(seconds):
-            color = f"C{i}" if i < 10 else "black"
-            axes.barh(names, seconds, left=list(begin.values()), label=part, color=color)
+            axes.barh(names, seconds, left=list(begin.values()), label=part, color=f"C{i}")
         begin = {name: begin[name] + answers[name][part] for name in names}
     axes.bar_label(axes.containers[-1], [f" {total:.2f} s" for total in begin.values()])
     axes.invert_yaxis()

@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from trimix_gguf.adapting.bases import Base, Tokenizer, load_base
-from trimix_gguf.adapting.outlook import MOST_ROWS_AT_ONCE, look_ahead
+from trimix_gguf.adapting.outlook import MOST_ROWS_AT_ONCE, Way, look_ahead
 from trimix_gguf.adapting.rows import Rows, measured_rows
 from trimix_gguf.adapting.taught import add_adapter, faster_dtype, make_taught, products_per_second
 from trimix_gguf.machine import processor
@@ -54,9 +54,8 @@ def main() -> None:
         del model
     products = products_per_second(base.file.n_embd, 4 * base.file.n_embd)
     chosen = faster_dtype(products)
-    estimate = look_ahead(
-        base, Path.cwd(), n_tokens=0, n_characters=0, dtype_bytes=2 if chosen == "bfloat16" else 4
-    )
+    way = Way(dtype_bytes=2 if chosen == "bfloat16" else 4)
+    estimate = look_ahead(base, Path.cwd(), way, n_tokens=0, n_characters=0)
     facts = {
         "cpu": processor.describe()[0],
         "torch": torch.__version__,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from trimix_gguf.adapting import outlook, publishing, teaching, training
+from trimix_gguf.adapting.asked import Asked, Shown
 from trimix_gguf.adapting.bases import ENGLISH, Base, Tokenizer, find_base, load_base
 from trimix_gguf.adapting.candidates import choose
 from trimix_gguf.adapting.chat_vector import add_chat_vector, find_instruct
@@ -18,67 +20,24 @@ from trimix_gguf.adapting.extras import is_here, need
 from trimix_gguf.adapting.history import History
 from trimix_gguf.adapting.judging import Judge
 from trimix_gguf.adapting.measuring import tokens_per_second
-from trimix_gguf.adapting.outlook import Outlook, look_ahead
+from trimix_gguf.adapting.outlook import Outlook, Way, look_ahead
+from trimix_gguf.adapting.partner import Partner
 from trimix_gguf.adapting.preparing import HELD_OUT, LEARNED, Wanted, prepare
+from trimix_gguf.adapting.questions import Question, questions_of
 from trimix_gguf.adapting.report import Report
 from trimix_gguf.adapting.rows import Rows, count_tokens, measured_rows, write_rows
 from trimix_gguf.adapting.taught import add_adapter, faster_dtype, make_taught, products_per_second
+from trimix_gguf.adapting.together import Together
 from trimix_gguf.adapting.workplace import DECIDED, REPORT, Workplace
-from trimix_gguf.errors import DataError, TrioFileError
+from trimix_gguf.errors import DataError, TrioFileError, VocabularyMismatch
+from trimix_gguf.machine.gguf_file import read_gguf
+from trimix_gguf.machine.vocabulary import check_contract
 from trimix_gguf.trios.store import SHIPPED, installed, resolve
 from trimix_gguf.trios.triofile import TrioFile, check_name
 
 N_LOOKS = 6  # measurements on the way, or more in a long run
 # Learning rates for a model as wide as WIDTH; a narrower one takes, and needs, larger steps.
 FULL_RATE, ADAPTER_RATE, WIDTH = 1e-4, 5e-4, 896
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a user asks for; all of it stays the same when a run goes on."""
-
-    name: str
-    texts: Sequence[Path]
-    trio: str = SHIPPED
-    base: Path | None = None
-    instruct: Path | None = None
-    pairs: Path | None = None
-    replay: Sequence[Path] = ()
-    keep_out: Sequence[Path] = ()
-    lang: str | None = None
-    script: str | None = None
-    tokens: int | None = None
-    minutes: float | None = None
-    rank: int = outlook.RANK
-    learning_rate: float | None = None
-    exercises: float | None = None
-    full: bool = False
-    merge: bool = False
-    output: Path | None = None
-    seed: int = 0
-
-    def settings(self) -> dict[str, Any]:
-        """What is compared when a run goes on; files are compared by their content."""
-        left_out = ("texts", "pairs", "replay", "keep_out")
-        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
-        return {
-            **found,
-            **{n: found[n] and str(found[n]) for n in ("base", "instruct", "output")},
-        }
-
-    def files(self) -> list[Path]:
-        """All that is read."""
-        pairs = [] if self.pairs is None else [self.pairs]
-        return list_files([*self.texts, *self.replay, *pairs, *self.keep_out])
-
-
-@dataclass(frozen=True)
-class Shown:
-    """What a run tells while it works."""
-
-    say: Callable[[str], None]
-    read: Callable[[str, int], None]
-    step: Callable[[training.Standing], None]
 
 
 @dataclass(frozen=True)
@@ -91,27 +50,39 @@ class Adapted:
     trio: TrioFile | None = None
 
 
-def adapt(asked: Asked, work: Workplace, shown: Shown, *, dry_run: bool = False) -> Adapted:
+def adapt(
+    asked: Asked,
+    work: Workplace,
+    shown: Shown,
+    *,
+    dry_run: bool = False,
+    together: Together = Together(),  # noqa: B008  # frozen
+) -> Adapted | None:
     """Make a trio of that name from text; with `dry_run`, only say what it would take.
 
-    A run that was stopped goes on from `work`. Raises TrimixError; training.Stopped after Ctrl-C.
+    A run that was stopped goes on from `work`. Of several processes, `together`, the first makes
+    it; others return None. Raises TrimixError; training.Stopped after Ctrl-C.
     """
-    _check_free(asked)
-    with work.held():
-        work.check_asked(asked.settings(), asked.files())
-        trio = resolve(asked.trio)
-        trio.check_files()
-        base = find_base(trio, asked.base, work.folder, alone=asked.output is not None)
-        run = _Run(asked, work, shown, trio, base, Tokenizer(base))
-        run.check_instruct()
-        report = run.prepare()
-        for line in report.lines():
-            shown.say(line)
-        ahead = run.look_ahead(report)
-        if dry_run:
-            return Adapted(report, ahead)
-        ahead.check()
-        return run.make(report, ahead)
+    if together.is_first:
+        _check_free(asked)
+    else:
+        shown = Shown.nothing()
+    with work.held() if together.is_first else nullcontext():
+        with together.first_before_others():
+            if together.is_first:
+                work.check_asked(asked.settings(), asked.files())
+            trio = resolve(asked.trio)
+            trio.check_files()
+            base = find_base(trio, asked.base, work.folder, alone=asked.output is not None)
+            run = _Run(asked, work, shown, trio, base, Tokenizer(base), together)
+            run.check_wishes()
+            report = run.prepare()
+            for line in report.lines():
+                shown.say(line)
+            ahead = run.look_ahead(report)
+            if not dry_run:
+                ahead.check()
+        return Adapted(report, ahead) if dry_run else run.make(report, ahead)
 
 
 def _check_free(asked: Asked) -> None:
@@ -139,17 +110,30 @@ class _Run:
         trio: TrioFile,
         base: Base,
         tokenizer: Tokenizer,
+        together: Together,
     ) -> None:
-        self.asked, self.work, self.shown = asked, work, shown
+        self.asked, self.work, self.shown, self.together = asked, work, shown, together
         self.trio, self.base, self.tokenizer = trio, base, tokenizer
         self.folder = work.folder
         self.instruct: Base | None = None
 
-    def check_instruct(self) -> None:
-        """Find the model of --instruct, and whether it fits, before anything long begins."""
+    def check_wishes(self) -> None:
+        """Find the model of --instruct, and what must be a whole model, before anything long."""
         given = self.asked.instruct
         if given is not None:
             self.instruct = find_instruct(given, self.base, self.folder)
+        if self.asked.train_embeddings and self.base.is_tied:
+            self.shown.say(
+                f"{self.base.gguf.name} has one matrix for embeddings and output, which no adapter "
+                "of llama.cpp changes: the result is a whole model, of about "
+                f"{self.base.n_parameters * 34 / 32 / outlook.GIB:.1f} GiB"
+            )
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether small_cpt cannot be an adapter."""
+        tied = self.asked.train_embeddings and self.base.is_tied
+        return self.asked.full or self.instruct is not None or tied
 
     # -- text -----------------------------------------------------------------------------------
 
@@ -187,22 +171,22 @@ class _Run:
         """How many to learn from: as asked, or EPOCHS times the text."""
         if self.asked.tokens is not None:
             return self.asked.tokens
-        if self.asked.minutes is not None and speed is not None:
+        if self.asked.minutes is not None and speed is not None:  # of all processes
             return int(self.asked.minutes * 60 * speed)
         return outlook.EPOCHS * report.learned.n_tokens
 
     def look_ahead(self, report: Report, speed: float | None = None) -> Outlook:
         """Estimate the run, and say it."""
         dtype = self._dtype() if is_here("torch") else "float32"
+        together, way = self.together, self._way(dtype)
         products = self._products()[dtype] if is_here("torch") else None
         ahead = look_ahead(
             self.base,
             self.folder,
+            way,
             n_tokens=self.n_tokens(report, speed),
             n_characters=report.learned.n_characters,
-            dtype_bytes=4 if dtype == "float32" else 2,
-            rank=self.asked.rank,
-            full=self.asked.full,
+            n_processes=together.size,
             tokens_per_second=speed,
             products_per_second=products,
         )
@@ -215,18 +199,14 @@ class _Run:
 
     # -- training -------------------------------------------------------------------------------
 
-    def make(self, report: Report, ahead: Outlook) -> Adapted:
-        """Train, choose, write the trio, and measure it."""
-        dtype = self._dtype()
+    def make(self, report: Report, ahead: Outlook) -> Adapted | None:
+        """Train, choose, write the trio; None in a process that only helps."""
+        together, dtype = self.together, self._dtype()
+        judge = self._judge() if together.is_first else None  # first: both need much memory
         model = self._model(dtype)
-        decided = self.work.once(DECIDED, lambda: self._decide(model, dtype, report))
-        rows = Rows.load(self.folder) or self._rows(decided)
-        judge = Judge.make(
-            self._texts(HELD_OUT), self._texts(HELD_OUT, True), self.tokenizer, self.base,
-            self.asked.seed,
-        )  # fmt: skip
-        if not judge.questions:
-            self.shown.say("the held-out text is too short for exercises: perplexity decides")
+        with together.first_before_others():
+            decided = self.work.once(DECIDED, lambda: self._decide(model, dtype, report))
+            rows = Rows.load(self.folder) or self._rows(decided)
         taught = make_taught(model, rows)
         recipe = training.Recipe(
             n_steps=decided["n_steps"],
@@ -236,13 +216,49 @@ class _Run:
             seed=self.asked.seed,
             n_warm_up=max(1, min(50, decided["n_steps"] // 20)),
             steps_between_looks=min(100, -(-decided["n_steps"] // N_LOOKS)),
+            n_processes=together.size,
         )
+        shown, folder = self.shown, self.folder
         history = training.train(
-            taught, rows, recipe, judge, self.folder, show=self.shown.step, say=self.shown.say
+            taught, rows, recipe, judge, folder, show=shown.step, say=shown.say, together=together
         )
+        together.leave()
+        if judge is None:
+            return None
         choose(taught, judge, history, self.folder, dtype, self.shown.say)
         n_tokens = decided["n_steps"] * outlook.ROWS_PER_STEP * self.base.n_block
         return Adapted(report, ahead, history, self._publish(model, n_tokens, judge))
+
+    def _judge(self) -> Judge:
+        held, english = self._texts(HELD_OUT), self._texts(HELD_OUT, True)
+        n_ctx = self.base.file.n_ctx_train
+        questions = questions_of(held, self.tokenizer, n_ctx, self.asked.seed)
+        if not questions:
+            self.shown.say("the held-out text is too short for exercises: perplexity decides")
+        partner = self._partner(questions) if questions else None
+        return Judge.make(held, english, self.tokenizer, self.base, questions, partner)
+
+    def _partner(self, questions: Sequence[Question]) -> Partner | None:
+        """Have large_ins answer; None where it has another vocabulary."""
+        large_ins = self.trio.path("large_ins")
+        try:
+            check_contract({"large_ins": read_gguf(large_ins), "small_base": self.base.file})
+        except VocabularyMismatch:
+            return None
+        partner, n = Partner(self.folder, questions), len(questions)
+        partner.read_large_ins(large_ins, lambda at: self.shown.read(f"large_ins, of {n}", at))
+        alone = partner.alone()
+        self.shown.say(
+            f"large_ins gives the right answers of {n} exercises {sum(alone) / n:.0%}; its mix "
+            "with the model in training is measured on the way "
+            f"({partner.n_bytes / 2**20:.0f} MiB of disk)"
+        )
+        return partner
+
+    def _way(self, dtype: str) -> Way:
+        asked = self.asked
+        size = 4 if dtype == "float32" else 2
+        return Way(size, asked.rank, full=asked.full, embeddings=asked.train_embeddings)
 
     def _dtype(self) -> str:
         """The faster one here."""
@@ -263,7 +279,9 @@ class _Run:
         self.shown.say(f"loading {(self.base.folder or self.base.gguf).name}, {dtype}")
         model = load_base(self.base, "float32" if self.asked.full else dtype)
         need("torch").manual_seed(self.asked.seed)
-        return model if self.asked.full else add_adapter(model, self.asked.rank)
+        if self.asked.full:
+            return model
+        return add_adapter(model, self.asked.rank, embeddings=self.asked.train_embeddings)
 
     def _rate(self) -> float:
         if self.asked.learning_rate is not None:
@@ -274,15 +292,10 @@ class _Run:
     def _decide(self, model: Any, dtype: str, report: Report) -> dict[str, Any]:
         """What is measured or drawn once, and stays so when the run goes on."""
         learned, n_block = self._texts(LEARNED), self.base.n_block
-        n_rows = outlook.rows_at_once(
-            self.base,
-            dtype_bytes=4 if dtype == "float32" else 2,
-            rank=self.asked.rank,
-            full=self.asked.full,
-        )
+        n_rows = outlook.rows_at_once(self.base, self._way(dtype), self.together.size)
         texts = [learned[at] for at in range(min(20, len(learned)))]
         few = measured_rows(texts, self.tokenizer, n_rows=n_rows, n_block=n_block)
-        speed = tokens_per_second(model, few, dtype)
+        speed = self.together.size * tokens_per_second(model, few, dtype)
         n_tokens = self.n_tokens(report, speed)
         n_steps = max(1, n_tokens // (outlook.ROWS_PER_STEP * n_block))
         left = outlook.in_words(n_steps * outlook.ROWS_PER_STEP * n_block / speed)
@@ -322,10 +335,10 @@ class _Run:
         made: dict[str, Path] = {}
         if self.base.folder is not None:
             made["small_base"] = self.base.gguf
-        if not self.asked.full and self.instruct is None:
+        if not self._is_whole:
             made["small_cpt"] = self.folder / publishing.ADAPTER
             publishing.write_adapter(model, self.folder, made["small_cpt"])
-        if self.asked.full or self.asked.merge or self.instruct is not None:
+        if self._is_whole or self.asked.merge:
             made["whole"] = self.folder / publishing.MODEL
             merged = publishing.merged(model)
             self._add_chat_vector(merged, judge)

@@ -50,6 +50,11 @@ class Base:
         return total
 
     @property
+    def is_tied(self) -> bool:
+        """Whether the embeddings are the output layer as well."""
+        return all(tensor.name != "output.weight" for tensor in self.file.tensors)
+
+    @property
     def n_block(self) -> int:
         """Tokens of a row of training."""
         return min(LONGEST_BLOCK, self.file.n_ctx_train)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trimix_gguf.adapting.extras import need
-from trimix_gguf.adapting.history import History, best_of
+from trimix_gguf.adapting.history import ENDS, History, best_of
 from trimix_gguf.adapting.judging import Judge, Judgement
 from trimix_gguf.adapting.training import candidate, put_numbers
 
@@ -33,13 +33,16 @@ def choose(
     if best is not averaged:
         put_numbers(taught, load_file(str(candidate(folder, best.step))))
     name = f"the average of the last {len(last)}" if best is averaged else f"step {best.step}"
-    say(f"kept: {name}; held-out perplexity {base.perplexity:.1f} -> {best.perplexity:.1f}")
+    mix = ""
+    if base.partner is not None and best.partner is not None:
+        mix = f"; the mix answers {base.partner[0]:.0%} -> {best.partner[0]:.0%}"
+    say(f"kept: {name}; held-out perplexity {base.perplexity:.1f} -> {best.perplexity:.1f}{mix}")
     if best.perplexity >= base.perplexity:
         say("it did not learn the text: give more --tokens, or a lower --learning-rate")
-    if best.right is not None and best.falls_below(base):
+    if best.falls_below(base, ENDS):
         say(
-            f"it answers exercises worse than before ({base.right:.0%} -> {best.right:.0%} right): "
-            "more --replay and --exercises help, and a lower --learning-rate"
+            "its answers to exercises are worse than before: more --replay and --exercises help, "
+            "and a lower --learning-rate"
         )
     return best
 

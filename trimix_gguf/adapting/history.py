@@ -10,13 +10,15 @@ from trimix_gguf.machine.files import write_text
 from trimix_gguf.machine.typed_json import parse
 
 PATIENCE = 2  # measurements in a row that answer worse, before training ends
+# Errors by which answers must be worse: to end training, and to keep another model.
+ENDS, LEFT = 2.0, 1.0
 
 
 class History:
     """The judgements of a run, in the file `history.jsonl` of its folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self._file = folder / "history.jsonl"
+    def __init__(self, folder: Path, *, writes: bool = True) -> None:
+        self._file, self._writes = folder / "history.jsonl", writes
         self.all: list[Judgement] = []
         if self._file.is_file():
             try:
@@ -37,7 +39,8 @@ class History:
         self._write()
 
     def _write(self) -> None:
-        write_text(self._file, "".join(json.dumps(one.to_json()) + "\n" for one in self.all))
+        if self._writes:
+            write_text(self._file, "".join(json.dumps(one.to_json()) + "\n" for one in self.all))
 
     @property
     def falls(self) -> bool:
@@ -45,16 +48,19 @@ class History:
         if not self.all:
             return False
         best = surest(self.all)
-        return all(one.falls_below(best) for one in self.all[-PATIENCE:])
+        return all(one.falls_below(best, ENDS) for one in self.all[-PATIENCE:])
 
 
 def surest(judgements: Sequence[Judgement]) -> Judgement:
     """The one that gives the right answers the highest probability on average."""
-    return max(judgements, key=lambda one: sum(one.sure) / max(len(one.sure), 1))
+    return max(judgements, key=lambda one: sum(one.answers) / max(len(one.answers), 1))
 
 
 def best_of(judgements: Sequence[Judgement]) -> Judgement:
-    """The one with the lowest perplexity of those that do not answer clearly worse than others."""
+    """The one with the lowest perplexity of those that answer as well as the best, ± one error.
+
+    What answers is the mix, where large_ins was there to mix with.
+    """
     best = surest(judgements)
-    able = [one for one in judgements if not one.falls_below(best)]
+    able = [one for one in judgements if not one.falls_below(best, LEFT)]
     return min(able, key=lambda one: one.perplexity)

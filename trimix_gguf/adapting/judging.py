@@ -1,6 +1,7 @@
 """What a model in training can do: perplexity of held-out text, and answers after examples.
 
-Perplexity falls on while a model loses the ability to use examples; so both are looked at.
+Perplexity falls on while a model loses the ability to use examples; so both are looked at, and the
+answers of its mix with large_ins where that can be.
 """
 
 from __future__ import annotations
@@ -10,29 +11,28 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from trimix_gguf.adapting.bases import Base, Tokenizer
 from trimix_gguf.adapting.extras import need
+from trimix_gguf.adapting.partner import Partner
+from trimix_gguf.adapting.questions import Question
 from trimix_gguf.adapting.rows import Rows, measured_rows
 from trimix_gguf.adapting.taught import inner_model
-from trimix_gguf.errors import DataError
-from trimix_gguf.tuning.exercises import kinds_of
-from trimix_gguf.tuning.probe import head
-from trimix_gguf.tuning.text import passages_of
 
 N_ROWS = 6  # of held-out text, and a third of it of English
-PER_KIND = 6  # exercises
 FALL = 0.02  # of the probability of the right answers: a smaller fall is none
 _CHUNK = 128  # tokens whose logits over the whole vocabulary are in memory together
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A model after `step` steps; `sure` has each exercise's probability of the right choice."""
+    """A model after `step` steps; `sure` has each exercise's probability of the right choice.
+
+    `mixed` has the same of its mix with large_ins, for each of PAIRS.
+    """
 
     step: int
     perplexity: float
@@ -40,41 +40,51 @@ class Judgement:
     right: float | None  # share of the exercises answered right
     sure: list[float] = field(default_factory=list)
     loss: float | None = None  # of the step before
+    mixed: list[list[float]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON has it."""
         return asdict(self)
 
-    def falls_below(self, best: Judgement) -> bool:
-        """Whether it answers clearly worse than `best`: exercise by exercise, by two errors."""
-        if not self.sure or len(self.sure) != len(best.sure):
+    @property
+    def answers(self) -> list[float]:
+        """What it is chosen by: each exercise under the mixes on average, or its own answers."""
+        return [float(np.mean(one)) for one in zip(*self.mixed, strict=True)] or self.sure
+
+    @property
+    def partner(self) -> tuple[float, float] | None:
+        """The mean of `answers` in a mix, and its standard error; None where nothing was mixed."""
+        if not self.mixed:
+            return None
+        answers = np.asarray(self.answers)
+        return float(answers.mean()), float(answers.std()) / math.sqrt(len(answers))
+
+    def falls_below(self, best: Judgement, n_errors: float) -> bool:
+        """Whether it answers worse than `best`: exercise by exercise, by so many errors."""
+        if not self.answers or len(self.answers) != len(best.answers):
             return False
-        less = np.asarray(best.sure) - np.asarray(self.sure)
+        less = np.asarray(best.answers) - np.asarray(self.answers)
         error = float(less.std()) / math.sqrt(len(less))
-        return bool(less.mean() > max(FALL, 2 * error))
-
-
-@dataclass(frozen=True)
-class Question:
-    """An exercise as ids: the kind's examples, the rest of the question, each choice."""
-
-    shared: list[int]
-    rest: list[int]
-    choices: list[list[int]]
-    right: int
+        return bool(less.mean() > max(FALL, n_errors * error))
 
 
 @dataclass(frozen=True)
 class Judge:
-    """What to measure with: rows of held-out text and of English, and exercises."""
+    """What to measure with: rows of held-out text and of English, exercises, and large_ins."""
 
     heldout: Rows
     english: Rows | None
     questions: Sequence[Question]
+    partner: Partner | None = None
 
     @staticmethod
     def make(
-        heldout: Sequence[str], english: Sequence[str], tokenizer: Tokenizer, base: Base, seed: int
+        heldout: Sequence[str],
+        english: Sequence[str],
+        tokenizer: Tokenizer,
+        base: Base,
+        questions: Sequence[Question],
+        partner: Partner | None = None,
     ) -> Judge:
         """From texts that nothing is learned from."""
         n_block = base.n_block
@@ -84,11 +94,10 @@ class Judge:
             if english
             else None
         )
-        questions = _questions(heldout, tokenizer, base.file.n_ctx_train, seed)
-        return Judge(rows, others, questions)
+        return Judge(rows, others, questions, partner)
 
     def look(self, model: Any, step: int, dtype: str, loss: float | None = None) -> Judgement:
-        """Measure a model."""
+        """Measure a model; what is first measured, at step 0, is the untaught one."""
         torch = need("torch")
         was_training = model.training
         model.eval()
@@ -97,41 +106,37 @@ class Judge:
             torch.inference_mode(),
             torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"),
         ):
-            reader = _Reader(model)
-            sure = [reader.answer(question) for question in self.questions]
+            right, sure, rows = self._ask(model)
             found = Judgement(
                 step=step,
                 perplexity=_perplexity(model, self.heldout),
                 english=None if self.english is None else _perplexity(model, self.english),
-                right=float(np.mean([p.argmax() == q.right for p, q in self._pairs(sure)]))
-                if sure
-                else None,
-                sure=[round(float(p[q.right]), 4) for p, q in self._pairs(sure)],
+                right=float(np.mean(right)) if right else None,
+                sure=sure,
                 loss=loss,
+                mixed=self._mixed(rows, step),
             )
         model.train(was_training)
         return found
 
-    def _pairs(self, answers: Sequence[Any]) -> Any:
-        return zip(answers, self.questions, strict=True)
+    def _ask(self, model: Any) -> tuple[list[bool], list[float], list[Any]]:
+        """Each exercise: whether it is answered right, how surely; its rows for the partner."""
+        reader, right, sure, kept = _Reader(model), [], [], []
+        for question in self.questions:
+            rows = reader.rows(question)
+            found = question.probabilities(rows.log_softmax(-1))
+            right.append(bool(found.argmax() == question.right))
+            sure.append(round(float(found[question.right]), 4))
+            if self.partner is not None:
+                kept.append(rows[:, self.partner.ids].cpu().numpy())
+        return right, sure, kept
 
-
-def _questions(texts: Sequence[str], tokenizer: Tokenizer, n_ctx: int, seed: int) -> list[Question]:
-    """PER_KIND exercises of each kind that fits the context; none where the text is too short."""
-    passages = passages_of(line for text in texts for line in text.splitlines())
-    try:
-        kinds = kinds_of(passages, seed)
-    except DataError:
-        return []
-    found = []
-    for kind in kinds:
-        shared = [*tokenizer.bos, *tokenizer.ids(head(kind))]
-        for exercise in islice(kind.exercises, PER_KIND):
-            choices = [tokenizer.ids(f" {choice}") for choice in exercise.choices]
-            rest = tokenizer.ids(exercise.question)
-            if len(shared) + len(rest) + max(map(len, choices)) <= n_ctx:
-                found.append(Question(shared, rest, choices, exercise.right))
-    return found
+    def _mixed(self, rows: Sequence[Any], step: int) -> list[list[float]]:
+        if self.partner is None:
+            return []
+        if step == 0 and not self.partner.has_base:
+            self.partner.keep_base(rows)
+        return self.partner.mixed(rows)
 
 
 class _Reader:
@@ -146,35 +151,36 @@ class _Reader:
         self._shared: list[int] = []
         self._after_shared: Any = None
 
-    def answer(self, question: Question) -> Any:
-        """The probability of each choice among the choices [n_choices]."""
+    def rows(self, question: Question) -> Any:
+        """Logits [n_rows, n_vocab] that answer a question, in float32."""
         if question.shared != self._shared:
             self._shared = question.shared
-            _, self._after_shared = self._read(question.shared, None)
-        first, asked = self._read(question.rest, self._after_shared)
-        nlls = []
-        for choice in question.choices:
-            nll = -float(first[-1, choice[0]])
-            if len(choice) > 1:
-                logprobs, _ = self._read(choice[:-1], asked)
-                nll -= float(logprobs[range(len(choice) - 1), choice[1:]].sum())
-            nlls.append(nll)
-        weights = np.exp(min(nlls) - np.asarray(nlls))
-        return weights / weights.sum()
+            _, self._after_shared = self._read([question.shared], None)
+        first, asked = self._read([question.rest], self._after_shared)
+        found, longer = [first[0, -1:]], [c[:-1] for c in question.choices if len(c) > 1]
+        if longer:
+            # Side by side: what fills a shorter one up comes after all that is looked at.
+            most = max(map(len, longer))
+            later, _ = self._read([c + [0] * (most - len(c)) for c in longer], asked, most)
+            found += [rows[: len(c)] for c, rows in zip(longer, later, strict=True)]
+        return self._torch.cat(found).float()
 
-    def _read(self, ids: Sequence[int], before: Any) -> tuple[Any, Any]:
-        """Log-probabilities after each of the last ids, and what the model then holds."""
+    def _read(self, ids: Sequence[list[int]], before: Any, n_last: int = 1) -> tuple[Any, Any]:
+        """Logits after each of the last ids of every text, and what the model then holds."""
         device = next(self._model.parameters()).device
-        held = {} if before is None else {self._name: copy.deepcopy(before)}
+        held = {}
+        if before is not None:
+            held = {self._name: copy.deepcopy(before)}
+            if len(ids) > 1:
+                held[self._name].batch_repeat_interleave(len(ids))
         read = self._model(
-            input_ids=self._torch.tensor([ids], device=device),
+            input_ids=self._torch.tensor(ids, device=device),
             use_cache=True,
-            logits_to_keep=min(len(ids), _CHUNK),
+            logits_to_keep=n_last,
             **held,
         )
         after = getattr(read, self._name, None)
-        after = read.past_key_values if after is None else after
-        return read.logits[0].float().log_softmax(-1), after
+        return read.logits, read.past_key_values if after is None else after
 
 
 def _perplexity(model: Any, rows: Rows) -> float:

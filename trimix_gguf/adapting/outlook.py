@@ -29,6 +29,27 @@ _ENOUGH = (  # tokens from which on -> what to expect
 
 
 @dataclass(frozen=True)
+class Way:
+    """What of a base is trained, and the bytes of a number in it."""
+
+    dtype_bytes: int
+    rank: int = RANK
+    full: bool = False
+    embeddings: bool = False
+
+    def n_trained(self, base: Base) -> int:
+        """Numbers that change: all, or those of a LoRA."""
+        if self.full:
+            return base.n_parameters
+        outer = ("token_embd.weight", "output.weight") if self.embeddings else ()
+        return sum(
+            self.rank * sum(t.shape)
+            for t in base.file.tensors
+            if (t.name.startswith("blk.") and len(t.shape) == 2) or t.name in outer
+        )
+
+
+@dataclass(frozen=True)
 class Outlook:
     """About what a run takes: `n_tokens` read in all, seconds, bytes."""
 
@@ -65,28 +86,21 @@ class Outlook:
 def look_ahead(
     base: Base,
     work: Path,
+    way: Way,
     *,
     n_tokens: int,
     n_characters: int,
-    dtype_bytes: int,
-    rank: int = RANK,
-    full: bool = False,
+    n_processes: int = 1,
     tokens_per_second: float | None = None,
     products_per_second: float | None = None,
 ) -> Outlook:
     """Estimate a run; without a measured speed, from what one matrix product reaches."""
-    trained = base.n_parameters if full else n_adapted(base, rank)
-    memory = memory_needed(
-        base,
-        n_rows=rows_at_once(base, dtype_bytes=dtype_bytes, rank=rank, full=full),
-        dtype_bytes=dtype_bytes,
-        rank=rank,
-        full=full,
-    )
+    trained = way.n_trained(base)
+    memory = n_processes * memory_needed(base, way, rows_at_once(base, way, n_processes))
     if tokens_per_second is None:
         # Forward, and back to the inputs; with all weights also to these. Two for a weight each.
         products = products_per_second or _USUAL_PRODUCTS
-        per_weight = 6 if full else 4
+        per_weight = 6 if way.full else 4
         tokens_per_second = _EFFICIENCY * products / (per_weight * n_in_layers(base))
     return Outlook(
         n_tokens=n_tokens,
@@ -98,40 +112,32 @@ def look_ahead(
     )
 
 
-def memory_needed(base: Base, *, n_rows: int, dtype_bytes: int, rank: int, full: bool) -> float:
+def memory_needed(base: Base, way: Way, n_rows: int) -> float:
     """Bytes of a training step that has `n_rows` rows in memory together."""
     file, n = base.file, base.n_parameters
     n_ff = int(file.metadata.get(f"{file.architecture}.feed_forward_length", 4 * file.n_embd))
     # Numbers that a token leaves in a layer for the way back, as benchmarks/adapt_speed.py saw.
     per_token = file.n_layer * (20 * file.n_embd + 10 * n_ff)
-    kept = n_rows * base.n_block * per_token * (2 if dtype_bytes == 2 else 4.6)
+    kept = n_rows * base.n_block * per_token * (2 if way.dtype_bytes == 2 else 4.6)
     n_occurring = min(8192, file.n_items("tokenizer.ggml.tokens"))
     logits = 3 * 4 * n_rows * base.n_block * n_occurring
-    weights = n * (4 if full else dtype_bytes)
-    return _PROGRAM + weights + 16 * (n if full else n_adapted(base, rank)) + kept + logits
+    weights = n * (4 if way.full else way.dtype_bytes)
+    return _PROGRAM + weights + 16 * way.n_trained(base) + kept + logits
 
 
-def rows_at_once(base: Base, *, dtype_bytes: int, rank: int, full: bool) -> int:
-    """The most rows, up to MOST_ROWS_AT_ONCE, that a laptop with COMFORTABLE memory takes."""
-    two = memory_needed(
-        base, n_rows=MOST_ROWS_AT_ONCE, dtype_bytes=dtype_bytes, rank=rank, full=full
-    )
-    return MOST_ROWS_AT_ONCE if two <= COMFORTABLE else 1
+def rows_at_once(base: Base, way: Way, n_processes: int = 1) -> int:
+    """The most rows, up to MOST_ROWS_AT_ONCE, that a laptop with COMFORTABLE memory takes.
+
+    Several processes share the rows of a step.
+    """
+    most = min(MOST_ROWS_AT_ONCE, ROWS_PER_STEP // n_processes)
+    return most if memory_needed(base, way, most) <= COMFORTABLE else 1
 
 
 def n_in_layers(base: Base) -> int:
     """Numbers in the matrices of the layers, which every token is multiplied by."""
     return sum(
         t.shape[0] * t.shape[1]
-        for t in base.file.tensors
-        if t.name.startswith("blk.") and len(t.shape) == 2
-    )
-
-
-def n_adapted(base: Base, rank: int) -> int:
-    """Numbers of a LoRA over all linear layers."""
-    return sum(
-        rank * sum(t.shape)
         for t in base.file.tensors
         if t.name.startswith("blk.") and len(t.shape) == 2
     )

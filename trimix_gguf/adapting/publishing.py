@@ -24,7 +24,7 @@ def write_adapter(model: Any, work: Path, out: Path) -> None:
 
     write_config(inner_model(model), work / "base")
     with quiet():
-        model.save_pretrained(work / "adapter")
+        model.save_pretrained(work / "adapter", save_embedding_layers=False)
     convert_lora(work / "adapter", work / "base", out, force=True)
 
 

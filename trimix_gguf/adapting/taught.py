@@ -19,14 +19,18 @@ if TYPE_CHECKING:
 ALPHA_OF_RANK = 2.0  # the scale of B·A: alpha = 2 √rank where it is divided by √rank
 
 
-def add_adapter(model: Any, rank: int = RANK) -> Any:
-    """Put rank-stabilised LoRA pairs on all linear layers, in float32; the rest is frozen."""
+def add_adapter(model: Any, rank: int = RANK, *, embeddings: bool = False) -> Any:
+    """Put rank-stabilised LoRA pairs on all linear layers, in float32; the rest is frozen.
+
+    With `embeddings` on the embeddings and the output layer too; one pair for both where they
+    are one matrix.
+    """
     peft = need("peft")
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=ALPHA_OF_RANK * math.sqrt(rank),
         use_rslora=True,
-        target_modules="all-linear",
+        target_modules=_with_embeddings(model) if embeddings else "all-linear",
         lora_dropout=0.0,
         bias="none",
     )
@@ -36,7 +40,63 @@ def add_adapter(model: Any, rank: int = RANK) -> Any:
         # Else PEFT makes a float32 copy of what each pair reads, and keeps it until the way back.
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
+    if embeddings:
+        _prepare_embeddings(adapted.get_base_model())
     return adapted
+
+
+def _with_embeddings(model: Any) -> list[str]:
+    """Names of all linear layers and the embeddings; a head that is the embeddings stays out."""
+    linear = need("torch").nn.Linear
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head if head.weight is table.weight else None
+    return [
+        name
+        for name, module in model.named_modules()
+        if module is table or (isinstance(module, linear) and module is not tied)
+    ]
+
+
+def _prepare_embeddings(whole: Any) -> None:
+    """Make the first step as small as that of a linear layer, and let a tied head follow."""
+    torch = need("torch")
+    table, head = whole.get_input_embeddings(), whole.get_output_embeddings()
+    with torch.no_grad():  # PEFT draws from a normal distribution: sixty times too large
+        for numbers in table.lora_embedding_B.values():
+            numbers *= 1 / math.sqrt(3 * len(numbers))
+
+    def follow(_: Any, given: Any, result: Any) -> Any:
+        changed = _change_of_tied(whole)
+        if changed is None:
+            return result
+        a, b = changed
+        return result + (given[0].to(b.dtype) @ b @ a).to(result.dtype)
+
+    if not hasattr(head, "lora_A"):
+        head.register_forward_hook(follow)
+
+
+def _change_of_tied(whole: Any) -> tuple[Any, Any] | None:
+    """A [r, n_vocab], B [n_embd, r] of the embeddings' pair, scaled; None where there is none."""
+    table = whole.get_input_embeddings()
+    if not hasattr(table, "lora_embedding_A"):  # as after merging
+        return None
+    ((name, a),) = table.lora_embedding_A.items()
+    return a * table.scaling[name], table.lora_embedding_B[name]
+
+
+def head_rows(whole: Any, ids: Any) -> Any:
+    """The output layer's rows of some ids [n, n_embd], with what pairs add to them."""
+    head = whole.get_output_embeddings()
+    rows = head.weight[ids]
+    if hasattr(head, "lora_A"):
+        ((name, b),) = head.lora_B.items()
+        return rows + head.scaling[name] * (b.weight[ids] @ head.lora_A[name].weight)
+    changed = _change_of_tied(whole)
+    if changed is None:
+        return rows
+    a, b = changed
+    return rows + (b @ a[:, ids]).T
 
 
 def inner_model(model: Any) -> Any:
@@ -68,7 +128,7 @@ def make_taught(model: Any, rows: Rows) -> Any:
             whole = inner_model(self.model)
             decoder = getattr(whole, whole.base_model_prefix)
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-            head = whole.get_output_embeddings().weight[self.occurring]
+            head = head_rows(whole, self.occurring)
             logits = torch.nn.functional.linear(hidden, head.to(hidden.dtype)).float()
             targets = torch.searchsorted(self.occurring, ids[:, 1:].contiguous())
             nll = torch.nn.functional.cross_entropy(

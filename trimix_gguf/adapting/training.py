@@ -28,6 +28,7 @@ from trimix_gguf.adapting.judging import Judge, Judgement
 from trimix_gguf.adapting.outlook import MOST_ROWS_AT_ONCE, ROWS_PER_STEP, STATES
 from trimix_gguf.adapting.rows import Rows
 from trimix_gguf.adapting.taught import trained_numbers
+from trimix_gguf.adapting.together import Together
 from trimix_gguf.errors import TrimixError
 from trimix_gguf.machine.files import whole_file, write_text
 
@@ -50,6 +51,12 @@ class Recipe:
     steps_between_looks: int = 20
     save_every_s: float = 300.0
     n_halvings: int = 0  # of the rate, after a loss that was not a number
+    n_processes: int = 1
+
+    @property
+    def passes_per_step(self) -> int:
+        """Forward and backward passes of one process, before the numbers change."""
+        return self.rows_per_step // self.rows_at_once // self.n_processes
 
     def slope(self, step: int) -> float:
         """What the learning rate is multiplied by at a step."""
@@ -82,26 +89,28 @@ def train(
     taught: Any,
     rows: Rows,
     recipe: Recipe,
-    judge: Judge,
+    judge: Judge | None,
     folder: Path,
     *,
     show: Callable[[Standing], None],
     say: Callable[[str], None],
+    together: Together = Together(),  # noqa: B008  # frozen
 ) -> History:
     """Train the numbers of `taught` that may change, in place; `folder` keeps its states.
 
-    Ends early where the answers get worse. Raises Stopped after Ctrl-C, TrimixError where the loss
-    stays no number.
+    The first of several processes has the judge. Ends early where the answers get worse. Raises
+    Stopped after Ctrl-C, TrimixError where the loss stays no number.
     """
-    history = History(folder)
+    history = History(folder, writes=together.is_first)
     halved = folder / "halvings"
     n_halvings = int(halved.read_text(encoding="utf-8")) if halved.is_file() else 0
+    together.wait()  # all have read what the first will write
     while True:
         run = replace(recipe, n_halvings=n_halvings)
-        state = _last_state(folder)
+        state = together.told(_last_state(folder) if together.is_first else None)
         history.forget_after(0 if state is None else _step_of(state))
         try:
-            _run(taught, rows, run, judge, folder, history, state, show)
+            _run(taught, rows, run, judge, folder, history, state, show, together)
             return history
         except Diverged as error:
             n_halvings += 1
@@ -110,7 +119,8 @@ def train(
                     f"the loss is not a number at step {error}, also with an eighth of the rate; "
                     "give --learning-rate a lower one, and look at the text"
                 ) from None
-            write_text(halved, str(n_halvings))
+            if together.is_first:
+                write_text(halved, str(n_halvings))
             _restore(taught, folder)
             say(f"the loss is not a number at step {error}: going back, with half the rate")
 
@@ -122,17 +132,20 @@ def _run(
     taught: Any,
     rows: Rows,
     recipe: Recipe,
-    judge: Judge,
+    judge: Judge | None,
     folder: Path,
     history: History,
     state: Path | None,
     show: Callable[[Standing], None],
+    together: Together,
 ) -> None:
     transformers = need("transformers")
     transformers.utils.logging.set_verbosity_error()
     with _interruptible() as interrupted:
-        losses: deque[float] = deque(maxlen=20 * recipe.rows_per_step // recipe.rows_at_once)
-        watch = _watch(taught, recipe, judge, folder, history, show, interrupted, losses)
+        losses: deque[float] = deque(maxlen=20 * recipe.passes_per_step)
+        watch = _watch(
+            taught, rows, recipe, judge, folder, history, show, interrupted, losses, together
+        )
         trainer = _trainer_class()(
             model=taught,
             args=_arguments(recipe, folder),
@@ -142,10 +155,11 @@ def _run(
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.recipe, trainer.losses = recipe, losses
         if not history.all:
-            history.add(judge.look(taught.model, 0, recipe.dtype))
-        if state is None:
+            history.add(together.told(judge and judge.look(taught.model, 0, recipe.dtype)))
+        if state is None and together.is_first:
             with whole_file(folder / "first.safetensors") as path:
                 save_numbers(taught, path)
+        together.wait()
         if not history.falls and (state is None or _step_of(state) < recipe.n_steps):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of transformers about itself
@@ -163,7 +177,8 @@ def _arguments(recipe: Recipe, folder: Path) -> Any:
         output_dir=str(folder / "states"),
         max_steps=recipe.n_steps,
         per_device_train_batch_size=recipe.rows_at_once,
-        gradient_accumulation_steps=recipe.rows_per_step // recipe.rows_at_once,
+        gradient_accumulation_steps=recipe.passes_per_step,
+        ddp_find_unused_parameters=False,
         learning_rate=recipe.learning_rate,
         adam_beta1=0.9,
         adam_beta2=0.98,
@@ -233,13 +248,15 @@ def _trainer_class() -> Any:
 
 def _watch(
     taught: Any,
+    rows: Rows,
     recipe: Recipe,
-    judge: Judge,
+    judge: Judge | None,
     folder: Path,
     history: History,
     show: Callable[[Standing], None],
     interrupted: threading.Event,
     losses: deque[float],
+    together: Together,
 ) -> Any:
     torch, transformers = need("torch"), need("transformers")
 
@@ -262,27 +279,33 @@ def _watch(
             step, now = state.global_step, time.monotonic()
             self.seconds.append(now - self.began)
             step_s = float(np.median(self.seconds))
-            n_tokens = recipe.rows_per_step * judge.heldout.ids.shape[1]
+            n_tokens = recipe.rows_per_step * rows.ids.shape[1]
             is_last = step >= recipe.n_steps
             look = None
             if step % recipe.steps_between_looks == 0 or is_last:
-                own = list(losses)[-(recipe.rows_per_step // recipe.rows_at_once) :]
-                look = judge.look(taught.model, step, recipe.dtype, float(np.mean(own)))
-                if state.is_world_process_zero:
+                own = float(np.mean(list(losses)[-recipe.passes_per_step :]))
+                look = together.told(judge and judge.look(taught.model, step, recipe.dtype, own))
+                if together.is_first:
                     save_candidate(taught, folder, step)
-                    history.add(look)
+                history.add(look)
                 control.should_training_stop |= history.falls
             left = (recipe.n_steps - step) * step_s
-            loss = float(np.mean(losses))
-            show(Standing(step, recipe.n_steps, loss, n_tokens / step_s, left, look))
-            stops = interrupted.is_set() or control.should_training_stop
-            if stops or is_last or time.monotonic() - self.saved > recipe.save_every_s:
+            speed = n_tokens / step_s
+            show(Standing(step, recipe.n_steps, float(np.mean(losses)), speed, left, look))
+            # Clocks and Ctrl-C of several processes differ: those of the first one count.
+            is_due = time.monotonic() - self.saved > recipe.save_every_s
+            is_stopped, is_due = together.told((interrupted.is_set(), is_due))
+            if is_stopped:
+                interrupted.set()
+            if is_stopped or control.should_training_stop or is_last or is_due:
                 control.should_save = True
-                control.should_training_stop |= interrupted.is_set()
+                control.should_training_stop |= is_stopped
                 self.saved = time.monotonic()
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            write_text(folder / "states" / f"checkpoint-{state.global_step}" / WHOLE, "")
+            together.wait()
+            if together.is_first:
+                write_text(folder / "states" / f"checkpoint-{state.global_step}" / WHOLE, "")
 
     return Watch()
 

@@ -71,6 +71,11 @@ TUNE_MINUTES = 10.0
         help="Default: 5e-4, with --full 1e-4, for a 0.5B; more for smaller models.",
     ),
     click.option("--full", is_flag=True, help="Train all weights, not an adapter."),
+    click.option(
+        "--train-embeddings",
+        is_flag=True,
+        help="Adapt embeddings and output layer too: for a script that the model hardly knows.",
+    ),
     click.option("--merge", is_flag=True, help="Write the taught model as one whole GGUF too."),
     click.option(
         "-o",
@@ -99,8 +104,12 @@ def adapt(name: str, texts: tuple[str, ...], **options: Any) -> None:
     stopped goes on with the same command. Prints the folder of the new trio.
     """
     from trimix_gguf.adapting import adaptation
+    from trimix_gguf.adapting.asked import Asked
+    from trimix_gguf.adapting.together import Together
     from trimix_gguf.adapting.workplace import Workplace
 
+    if options["full"] and options["train_embeddings"]:
+        raise click.UsageError("--full trains the embeddings as well; give only one of them")
     if options["tokens"] is not None and options["minutes"] is not None:
         raise click.UsageError("give --tokens or --minutes, not both")
     dry_run, as_json, plot = (options.pop(key) for key in ("dry_run", "as_json", "plot"))
@@ -109,17 +118,20 @@ def adapt(name: str, texts: tuple[str, ...], **options: Any) -> None:
     folder = _work(options.pop("work"), name)
     # Apart: what is tried out with --dry-run binds nobody to the same options later.
     work = Workplace(folder.with_name(f".{folder.name}-dry-run") if dry_run else folder)
-    asked = adaptation.Asked(name=name, texts=[Path(text) for text in texts], **_given(options))
+    asked = Asked(name=name, texts=[Path(text) for text in texts], **_given(options))
+    together = Together() if dry_run else Together.join()
     with _shown() as shown:
         try:
-            adapted = adaptation.adapt(asked, work, shown, dry_run=dry_run)
+            adapted = adaptation.adapt(asked, work, shown, dry_run=dry_run, together=together)
         except KeyboardInterrupt:
-            if not dry_run:
+            if not dry_run and together.is_first:
                 _say("stopped; the same command goes on from the last saved state")
             raise
         finally:
             if dry_run:
                 adaptation.clear(work)
+    if adapted is None:
+        return
     if adapted.trio is not None:
         from trimix_gguf.adapting.results import table, write_results
 
@@ -187,7 +199,7 @@ def _work(given: str | None, name: str) -> Path:
 @contextmanager
 def _shown() -> Iterator[Any]:
     """What a run tells: lines on stderr; on a terminal, one that changes as well."""
-    from trimix_gguf.adapting.adaptation import Shown
+    from trimix_gguf.adapting.asked import Shown
 
     live = sys.stderr.isatty()
     at = 0.0
@@ -224,6 +236,8 @@ def _line(standing: Any) -> str:
         parts.append(f"held-out perplexity {look.perplexity:.1f}")
         if look.right is not None:
             parts.append(f"exercises {look.right:.0%}")
+        if look.partner is not None:
+            parts.append("mix {:.0%} ± {:.0%}".format(*look.partner))
         if look.english is not None:
             parts.append(f"English {look.english:.1f}")
     return ", ".join([*parts, f"{in_words(standing.left_s)} left"])
@@ -236,7 +250,9 @@ def _figure(plot: str | None) -> Any:
 
 
 def _draw(looks: Any, figure: Any, path: str) -> None:
-    """Perplexity and the share of exercises answered right, over the steps."""
+    """Perplexity and the answers to exercises, by itself and in mixes, over the steps."""
+    from trimix_gguf.adapting.partner import PAIRS
+
     steps = [one.step for one in looks]
     left, right = figure.subplots(1, 2)
     left.plot(steps, [one.perplexity for one in looks], "o-", label="held-out text")
@@ -246,11 +262,14 @@ def _draw(looks: Any, figure: Any, path: str) -> None:
     left.set_ylabel("perplexity")
     left.legend()
     if looks[0].right is not None:
-        right.plot(steps, [one.right for one in looks], "o-", label="right")
+        right.plot(steps, [one.right for one in looks], "o:", label="answered right, by itself")
         sure = [sum(one.sure) / len(one.sure) for one in looks]
         right.plot(steps, sure, "o-", label="probability of the right answer")
+        for at, pair in enumerate(PAIRS if looks[0].mixed else ()):
+            mixed = [sum(one.mixed[at]) / len(one.mixed[at]) for one in looks]
+            right.plot(steps, mixed, "o-", label=f"of the mix ({pair.alpha:g}, {pair.beta:g})")
         right.set_ylim(0, 1)
-        right.legend()
+        right.legend(fontsize="small")
     right.set_ylabel("exercises")
     for axes in (left, right):
         axes.set_xlabel("step")

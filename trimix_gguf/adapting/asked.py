@@ -1,0 +1,67 @@
+"""What is asked of a run, and to whom it tells how it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from trimix_gguf.adapting.documents import list_files
+from trimix_gguf.adapting.outlook import RANK
+from trimix_gguf.adapting.training import Standing
+from trimix_gguf.trios.store import SHIPPED
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a user asks for; all of it stays the same when a run goes on."""
+
+    name: str
+    texts: Sequence[Path]
+    trio: str = SHIPPED
+    base: Path | None = None
+    instruct: Path | None = None
+    pairs: Path | None = None
+    replay: Sequence[Path] = ()
+    keep_out: Sequence[Path] = ()
+    lang: str | None = None
+    script: str | None = None
+    tokens: int | None = None
+    minutes: float | None = None
+    rank: int = RANK
+    learning_rate: float | None = None
+    exercises: float | None = None
+    full: bool = False
+    train_embeddings: bool = False
+    merge: bool = False
+    output: Path | None = None
+    seed: int = 0
+
+    def settings(self) -> dict[str, Any]:
+        """What is compared when a run goes on; files are compared by their content."""
+        left_out = ("texts", "pairs", "replay", "keep_out")
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        return {
+            **found,
+            **{n: found[n] and str(found[n]) for n in ("base", "instruct", "output")},
+        }
+
+    def files(self) -> list[Path]:
+        """All that is read."""
+        pairs = [] if self.pairs is None else [self.pairs]
+        return list_files([*self.texts, *self.replay, *pairs, *self.keep_out])
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a run tells while it works."""
+
+    say: Callable[[str], None]
+    read: Callable[[str, int], None]
+    step: Callable[[Standing], None]
+
+    @staticmethod
+    def nothing() -> Shown:
+        """For a process beside the one that tells."""
+        return Shown(lambda _: None, lambda *_: None, lambda _: None)

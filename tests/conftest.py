@@ -19,7 +19,7 @@ from trimix_gguf.trio.trio import NANO
 
 # Threads that wait sleep: where other work runs beside the suite, those that spin take its cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-pytest_plugins = ["person", "small_trio", "languages", "workers", "looping"]
+pytest_plugins = ["person", "small_trio", "languages", "raw_text", "workers", "looping"]
 ROOT = Path(__file__).parent.parent
 REAL = Path(os.environ.get("TRIMIX_MODELS", Path.home() / ".cache" / "trimix-models"))
 # A suite started in the background inherits an ignored Ctrl-C, and so would the commands it stops.

@@ -61,7 +61,7 @@ SHORT = {  # added to a command, so that it takes little time
 }
 # Options in the text that belong to other programs.
 FOREIGN = {"--help": "click", "--portable": "machine/build.py", "--install": "xcode-select"}
-FOREIGN |= {"--array": "sbatch", "--model": "lm_eval"}
+FOREIGN |= {"--array": "sbatch", "--model": "lm_eval", "--nproc-per-node": "torchrun"}
 FOREIGN |= dict.fromkeys(
     ("--rm", "--read-only", "--tmpfs", "--cap-drop", "--user", "--time"), "docker"
 )

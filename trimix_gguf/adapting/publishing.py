@@ -31,7 +31,10 @@ def write_adapter(model: Any, work: Path, out: Path) -> None:
 def merged(model: Any) -> Any:
     """A model in float32, its pairs merged where it has some (`model` is used up)."""
     model = model.to(need("torch").float32)  # else the sums would be rounded twice
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    with quiet():  # PEFT warns of a tied head, which has followed the embeddings all along
+        return model.merge_and_unload()
 
 
 def write_model(model: Any, base: Base, work: Path, out: Path, *, type: str = "q8_0") -> None:

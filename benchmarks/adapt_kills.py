@@ -57,7 +57,7 @@ def run(
 ) -> bool:
     """Adapt until the end, or for some seconds; whether it was killed."""
     command = [sys.executable, "-m", "trimix_gguf", "adapt", name, *options.texts]
-    command += ["--tokens", str(options.tokens), "--trio", options.trio]
+    command += ["--tokens", str(options.tokens), "--trio", options.trio, "--no-tune"]
     if made(home, name):
         return False
     environment = {**os.environ, "TRIMIX_HOME": str(home)}

@@ -20,7 +20,7 @@ def test_two_processes_make_one_trio_of_as_many_tokens(text_file, tmp_path):
     words = ["adapt", "qazaq", str(text_file), "--tokens", "16384", "--learning-rate", "5e-3"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launcher, "--master-port", "0", "-m", "trimix_gguf.cli", *words, "--no-tune"],
+        [*launcher, "--standalone", "-m", "trimix_gguf.cli", *words, "--no-tune"],
         env=environment, capture_output=True, text=True, encoding="utf-8",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

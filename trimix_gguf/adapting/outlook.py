@@ -116,9 +116,9 @@ def memory_needed(base: Base, way: Way, n_rows: int) -> float:
     """Bytes of a training step that has `n_rows` rows in memory together."""
     file, n = base.file, base.n_parameters
     n_ff = int(file.metadata.get(f"{file.architecture}.feed_forward_length", 4 * file.n_embd))
-    # Numbers that a token leaves in a layer for the way back, as benchmarks/adapt_speed.py saw.
+    # Numbers that a token leaves in a layer for the way back, as benchmarks/adapt_memory.py saw.
     per_token = file.n_layer * (20 * file.n_embd + 10 * n_ff)
-    kept = n_rows * base.n_block * per_token * (2 if way.dtype_bytes == 2 else 4.6)
+    kept = n_rows * base.n_block * per_token * (2 if way.dtype_bytes == 2 else 3.2)
     n_occurring = min(8192, file.n_items("tokenizer.ggml.tokens"))
     logits = 3 * 4 * n_rows * base.n_block * n_occurring
     weights = n * (4 if way.full else way.dtype_bytes)

@@ -18,6 +18,7 @@ from trimix_gguf.machine.typed_json import parse
 
 FEWEST_LETTERS = 20  # of a document
 HELD_OUT_CHARACTERS = (24_000, 120_000)  # at least, where that is not too much of the text; at most
+FOR_EXERCISES = 10_000  # characters that exercises need: up to a quarter of a very short text
 _READ, LEARNED, HELD_OUT = "read.jsonl", "learned.jsonl", "heldout.jsonl"
 
 ShowRead = Callable[[str, int], None]  # a file's name, documents so far
@@ -134,7 +135,8 @@ def _split(kept: Path, folder: Path, report: Report) -> None:
         raise DataError("the text is too short: after cleaning less than two documents are left")
     least, most = HELD_OUT_CHARACTERS
     total = sum(n for _, n in sizes)
-    wanted = min(max(0.02 * total, min(least, 0.1 * total)), most)
+    some = max(0.1 * total, min(FOR_EXERCISES, 0.25 * total))
+    wanted = min(max(0.02 * total, min(least, some)), most)
     held: set[int] = set()
     n_held = 0
     for key, n in sorted(sizes):

@@ -202,6 +202,15 @@ def test_held_out_documents_stay_when_others_come_and_are_in_no_other(prepared):
     assert set(later) & set(heldout)
 
 
+def test_a_very_short_text_holds_out_enough_for_exercises(prepared):
+    """Of nano's sample of text 2,000 characters were held out, and nothing could be measured."""
+    report, _, _ = prepared(*(made_text(seed, 280) for seed in range(20)))
+    assert report.learned.n_characters > 3 * report.heldout.n_characters > 20_000
+    report, _, _ = prepared(*(made_text(seed, 280) for seed in range(90)))
+    total = report.learned.n_characters + report.heldout.n_characters
+    assert 0.08 * total < report.heldout.n_characters <= 0.1 * total
+
+
 def test_text_in_another_script_than_named_is_refused(prepared):
     with pytest.raises(DataError, match="100% of the letters are Cyrl"):
         prepared(made_text(1), made_text(2), script="Arab")

@@ -279,7 +279,6 @@ def _watch(
             step, now = state.global_step, time.monotonic()
             self.seconds.append(now - self.began)
             step_s = float(np.median(self.seconds))
-            n_tokens = recipe.rows_per_step * rows.ids.shape[1]
             is_last = step >= recipe.n_steps
             look = None
             if step % recipe.steps_between_looks == 0 or is_last:
@@ -288,18 +287,17 @@ def _watch(
                 if together.is_first:
                     save_candidate(taught, folder, step)
                 history.add(look)
-                control.should_training_stop |= history.falls
             left = (recipe.n_steps - step) * step_s
-            speed = n_tokens / step_s
+            speed = recipe.rows_per_step * rows.ids.shape[1] / step_s
             show(Standing(step, recipe.n_steps, float(np.mean(losses)), speed, left, look))
             # Clocks and Ctrl-C of several processes differ: those of the first one count.
             is_due = time.monotonic() - self.saved > recipe.save_every_s
             is_stopped, is_due = together.told((interrupted.is_set(), is_due))
             if is_stopped:
                 interrupted.set()
-            if is_stopped or control.should_training_stop or is_last or is_due:
+            control.should_training_stop |= is_stopped or history.falls
+            if control.should_training_stop or is_last or is_due:
                 control.should_save = True
-                control.should_training_stop |= is_stopped
                 self.saved = time.monotonic()
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

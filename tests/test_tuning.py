@@ -21,7 +21,7 @@ from trimix_gguf.trios.triofile import TrioFile, parse_trio, to_toml
 from trimix_gguf.tuning.exercises import kinds_of
 from trimix_gguf.tuning.probe import Answered, ask_all
 from trimix_gguf.tuning.text import passages_of, read_passages
-from trimix_gguf.tuning.verdict import CORNERS, FEWEST, judge, scores_of
+from trimix_gguf.tuning.verdict import CLOSE, CORNERS, FEWEST, judge, scores_of
 
 TEXT = NANO / "text.txt"
 N = len(WITH_CORNERS)
@@ -153,7 +153,7 @@ SEEDS = range(20)
 @pytest.mark.parametrize("role", ROLES)
 def test_another_seed_gives_the_same_verdict_where_one_model_is_better(role):
     found = {verdict(at(**{role: 0.85}), at(**{role: 0.75}), n=30, seed=s).text for s in SEEDS}
-    assert found == {f"no mix answers better than {role}; auto stays with it"}
+    assert found == {f"no mix answers clearly better than {role}; auto stays with it"}
 
 
 def test_another_seed_gives_the_same_verdict_where_a_mix_is_better():
@@ -170,6 +170,15 @@ def test_of_models_that_are_level_large_ins_answers_whatever_was_drawn():
     found = [verdict(level, level, level, n=30, seed=s, own_luck=small).weights for s in SEEDS]
     n_large_ins = sum(w == METHODS["large_ins"].weights for w in found)
     assert n_large_ins >= len(SEEDS) - 1  # more than luck in each of most kinds comes by luck too
+
+
+def test_where_a_little_of_small_cpt_helps_a_little_auto_stays_as_close_as_without_a_tuning():
+    close = WITH_CORNERS.index(CLOSE.alpha), WITH_CORNERS.index(CLOSE.beta)
+    for change, weights in ((0.04, CLOSE), (-0.04, METHODS["large_ins"].weights)):
+        p = at(large_ins=0.6)
+        p[close] = 0.6 + change
+        found = verdict(p, p, n=100)
+        assert found.weights == weights, found.text
 
 
 def test_a_mix_that_is_better_everywhere_answers():

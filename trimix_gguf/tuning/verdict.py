@@ -14,6 +14,7 @@ from trimix_gguf.trio.tuned import Kind
 from trimix_gguf.tuning.probe import Answered
 
 FEWEST = 12  # exercises of a kind, below which it says nothing
+_CLEAR = 2.0  # standard errors of the mean: of so many mixes, one is often better by one
 
 Point = tuple[int, int]  # of WITH_CORNERS, for alpha and for beta
 CORNERS: Mapping[str, Point] = {
@@ -21,6 +22,8 @@ CORNERS: Mapping[str, Point] = {
     for role, m in METHODS.items()
     if role in ROLES
 }
+
+CLOSE = Weights(0.9, 0.1)  # what auto takes for most questions of a trio that nobody tuned
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,15 @@ def scores_of(answers: Sequence[Answered]) -> dict[str, Scores]:
 def judge(scores: Mapping[str, Scores]) -> Verdict:
     """Choose the mix that answers best in the mean of the kinds, if it costs none of them.
 
-    It must be better than the best single model by more than one standard error, in the mean and
-    in most kinds, since what helps in one says little about questions of another; and in no kind
-    worse by more than one. Otherwise that model answers by itself. Of mixes that are about as good,
-    it is the one closest to that model. A small model has to be as much better than large_ins to be
-    the best one: of models that are level, other exercises would name another. Kinds that no model
-    answers better than chance say nothing.
+    It must be better than the best single model by more than two standard errors in the mean and
+    by more than one in most kinds, since what helps in one says little about questions of another;
+    and in no kind worse by more than one. Of mixes that are about as good, it is the one closest to
+    that model. A small model has to be as much better than large_ins to be the best one: of models
+    that are level, other exercises would name another. Kinds that no model answers better than
+    chance say nothing.
+
+    Where no mix is so much better, the best model answers by itself; but where that is large_ins,
+    it hears a little of small_cpt, as without a tuning, if it answers a little better so.
     """
     telling = {kind: one for kind, one in scores.items() if one.answers()}
     if not telling:
@@ -101,10 +107,7 @@ def judge(scores: Mapping[str, Scores]) -> Verdict:
         best = max(able, key=lambda role: over.mean[CORNERS[role]])
         over = _over(telling, CORNERS[best])
     if not over.is_better.any():
-        reason = f"no mix answers better than {best}"
-        return Verdict(
-            METHODS[best].weights, f"{reason}; auto stays with it", _kinds(scores, CORNERS[best])
-        )
+        return _without_better_mix(scores, over, best)
     smooth = np.where(over.is_better, _smoothed(over.mean), -np.inf)
     point = _nearest_good(smooth, over.error, CORNERS[best])
     weights = Weights(WITH_CORNERS[point[0]], WITH_CORNERS[point[1]])
@@ -133,7 +136,17 @@ def _over(scores: Mapping[str, Scores], model: Point) -> _Over:
     costs = [gain < -e for gain, e in zip(gains, errors, strict=True)]
     helps = [gain > e for gain, e in zip(gains, errors, strict=True)]
     most = np.sum(helps, axis=0) > len(gains) / 2
-    return _Over(gains, mean, error, (mean > error) & most & ~np.any(costs, axis=0))
+    clear = mean > _CLEAR * error
+    return _Over(gains, mean, error, clear & most & ~np.any(costs, axis=0))
+
+
+def _without_better_mix(scores: Mapping[str, Scores], over: _Over, best: Role) -> Verdict:
+    text = f"no mix answers clearly better than {best}; auto stays "
+    close = WITH_CORNERS.index(CLOSE.alpha), WITH_CORNERS.index(CLOSE.beta)
+    if best == ROLES[0] and over.mean[close] > 0:
+        text += f"close to it, with ({CLOSE.alpha:g}, {CLOSE.beta:g})"
+        return Verdict(CLOSE, text, _kinds(scores, close))
+    return Verdict(METHODS[best].weights, f"{text}with it", _kinds(scores, CORNERS[best]))
 
 
 def _score(answers: Sequence[Answered]) -> Scores:

@@ -15,6 +15,7 @@ import pytest
 from trimix_gguf import Trio, bench, stream_generate
 from trimix_gguf.answering import timing
 from trimix_gguf.answering.drafting import Drafting
+from trimix_gguf.cli.bench import people
 from trimix_gguf.machine.gguf_file import GGUFFile, TensorInfo
 from trimix_gguf.mixing.fusion import METHODS, Mix, Weights
 from trimix_gguf.mixing.scoring import grid_nll
@@ -105,6 +106,11 @@ def test_ctrl_c_exits_130():
         process.send_signal(signal.SIGINT)
         out, error = process.communicate(timeout=60)
     assert process.returncode == 130 and out == b"" and b"Traceback" not in error
+
+
+def test_people_are_those_whose_answers_fill_seven_tenths_of_the_time():
+    assert "30 people who each ask once in 5 minutes" in people(7.0)
+    assert "60 people" in people(3.5) and "nobody" in people(301)
 
 
 def test_only_tensors_that_a_token_reads_whole_count():

@@ -19,6 +19,8 @@ from trimix_gguf.cli.options import (
 )
 from trimix_gguf.roles import LOADING_ORDER, Role
 
+_BUSY, _MINUTES = 0.7, 5  # a share of the time that leaves waits short; how often a person asks
+
 
 @click.command()
 @trio_options
@@ -223,8 +225,16 @@ def _costs(report: dict[str, Any]) -> list[str]:
         f"KV caches {_mib(memory['kv'])}",
         "bandwidth": f"{read['gb_per_s']:.1f} GB/s; {_mib(read['bytes_per_token'])} of weights "
         f"a token, {floor}; lockstep {read['measured_ms']:.2f} ms",
+        "people": people(min(sum(parts.values()) for parts in report["answer_s"].values())),
     }
     return [f"{name:<15}{text}" for name, text in rows.items()]
+
+
+def people(answer_s: float) -> str:
+    """How many people a server has time for, if each answer takes so long."""
+    n = int(_BUSY * 60 * _MINUTES / answer_s)
+    who = f"{n} people who each ask once in {_MINUTES} minutes" if n else "nobody who asks as often"
+    return f"an answer takes {answer_s:.1f} s: time for {who} (busy {_BUSY:.0%} of it)"
 
 
 def _mib(n_bytes: int) -> str:

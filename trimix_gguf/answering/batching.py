@@ -1,10 +1,11 @@
 """Many requests in one trio: read and answered together, one batch per model and step.
 
 Each request is a sequence of its own. A step decodes the newest token of every answer, and
-with them a window of the prompt that is being read. A request that is answered by itself is
-drafted ahead, as in generation.py. Prompts are read one at a time, so that the next one finds the
-prefix that they share. Sequences of finished requests are kept for later prompts with the same
-prefix, until their room is needed. A request starts once there is room for all of it.
+with them a window of the prompt that is being read. While none is read, answers are drafted ahead
+where that pays, as in generation.py: one batch verifies the drafts of all. Prompts are read one at
+a time, so that the next one finds the prefix that they share. Sequences of finished requests are
+kept for later prompts with the same prefix, until their room is needed. A request starts once there
+is room for all of it.
 """
 
 import itertools
@@ -20,7 +21,7 @@ from trimix_gguf.answering.costs import kept_costs
 from trimix_gguf.answering.job import Job
 from trimix_gguf.answering.keeping import Kept
 from trimix_gguf.answering.request import Event, Request
-from trimix_gguf.errors import ModelError, QueueFull, SamplerError, TrimixError
+from trimix_gguf.errors import ModelError, QueueFull, TrimixError
 from trimix_gguf.machine.loading import N_BATCH
 from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.roles import ROLES, Role
@@ -76,14 +77,14 @@ class Turns:
 
 
 LONG_STEP_S = 5.0
-Wanted = dict[Role, dict[int, list[int]]]  # role -> sequence -> its ids whose rows are wanted
+Wanted = dict[Role, dict[int, Sequence[int]]]  # role -> sequence -> its ids whose rows are wanted
 
 
 class Batcher:
     """Answers requests in a thread of its own; until it is closed, only it may use `trio`.
 
     It answers `n_parallel` at once, at most a trio's n_window − 1; `n_queue` more may wait. With
-    `drafts`, one that is answered by itself is drafted ahead where that pays. With `all_known` no
+    `drafts`, answers are drafted ahead where that pays. With `all_known` no
     others come later, so only what they begin with is kept. Several Batchers in one process take
     `turns`: two steps at once would share the same cores. `context_shift`: see Kept.
     """
@@ -133,7 +134,7 @@ class Batcher:
 
         A `reserved` one uses up a place that was held. Raises QueueFull, PromptError, SamplerError.
         """
-        job = Job(self.trio, request, on_event)
+        job = Job(self.trio, request, on_event, drafts=self._drafts)
         with self._changed:
             self._check_room(0 if reserved else 1)
             self._n_reserved -= reserved
@@ -149,7 +150,10 @@ class Batcher:
         The engine begins when all of them wait: in an engine that was just made, the same requests
         share the same batches, and round the same way, each time. Raises as submit does.
         """
-        jobs = [Job(self.trio, r, partial(on_event, i)) for i, r in enumerate(requests)]
+        jobs = [
+            Job(self.trio, r, partial(on_event, i), drafts=self._drafts)
+            for i, r in enumerate(requests)
+        ]
         with self._changed:
             self._check_room(len(jobs))
             self._waiting += jobs
@@ -263,27 +267,32 @@ class Batcher:
     # -- a step -----------------------------------------------------------------------------
 
     def _step(self) -> None:
-        """Decode a token of each answer and a window of one prompt; hand out the rows."""
+        """Give each answer its next tokens, and read a window of one prompt."""
         answering = [job for job in self._running if job.stage == "answer"]
         reading = next((job for job in self._running if job.stage != "answer"), None)
-        if self._drafts and len(answering) == 1 and reading is None:
-            # A failed decode in it is nobody's fault, and ends all, as below.
-            self._take(answering[0], answering[0].draft, at_fault=SamplerError)
-            return
         for job in answering:
-            job.end_drafts()
+            is_held = reading is not None
+            self._take(job, partial(job.begin_round, len(answering), is_held=is_held))
+        while reading or any(job.need for job in answering):
+            needing = [job for job in answering if job.need is not None]
+            # Drafts are finished first, so that one batch verifies all; beside a prompt are none.
+            drafting = [job for job in needing if job.is_drafting and reading is None]
+            self._read(drafting or needing, reading)
+            reading = None
+
+    def _read(self, answering: Sequence[Job], reading: Job | None = None) -> None:
+        """Decode what these answers need and a window of a prompt; hand out the rows."""
         wanted: Wanted = {role: {} for role in ROLES}
         for job in answering:
             assert job.sequence is not None  # it was placed to be read
-            self._sequences.append(job.sequence, [job.newest])
-            for role in job.roles:
-                wanted[role][job.sequence] = [len(self._sequences.ids(job.sequence)[role]) - 1]
+            for role in ROLES:
+                if indexes := job.wanted(role):
+                    wanted[role][job.sequence] = indexes
         end = 0 if reading is None else self._append_portion(reading, len(answering), wanted)
         roles = [role for role in ROLES if wanted[role]]
         rows = self._sequences.read({role: wanted[role] for role in roles})
         for job in answering:
-            own = _rows_of(job.sequence, rows, wanted)
-            self._take(job, partial(job.answer, {role: matrix[0] for role, matrix in own.items()}))
+            self._take(job, partial(job.answer, _rows_of(job.sequence, rows, wanted)))
         if reading is not None:
             own = _rows_of(reading.sequence, rows, wanted)
             self._take(reading, partial(reading.read, end, own))
@@ -303,13 +312,11 @@ class Batcher:
             wanted[role][job.sequence] = reading.wanted(end, role)
         return end
 
-    def _take(
-        self, job: Job, work: Callable[[], None], at_fault: type[TrimixError] = TrimixError
-    ) -> None:
+    def _take(self, job: Job, work: Callable[[], None]) -> None:
         """Do a request's part of a step; release it once it has ended, or by its own fault."""
         try:
             work()
-        except at_fault as error:
+        except TrimixError as error:
             job.fail(error)
             self._release(job, "error")
         if job.finish_reason is not None:
@@ -320,7 +327,7 @@ class Batcher:
         with self._changed:
             (self._running if job in self._running else self._waiting).remove(job)
         if job.sequence is not None:
-            job.end_drafts()
+            job.end_steps()
             self._kept.add(job.sequence, job.sums)
             if self._all_known:
                 others = (*self._waiting, *self._running)
@@ -339,7 +346,7 @@ class Batcher:
         """End everything: after a failed decode no sequence can be trusted."""
         for job in (*self._waiting, *self._running):
             with suppress(TrimixError):
-                job.end_drafts()
+                job.end_steps()
             job.fail(error)
             job.sequence = None
             self._release(job, "error")

@@ -10,12 +10,20 @@ the mixed models as the draft.
 """
 
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trimix_gguf.answering.drafting import DRAFTER, MOST_DRAFTED, Draft, Drafting, draft
+from trimix_gguf.answering.drafting import (
+    DRAFTER,
+    MOST_DRAFTED,
+    Draft,
+    Drafting,
+    Need,
+    draft,
+)
 from trimix_gguf.answering.lookup import Lookup
 from trimix_gguf.answering.steering import Steering
 from trimix_gguf.mixing.fusion import Rows
@@ -43,26 +51,55 @@ def decode_steps(
     max_tokens: int,
     also: Sequence[Role] = (),
 ) -> Generator[Step, None, None]:
-    """Yield the target's tokens one by one, without end.
+    """Yield the target's tokens one by one, without end; `strand` is decoded by itself.
+
+    The rules are those of drafted_steps.
+    """
+    steps = drafted_steps(
+        strand, steering, sampler, drafting=drafting, max_tokens=max_tokens, also=also
+    )
+    with closing(steps):
+        found = next(steps)
+        while True:
+            if isinstance(found, Step):
+                yield found
+                found = next(steps)
+            else:
+                found = steps.send(strand.tail_rows(*found))
+
+
+def drafted_steps(
+    strand: Strand,
+    steering: Steering,
+    sampler: Sampler,
+    *,
+    drafting: Drafting,
+    max_tokens: int,
+    also: Sequence[Role] = (),
+) -> Generator[Step | Need, Rows | None, None]:
+    """Yield the target's tokens one by one, without end, and between them what it needs to go on.
+
+    A Need is answered by its rows [n, n_vocab]. So whoever reads can read for several at once:
+    a round of each ends with the first Step that is not `from_draft`.
 
     The caller has `sampler` accept each token, and `steering` take it, before it asks for the
     next, and asks for no more than `max_tokens`. `also` are roles whose rows it wants though the
-    mix does not. However it ends, the trio then holds what it held, and the tokens yielded except
+    mix does not. However it ends, the strand then holds what it held, and the tokens yielded except
     for the last.
     """
     needed = _needed(strand, steering, also)
     history = _History(strand, needed, drafting)
-    n_ahead, n_left = 0, max_tokens  # tokens that the trio holds beyond the one yielded last
+    n_ahead, n_left = 0, max_tokens  # tokens that the strand holds beyond the one yielded last
     try:
         while True:
             needed = _needed(strand, steering, also)
-            drafted = _next_draft(strand, sampler, drafting, history, needed, n_left)
+            drafted = yield from _next_draft(strand, sampler, drafting, history, needed, n_left)
             n_ahead = n = len(drafted.tokens)
-            read = strand.tail_rows(_verifiers(drafted, needed), n + 1)
+            read = (yield _verifiers(drafted, needed), n + 1) or {}
             # The accept rule: a drafted token is kept while the target's sampler picks it too;
             # the first other pick is the target's own token, and ends the round.
             for i in range(n + 1):
-                rows = _rows_at(strand, drafted, read, needed, i)
+                rows = yield from _rows_at(drafted, read, needed, i)
                 fused = steering.mix.fuse(rows, strand.unused)
                 token = sampler.sample(fused)
                 accepted = i < n and token == drafted.tokens[i]
@@ -111,16 +148,16 @@ def _next_draft(
     history: _History,
     needed: Sequence[Role],
     n_left: int,
-) -> Draft:
+) -> Generator[Need, Rows, Draft]:
     """Append a draft to the strand, from earlier text or by small_cpt; it may be empty.
 
     It leaves room for the target's own token in the window, the context and `n_left`.
     """
-    most = max(0, min(MOST_DRAFTED + 1, strand.n_window, strand.room, n_left) - 1)
+    most = max(0, min(MOST_DRAFTED, drafting.most(strand), strand.room - 1, n_left - 1))
     plan = drafting.plan(strand, needed, most)
     n_found = drafting.n_found(plan, history.match, most)
     if history.match is None or not n_found:
-        return draft(strand, sampler, drafting, plan)
+        return (yield from draft(strand, sampler, drafting, plan))
     tokens = history.lookup.following(history.match, n_found)
     for token in tokens:
         strand.advance(token)
@@ -129,15 +166,19 @@ def _next_draft(
 
 def _verifiers(drafted: Draft, needed: Sequence[Role]) -> tuple[Role, ...]:
     """Roles that read the draft in one batch: small_cpt has read its own already."""
-    return tuple(role for role in needed if drafted.looked_up or role != DRAFTER)
+    return tuple(role for role in needed if not drafted.rows or role != DRAFTER)
 
 
-def _rows_at(strand: Strand, drafted: Draft, read: Rows, needed: Sequence[Role], i: int) -> Rows:
+def _rows_at(
+    drafted: Draft, read: Rows, needed: Sequence[Role], i: int
+) -> Generator[Need, Rows, Rows]:
     """The models' rows [n_vocab] before drafted token `i`, or after the last one."""
     rows = {role: matrix[i] for role, matrix in read.items()}
     if DRAFTER in needed and DRAFTER not in read:
-        whole = i == len(drafted.tokens)
-        rows[DRAFTER] = strand.rows((DRAFTER,))[DRAFTER] if whole else drafted.rows[i]
+        if i < len(drafted.rows):
+            rows[DRAFTER] = drafted.rows[i]
+        else:
+            rows[DRAFTER] = (yield (DRAFTER,), 1)[DRAFTER][0]
     return rows
 
 

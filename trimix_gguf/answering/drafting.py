@@ -3,22 +3,25 @@
 The weights with the lowest perplexity are mostly small_cpt's, so its choice is mostly that of the
 mix: it drafts a few tokens. Where earlier text repeats, the draft is copied from there. The length
 of a draft follows from what the models' decodes cost and from the share of drafted tokens that were
-kept. decoding.py verifies them.
+kept. Where several answers share each batch, each one counts its share of what the batch costs.
+decoding.py verifies them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trimix_gguf.answering.lookup import LONGEST, Match
-from trimix_gguf.mixing.fusion import probability
+from trimix_gguf.mixing.fusion import Rows, probability
 from trimix_gguf.mixing.sampler import Sampler
 from trimix_gguf.roles import Role
+from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.strand import Strand
 
+Need = tuple[tuple[Role, ...], int]  # roles whose rows are wanted, after so many of the last ids
 DRAFTER: Role = "small_cpt"
 MOST_DRAFTED = 31
 _LEAST_STEP = 0.005  # seconds of lockstep: below this, drafting overhead exceeds its gain
@@ -32,10 +35,10 @@ _MATCH_MEMORY, _MATCH_PRIOR = 0.8, 0.6  # of lookups: as _MEMORY, and the first 
 
 @dataclass(frozen=True)
 class Draft:
-    """Drafted tokens, which the trio then holds.
+    """Drafted tokens, which the strand then holds.
 
-    small_cpt's own come with its confidence in each and the rows [n_vocab] it picked them from;
-    those that are `looked_up` have neither.
+    small_cpt's own come with its confidence in each and the rows [n_vocab] it picked them from, and
+    the next row where it was read too; those that are `looked_up` have neither.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -81,7 +84,8 @@ class Drafting:
     Costs are what the models' decodes of n tokens took so far, prefill included. Acceptance is a
     running share, for each band of the drafter's confidence in its token, and for each length of
     a lookup's match. `n_draft` fixes the length of drafts and rules out lookups; `always` rules out
-    lockstep, `never` rules out drafts.
+    lockstep, `never` rules out drafts. `n_together` answers are drafted in the same batches; while
+    `is_held`, nothing is drafted.
     """
 
     def __init__(
@@ -89,8 +93,9 @@ class Drafting:
     ) -> None:
         self.n_draft = 0 if never else n_draft
         self.always = always
+        self.n_together, self.is_held = 1, False
         self.n_rounds = self.n_drafted = self.n_accepted = 0
-        self._plan, self._next_plan = DraftPlan(0), 0
+        self._plan, self._next_plan, self._planned_for = DraftPlan(0), 0, 0
         self._idle = False  # the models are too small for any of this
         self._acceptance = 0.8
         self._by_confidence = [0.5 + 0.5 * (i + 0.5) / _BANDS for i in range(_BANDS)]
@@ -103,24 +108,36 @@ class Drafting:
 
     def plan(self, strand: Strand, needed: Sequence[Role], most: int) -> DraftPlan:
         """What is worth drafting now, up to `most` tokens; `needed` are the roles in the mix."""
+        if self.is_held:
+            return DraftPlan(0)
         if self.n_draft is not None:
             return DraftPlan(min(self.n_draft, most))
-        if self.n_rounds >= self._next_plan:
-            self._plan = self._best(strand, needed, min(MOST_DRAFTED, strand.n_window - 1))
+        if self.n_rounds >= self._next_plan or self.n_together != self._planned_for:
+            self._plan = self._best(strand, needed, min(MOST_DRAFTED, self.most(strand)))
             # Costs change little; with very small models, planning costs time too.
             self._next_plan = self.n_rounds + (self.n_rounds > _PLAN_EVERY) * _PLAN_EVERY
+            self._planned_for = self.n_together
         return replace(self._plan, n_draft=min(self._plan.n_draft, most))
 
+    def most(self, strand: Strand) -> int:
+        """How many tokens each answer may draft, so that one batch verifies those of all."""
+        return max(0, strand.n_window // self.n_together - 1)
+
+    def _share(self, model: Model, most: int) -> NDArray[np.float64]:
+        """Seconds of 1, 2, … `most` ids [most], where as many of each other answer are decoded."""
+        n = self.n_together
+        return model.seconds(n * most)[n - 1 :: n] / n
+
     def _best(self, strand: Strand, needed: Sequence[Role], most: int) -> DraftPlan:
-        lockstep = sum(float(strand.models[role].seconds(1)[0]) for role in needed)
+        lockstep = sum(float(self._share(strand.models[role], 1)[0]) for role in needed)
         self._idle = lockstep < _LEAST_STEP and not self.always
         if self._idle:
             return DraftPlan(0)
-        costs = {role: strand.models[role].seconds(most + 1) for role in needed}
+        costs = {role: self._share(strand.models[role], most + 1) for role in needed}
         none = np.zeros(most + 1)
         read = sum(costs.values(), none).tolist()
         verify = sum((c for r, c in costs.items() if r != DRAFTER), none).tolist()
-        step, p = float(strand.models[DRAFTER].seconds(1)[0]), self._acceptance
+        step, p = float(self._share(strand.models[DRAFTER], 1)[0]), self._acceptance
         if not math.isfinite(step + read[0]):
             return DraftPlan(0)  # the first step is lockstep's, and measures it
         lead = step if DRAFTER in needed else 0.0  # its own row is then paid for anyway
@@ -188,8 +205,10 @@ class Drafting:
         self._by_confidence[band] += (1 - _MEMORY) * (hit - self._by_confidence[band])
 
 
-def draft(strand: Strand, sampler: Sampler, drafting: Drafting, plan: DraftPlan) -> Draft:
-    """Append what `plan` says of small_cpt's own choice to the strand.
+def draft(
+    strand: Strand, sampler: Sampler, drafting: Drafting, plan: DraftPlan
+) -> Generator[Need, Rows, Draft]:
+    """Append what `plan` says of small_cpt's own choice to the strand; yields for each row.
 
     A copy of the target's sampler picks, with the same random stream: where the two models'
     probabilities agree, so do the picks, at any temperature. It stops where it is too unsure for
@@ -200,7 +219,9 @@ def draft(strand: Strand, sampler: Sampler, drafting: Drafting, plan: DraftPlan)
         return drafted
     picker, reach = sampler.clone(), 1.0
     while len(drafted.tokens) < plan.n_draft:
-        row = strand.rows((DRAFTER,))[DRAFTER]
+        rows = yield (DRAFTER,), 1
+        row = rows[DRAFTER][0].copy()  # llama.cpp reuses this buffer on the next decode
+        drafted.rows.append(row)
         if strand.unused is not None:
             row[strand.unused] = -np.inf  # as in the mix
         token = picker.sample(row)
@@ -211,7 +232,6 @@ def draft(strand: Strand, sampler: Sampler, drafting: Drafting, plan: DraftPlan)
         picker.accept(token)
         drafted.tokens.append(token)
         drafted.confidences.append(confidence)
-        drafted.rows.append(row.copy())  # llama.cpp reuses this buffer on the next decode
         strand.advance(token)
     return drafted
 

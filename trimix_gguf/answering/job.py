@@ -4,13 +4,13 @@ It is served in up to three stages: its prompt is scored, unless its weights are
 for its tokens' own probabilities, if it wants them; and answered, token after token.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from typing import Literal
 
 from trimix_gguf.answering.answer import Answer
-from trimix_gguf.answering.decoding import Step, decode_steps
-from trimix_gguf.answering.drafting import Drafting
+from trimix_gguf.answering.decoding import Step, drafted_steps
+from trimix_gguf.answering.drafting import DRAFTER, Drafting, Need
 from trimix_gguf.answering.request import Event, FinishReason, Request
 from trimix_gguf.choosing.score import add_window
 from trimix_gguf.choosing.subset import stand_for
@@ -30,12 +30,20 @@ Stage = Literal["score", "echo", "read", "answer"]
 class Job:
     """The state of a request: where it stands in its prompt, or in its answer.
 
-    `prefill` says where it stands in its prompt; `newest` is the token picked last, which is to
-    be read next; `sequence` is where it is read, once it is. Raises PromptError for a prompt that
-    fits no context, SamplerError for a setting that llama.cpp refuses.
+    `prefill` says where it stands in its prompt; `need` is what its answer waits for in this
+    round; `sequence` is where it is read, once it is. Without `drafts` a round is one token. Raises
+    PromptError for a prompt that fits no context, SamplerError for a setting that llama.cpp
+    refuses.
     """
 
-    def __init__(self, trio: Trio, request: Request, on_event: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        trio: Trio,
+        request: Request,
+        on_event: Callable[[Event], None],
+        *,
+        drafts: bool = True,
+    ) -> None:
         self._answer = Answer(trio, request)
         self._trio, self._request, self._on_event = trio, request, on_event
         self._prompt = self._answer.prompt
@@ -55,11 +63,11 @@ class Job:
         )
         most = min(self._answer.room, request.max_tokens)
         self.n_cells = {role: n + most for role, n in self._answer.n_prompt.items()}
-        self.newest = 0
+        self.need: Need | None = None
         self.sequence: int | None = None
         self.cancelled = False
-        self._drafting = Drafting()
-        self._steps: Generator[Step, None, None] | None = None
+        self._drafting = Drafting(never=not drafts)
+        self._steps: Generator[Step | Need, Rows | None, None] | None = None
 
     def cancel(self) -> None:
         """Have it end before its next token; does nothing once it has ended."""
@@ -109,15 +117,17 @@ class Job:
         elif self.stage == "echo":
             self._answer.echo(window)
         if end == len(self.prefill.units):
-            self._finish_prompt({role: matrix[-1] for role, matrix in rows.items()})
+            self._finish_prompt({role: matrix[-1:] for role, matrix in rows.items()})
 
     def _finish_prompt(self, rows: Rows) -> None:
-        """The prompt is read to its end, whose rows [n_vocab] these are."""
+        """The prompt is read to its end, whose rows [1, n_vocab] these are."""
+        assert self.sequence is not None
         if self._answer.selection is None:
             assert self._chooser is not None
             if self._chooser.score is not None:
                 self._chooser.score.add(self._sums.newest)
-            self._answer.select(self._chooser.decide([rows]))
+            newest = {role: matrix[0] for role, matrix in rows.items()}
+            self._answer.select(self._chooser.decide([newest]))
             if self._request.echo:
                 self.stage = "echo"
                 self.prefill = Prefill(self._prompt, predicts=_PREDICTED["echo"])
@@ -126,37 +136,62 @@ class Job:
         if self.finish_reason is not None:  # no token was asked for
             self._on_event(self._answer.event())
         else:
+            self._steps = drafted_steps(
+                Branch(self._trio, self.sequence),
+                self._answer.steering,
+                self._answer.sampler,
+                drafting=self._drafting,
+                max_tokens=self._request.max_tokens,
+                also=self.roles,
+            )
+            self.begin_round(1, is_held=True)  # these are the rows it needs
             self.answer(rows)
 
     # -- answering --------------------------------------------------------------------------
 
+    def begin_round(self, n_together: int, *, is_held: bool) -> None:
+        """Say what it needs for its next token, as one of `n_together`. Raises SamplerError.
+
+        While it is held, nothing is drafted.
+        """
+        assert self._steps is not None
+        self._drafting.n_together, self._drafting.is_held = n_together, is_held
+        self._go_on(None)
+
+    @property
+    def is_drafting(self) -> bool:
+        """Whether it needs only rows to draft from, or the last row of a draft."""
+        return self.need is not None and self.need[0] == (DRAFTER,)
+
     def answer(self, rows: Rows) -> None:
-        """Pick the next token after rows [n_vocab], and tell of it. Raises SamplerError."""
-        fused = self._answer.fuse(rows)
-        self.newest = self._answer.sampler.sample(fused)
-        self._on_event(self._answer.take(self.newest, fused, rows))
+        """Take in the rows it needs, and tell of the tokens that follow. Raises SamplerError."""
+        self._go_on(rows)
 
-    def draft(self) -> None:
-        """Answer by itself, with drafts: give its next token. Raises ModelError, SamplerError."""
-        assert self.sequence is not None
-        if self._steps is None:
-            branch = Branch(self._trio, self.sequence)
-            branch.advance(self.newest)
-            self._steps = decode_steps(
-                branch,
-                self._answer.steering,
-                self._answer.sampler,
-                drafting=self._drafting,
-                max_tokens=self._request.max_tokens - self.n_tokens,
-                also=self.roles,
+    def _go_on(self, rows: Rows | None) -> None:
+        """Give tokens until it needs rows, or its round has ended and it needs none."""
+        assert self._steps is not None
+        found, self.need = self._steps.send(rows), None
+        while isinstance(found, Step):
+            told = self._answer.take(
+                found.token, found.fused, found.rows, from_draft=found.from_draft
             )
-        step = next(self._steps)
-        self.newest = step.token
-        told = self._answer.take(step.token, step.fused, step.rows, from_draft=step.from_draft)
-        self._on_event(told)
+            self._on_event(told)
+            if self.finish_reason is not None or not found.from_draft:
+                return
+            found = next(self._steps)
+        self.need = found
 
-    def end_drafts(self) -> None:
-        """Go on among others: its sequence then holds all of its answer but the newest token."""
+    def wanted(self, role: Role) -> Sequence[int]:
+        """Indexes of its sequence's ids whose rows it needs of a role."""
+        assert self.sequence is not None
+        if self.need is None or role not in self.need[0]:
+            return ()
+        length = len(self._trio.sequences.ids(self.sequence)[role])
+        return range(length - self.need[1], length)
+
+    def end_steps(self) -> None:
+        """Its sequence then holds all of its answer but the newest token."""
+        self.need = None
         if self._steps is not None:
             self._steps.close()
             self._steps = None

@@ -175,9 +175,8 @@ class Model:
                 self.rewind(self.n_past)
             raise
         self.n_past += n_first
-        if n_first == len(entries):  # what drafts are planned by
-            took = time.perf_counter() - started
-            self.decode_seconds.setdefault(n_first, deque(maxlen=5)).append(took)
+        took = time.perf_counter() - started  # what drafts are planned by
+        self.decode_seconds.setdefault(len(entries), deque(maxlen=5)).append(took)
         return rows
 
     def _decode(self, entries: Iterable[Entry]) -> Logits:
@@ -224,16 +223,17 @@ class Model:
     def seconds(self, most: int) -> NDArray[np.float64]:
         """What decoding 1, 2, … `most` ids at once takes [most]: medians of the last times.
 
-        Sizes not seen lie on a line between those that were; infinite before a single id was.
+        Sizes not seen lie on a line between those that were; infinite below the smallest of these.
         """
-        if 1 not in self.decode_seconds:
-            return np.full(most, np.inf)
-        if most == 1:
+        if most == 1 and 1 in self.decode_seconds:
             return np.array([statistics.median(self.decode_seconds[1])])
         known = sorted(self.decode_seconds)
+        if not known:
+            return np.full(most, np.inf)
         times = [statistics.median(self.decode_seconds[n]) for n in known]
         sizes = np.arange(1, most + 1)
         seconds: NDArray[np.float64] = np.interp(sizes, known, times)
+        seconds[sizes < known[0]] = np.inf
         beyond = sizes > known[-1]
         seconds[beyond] = times[-1] * sizes[beyond] / known[-1]
         return seconds

@@ -3,7 +3,8 @@ what the server adds to the time of the first token.
 
 A round starts a fresh server for each way, so that neither finds prompts that the other read, and
 sends `--requests` greedy requests whose weights are chosen by their prompts; tokens a second
-count generated tokens over the whole time, reading included. The first token is timed over HTTP,
+count generated tokens over the whole time, reading included. One after another, they are also
+answered by `generate`, without a server. The first token is timed over HTTP,
 by the same engine without HTTP, and by stream_generate, for prompts not read before. Without
 files, the nano trio.
 """
@@ -26,7 +27,7 @@ from typing import Any
 from common import files, load, machine, nano_parser, or_nano, report, spread
 
 from trimix_gguf.answering.batching import Batcher
-from trimix_gguf.answering.generation import stream_generate
+from trimix_gguf.answering.generation import generate, stream_generate
 from trimix_gguf.answering.request import Request
 from trimix_gguf.bench import TEXT
 from trimix_gguf.trio.prompt import Prompt, Segment
@@ -46,9 +47,11 @@ def main() -> None:
     ]
     serial: list[float] = []
     together: list[float] = []
+    without: list[float] = []
     for _ in range(options.rounds):  # alternating: what drifts, drifts for both
         serial.append(rate(options, bodies[: options.requests], 1))
         together.append(rate(options, bodies[: options.requests], options.clients))
+        without.append(rate_by_generate(options, bodies[: options.requests]))
     first = first_tokens(options, ids[: options.repeats], bodies[: options.repeats])
     result = {
         "machine": machine(argparse.Namespace(**{**vars(options), "text": name_of_text(options)})),
@@ -56,8 +59,10 @@ def main() -> None:
             name: getattr(options, name)
             for name in ("clients", "requests", "rounds", "n_prompt", "n_tokens", "repeats")
         },
-        "tokens_per_s": {"one_after_another": spread(serial), "together": spread(together)},
+        "tokens_per_s": {"one_after_another": spread(serial), "together": spread(together),
+                         "generate": spread(without)},
         "ratio": spread([b / a for a, b in zip(serial, together, strict=True)]),
+        "over_generate": spread([a / b for a, b in zip(serial, without, strict=True)]),
         "first_token_s": {name: statistics.median(times) for name, times in first.items()},
         "http_adds_ms": {
             name: 1000 * statistics.median(
@@ -143,6 +148,19 @@ def rate(options: argparse.Namespace, bodies: list[dict[str, Any]], n_clients: i
     return sum(a["usage"]["completion_tokens"] for a in answers) / seconds
 
 
+def rate_by_generate(options: argparse.Namespace, bodies: list[dict[str, Any]]) -> float:
+    """Generated tokens a second by `generate`; nothing is kept from prompt to prompt."""
+    bias = {int(token): value for token, value in bodies[0]["logit_bias"].items()}
+    settings = {"temperature": 0, "logit_bias": bias, "max_tokens": options.n_tokens}
+    with load(options, n_ctx=n_ctx(options)) as trio:
+        generate(trio, Prompt((Segment.of(_WARM_UP),)), max_tokens=4)
+        n_tokens, started = 0, time.perf_counter()
+        for body in bodies:
+            trio.forget()
+            n_tokens += generate(trio, Prompt((Segment.of(body["prompt"]),)), **settings).n_tokens
+        return n_tokens / (time.perf_counter() - started)
+
+
 def first_tokens(
     options: argparse.Namespace, ids: list[list[int]], bodies: list[dict[str, Any]]
 ) -> dict[str, list[float]]:
@@ -202,6 +220,9 @@ def describe(result: dict[str, Any]) -> list[str]:
         f"tokens/s, by {n['clients']} clients {rates['together']['median']:.1f}: "
         f"{result['ratio']['median']:.2f} times ({result['ratio']['min']:.2f} to "
         f"{result['ratio']['max']:.2f})",
+        f"one after another over HTTP, compared with generate: "
+        f"{result['over_generate']['median']:.2f} times ({result['over_generate']['min']:.2f} to "
+        f"{result['over_generate']['max']:.2f})",
         f"first token over HTTP {1000 * first['http']:.1f} ms: {added['engine']:+.1f} ms to the "
         f"engine without HTTP, {added['stream_generate']:+.1f} ms to stream_generate",
     ]

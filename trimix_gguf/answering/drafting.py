@@ -115,7 +115,8 @@ class Drafting:
         if self.n_rounds >= self._next_plan or self.n_together != self._planned_for:
             self._plan = self._best(strand, needed, min(MOST_DRAFTED, self.most(strand)))
             # Costs change little; with very small models, planning costs time too.
-            self._next_plan = self.n_rounds + (self.n_rounds > _PLAN_EVERY) * _PLAN_EVERY
+            is_settled = self._idle or self.n_rounds > _PLAN_EVERY
+            self._next_plan = self.n_rounds + is_settled * _PLAN_EVERY
             self._planned_for = self.n_together
         return replace(self._plan, n_draft=min(self._plan.n_draft, most))
 

@@ -103,6 +103,34 @@ def test_lookups_follow_what_they_cost_and_bring():
     assert Drafting(n_draft=3).n_found(DraftPlan(3), match, 15) == 0
 
 
+@pytest.mark.parametrize(
+    "verify, together, pays",
+    [
+        (lambda n: 1.0 + 0.02 * n, 1, True),  # little more for a batch than for one
+        (lambda n: max(1.0, n / 4), 4, False),  # four answers fill what a batch has for free
+        (lambda n: max(1.0, n / 4), 1, True),
+        (lambda n: max(float(n), 6.0), 6, False),
+        (lambda n: 6.0 if 4 < n <= 16 else float(n), 8, True),  # sixteen rows cost as eight
+    ],
+)
+def test_an_answer_counts_its_share_of_a_batch(verify, together, pays):
+    costs, drafting = Costs(0.02, verify), Drafting()
+    drafting.n_together = together
+    assert (drafting.plan(costs, BOTH, 15).n_draft > 0) is pays
+    assert (drafting.plan(costs, BOTH, 15).n_draft + 1) * together <= costs.n_window
+
+
+def test_who_comes_or_goes_changes_the_plan_at_once():
+    costs, drafting = Costs(0.02, lambda n: max(1.0, n / 4)), Drafting()
+    for together in (1, 4, 1):
+        drafting.n_together = together
+        assert (drafting.plan(costs, BOTH, 15).n_draft > 0) is (together == 1)
+        for _ in range(9):
+            drafting.watch(None, 0)
+    drafting.is_held = True
+    assert drafting.plan(costs, BOTH, 15) == DraftPlan(0)
+
+
 def test_a_draft_stops_at_doubt_and_not_at_a_size_that_batches_well():
     steps = (1.0, 2.0, 2.1, 2.2, 9.0)  # verifying 1, 2, 3 tokens costs about the same
     plan = DraftPlan(3, step=0.2, verify=steps, acceptance=0.9, token=0.7)

@@ -84,9 +84,9 @@ class Batcher:
     """Answers requests in a thread of its own; until it is closed, only it may use `trio`.
 
     It answers `n_parallel` at once, at most a trio's n_window − 1; `n_queue` more may wait. With
-    `drafts`, answers are drafted ahead where that pays. With `all_known` no
-    others come later, so only what they begin with is kept. Several Batchers in one process take
-    `turns`: two steps at once would share the same cores. `context_shift`: see Kept.
+    `drafts`, answers are drafted ahead where that pays. With `all_known` no others come later, so
+    only what they begin with is kept. Several Batchers in one process take `turns`: two steps at
+    once would share the same cores. `context_shift`: see Kept.
     """
 
     def __init__(
@@ -275,7 +275,7 @@ class Batcher:
             self._take(job, partial(job.begin_round, len(answering), is_held=is_held))
         while reading or any(job.need for job in answering):
             needing = [job for job in answering if job.need is not None]
-            # Drafts are finished first, so that one batch verifies all; beside a prompt are none.
+            # Drafts come first, so that one batch verifies all; beside a prompt there are none.
             drafting = [job for job in needing if job.is_drafting and reading is None]
             self._read(drafting or needing, reading)
             reading = None

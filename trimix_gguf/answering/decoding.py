@@ -16,14 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trimix_gguf.answering.drafting import (
-    DRAFTER,
-    MOST_DRAFTED,
-    Draft,
-    Drafting,
-    Need,
-    draft,
-)
+from trimix_gguf.answering.drafting import DRAFTER, MOST_DRAFTED, Draft, Drafting, Need, draft
 from trimix_gguf.answering.lookup import Lookup
 from trimix_gguf.answering.steering import Steering
 from trimix_gguf.mixing.fusion import Rows

@@ -79,9 +79,12 @@ class Answer:
     @property
     def roles(self) -> tuple[Role, ...]:
         """Models that read for it; all, while its mix is not selected."""
-        if self._steering is None or self.request.trace == "all":
-            return ROLES
-        return self._steering.roles
+        return self.traced or (ROLES if self._steering is None else self._steering.roles)
+
+    @property
+    def traced(self) -> tuple[Role, ...]:
+        """Models that read for it even where its mix does not."""
+        return ROLES if self.request.trace == "all" else ()
 
     def fuse(self, rows: Rows) -> NDArray[np.float32]:
         """The mix of the models' rows."""

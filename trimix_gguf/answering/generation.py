@@ -63,7 +63,7 @@ def stream_generate(
         answer.sampler,
         drafting=drafting,
         max_tokens=answer.request.max_tokens,
-        also=answer.roles,
+        also=answer.traced,
     )
     with closing(steps), kept_costs(trio, drafting.n_draft is None):
         if answer.finish_reason is not None:  # no token was asked for

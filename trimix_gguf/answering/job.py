@@ -142,7 +142,7 @@ class Job:
                 self._answer.sampler,
                 drafting=self._drafting,
                 max_tokens=self._request.max_tokens,
-                also=self.roles,
+                also=self._answer.traced,
             )
             self.begin_round(1, is_held=True)  # these are the rows it needs
             self.answer(rows)

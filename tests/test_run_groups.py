@@ -36,10 +36,10 @@ def test_lines_that_begin_alike_are_answered_in_one_group():
 
 @pytest.mark.parametrize("n_choices", [1, 3])
 def test_a_request_that_fails_on_the_way_is_wrong_too(trio, monkeypatch, n_choices):
-    def take(answer, *arguments):
+    def take(answer, *arguments, **more):
         if answer.request.max_tokens == 5 and answer.n_tokens == 2:
             raise failure
-        return taking(answer, *arguments)
+        return taking(answer, *arguments, **more)
 
     taking = Answer.take
     monkeypatch.setattr(Answer, "take", take)

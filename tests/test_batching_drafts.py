@@ -9,12 +9,15 @@ import pytest
 from test_batching import GREEDY, MIX, TEXTS, ask, has_ended, text_of, trio  # noqa: F401
 
 from trimix_gguf import Trio, Weights, generate
+from trimix_gguf.answering import answer as answers_module
 from trimix_gguf.answering import drafting
 from trimix_gguf.answering import job as jobs_module
 from trimix_gguf.answering.batching import Batcher
 from trimix_gguf.answering.drafting import Drafting
 from trimix_gguf.answering.request import Request
+from trimix_gguf.answering.steering import Steady
 from trimix_gguf.errors import ModelError
+from trimix_gguf.mixing.fusion import METHODS
 from trimix_gguf.mixing.sampling import Sampling
 
 
@@ -122,6 +125,27 @@ def test_the_engine_measures_what_its_drafts_are_planned_by(trio, monkeypatch, t
     request = Request(trio.prompt(TEXTS[0]), MIX, sampling=GREEDY, max_tokens=8)
     ask_together(trio, [request], drafts=False)
     assert all(1 in trio.models[role].decode_seconds for role in ("large_ins", "small_cpt"))
+    trio.forget()
+
+
+def test_a_model_that_the_mix_leaves_on_the_way_is_read_no_more(trio, monkeypatch):  # noqa: F811
+    """Bug: what the mix read at the start was read to the end, also after the collapse guard."""
+
+    class Leaves(Steady):
+        def take(self, token, rows):
+            self.mix = METHODS["large_ins"]
+
+    monkeypatch.setattr(answers_module, "steering_of", lambda selection, _: Leaves(selection.mix))
+    model, n_decoded = trio.models["small_base"], []
+    decode = model.decode_entries
+    monkeypatch.setattr(
+        model, "decode_entries", lambda entries: n_decoded.append(len(entries)) or decode(entries)
+    )
+    request = Request(trio.prompt(TEXTS[0]), Weights(0.3, 0.9), sampling=GREEDY, max_tokens=9)
+    ask_together(trio, [request], drafts=False)
+    assert len(n_decoded) == 1  # the prompt
+    generate(trio, request, speculative="off")
+    assert len(n_decoded) == 2
     trio.forget()
 
 

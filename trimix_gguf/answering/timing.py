@@ -8,12 +8,13 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from trimix_gguf.answering import decoding, generation
 from trimix_gguf.answering.costs import save_costs
+from trimix_gguf.answering.drafting import DRAFTER, draft
 from trimix_gguf.answering.generation import Speculative
 from trimix_gguf.answering.request import Request
 from trimix_gguf.choosing.subset import ScoreTokens
@@ -143,17 +144,31 @@ def _with_clocks(trio: Trio) -> Iterator[tuple[Trio, Clocks]]:
 def _timed(clock: Clock, trio: Trio, clocks: Clocks) -> Iterator[None]:
     """Within it, calls of the engine count for their parts."""
     role_of = {model: role for role, model in trio.models.items()}
-    newest = ""  # what the newest round of the answer was
+    newest, is_drafting = "", False  # what the newest round of the answer was
 
     def round_part(strand: Strand, roles: Sequence[Role], n: int) -> str:
         nonlocal newest
-        newest = SINGLE if n == 1 else VERIFYING
+        if is_drafting:
+            return DRAFTS
+        if tuple(roles) != (DRAFTER,) or not newest:
+            newest = SINGLE if n == 1 else VERIFYING
+        # small_cpt's own row after a round's last token is read by itself.
         return newest
+
+    def noted(drafts: Callable[..., Generator[Any, Any, Any]]) -> Callable[..., Any]:
+        def run(*given: Any) -> Generator[Any, Any, Any]:
+            nonlocal is_drafting
+            is_drafting = given[-1].n_draft > 0
+            try:
+                return (yield from drafts(*given))
+            finally:
+                is_drafting = False
+
+        return run
 
     def decoding_part(model: Model, *_: Any) -> str:
         if clock.current in (SINGLE, DRAFTS, VERIFYING):
             return clock.current
-        # small_cpt's own row after a round's last token is read by itself.
         return newest or READING[role_of[model]]
 
     def wrapped(call: Callable[..., Any], part_of: Callable[..., str]) -> Callable[..., Any]:
@@ -170,7 +185,6 @@ def _timed(clock: Clock, trio: Trio, clocks: Clocks) -> Iterator[None]:
 
     calls: list[tuple[Any, str, Callable[..., str]]] = [
         (generation, "select_weights", lambda *_: CHOICE),
-        (decoding, "draft", lambda *given: DRAFTS if given[-1].n_draft else REST),
         (Strand, "tail_rows", round_part),
         (Sampler, "sample", lambda *_: SAMPLING),
         (Sampler, "accept", lambda *_: SAMPLING),
@@ -178,6 +192,8 @@ def _timed(clock: Clock, trio: Trio, clocks: Clocks) -> Iterator[None]:
         (Model, "decode_entries", decoding_part),
     ]
     with ExitStack() as restore:
+        restore.callback(setattr, decoding, "draft", draft)
+        vars(decoding)["draft"] = noted(draft)
         for owner, name, part_of in calls:
             own = getattr(owner, name)
             restore.callback(setattr, owner, name, own)

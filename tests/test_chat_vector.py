@@ -7,7 +7,7 @@ from gguf import GGUFReader, GGUFWriter
 for needed in ("torch", "transformers", "peft", "accelerate", "ftfy", "datasketch", "fontTools"):
     pytest.importorskip(needed, reason="needs the extra: pip install -e '.[adapt]'")
 
-from test_adapting import adapt, kazakh  # noqa: E402, F401  # a fixture
+from raw_text import kazakh  # noqa: E402
 
 from trimix_gguf.trio.trio import NANO  # noqa: E402
 

@@ -11,6 +11,7 @@ from trimix_gguf import Trio, Weights, generate
 from trimix_gguf.answering import costs
 from trimix_gguf.answering.costs import kept_costs, load_costs, save_costs
 from trimix_gguf.answering.drafting import Drafting, DraftPlan
+from trimix_gguf.machine import notes
 
 # A large model that verifies a batch for little more than one token: drafting pays.
 SECONDS = {
@@ -214,7 +215,7 @@ def test_a_user_without_a_home_has_no_profile(run, monkeypatch):
     def none():
         raise RuntimeError("could not determine the home directory")
 
-    monkeypatch.setattr(costs, "cache_folder", none)
+    monkeypatch.setattr(notes, "cache_folder", none)
     trio = run(SECONDS)
     save_costs(trio)
     load_costs(trio)

@@ -8,9 +8,9 @@ from platformdirs.macos import MacOS
 from platformdirs.unix import Unix
 from platformdirs.windows import Windows
 
-from trimix_gguf.answering import costs
 from trimix_gguf.errors import TrioFileError
 from trimix_gguf.machine import folders
+from trimix_gguf.machine.notes import read_table
 from trimix_gguf.trios import store
 
 OWN = ("TRIMIX_CACHE", "TRIMIX_HOME")
@@ -112,4 +112,4 @@ def test_without_a_home_folder_it_is_said_in_one_line(account, monkeypatch, unkn
         folders.cache_folder()
     with pytest.raises(TrioFileError, match="set TRIMIX_HOME"):
         store.trios_folder()
-    assert costs._read() == {}
+    assert read_table("costs.json") == {}

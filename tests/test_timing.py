@@ -110,7 +110,7 @@ def test_afterwards_the_engine_and_its_costs_are_as_before(trio):
     answers = timing.time_answers(trio, trio.prompt(KAZAKH), **request)
     assert list(answers) == list(timing.CONFIGURATIONS)
     assert [getattr(owner, name) for owner, name in PATCHED] == own
-    stored = costs._read()
+    stored = costs.read_table(costs._NOTE)
     for model in trio.models.values():
         known = costs._profile(stored[costs._key(model, costs._machine())])
         for n, times in model.decode_seconds.items():

@@ -11,22 +11,18 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from trimix_gguf.answering.drafting import MOST_DRAFTED
 from trimix_gguf.machine import native
-from trimix_gguf.machine.files import write_text
-from trimix_gguf.machine.folders import cache_folder
-from trimix_gguf.machine.typed_json import parse
+from trimix_gguf.machine.notes import read_table, write_note
 from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.trio import Trio
 
 _MOST = MOST_DRAFTED + 1  # ids decoded at once: the longest draft and one more
-# No such file or no room; not JSON; no home directory, or JSON nested too deep.
-_UNUSABLE = (OSError, ValueError, RuntimeError)
+_NOTE = "costs.json"
 
 
 @contextmanager
@@ -43,7 +39,7 @@ def kept_costs(trio: Trio, wanted: bool = True) -> Iterator[None]:
 
 def load_costs(trio: Trio) -> None:
     """Give each model the stored times of sizes that it has not decoded yet."""
-    stored, machine = _read(), _machine()
+    stored, machine = read_table(_NOTE), _machine()
     for model in trio.models.values():
         times = model.decode_seconds
         known = _profile(stored.get(_key(model, machine)))
@@ -57,29 +53,13 @@ def load_costs(trio: Trio) -> None:
 
 def save_costs(trio: Trio) -> None:
     """Merge the models' medians into the file; of two runs at once, the last one counts."""
-    stored, machine = _read(), _machine()
+    stored, machine = read_table(_NOTE), _machine()
     for model in trio.models.values():
         new = {n: statistics.median(t) for n, t in model.decode_seconds.items() if n <= _MOST}
         key = _key(model, machine)
         merged = sorted({**_profile(stored.get(key)), **new}.items())
         stored[key] = {str(n): seconds for n, seconds in merged}
-    with suppress(*_UNUSABLE):
-        path = _path()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(stored, indent=1))
-
-
-def _path() -> Path:
-    return cache_folder() / "costs.json"
-
-
-def _read() -> dict[str, Any]:
-    """The file's contents; empty where it cannot be used."""
-    try:
-        stored = parse(_path().read_text(encoding="utf-8"), object)
-    except _UNUSABLE:
-        return {}
-    return stored if isinstance(stored, dict) else {}
+    write_note(_NOTE, json.dumps(stored, indent=1))
 
 
 def _profile(entry: Any) -> dict[int, float]:

@@ -1,7 +1,6 @@
 """What is said of a trio's tuning before it answers by `auto`."""
 
 import sys
-from contextlib import suppress
 from typing import Any
 
 from trimix_gguf.cli.options import named_trio
@@ -36,14 +35,10 @@ def _say(text: str) -> None:
 
 def _first_time(name: str) -> bool:
     """Whether `name` is not yet in the list of those that were told, which it then joins."""
-    from trimix_gguf.machine.folders import cache_folder
+    from trimix_gguf.machine.notes import read_note, write_note
 
-    with suppress(OSError, RuntimeError, ValueError):
-        file = cache_folder() / "untuned.txt"
-        told = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        if name in told:
-            return False
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8") as out:
-            out.write(f"{name}\n")
+    told = read_note("untuned.txt")
+    if name in told.splitlines():
+        return False
+    write_note("untuned.txt", f"{told}{name}\n")
     return True

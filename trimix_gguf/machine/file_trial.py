@@ -7,16 +7,15 @@ is tried again once the file or the library is another.
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from trimix_gguf import errors
 from trimix_gguf.errors import ModelFileError
 from trimix_gguf.machine import self_test
-from trimix_gguf.machine.folders import cache_folder
 from trimix_gguf.machine.loading import Loading
+from trimix_gguf.machine.notes import read_note, write_note
 from trimix_gguf.machine.parts import parts_of
 from trimix_gguf.machine.rpc import is_remote
 
@@ -24,6 +23,7 @@ REFUSED = 4  # the child's exit code for an error of ours; its last line is the 
 _N_CTX = 128
 _PER_SECOND = 20 << 20  # bytes that the slowest disk reads
 _MOST_KEPT = 500
+_NOTE = "tried.txt"  # the library, then the fingerprints that passed with it
 _SHIPPED = Path(__file__).parent.parent / "nano"  # self_test has read with these
 _passed: set[str] = set()
 
@@ -89,7 +89,8 @@ def require(trials: Iterable[FileTrial]) -> None:
     )
     if outcome.code == 0 and outcome.said == "passed":
         _passed.update(new)
-        _keep(new)
+        keep = [*_kept() - set(new), *new][-_MOST_KEPT:]
+        write_note(_NOTE, "\n".join([_library(), *keep, ""]))
         return
     if outcome.code == REFUSED:
         name, _, text = outcome.said.partition(" ")
@@ -110,25 +111,7 @@ def _library() -> str:
     return hashlib.sha256(self_test.fingerprint().encode()).hexdigest()
 
 
-def _file() -> Path:
-    return cache_folder() / "tried.txt"
-
-
 def _kept() -> set[str]:
     """Fingerprints that passed with this library; empty where nothing can be kept."""
-    try:
-        library, *kept = _file().read_text(encoding="utf-8").split()
-    except (OSError, ValueError, RuntimeError):
-        return set()
-    return set(kept) if library == _library() else set()
-
-
-def _keep(new: Collection[str]) -> None:
-    """Where there is no room for it, the next start tries again."""
-    from trimix_gguf.machine.files import write_text
-
-    with suppress(OSError, RuntimeError):
-        file = _file()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        kept = [*_kept() - set(new), *new][-_MOST_KEPT:]
-        write_text(file, "\n".join([_library(), *kept, ""]))
+    noted = read_note(_NOTE).split()
+    return set(noted[1:]) if noted[:1] == [_library()] else set()

@@ -6,17 +6,14 @@ A model in several files has one: that of their bytes, one file after another.
 import hashlib
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from trimix_gguf.machine.files import write_text
-from trimix_gguf.machine.folders import cache_folder
+from trimix_gguf.machine.notes import read_table, write_note
 from trimix_gguf.machine.parts import n_bytes_of, parts_of
-from trimix_gguf.machine.typed_json import parse
 
 CHUNK = 1 << 20  # bytes read at once
 _MOST_KEPT = 200
+_NOTE = "hashes.json"
 
 
 def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
@@ -41,16 +38,13 @@ def kept_sha256(path: Path) -> str:
     """
     facts = [part.stat() for part in parts_of(path)]
     state = [number for f in facts for number in (f.st_size, f.st_mtime_ns, f.st_ino)]
-    kept, name = _read(), str(path.resolve())
+    kept, name = read_table(_NOTE), str(path.resolve())
     known = kept.get(name)
     if isinstance(known, list) and known[:-1] == state and isinstance(known[-1], str):
         return known[-1]
     digest = sha256_of(path)
     kept = {**{k: v for k, v in kept.items() if k != name}, name: [*state, digest]}
-    with suppress(OSError, RuntimeError):
-        file = _path()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(dict(list(kept.items())[-_MOST_KEPT:]), indent=1))
+    write_note(_NOTE, json.dumps(dict(list(kept.items())[-_MOST_KEPT:]), indent=1))
     return digest
 
 
@@ -61,15 +55,3 @@ def same_content(one: Path, other: Path) -> bool:
     if len(parts) == len(others) and all(a.samefile(b) for a, b in pairs):
         return True
     return n_bytes_of(one) == n_bytes_of(other) and kept_sha256(one) == kept_sha256(other)
-
-
-def _path() -> Path:
-    return cache_folder() / "hashes.json"
-
-
-def _read() -> dict[str, Any]:
-    try:
-        kept = parse(_path().read_text(encoding="utf-8"), object)
-    except (OSError, ValueError, RuntimeError):
-        return {}
-    return kept if isinstance(kept, dict) else {}

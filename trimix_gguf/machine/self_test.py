@@ -18,9 +18,10 @@ from pathlib import Path
 
 from trimix_gguf.errors import BuildError
 from trimix_gguf.machine import processor
-from trimix_gguf.machine.folders import cache_folder
+from trimix_gguf.machine.notes import read_note, write_note
 
 TRIAL = "trimix_gguf.trio.trial"  # what the child runs: it loads llama.cpp, this module must not
+_VERDICT = "self_test.txt"  # the fingerprint that passed last
 WRONG = 3  # its exit code where the logits differ
 SECONDS = 120  # an old laptop under load takes a few
 _BUILD_FOLDER = re.compile(r"^\S*/(?=[^/\s]+:\d+: )")  # before a source file's name and line
@@ -56,7 +57,7 @@ def is_skipped() -> bool:
 
 def require() -> None:
     """Raise BuildError where llama.cpp does not run here; costs nothing once it was seen to."""
-    if not is_skipped() and _kept_verdict() != fingerprint():
+    if not is_skipped() and read_note(_VERDICT) != fingerprint():
         run()
 
 
@@ -67,7 +68,7 @@ def run() -> None:
     if outcome.code is None:
         raise _failure(f"did not end in {SECONDS} seconds", "")
     if outcome.code == 0 and stage == "passed":
-        _keep_verdict(fingerprint())
+        write_note(_VERDICT, fingerprint())
         return
     if outcome.code == WRONG:  # it ran, and computed something else
         raise _failure("computes wrongly", stage)
@@ -139,25 +140,3 @@ def fingerprint() -> str:
         seen = path.stat()
         parts.append(f"{path} {seen.st_size} {seen.st_mtime_ns} {seen.st_ctime_ns} {seen.st_ino}")
     return ascii(parts)
-
-
-def _verdict_file() -> Path:
-    return cache_folder() / "self_test.txt"
-
-
-def _kept_verdict() -> str:
-    """The fingerprint that passed last; empty where there is none, or no home folder."""
-    try:
-        return _verdict_file().read_text(encoding="utf-8")
-    except (OSError, ValueError, RuntimeError):
-        return ""
-
-
-def _keep_verdict(fingerprint: str) -> None:
-    """Where there is no room for it, the next start tries again."""
-    from trimix_gguf.machine.files import write_text
-
-    with suppress(OSError, RuntimeError):
-        kept = _verdict_file()
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_text(kept, fingerprint)

@@ -19,7 +19,7 @@ from typing import Any
 
 from common import load, machine, parser, report, spread, text_ids
 
-from trimix_gguf.choosing import selection
+from trimix_gguf.choosing import score, selection
 from trimix_gguf.machine.loading import N_WINDOW
 from trimix_gguf.machine.threads import available_cores
 from trimix_gguf.mixing.fusion import Weights, fuse
@@ -162,8 +162,8 @@ def selection_cost(trio: Trio, prompt: Prompt, repeats: int) -> dict[str, Any]:
 
 @contextmanager
 def timed_grid_nll() -> Iterator[list[float]]:
-    """Collects the seconds of every grid_nll that selection calls."""
-    original, inside = selection.grid_nll, []
+    """Collects the seconds of every grid_token_nlls that a choice calls."""
+    original, inside = score.grid_token_nlls, []
 
     def timed(**arguments: Any) -> Any:
         start = time.perf_counter()
@@ -171,11 +171,11 @@ def timed_grid_nll() -> Iterator[list[float]]:
         inside.append(time.perf_counter() - start)
         return nll
 
-    selection.grid_nll = timed
+    score.grid_token_nlls = timed
     try:
         yield inside
     finally:
-        selection.grid_nll = original
+        score.grid_token_nlls = original
 
 
 def window_cost(options: argparse.Namespace, ids: list[int], repeats: int) -> dict[str, Any]:
@@ -278,7 +278,7 @@ def described(result: dict[str, Any], n_tokens: int) -> list[str]:
         f"  select_weights {s['select_weights']:.2f} s, prefill alone {s['prefill']:.2f} s: "
         f"{chosen['ratio']['median']:.2f} × "
         f"(from {chosen['ratio']['min']:.2f} to {chosen['ratio']['max']:.2f})",
-        f"  of it grid_nll {s['grid_nll']:.2f} s; every row of logits, not the last alone, "
+        f"  of it the grid {s['grid_nll']:.2f} s; every row of logits, not the last alone, "
         f"{s['every_row'] - s['prefill']:.2f} s",
     ]
     for n, cost in result["windows"].items():

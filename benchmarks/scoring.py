@@ -1,4 +1,4 @@
-"""grid_nll against one log-softmax a grid point: time, and distance from float64.
+"""grid_token_nlls against one log-softmax a grid point: time, and distance from float64.
 
 All run on one thread, alternating, over rows of logits that a trio gave on a text, in float32.
 The plain form is NumPy as one writes it, over whole arrays [n_tokens, n_vocab]; the tuned form
@@ -17,7 +17,7 @@ from common import load, machine, parser, report, spread, text_ids
 
 from trimix_gguf.bench import naive_nll
 from trimix_gguf.mixing.fusion import Rows
-from trimix_gguf.mixing.scoring import GRID, grid_nll
+from trimix_gguf.mixing.scoring import GRID, grid_token_nlls
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.prefill import Window
 from trimix_gguf.trio.prompt import Prompt, Segment
@@ -94,8 +94,9 @@ def cross_entropy(fused: np.ndarray, target: int) -> float:
 
 
 def separable_nll(rows: Rows, targets: np.ndarray, grid: tuple[float, ...]) -> np.ndarray:
-    """grid_nll on one thread."""
-    return grid_nll(**rows, targets=targets, alphas=grid, betas=grid, n_threads=1)
+    """grid_token_nlls on one thread."""
+    nlls = grid_token_nlls(**rows, targets=targets, alphas=grid, betas=grid, n_threads=1)
+    return nlls.sum(axis=0)
 
 
 FORMS: dict[str, Callable[..., np.ndarray]] = {

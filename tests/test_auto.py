@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import KAZAKH
+from summed import grid_nll
 from topics import ask_here
 
 from trimix_gguf import Trio, Weights, select_weights
@@ -17,7 +18,7 @@ from trimix_gguf.evaluation.names.settings import RunSettings
 from trimix_gguf.evaluation.running.file_weights import weights_of_file
 from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 from trimix_gguf.mixing.fusion import METHODS
-from trimix_gguf.mixing.scoring import WITH_CORNERS, grid_nll, large_ins_slopes, strays
+from trimix_gguf.mixing.scoring import WITH_CORNERS, large_ins_slopes, strays
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.sums import Sum
 from trimix_gguf.trio.tuned import Free, Tuning

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from summed import grid_nll
 
 from trimix_gguf import Trio, bench, stream_generate
 from trimix_gguf.answering import timing
@@ -18,7 +19,6 @@ from trimix_gguf.answering.drafting import Drafting
 from trimix_gguf.cli.bench import people
 from trimix_gguf.machine.gguf_file import GGUFFile, TensorInfo
 from trimix_gguf.mixing.fusion import METHODS, Mix, Weights
-from trimix_gguf.mixing.scoring import grid_nll
 from trimix_gguf.roles import ROLES
 
 SMALL = ("--threads", "1", "--n-prompt", "24", "--n-tokens", "12", "--repeats", "2")

@@ -313,7 +313,7 @@ def test_each_method_takes_the_lowest_of_its_own_evidence(trio):
 def test_token_level_weights_follow_the_newest_evidence(trio, monkeypatch):
     reading = reading_of(bowl(0.1, 0.9, n=40), [False] * 40)
     there = bowl(1.0, 0.1, n=1)[0]
-    monkeypatch.setattr(steering, "grid_nll", lambda **_: there)
+    monkeypatch.setattr(steering, "grid_token_nlls", lambda **_: there[None])
     one = continuations(("token",), reading, {}, trio, with_choices=False)["token"]
     assert one.mix.weights == Weights(0.1, 0.9)
     row, weights = np.zeros(1, np.float32), []

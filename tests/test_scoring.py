@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from summed import grid_nll
 
 from trimix_gguf.errors import ModelError, WeightsError
 from trimix_gguf.mixing.fusion import Weights
@@ -17,7 +18,6 @@ from trimix_gguf.mixing.scoring import (
     chebyshev_nodes,
     continuous_optimum,
     grid_entropy,
-    grid_nll,
     interpolate,
     lowest,
     parse_grid,

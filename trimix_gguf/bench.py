@@ -33,7 +33,7 @@ from trimix_gguf.machine.threads import available_cores
 from trimix_gguf.mixing.fusion import METHODS, Mix, Rows, fuse
 from trimix_gguf.mixing.sampler import Sampler
 from trimix_gguf.mixing.sampling import Sampling
-from trimix_gguf.mixing.scoring import GRID, Float64, grid_nll
+from trimix_gguf.mixing.scoring import GRID, Float64, grid_token_nlls
 from trimix_gguf.roles import LOADING_ORDER, ROLES, Role
 from trimix_gguf.trio.model import Logits
 from trimix_gguf.trio.prefill import Window
@@ -232,7 +232,7 @@ def grid_scoring(trio: Trio, prompt: Prompt, prefill_s: float) -> dict[str, floa
 
     def consume(window: Window) -> None:
         nonlocal spent, seen
-        spent += nll_seconds(grid_nll, window.rows, window.targets, **settings)
+        spent += nll_seconds(grid_token_nlls, window.rows, window.targets, **settings)
         picked = slice(-seen % every, None, every)
         rows = (window.rows[role][picked].copy() for role in ROLES)
         kept.append((*rows, window.targets[picked]))
@@ -243,7 +243,7 @@ def grid_scoring(trio: Trio, prompt: Prompt, prefill_s: float) -> dict[str, floa
     *logits, targets = (np.concatenate(parts) for parts in zip(*kept, strict=True))
     rows = dict(zip(ROLES, logits, strict=True))
     pairs = [
-        [nll_seconds(form, rows, targets) / len(targets) for form in (grid_nll, naive_nll)]
+        [nll_seconds(form, rows, targets) / len(targets) for form in (grid_token_nlls, naive_nll)]
         for _ in range(_TRIES)
     ]
     return {
@@ -270,7 +270,7 @@ def naive_nll(
     alphas: Sequence[float],
     betas: Sequence[float],
 ) -> Float64:
-    """grid_nll in plain form: per point a mix and a float32 log-softmax, on whole arrays."""
+    """Summed nats in plain form: per point a mix and a float32 log-softmax, on whole arrays."""
     nll, at = np.empty((len(alphas), len(betas))), np.arange(len(targets))
     for i, a in enumerate(np.asarray(alphas, np.float32)):
         for j, b in enumerate(np.asarray(betas, np.float32)):

@@ -13,7 +13,7 @@ from trimix_gguf.choosing.score import Score
 from trimix_gguf.choosing.selection import TOKEN_KEEP, Selection
 from trimix_gguf.machine.threads import available_cores
 from trimix_gguf.mixing.fusion import METHODS, Mix, Rows
-from trimix_gguf.mixing.scoring import Float64, grid_nll, lowest
+from trimix_gguf.mixing.scoring import Float64, grid_token_nlls, lowest
 from trimix_gguf.roles import ROLES, Role
 
 LARGE_INS = METHODS["large_ins"].weights
@@ -123,7 +123,7 @@ class Following:
         """Choose again, with this token's NLL over the grid."""
         one: Mapping[str, NDArray[np.float32]] = {role: rows[role][None] for role in ROLES}
         alphas, betas = self._axes
-        newest = grid_nll(
+        newest = grid_token_nlls(
             **one,
             targets=[token],
             alphas=alphas,
@@ -131,6 +131,6 @@ class Following:
             unused=self._unused,
             n_threads=available_cores(),
         )
-        self._nll = TOKEN_KEEP * self._nll + newest
+        self._nll = TOKEN_KEEP * self._nll + newest[0]
         weights = lowest(self._nll[self._on_grid], *self._score.grid)
         self.mix = replace(self.mix, weights=weights)

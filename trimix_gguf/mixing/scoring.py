@@ -43,35 +43,6 @@ def perplexity_of(mean_nll: float) -> float:
     return math.exp(min(mean_nll, _MOST_NATS))
 
 
-def grid_nll(
-    *,
-    large_ins: Float32,
-    small_cpt: Float32,
-    small_base: Float32,
-    targets: Sequence[int] | NDArray[np.integer],
-    alphas: Sequence[float],
-    betas: Sequence[float],
-    unused: NDArray[np.bool_] | None = None,
-    n_threads: int = 1,
-) -> Float64:
-    """Summed nats of `targets` under the mix at each grid point: float64 [n_alpha, n_beta].
-
-    The sum of grid_token_nlls over tokens.
-    """
-    nlls = grid_token_nlls(
-        large_ins=large_ins,
-        small_cpt=small_cpt,
-        small_base=small_base,
-        targets=targets,
-        alphas=alphas,
-        betas=betas,
-        unused=unused,
-        n_threads=n_threads,
-    )
-    total: Float64 = nlls.sum(axis=0)
-    return total
-
-
 def grid_token_nlls(
     *,
     large_ins: Float32,

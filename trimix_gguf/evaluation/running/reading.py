@@ -18,7 +18,6 @@ from trimix_gguf.mixing.scoring import (
     Float64,
     chebyshev_nodes,
     grid_entropy,
-    grid_nll,
     large_ins_slopes,
 )
 from trimix_gguf.roles import ROLES
@@ -129,7 +128,8 @@ class Reader:
             if self._sloped:
                 slopes[...] += _slopes(self.trio, window.rows, window.targets)
             if self._continuous:
-                continuous[...] += _nodes_nll(self.trio, window.rows, window.targets)
+                nlls = token_nlls(self.trio, window.rows, window.targets, chebyshev_nodes())
+                continuous[...] += nlls.sum(axis=0)
             if self.fourth is not None:
                 # The newest target is covered, but no row here has read it.
                 four = self.fourth.beside(window.rows, window.mark[1] - 1)
@@ -158,18 +158,6 @@ class _Scores:
             self.continuous + later.continuous,
             self.slopes + later.slopes,
         )
-
-
-def _nodes_nll(trio: Trio, rows: Rows, targets: NDArray[np.int64]) -> Float64:
-    """Summed nats of `targets` over chebyshev_nodes(), as `--grid continuous` scores them."""
-    return grid_nll(
-        **{role: rows[role] for role in ROLES},
-        targets=targets,
-        alphas=chebyshev_nodes(),
-        betas=chebyshev_nodes(),
-        unused=trio.unused,
-        n_threads=available_cores(),
-    )
 
 
 def _slopes(trio: Trio, rows: Rows, targets: NDArray[np.int64]) -> Float64:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
+from trimix_gguf.cli.bars import token_progress
 from trimix_gguf.cli.chat_trio import ChatTrio
 from trimix_gguf.cli.generation_options import (
     decoding_options,
@@ -22,7 +23,6 @@ from trimix_gguf.cli.options import (
     context_shift_option,
     parse_mix,
     read_text,
-    token_progress,
     trio_options,
 )
 from trimix_gguf.cli.streams import reader_is_gone

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from trimix_gguf.cli.options import byte_progress
+from trimix_gguf.cli.bars import byte_progress, count_bar
 from trimix_gguf.machine.quantization import CALIBRATED, FLOATS, QUANTIZED, WEIGHT_TYPES
 
 
@@ -149,7 +149,6 @@ def imatrix(model: str, texts: tuple[str, ...], output: str, force: bool, **opti
     TEXT is UTF-8 in the language that the model is for, also packed as .gz, .zst or .bz2. Ctrl-C
     keeps what was read. A run that is killed starts again.
     """
-    from trimix_gguf.cli.bars import count_bar
     from trimix_gguf.convert.calibration import Stopped, calibrate
 
     given = _given(options)

@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 import click
 
+from trimix_gguf.cli.bars import token_progress
 from trimix_gguf.cli.generation_options import (
     decoding_options,
     generation_settings,
@@ -15,7 +16,7 @@ from trimix_gguf.cli.generation_options import (
     mix_options,
     weights_line,
 )
-from trimix_gguf.cli.options import open_trio, read_text, token_progress, trio_options
+from trimix_gguf.cli.options import open_trio, read_text, trio_options
 from trimix_gguf.cli.task_weights import task_weights
 
 

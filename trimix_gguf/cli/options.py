@@ -1,9 +1,8 @@
-"""What several commands share: the trio's options, prompts from files, progress, the grid."""
+"""What several commands share: the trio's options, prompts from files, the grid."""
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -317,45 +316,3 @@ grid_option = click.option(
     metavar="LIST|continuous",
     help="Weights to try, e.g. 0.1,0.5,1. Give it twice for alpha, then beta.",
 )
-
-
-@contextmanager
-def token_progress(total: int, what: str, *, quiet: bool = False):  # type: ignore[no-untyped-def]
-    """A bar on stderr, drawn only on a terminal; yields progress(n_tokens)."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda n: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(what), BarColumn(), TextColumn("{task.completed}/{task.total} tokens"))
-    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-    task = bar.add_task(what, total=total)
-    with bar:
-        yield lambda n: bar.advance(task, n)
-
-
-@contextmanager
-def byte_progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr with bytes, rate and time left; yields progress(what, done, total)."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda name, done, total: bar.update(task, completed=done, total=total)

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from trimix_gguf.cli.bars import token_progress
 from trimix_gguf.cli.options import (
     grid_option,
     new_figure,
@@ -12,7 +13,6 @@ from trimix_gguf.cli.options import (
     own_mix,
     parse_grid_options,
     read_text,
-    token_progress,
     trio_options,
 )
 

@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from trimix_gguf.choosing.methods import ANSWERS, AUTO, CHOOSING, TOKEN, file_methods
-from trimix_gguf.cli.bars import count_bar
-from trimix_gguf.cli.options import read_text, token_progress
+from trimix_gguf.cli.bars import count_bar, token_progress
+from trimix_gguf.cli.options import read_text
 from trimix_gguf.mixing.fusion import METHODS
 
 

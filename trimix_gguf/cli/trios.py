@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from trimix_gguf.cli.options import byte_progress
+from trimix_gguf.cli.bars import byte_progress
 
 
 @click.command("list")

@@ -261,6 +261,17 @@ def parse_mix(text: str) -> Any:
         raise WeightsError(f"weights {text!r} are not two numbers such as 0.1,0.9") from None
 
 
+def bound(*, host: str, port: int) -> Any:
+    """A socket at that address; raises ClickException where there can be none."""
+    from trimix_gguf.server.running import bind
+
+    try:
+        return bind(host, port)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise click.ClickException(f"{host}:{port}: {reason}; choose another --port") from None
+
+
 def new_figure(**options: Any) -> Any:
     """An empty matplotlib figure; raises TrimixError where matplotlib is not installed."""
     from trimix_gguf.errors import TrimixError

@@ -15,6 +15,7 @@ import click
 from trimix_gguf.cli import supervising
 from trimix_gguf.cli.options import (
     Decorator,
+    bound,
     context_shift_option,
     each_trio,
     option_group,
@@ -167,19 +168,8 @@ def _supervise(workers: list[str], listening: dict[str, Any], options: dict[str,
             f"with --rpc, trios of one server share large_ins and small_base, and {apart[0]} does "
             f"not with {first['trio']}; start another server, with other workers"
         )
-    with _bound(listening) as listener:
+    with bound(**listening) as listener:
         return run_server(workers, listener)
-
-
-def _bound(listening: dict[str, Any]) -> Any:
-    from trimix_gguf.server.running import bind
-
-    host, port = listening["host"], listening["port"]
-    try:
-        return bind(host, port)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise click.ClickException(f"{host}:{port}: {reason}; choose another --port") from None
 
 
 def _access(host: str, options: dict[str, Any]) -> Any:
@@ -273,7 +263,7 @@ def _run(
 
     host = listening["host"]
     parent = supervising_server.Supervised() if supervising_server.is_supervised() else None
-    listener = _bound(listening) if parent is None else parent.listener
+    listener = bound(**listening) if parent is None else parent.listener
     name, strict = options.pop("name"), options.pop("strict")
     task, task_method = options.pop("task"), options.pop("task_method")
     own = ("max_loaded", "context_shift")

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from trimix_gguf.cli.options import bound
+
 
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
@@ -67,17 +69,11 @@ def _lend(host: str, options: dict[str, Any]) -> int:
     """Lend until a signal comes; returns its number."""
     from trimix_gguf.machine import lending
     from trimix_gguf.machine.threads import available_cores
-    from trimix_gguf.server.running import bind
 
     devices = _devices(options["device"])
     n_threads = options["threads"] or available_cores()
     cache = _cache_folder(options["cache"])
-    try:
-        listener = bind(host, options["port"])
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        place = f"{host}:{options['port']}"
-        raise click.ClickException(f"{place}: {reason}; choose another --port") from None
+    listener = bound(host=host, port=options["port"])
     signals: list[int] = []
 
     def end(number: int, _: FrameType | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +83,11 @@ def _describe(file: GGUFFile) -> dict[str, Any]:
         "file": file.path.name,
         "architecture": file.architecture,
         "type": types.get(file.metadata.get("general.file_type", -1), "?"),
-        "n_parameters": _n_parameters(file),
+        "n_parameters": file.n_weights,
         "n_ctx_train": file.n_ctx_train,
         "n_vocab": len(file.array("tokenizer.ggml.tokens") or ()),
         "bytes": file.file_size,
     }
-
-
-def _n_parameters(file: GGUFFile) -> int:
-    return sum(math.prod(tensor.shape) for tensor in file.tensors)
 
 
 def _check_adapter(adapter: GGUFFile, base: GGUFFile) -> None:
@@ -117,7 +112,7 @@ def _check_sizes(files: dict[Role, GGUFFile]) -> None:
                 f"{cpt.path}: {what} is {getattr(cpt, what)} but {getattr(base, what)} in "
                 f"{base.path.name}; small_cpt must be small_base after more training"
             )
-    if _n_parameters(large) < _n_parameters(base):
+    if large.n_weights < base.n_weights:
         raise ModelFileError(
             f"{large.path}: smaller than {base.path.name}; give the large model first, "
             "then small_base, then small_cpt"

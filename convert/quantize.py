@@ -6,7 +6,6 @@ on some inputs. Run as a module, this file is that child.
 
 from __future__ import annotations
 
-import math
 import re
 import subprocess
 import sys
@@ -46,10 +45,9 @@ def quantize_gguf(
     if not requantize:
         _refuse_quantized(file)
     coverage = None if imatrix is None else read_imatrix(imatrix).coverage(file)
-    n_weights = sum(math.prod(tensor.shape) for tensor in file.tensors)
     head = file.file_size - file.weight_bytes
     per_weight = WEIGHT_TYPES[type].bits[0] / 8 if type == "q8_0" else MOST_BELOW_Q8_0
-    n_bytes = int(n_weights * per_weight) + head
+    n_bytes = int(file.n_weights * per_weight) + head
     if out.exists() and out.samefile(source):
         raise ConversionError(f"{out} is the file to be read; choose another name")
     with whole_output(out, n_bytes=n_bytes, force=force) as partial:

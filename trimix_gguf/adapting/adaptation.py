@@ -126,7 +126,7 @@ class _Run:
             self.shown.say(
                 f"{self.base.gguf.name} has one matrix for embeddings and output, which no adapter "
                 "of llama.cpp changes: the result is a whole model, of about "
-                f"{self.base.n_parameters * 34 / 32 / outlook.GIB:.1f} GiB"
+                f"{self.base.file.n_weights * 34 / 32 / outlook.GIB:.1f} GiB"
             )
 
     @property

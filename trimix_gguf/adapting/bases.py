@@ -39,17 +39,6 @@ class Base:
         return read_gguf(self.gguf)
 
     @property
-    def n_parameters(self) -> int:
-        """Numbers in its tensors."""
-        total = 0
-        for tensor in self.file.tensors:
-            n = 1
-            for size in tensor.shape:
-                n *= size
-            total += n
-        return total
-
-    @property
     def is_tied(self) -> bool:
         """Whether the embeddings are the output layer as well."""
         return all(tensor.name != "output.weight" for tensor in self.file.tensors)

@@ -40,7 +40,7 @@ class Way:
     def n_trained(self, base: Base) -> int:
         """Numbers that change: all, or those of a LoRA."""
         if self.full:
-            return base.n_parameters
+            return base.file.n_weights
         outer = ("token_embd.weight", "output.weight") if self.embeddings else ()
         return sum(
             self.rank * sum(t.shape)
@@ -114,7 +114,7 @@ def look_ahead(
 
 def memory_needed(base: Base, way: Way, n_rows: int) -> float:
     """Bytes of a training step that has `n_rows` rows in memory together."""
-    file, n = base.file, base.n_parameters
+    file, n = base.file, base.file.n_weights
     n_ff = int(file.metadata.get(f"{file.architecture}.feed_forward_length", 4 * file.n_embd))
     # Numbers that a token leaves in a layer for the way back, as benchmarks/adapt_memory.py saw.
     per_token = file.n_layer * (20 * file.n_embd + 10 * n_ff)

@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trimix_gguf.errors import ModelFileError
-from trimix_gguf.machine.gguf_types import NO_WEIGHTS, tensor_types, value_types, wrong_type
+from trimix_gguf.machine.gguf_types import (
+    NO_WEIGHTS,
+    row_bytes,
+    tensor_types,
+    value_types,
+    wrong_type,
+)
 from trimix_gguf.machine.parts import parts_of
 
 MAGIC = b"GGUF"
@@ -83,6 +89,11 @@ class GGUFFile:
         return sum(tensor.n_bytes for tensor in self.tensors)
 
     @property
+    def n_weights(self) -> int:
+        """Numbers in all tensors."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors)
+
+    @property
     def n_ctx_train(self) -> int:
         """The longest context that it was trained for, in tokens."""
         return self._size("context_length")
@@ -118,7 +129,7 @@ class GGUFFile:
         for key, type_name in (("key_length", type_k), ("value_length", type_v)):
             given = self._hparam(f"attention.{key}") is not None
             length = self._size(f"attention.{key}") if given else self.n_embd // n_head
-            n_bytes += n_ctx * sum(self.n_head_kv) * _row_bytes(length, type_name)
+            n_bytes += n_ctx * sum(self.n_head_kv) * row_bytes(length, type_name)
         return n_bytes
 
     def array(self, key: str) -> list[Any] | None:
@@ -383,16 +394,6 @@ def _read_tensor_info(cursor: _Cursor, index: int) -> TensorInfo:
     if (shape[0] if shape else 1) % block:
         _refuse(cursor.path, f"{what} has shape {shape}; {type_name} wants rows of {block}s")
     return TensorInfo(name, shape, type_name, offset, math.prod(shape) // block * block_bytes)
-
-
-def _row_bytes(n: int, type_name: str) -> int:
-    sizes = {name.lower(): (block, n_bytes) for name, block, n_bytes in tensor_types().values()}
-    if type_name.lower() not in sizes:
-        raise ValueError(f"unknown cache type {type_name!r}; expected f32, f16, q8_0 or the like")
-    block, n_bytes = sizes[type_name.lower()]
-    if n % block:
-        raise ValueError(f"cache type {type_name!r}: heads of {n} are not whole blocks of {block}")
-    return n // block * n_bytes
 
 
 def _refuse(path: Path, flaw: str) -> NoReturn:

@@ -82,3 +82,14 @@ def tensor_types() -> dict[int, tuple[str, int, int]]:
     from gguf.constants import GGML_QUANT_SIZES
 
     return {int(t): (t.name, *sizes) for t, sizes in GGML_QUANT_SIZES.items()}
+
+
+def row_bytes(n: int, type_name: str) -> int:
+    """Bytes of `n` numbers of a KV cache; raises ValueError where a type cannot hold them."""
+    sizes = {name.lower(): (block, n_bytes) for name, block, n_bytes in tensor_types().values()}
+    if type_name.lower() not in sizes:
+        raise ValueError(f"unknown cache type {type_name!r}; expected f32, f16, q8_0 or the like")
+    block, n_bytes = sizes[type_name.lower()]
+    if n % block:
+        raise ValueError(f"cache type {type_name!r}: heads of {n} are not whole blocks of {block}")
+    return n // block * n_bytes

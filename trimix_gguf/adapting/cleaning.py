@@ -1,12 +1,12 @@
 """Text as it should have been: one form of each character, mended encodings, no page furniture."""
 
-import hashlib
 import re
 from collections import Counter
 from functools import cache
 from typing import Any
 
 from trimix_gguf.adapting.extras import need
+from trimix_gguf.adapting.grams import digest
 
 OFTEN = 10  # documents: a line in so many belongs to the pages, not to the text
 _MOST_COUNTED = 2_000_000  # lines, above which those seen once are forgotten
@@ -35,7 +35,7 @@ def _settings() -> Any:
 def line_key(line: str) -> int:
     """A number for a line that differs only in spaces, case and digits from others."""
     normal = re.sub(r"\d+", "0", " ".join(line.lower().split()))
-    return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "big")
+    return digest(normal)
 
 
 class Boilerplate:

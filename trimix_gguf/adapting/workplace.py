@@ -1,6 +1,5 @@
 """The folder of one run: what was asked, so that going on with something else is refused."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 from trimix_gguf.errors import DataError
 from trimix_gguf.machine.files import write_text
+from trimix_gguf.machine.hashes import sha256_of
 from trimix_gguf.machine.locking import alone
 from trimix_gguf.machine.typed_json import parse
 
@@ -35,7 +35,7 @@ class Workplace:
 
         Before training begins, another wish begins again.
         """
-        asked = {**settings, "files": {str(file.resolve()): _sha256(file) for file in files}}
+        asked = {**settings, "files": {str(file.resolve()): sha256_of(file) for file in files}}
         before = self.read(ASKED)
         if self.read(DECIDED) is None:
             if before != json.loads(json.dumps(asked)):
@@ -83,8 +83,3 @@ class Workplace:
             found = make()
             self.write(name, found)
         return found
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -15,6 +15,7 @@ from typing import Any
 from trimix_gguf.errors import ModelError
 from trimix_gguf.machine import native
 from trimix_gguf.machine.files import put_in_place, temporary_path
+from trimix_gguf.machine.hashes import sha256_of
 from trimix_gguf.machine.parts import parts_of
 from trimix_gguf.machine.typed_json import parse
 from trimix_gguf.roles import ROLES, Role
@@ -103,11 +104,7 @@ def _check_ids(trio: Trio, ids: dict[Role, list[int]]) -> None:
 
 
 def _state_digests(folder: Path) -> dict[Role, str]:
-    digests = {}
-    for role in ROLES:
-        with (folder / f"{role}.state").open("rb") as file:
-            digests[role] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    return {role: sha256_of(folder / f"{role}.state") for role in ROLES}
 
 
 def _fingerprints(trio: Trio) -> dict[Role, list[Any]]:

@@ -56,22 +56,27 @@ def find_base(trio: TrioFile, given: Path | None, work: Path, *, alone: bool = F
     unless it is to stand alone.
     """
     base = Base(trio.path("small_base"))
-    if given is not None and given.is_dir():
-        if not (given / "config.json").is_file():
-            raise ConversionError(f"{given} has no config.json; give the folder of a checkpoint")
-        from trimix_gguf.convert.hf import convert_hf
-
-        base = Base(work / "small_base.gguf", given)
-        if not base.gguf.is_file():
-            convert_hf(given, base.gguf)
-    elif given is not None:
-        base = Base(given)
+    if given is not None:
+        base = given_base(given, work / "small_base.gguf")
     if not alone:
         large_ins = read_gguf(trio.path("large_ins"))
         check_contract({"large_ins": large_ins, "small_base": read_gguf(base.gguf)})
     if trio.models["small_base"].adapter_of is not None:
         raise TrioFileError(f"{trio.file}: small_base is an adapter; give --base a whole model")
     return base
+
+
+def given_base(given: Path, converted: Path) -> Base:
+    """A model that a user gives: a GGUF, or a folder, of which `converted` is made."""
+    if not given.is_dir():
+        return Base(given)
+    if not (given / "config.json").is_file():
+        raise ConversionError(f"{given} has no config.json; give the folder of a checkpoint")
+    from trimix_gguf.convert.hf import convert_hf
+
+    if not converted.is_file():
+        convert_hf(given, converted)
+    return Base(converted, given)
 
 
 class Tokenizer:

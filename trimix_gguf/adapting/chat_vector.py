@@ -9,9 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trimix_gguf.adapting.bases import Base, load_base
+from trimix_gguf.adapting.bases import Base, given_base, load_base
 from trimix_gguf.adapting.extras import need
-from trimix_gguf.convert.hf import convert_hf
 from trimix_gguf.errors import ConversionError
 
 
@@ -20,13 +19,7 @@ def find_instruct(given: Path, base: Base, work: Path) -> Base:
 
     Raises ConversionError where its tensors are not shaped like the base's.
     """
-    instruct = Base(given)
-    if given.is_dir():
-        if not (given / "config.json").is_file():
-            raise ConversionError(f"{given} has no config.json; give the folder of a checkpoint")
-        instruct = Base(work / "instruct.gguf", given)
-        if not instruct.gguf.is_file():
-            convert_hf(given, instruct.gguf)
+    instruct = given_base(given, work / "instruct.gguf")
     shapes, others = _shapes(base), _shapes(instruct)
     for name in sorted(shapes.keys() | others.keys()):
         if shapes.get(name) != others.get(name):

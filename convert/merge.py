@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from trimix_gguf.errors import ConversionError
-from trimix_gguf.machine.files import ByteProgress, put_in_place, temporary_path
+from trimix_gguf.machine.files import ByteProgress, advancing, put_in_place, temporary_path
 
 from .checkpoint import (
     INDEX,
@@ -286,14 +286,12 @@ def _write_shards(
 ) -> None:
     """Write the files that save_pretrained would: one, or numbered shards and their index."""
     shards = _split(tensors)
-    n_done, total = 0, sum(tensor.n_bytes for tensor in tensors.values())
+    total = sum(tensor.n_bytes for tensor in tensors.values())
+    advance = advancing(progress, total)
 
     def load_and_tell(name: str) -> np.ndarray:
-        nonlocal n_done
         data = load(name)
-        n_done += tensors[name].n_bytes
-        if progress is not None:
-            progress(name, n_done, total)
+        advance(name, tensors[name].n_bytes)
         return data
 
     if len(shards) == 1:

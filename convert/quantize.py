@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from trimix_gguf.errors import ConversionError
-from trimix_gguf.machine.files import ByteProgress
+from trimix_gguf.machine.files import ByteProgress, advancing
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
 from trimix_gguf.machine.quantization import CALIBRATED, FLOATS, QUANTIZED, WEIGHT_TYPES
 
@@ -92,7 +92,7 @@ def _run_child(
     arguments += [] if imatrix is None else [str(imatrix)]
     # UTF-8 mode: elsewhere than on Linux its stderr would have another encoding.
     command = [sys.executable, "-X", "utf8", "-m", "trimix_gguf.convert.quantize", *arguments]
-    n_done, last = 0, "it gave no reason"
+    advance, last = advancing(progress, file.weight_bytes), "it gave no reason"
     child = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -106,9 +106,8 @@ def _run_child(
         for line in child.stderr:
             last = line.strip() or last
             tensor = _TENSOR.match(line)
-            if tensor and progress is not None:
-                n_done += sizes.get(tensor[1], 0)
-                progress(tensor[1], n_done, file.weight_bytes)
+            if tensor:
+                advance(tensor[1], sizes.get(tensor[1], 0))
     except BaseException:
         child.kill()
         raise

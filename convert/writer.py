@@ -13,7 +13,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from trimix_gguf.errors import ConversionError
-from trimix_gguf.machine.files import ByteProgress
+from trimix_gguf.machine.files import ByteProgress, advancing
 from trimix_gguf.machine.threads import available_cores
 
 from .checkpoint import TensorSource, to_bfloat16
@@ -81,7 +81,7 @@ def _write_tensors(
     def align() -> None:
         file.write(bytes(-file.tell() % alignment))
 
-    n_done, n_total = 0, sum(tensor.n_bytes for tensor in plan)
+    advance = advancing(progress, sum(tensor.n_bytes for tensor in plan))
     align()
     file.write(factors.data)
     align()
@@ -89,9 +89,7 @@ def _write_tensors(
         for tensor in plan:
             for block in pool.map(partial(_convert, source, tensor), _blocks(tensor)):
                 file.write(block.data)
-                n_done += block.nbytes
-                if progress is not None:
-                    progress(tensor.target, n_done, n_total)
+                advance(tensor.target, block.nbytes)
             align()
 
 

@@ -13,9 +13,23 @@ from pathlib import Path
 import psutil
 
 ByteProgress = Callable[[str, int, int], None]  # what is worked at, bytes done, bytes in all
+Advance = Callable[[str, int], None]  # what is worked at, bytes just done
 
 _numbers = itertools.count()
 _PAUSES = (0.05, 0.1, 0.2, 0.4)  # seconds: a virus scanner is done by then
+
+
+def advancing(progress: ByteProgress | None, total: int) -> Advance:
+    """What gets the bytes just done, and tells `progress` how many of `total` they make."""
+    done = 0
+
+    def advance(what: str, n: int) -> None:
+        nonlocal done
+        done += n
+        if progress is not None:
+            progress(what, done, total)
+
+    return advance
 
 
 def put_in_place(source: Path, target: Path) -> None:

@@ -17,16 +17,20 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from trimix_gguf.errors import TrioFileError
-from trimix_gguf.machine.files import ByteProgress, put_in_place, whole_file
+from trimix_gguf.machine.files import (
+    Advance,
+    ByteProgress,
+    advancing,
+    put_in_place,
+    whole_file,
+)
 from trimix_gguf.machine.hashes import sha256_of
 from trimix_gguf.machine.parts import is_here, n_bytes_of, part_names, parts_of
 from trimix_gguf.trios.bundle_files import (
     TAR,
-    Advance,
     BundleModel,
     Piece,
     Reader,
-    advancing,
     cannot_write,
     check_file_system,
     check_space,

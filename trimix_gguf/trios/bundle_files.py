@@ -13,7 +13,7 @@ from typing import IO, NoReturn
 import psutil
 
 from trimix_gguf.errors import TrioFileError
-from trimix_gguf.machine.files import ByteProgress, whole_file
+from trimix_gguf.machine.files import Advance, whole_file
 from trimix_gguf.machine.hashes import CHUNK
 from trimix_gguf.trios.triofile import FILENAME
 
@@ -22,8 +22,6 @@ FAT32_LIMIT = 1 << 32  # a file there has fewer bytes
 _FAT32 = ("vfat", "msdos", "fat32", "fat")  # as systems call it
 # What tarfile raises on bytes that are not a tar, or a damaged one.
 FLAWS = (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError)
-
-Advance = Callable[[str, int], None]  # what is read, bytes just read
 
 
 @dataclass(frozen=True)
@@ -108,19 +106,6 @@ def write_model(model: BundleModel, folder: Path, advance: Advance) -> None:
                 while chunk := source.read():
                     written.write(chunk)
         reader.check()
-
-
-def advancing(progress: ByteProgress | None, total: int) -> Advance:
-    """What gets the bytes just read, and tells `progress` how many of `total` they make."""
-    done = 0
-
-    def advance(what: str, n: int) -> None:
-        nonlocal done
-        done += n
-        if progress is not None:
-            progress(what, done, total)
-
-    return advance
 
 
 def refuse_altered(path: Path) -> NoReturn:

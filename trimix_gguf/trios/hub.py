@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from trimix_gguf.errors import HubError
-from trimix_gguf.machine.files import ByteProgress, put_in_place
+from trimix_gguf.machine.files import ByteProgress, advancing, put_in_place
 from trimix_gguf.machine.hashes import sha256_of
 
 Notify = Callable[[str], None]  # a line for the person who waits
@@ -157,14 +158,8 @@ def fetch(
 def _is_right(file: RemoteFile, part: Path, progress: ByteProgress) -> bool:
     """Whether the bytes on the disk have the hash that the hub declares."""
     if file.lfs:
-        n_done = 0
-
-        def advance(n: int) -> None:
-            nonlocal n_done
-            n_done += n
-            progress(f"checking {file.name}", n_done, file.n_bytes)
-
-        return sha256_of(part, advance) == file.digest
+        advance = advancing(progress, file.n_bytes)
+        return sha256_of(part, partial(advance, f"checking {file.name}")) == file.digest
     blob = hashlib.sha1(b"blob %d\0" % file.n_bytes + part.read_bytes(), usedforsecurity=False)
     return blob.hexdigest() == file.digest
 

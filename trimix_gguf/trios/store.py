@@ -6,13 +6,14 @@ import shutil
 import tomllib
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from trimix_gguf.errors import TrioFileError
-from trimix_gguf.machine.files import ByteProgress, put_in_place
+from trimix_gguf.machine.files import ByteProgress, advancing, put_in_place
 from trimix_gguf.machine.folders import home_folder
 from trimix_gguf.machine.hashes import sha256_of
 from trimix_gguf.machine.parts import is_here, n_bytes_of
@@ -150,16 +151,9 @@ def verify(trio: TrioFile, progress: ByteProgress | None = None) -> dict[str, st
         if not same_size:
             states[role] = "altered"
     to_read = [role for role, state in states.items() if state == "to read"]
-    total, done = sum(n_bytes_of(here[role]) for role in to_read), 0
+    advance = advancing(progress, sum(n_bytes_of(here[role]) for role in to_read))
     for role in to_read:
-
-        def advance(n: int, role: str = role) -> None:
-            nonlocal done
-            done += n
-            if progress is not None:
-                progress(role, done, total)
-
-        same = sha256_of(here[role], advance) == trio.models[role].sha256
+        same = sha256_of(here[role], partial(advance, role)) == trio.models[role].sha256
         states[role] = "whole" if same else "altered"
     return states
 

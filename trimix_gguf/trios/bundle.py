@@ -6,7 +6,6 @@ a run that was killed leaves no half trio, and the next one completes it.
 """
 
 import io
-import shutil
 import stat
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,6 @@ from trimix_gguf.machine.files import (
     Advance,
     ByteProgress,
     advancing,
-    put_in_place,
     whole_file,
 )
 from trimix_gguf.machine.hashes import sha256_of
@@ -40,10 +38,9 @@ from trimix_gguf.trios.bundle_files import (
 from trimix_gguf.trios.plain_tar import Member, first_name, read_members
 from trimix_gguf.trios.store import (
     SHIPPED,
-    clear_leftovers,
+    arriving,
     installed_folder,
     resolve,
-    temporary_folder,
     trios_folder,
 )
 from trimix_gguf.trios.triofile import (
@@ -221,23 +218,17 @@ def import_trio(
             return _shipped(models)
         if target.exists():
             return _installed_already(target, models)
-        clear_leftovers()
-        temporary = temporary_folder("import", name)
+        n_bytes = sum(model.n_bytes for model in models)
+        advance = advancing(progress, n_bytes)
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            n_bytes = sum(model.n_bytes for model in models)
-            check_space(trios_folder(), n_bytes)
-            advance = advancing(progress, n_bytes)
-            for model in models:
-                write_model(model, temporary, advance)
-            trio = replace(_carried(trio, models), name=name, folder=temporary)
-            trio.write()
-            put_in_place(temporary, target)
+            with arriving(name) as hidden:
+                check_space(trios_folder(), n_bytes)
+                for model in models:
+                    write_model(model, hidden, advance)
+                trio = replace(_carried(trio, models), name=name, folder=hidden)
+                trio.write()
         except OSError as error:
             raise cannot_write(target, error) from None
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     return replace(trio, folder=target)
 
 

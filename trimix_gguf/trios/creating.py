@@ -2,21 +2,14 @@
 
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from trimix_gguf.errors import TrioFileError
-from trimix_gguf.machine.files import put_in_place
 from trimix_gguf.machine.parts import n_bytes_of, part_names, parts_of
-from trimix_gguf.trios.store import (
-    SHIPPED,
-    clear_leftovers,
-    installed_folder,
-    temporary_folder,
-)
+from trimix_gguf.trios.store import SHIPPED, arriving, installed_folder
 from trimix_gguf.trios.triofile import ModelEntry, TrioFile
 
 _DIGEST = re.compile(r"(?:sha256-)?([0-9a-f]{64})")  # how Ollama and the hub's cache name files
@@ -41,24 +34,18 @@ def create(
         large_ins=files["large_ins"], small_cpt=files["small_cpt"], small_base=files["small_base"]
     )
     adapter = report["models"]["small_cpt"]["type"] == "adapter"
-    clear_leftovers()
-    temporary = temporary_folder("import", name)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        models = {role: _entry(path, temporary, role) for role, path in files.items()}
-        if adapter:
-            models["small_cpt"] = replace(models["small_cpt"], adapter_of="small_base")
-        trio = TrioFile(
-            temporary, name, models, languages=tuple(languages), description=description
-        )
-        trio.write()
-        put_in_place(temporary, target)
+        with arriving(name) as hidden:
+            models = {role: _entry(path, hidden, role) for role, path in files.items()}
+            if adapter:
+                models["small_cpt"] = replace(models["small_cpt"], adapter_of="small_base")
+            trio = TrioFile(
+                hidden, name, models, languages=tuple(languages), description=description
+            )
+            trio.write()
     except OSError as error:
         reason = error.strerror or error
         raise TrioFileError(f"cannot write {target}: {reason}; mend that and try again") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return TrioFile.read(target / trio.filename), report
 
 

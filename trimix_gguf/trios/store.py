@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -113,6 +115,20 @@ def temporary_folder(kind: str, name: str) -> Path:
     `kind` is 'import' or 'remove'. It is a hidden name, so no trio has it.
     """
     return trios_folder() / f".{kind}-{os.getpid()}-{_started(os.getpid())}-{name}"
+
+
+@contextmanager
+def arriving(name: str) -> Iterator[Path]:
+    """Yield a hidden folder for a trio, which gets its name at the end of the block, or is gone."""
+    clear_leftovers()
+    hidden = temporary_folder("import", name)
+    try:
+        shutil.rmtree(hidden, ignore_errors=True)
+        hidden.mkdir(parents=True)
+        yield hidden
+        put_in_place(hidden, installed_folder(name))
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def clear_leftovers() -> None:

@@ -19,12 +19,7 @@ from trimix_gguf.cli.generation_options import (
     mix_words,
     weights_line,
 )
-from trimix_gguf.cli.options import (
-    context_shift_option,
-    parse_mix,
-    read_text,
-    trio_options,
-)
+from trimix_gguf.cli.options import context_shift_option, parse_mix, read_text, trio_options
 from trimix_gguf.cli.streams import reader_is_gone
 from trimix_gguf.errors import PromptError, TrimixError
 

@@ -16,12 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from trimix_gguf.errors import TrioFileError
-from trimix_gguf.machine.files import (
-    Advance,
-    ByteProgress,
-    advancing,
-    whole_file,
-)
+from trimix_gguf.machine.files import Advance, ByteProgress, advancing, whole_file
 from trimix_gguf.machine.hashes import sha256_of
 from trimix_gguf.machine.parts import is_here, n_bytes_of, part_names, parts_of
 from trimix_gguf.trios.bundle_files import (
@@ -36,13 +31,7 @@ from trimix_gguf.trios.bundle_files import (
     write_model,
 )
 from trimix_gguf.trios.plain_tar import Member, first_name, read_members
-from trimix_gguf.trios.store import (
-    SHIPPED,
-    arriving,
-    installed_folder,
-    resolve,
-    trios_folder,
-)
+from trimix_gguf.trios.store import SHIPPED, arriving, installed_folder, resolve, trios_folder
 from trimix_gguf.trios.triofile import (
     FILENAME,
     MOST_BYTES,

@@ -238,8 +238,7 @@ def _locate(path: Path, start: int, entry: dict[str, Any]) -> StoredTensor:
     dtype = entry["dtype"]
     if begin < 0 or end < begin or any(n < 0 for n in shape):
         raise ValueError("negative size")
-    if dtype in STORED_DTYPES:
-        expected = math.prod(shape) * np.dtype(STORED_DTYPES[dtype]).itemsize
-        if end - begin != expected:
-            raise ValueError("data_offsets disagree with shape")
-    return StoredTensor(path=path, offset=start + begin, shape=shape, dtype=dtype)
+    stored = StoredTensor(path=path, offset=start + begin, shape=shape, dtype=dtype)
+    if dtype in STORED_DTYPES and end - begin != stored.n_bytes:
+        raise ValueError("data_offsets disagree with shape")
+    return stored

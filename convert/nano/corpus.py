@@ -39,6 +39,11 @@ def _lines(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
+def _table(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8") as f:
+        return list(csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
 def english(data: Path, seed: int) -> list[str]:
     """Documents of a few English lines each, without the held-out text."""
     rng = random.Random(seed)
@@ -56,8 +61,7 @@ def kazakh(data: Path, seed: int) -> list[str]:
 
 def parallel(data: Path, *, heldout: bool = False) -> list[tuple[str, str]]:
     """Aligned (Kazakh, English) sentence pairs; the held-out tail is only for measuring."""
-    with open(data / "parallel" / "kk-en.tsv", encoding="utf-8") as f:
-        rows = list(csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE))
+    rows = _table(data / "parallel" / "kk-en.tsv")
     pairs = [(r["kk"], r["en"]) for r in rows if float(r["score"]) >= MIN_ALIGNMENT]
     pairs = [p for p in pairs if 20 <= len(p[0]) <= 400]
     return pairs[-PARALLEL_HELDOUT:] if heldout else pairs[:-PARALLEL_HELDOUT]
@@ -65,11 +69,8 @@ def parallel(data: Path, *, heldout: bool = False) -> list[tuple[str, str]]:
 
 def topics(data: Path, lang: str, split: str) -> list[tuple[str, str]]:
     """SIB-200 (text, label) pairs."""
-    with open(data / "eval" / lang / "sib200" / f"{split}.tsv", encoding="utf-8") as f:
-        return [
-            (r["text"], r["category"])
-            for r in csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE)
-        ]
+    rows = _table(data / "eval" / lang / "sib200" / f"{split}.tsv")
+    return [(r["text"], r["category"]) for r in rows]
 
 
 def render(instruction: str, text: str, answer: str, chat: bool) -> str:

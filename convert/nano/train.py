@@ -22,17 +22,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trimix_gguf.convert import training
+from trimix_gguf.convert.tokenizer_bpe import QWEN2_SPLIT
 
 N_VOCAB = 6144
 N_CTX = 512
 END_OF_TEXT = "<|endoftext|>"
 SPECIALS = [END_OF_TEXT, corpus.USER, corpus.ASSISTANT, corpus.END]
-
-# Qwen2's split: letters with one leading mark, single digits, punctuation runs, newlines apart.
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -87,7 +82,8 @@ def train_tokenizer(data: Path, work: Path) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            # Letters with one leading mark, single digits, punctuation runs, newlines apart.
+            pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

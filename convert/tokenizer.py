@@ -19,7 +19,7 @@ from .added_tokens import read_entries
 from .checkpoint import check_inside, read_json, read_text
 from .tokenizer_bpe import read_byte_level_bpe
 from .tokenizer_spm import read_sentencepiece, read_sentencepiece_json
-from .tokens import Token, Vocabulary, read_added_tokens
+from .tokens import Token, Vocabulary, flat_steps, read_added_tokens
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")
 # One template, or several: {"name": ..., "template": ...}.
@@ -39,16 +39,6 @@ class TokenizerMetadata:
     stripping: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # ids by STRIPPING
 
     @property
-    def pre(self) -> str:
-        """llama.cpp's name of the pre-tokenizer."""
-        return self.vocabulary.pre
-
-    @property
-    def merges(self) -> list[str] | None:
-        """BPE merges, the first ones first; None where there are none."""
-        return self.vocabulary.merges
-
-    @property
     def tokens(self) -> list[str]:
         """The text of every id."""
         return [token.text for token in self.vocabulary.tokens]
@@ -57,11 +47,6 @@ class TokenizerMetadata:
     def types(self) -> list[TokenType]:
         """The type of every id."""
         return [token.type for token in self.vocabulary.tokens]
-
-    @property
-    def eos_id(self) -> int:
-        """The id that ends a text."""
-        return self.special_ids["eos"]
 
     def write(self, writer: GGUFWriter) -> None:
         """Add every tokenizer key to `writer`."""
@@ -243,32 +228,24 @@ def _adds(
 
 def _check_post_processor(folder: Path, processor: Mapping[str, Any] | None) -> None:
     """Raise ConversionError for one that does more than a token in front and one behind."""
-    if processor is None or processor.get("type") == "ByteLevel":
-        return
-    if processor.get("type") == "Sequence":
-        for part in processor.get("processors", []):
-            _check_post_processor(folder, part)
-        return
-    single = processor.get("single")
-    if processor.get("type") == "TemplateProcessing" and isinstance(single, list):
-        kinds = "".join("S" if "SpecialToken" in item else "A" for item in single)
-        if kinds in ("A", "SA", "AS", "SAS"):
-            return
-    raise ConversionError(
-        f"the tokenizer of {folder} adds by {processor.get('type')} what llama.cpp cannot add; "
-        "expected a BOS token in front, an EOS token behind, or neither"
-    )
+    for step in flat_steps(processor, "processors"):
+        kind, kinds = step.get("type"), ""
+        if kind == "TemplateProcessing":
+            single = step.get("single") or []
+            kinds = "".join("S" if "SpecialToken" in item else "A" for item in single)
+        if kind != "ByteLevel" and kinds not in ("A", "SA", "AS", "SAS"):
+            raise ConversionError(
+                f"the tokenizer of {folder} adds by {kind} what llama.cpp cannot add; "
+                "expected a BOS token in front, an EOS token behind, or neither"
+            )
 
 
 def _template_ends(processor: Mapping[str, Any], at: int) -> set[str]:
     """Return the special tokens that a post-processor puts first (at = 0) or last (at = -1)."""
-    if processor.get("type") == "Sequence":
-        parts = processor.get("processors", [])
-        return {text for part in parts for text in _template_ends(part, at)}
-    if processor.get("type") != "TemplateProcessing" or not processor.get("single"):
-        return set()
-    special = processor["single"][at].get("SpecialToken")
-    return {special["id"]} if special else set()
+    steps = flat_steps(processor, "processors")
+    templates = [step.get("single") for step in steps if step.get("type") == "TemplateProcessing"]
+    ends = [items[at].get("SpecialToken") for items in templates if items]
+    return {special["id"] for special in ends if special}
 
 
 def _read_chat_template(folder: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:

@@ -12,7 +12,7 @@ from gguf import TokenType
 
 from trimix_gguf.errors import ConversionError
 
-from .tokens import Token, Vocabulary, list_tokens, without_rows
+from .tokens import Token, Vocabulary, flat_steps, list_tokens, without_rows
 
 DIGIT_SPLIT = r"\p{N}"
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -29,7 +29,7 @@ LLAMA3_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # The regexes that cut the text before BPE -> the name llama.cpp knows them by.
-PRE_BY_SPLIT = {
+PRE_BY_SPLIT: dict[tuple[str | None, ...], str] = {
     (GPT2_SPLIT,): "gpt-2",
     (DIGIT_SPLIT, GPT2_SPLIT): "smollm",
     (QWEN2_SPLIT,): "qwen2",
@@ -90,7 +90,7 @@ def _check_bytes(path: Path, tokenizer: Mapping[str, Any]) -> None:
     model = tokenizer["model"]
     if model.get("dropout"):
         raise ConversionError(f"{path} drops merges at random (dropout); set it to null")
-    steps = _flat(tokenizer.get("pre_tokenizer"))
+    steps = flat_steps(tokenizer.get("pre_tokenizer"), "pretokenizers")
     kinds = [step.get("type") for step in steps]
     if kinds.count("ByteLevel") != 1 or kinds[-1] != "ByteLevel":
         raise ConversionError(
@@ -108,15 +108,6 @@ def _check_bytes(path: Path, tokenizer: Mapping[str, Any]) -> None:
             f"{path} has no token {lacking[0]!r} and spells such bytes as {model['unk_token']!r}, "
             "which llama.cpp does not do"
         )
-
-
-def _flat(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """The steps of a pre-tokenizer, one after another."""
-    if step is None:
-        return []
-    if step.get("type") == "Sequence":
-        return [one for part in step.get("pretokenizers", []) for one in _flat(part)]
-    return [step]
 
 
 def byte_letters() -> list[str]:
@@ -146,17 +137,14 @@ def _read_normalizer(path: Path, normalizer: Mapping[str, Any] | None) -> str:
     Most text is in NFC, but not all: Bengali and Tibetan letters are often typed composed, which
     NFC takes apart.
     """
-    if normalizer is None:
-        return "none"
-    if normalizer.get("type") == "NFC":
-        return "nfc"
-    if normalizer.get("type") == "Sequence":
-        parts = {_read_normalizer(path, part) for part in normalizer.get("normalizers", [])}
-        return "nfc" if "nfc" in parts else "none"
-    raise ConversionError(
-        f"{path} normalizes text with {normalizer.get('type')}, which llama.cpp cannot do; "
-        "expected no normalizer, or NFC"
-    )
+    steps = flat_steps(normalizer, "normalizers")
+    for step in steps:
+        if step.get("type") != "NFC":
+            raise ConversionError(
+                f"{path} normalizes text with {step.get('type')}, which llama.cpp cannot do; "
+                "expected no normalizer, or NFC"
+            )
+    return "nfc" if steps else "none"
 
 
 def _check_pre(pre: str) -> str:
@@ -172,8 +160,8 @@ def _check_pre(pre: str) -> str:
 
 
 def _recognise_pre(path: Path, tokenizer: Mapping[str, Any]) -> str:
-    splits = _splits(tokenizer.get("pre_tokenizer"))
-    name = PRE_BY_SPLIT.get(splits) if splits is not None else None
+    steps = flat_steps(tokenizer.get("pre_tokenizer"), "pretokenizers")
+    name = PRE_BY_SPLIT.get(tuple(regex for step in steps for regex in _regexes(step)))
     ignores_merges = tokenizer["model"].get("ignore_merges")
     if name == "llama-bpe":
         # The same regex; but llama-bpe takes a word that is a token whole, whatever the merges.
@@ -187,21 +175,13 @@ def _recognise_pre(path: Path, tokenizer: Mapping[str, Any]) -> str:
     return name
 
 
-def _splits(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...] | None:
-    """Return the regexes applied in turn, or None for a step that no table entry can mean."""
-    if pre_tokenizer is None:
-        return None
-    kind = pre_tokenizer.get("type")
-    if kind == "Sequence":
-        parts = [_splits(part) for part in pre_tokenizer.get("pretokenizers", [])]
-        if not parts or any(part is None for part in parts):
-            return None
-        return tuple(regex for part in parts if part is not None for regex in part)
-    if kind == "ByteLevel" and not pre_tokenizer.get("add_prefix_space", True):
-        return (GPT2_SPLIT,) if pre_tokenizer.get("use_regex", True) else ()
-    if kind == "Digits" and pre_tokenizer.get("individual_digits"):
+def _regexes(step: Mapping[str, Any]) -> tuple[str | None, ...]:
+    """The regexes that a step applies; None for one that no table entry can mean."""
+    kind = step.get("type")
+    if kind == "ByteLevel" and not step.get("add_prefix_space", True):
+        return (GPT2_SPLIT,) if step.get("use_regex", True) else ()
+    if kind == "Digits" and step.get("individual_digits"):
         return (DIGIT_SPLIT,)
-    if kind == "Split" and pre_tokenizer.get("behavior") == "Isolated":
-        regex = pre_tokenizer.get("pattern", {}).get("Regex")
-        return (regex,) if regex and not pre_tokenizer.get("invert") else None
-    return None
+    if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+        return (step.get("pattern", {}).get("Regex"),)
+    return (None,)

@@ -20,7 +20,7 @@ from trimix_gguf.errors import ConversionError
 from .added_tokens import SPACE, check_spelled
 from .checkpoint import check_inside
 from .tokenizer_bpe import read_merges
-from .tokens import Token, Vocabulary, list_tokens, user_defined, without_rows
+from .tokens import Token, Vocabulary, flat_steps, list_tokens, user_defined, without_rows
 
 BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
 BPE = 2  # TrainerSpec.ModelType
@@ -195,16 +195,14 @@ def _text(value: bytes | None) -> str:
 def _read_space_prefix(path: Path, tokenizer: Mapping[str, Any]) -> bool:
     """Tell whether text gets a space in front; refuse what llama.cpp does not do to text."""
     prefix = spelled = False
-    normalizer = tokenizer.get("normalizer")
-    pre_tokenizer = tokenizer.get("pre_tokenizer")
-    for part in _steps(normalizer, "normalizers"):
+    for part in flat_steps(tokenizer.get("normalizer"), "normalizers"):
         if part == {"type": "Prepend", "prepend": SPACE}:
             prefix = True
         elif part == {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}:
             spelled = True
         else:
             raise _unknown_step(path, part)
-    for part in _steps(pre_tokenizer, "pretokenizers"):
+    for part in flat_steps(tokenizer.get("pre_tokenizer"), "pretokenizers"):
         kind = part.get("type")
         if kind == "Metaspace" and part.get("replacement") == SPACE and part.get("split") is False:
             spelled, prefix = True, part.get("prepend_scheme") != "never"
@@ -214,12 +212,6 @@ def _read_space_prefix(path: Path, tokenizer: Mapping[str, Any]) -> bool:
     if not spelled:
         raise ConversionError(f"{path} does not spell spaces as {SPACE}, as SentencePiece would")
     return prefix
-
-
-def _steps(step: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
-    if step is None:
-        return []
-    return list(step[key]) if step.get("type") == "Sequence" else [step]
 
 
 def _unknown_step(path: Path, step: Mapping[str, Any]) -> ConversionError:

@@ -38,6 +38,15 @@ class Vocabulary:
     add_space_prefix: bool | None = None
 
 
+def flat_steps(step: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
+    """What a part of tokenizer.json does, step by step; a Sequence has its steps under `key`."""
+    if step is None:
+        return []
+    if step.get("type") == "Sequence":
+        return [one for part in step.get(key, []) for one in flat_steps(part, key)]
+    return [step]
+
+
 def read_added_tokens(
     folder: Path, tokenizer: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> dict[int, Token]:

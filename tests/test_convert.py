@@ -47,11 +47,15 @@ def test_a_head_of_its_own_is_kept_whatever_the_config_says(folder, tmp_path, rn
 
 def test_tokenizer_metadata(folder):
     metadata = read_tokenizer(folder, CONFIG)
-    assert (metadata.pre, metadata.merges) == ("qwen2", ["a b"])
+    assert (metadata.vocabulary.pre, metadata.vocabulary.merges) == ("qwen2", ["a b"])
     assert metadata.tokens[:6] == ["a", "b", "ab", END, TOOL, "[PAD5]"]
     assert [int(kind) for kind in metadata.types[:6]] == [1, 1, 1, 3, 4, 5]
     assert len(metadata.tokens) == len(metadata.types) == N_VOCAB
-    assert (metadata.eos_id, metadata.add_bos, metadata.chat_template) == (3, False, None)
+    assert (metadata.special_ids["eos"], metadata.add_bos, metadata.chat_template) == (
+        3,
+        False,
+        None,
+    )
 
     model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
     single = [{"SpecialToken": {"id": END}}, {"Sequence": {"id": "A"}}]
@@ -60,18 +64,22 @@ def test_tokenizer_metadata(folder):
     edit_json(folder / "tokenizer.json", model=model, pre_tokenizer=pre, post_processor=post)
     edit_json(folder / "tokenizer_config.json", bos_token={"content": END}, chat_template="{{ x }}")
     metadata = read_tokenizer(folder, CONFIG)
-    assert (metadata.pre, metadata.merges, metadata.add_bos) == ("llama-bpe", ["a b"], True)
+    assert (metadata.vocabulary.pre, metadata.vocabulary.merges, metadata.add_bos) == (
+        "llama-bpe",
+        ["a b"],
+        True,
+    )
     assert metadata.chat_template == "{{ x }}"
     (folder / "chat_template.jinja").write_text("{{ y }}")
     assert read_tokenizer(folder, CONFIG).chat_template == "{{ y }}"
     edit_json(
         folder / "tokenizer.json", pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False}
     )
-    assert read_tokenizer(folder, CONFIG).pre == "gpt-2"
+    assert read_tokenizer(folder, CONFIG).vocabulary.pre == "gpt-2"
     edit_json(folder / "tokenizer.json", pre_tokenizer=byte_level("x+"))
     with pytest.raises(ConversionError, match="pre-tokenizer"):
         read_tokenizer(folder, CONFIG)
-    assert read_tokenizer(folder, CONFIG, pre="qwen2").pre == "qwen2"
+    assert read_tokenizer(folder, CONFIG, pre="qwen2").vocabulary.pre == "qwen2"
 
 
 def test_stored_types_read_as_float32(tmp_path):

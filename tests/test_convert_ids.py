@@ -194,7 +194,7 @@ def byte_level(folder, pre, **model):
 def test_pre_tokenizers_are_recognised_and_cut_alike(tmp_path, pre):
     config = byte_level(tmp_path, pre, ignore_merges=pre == "llama-bpe")
     metadata = read_tokenizer(tmp_path, config)
-    assert metadata.pre == pre
+    assert metadata.vocabulary.pre == pre
     # llama.cpp would take token 11 for a BOS that no key names.
     assert metadata.special_ids == {"eos": 0, "bos": 0} and not metadata.add_bos
     assert differing(tmp_path, convert(tmp_path, config), ALL_TEXTS) == set()
@@ -206,7 +206,9 @@ def test_a_word_that_is_a_token_is_taken_whole_only_if_merges_are_ignored(tmp_pa
     tokenizer = read_json(tmp_path / "tokenizer.json")
     tokenizer["model"]["vocab"]["Ġunmergeable"] = 630
     write_json(tmp_path / "tokenizer.json", tokenizer)
-    assert read_tokenizer(tmp_path, config).pre == ("llama-bpe" if ignore_merges else "dbrx")
+    assert read_tokenizer(tmp_path, config).vocabulary.pre == (
+        "llama-bpe" if ignore_merges else "dbrx"
+    )
     path = convert(tmp_path, config)
     assert differing(tmp_path, path, [*TEXTS, "an unmergeable word"]) == set()
     with tokenizer_of(path) as tokenize:

@@ -66,7 +66,7 @@ def test_special_ids_come_from_settings_then_config(spm):
     metadata = read_tokenizer(spm, config)
     assert metadata.special_ids == {"bos": 1, "eos": 2, "unk": 0, "mask": 9}
     edit_json(spm, "tokenizer_config.json", eos_token=None)
-    assert read_tokenizer(spm, config).eos_id == 7
+    assert read_tokenizer(spm, config).special_ids["eos"] == 7
     written = read_gguf(convert(spm, config)).metadata
     keys = {"bos": 1, "eos": 7, "unknown": 0, "mask": 9}
     assert {k: written[f"tokenizer.ggml.{k}_token_id"] for k in keys} == keys
@@ -222,7 +222,7 @@ def test_llama_cpp_knows_every_pre_tokenizer(tmp_path):
     put_bpe(tmp_path, "qwen2")
     for name in KNOWN_PRE.split():
         metadata = read_tokenizer(tmp_path, BPE_CONFIG, pre=name)
-        assert metadata.pre == name
+        assert metadata.vocabulary.pre == name
         path = rebuild.write_gguf(metadata, tmp_path / f"{name}.gguf")
         with rebuild.tokenizer_of(path) as tokenize:
             assert tokenize("ab", True) == [2]
@@ -235,7 +235,7 @@ def test_unknown_steps_before_bpe_are_refused(tmp_path):
     put_bpe(tmp_path, "qwen2", ignore_merges=True)
     with pytest.raises(ConversionError, match="--pre"):
         read_tokenizer(tmp_path, BPE_CONFIG)
-    assert read_tokenizer(tmp_path, BPE_CONFIG, pre="qwen2").pre == "qwen2"
+    assert read_tokenizer(tmp_path, BPE_CONFIG, pre="qwen2").vocabulary.pre == "qwen2"
     put_bpe(tmp_path, "qwen2", end_of_word_suffix="</w>")
     with pytest.raises(ConversionError, match="end_of_word_suffix"):
         read_tokenizer(tmp_path, BPE_CONFIG)
@@ -245,4 +245,4 @@ def test_llama_3_brings_its_tokenizer_twice(tmp_path):
     """Its tokenizer.model is no SentencePiece model; once that hid tokenizer.json."""
     put_bpe(tmp_path, "llama-bpe", ignore_merges=True)
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
-    assert read_tokenizer(tmp_path, BPE_CONFIG).pre == "llama-bpe"
+    assert read_tokenizer(tmp_path, BPE_CONFIG).vocabulary.pre == "llama-bpe"

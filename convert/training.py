@@ -19,7 +19,7 @@ from trimix_gguf.machine.files import whole_file
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is trained, and until when: `n_steps` or `seconds`, whichever ends first.
+    """How a model is trained.
 
     The learning rate rises to `learning_rate` in `n_warm_up` steps. From step `decay_from` on, a
     cosine takes it down to `final_share` of that. `weight_decay` is for matrices only.
@@ -27,8 +27,7 @@ class Settings:
 
     learning_rate: float
     state: Path  # the file that a stopped run continues from
-    n_steps: int | None = None
-    seconds: float | None = None  # of training, in all runs together
+    n_steps: int
     n_warm_up: int = 20
     decay_from: int = 0
     final_share: float = 0.05
@@ -38,32 +37,12 @@ class Settings:
     smoothing: float = 0.95  # share of earlier steps in the loss that is shown
     save_every_s: float = 300
 
-    def __post_init__(self) -> None:
-        if self.n_steps is None and self.seconds is None:
-            raise ValueError("give n_steps or seconds; training would never end")
-
-    def rate(self, step: int, seconds: float) -> float:
-        """The learning rate of a step that begins after so many seconds."""
-        angles = [0.0]  # of the cosine: 0 … pi
-        if self.n_steps is not None:
-            n_decay = max(self.n_steps - self.decay_from, 1)
-            angles.append(math.pi * (step - self.decay_from) / n_decay)
-        if self.seconds is not None:
-            angles.append(math.pi * seconds / self.seconds)
-        cosine = 0.5 * (1 + math.cos(min(max(angles), math.pi)))
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        angle = math.pi * (step - self.decay_from) / max(self.n_steps - self.decay_from, 1)
+        cosine = 0.5 * (1 + math.cos(min(max(0.0, angle), math.pi)))
         slope = self.final_share + (1 - self.final_share) * cosine
         return self.learning_rate * min(1.0, (step + 1) / max(self.n_warm_up, 1)) * slope
-
-    def is_over(self, step: int, seconds: float) -> bool:
-        """Whether training ends after `step` steps and so many seconds."""
-        steps_over = self.n_steps is not None and step >= self.n_steps
-        return steps_over or (self.seconds is not None and seconds >= self.seconds)
-
-    def left(self, step: int, seconds: float, step_s: float) -> float:
-        """Seconds until it is over, if each further step takes `step_s`."""
-        by_steps = math.inf if self.n_steps is None else (self.n_steps - step) * step_s
-        by_seconds = math.inf if self.seconds is None else self.seconds - seconds
-        return max(0.0, min(by_steps, by_seconds))
 
 
 @dataclass(frozen=True)
@@ -75,11 +54,11 @@ class Standing:
     step_s: float  # seconds of a step, on average
     left_s: float
 
-    def in_words(self, n_tokens: int, n_steps: int | None = None) -> str:
-        """A progress line, where each step reads `n_tokens`."""
-        at = f"{self.step}/{n_steps}" if n_steps is not None else str(self.step)
+    def in_words(self, n_tokens: int, n_steps: int) -> str:
+        """A progress line, where each of `n_steps` reads `n_tokens`."""
         speed = f"{n_tokens / self.step_s:.0f} tokens/s"
-        return f"step {at} loss {self.loss:.3f} {speed}, {self.left_s / 60:.0f} min left"
+        left = f"{self.left_s / 60:.0f} min left"
+        return f"step {self.step}/{n_steps} loss {self.loss:.3f} {speed}, {left}"
 
 
 def train(
@@ -97,16 +76,15 @@ def train(
     """
     run = _Run(model, settings)
     started = saved = time.monotonic()
-    first, seconds, mean = run.step, run.seconds, None
+    first, mean = run.step, None
     try:
-        while not settings.is_over(run.step, run.seconds):
+        while run.step < settings.n_steps:
             loss = run.do_step(loss_of)
             kept = settings.smoothing
             mean = loss if mean is None else kept * mean + (1 - kept) * loss
             now = time.monotonic()
-            run.seconds = seconds + now - started
             step_s = (now - started) / (run.step - first)
-            left_s = settings.left(run.step, run.seconds, step_s)
+            left_s = (settings.n_steps - run.step) * step_s
             progress(Standing(run.step - 1, mean, step_s, left_s))
             if now - saved > settings.save_every_s:
                 run.save()
@@ -116,7 +94,7 @@ def train(
 
 
 class _Run:
-    """A model in training: its optimizer, the steps that are done, and the seconds they took."""
+    """A model in training: its optimizer, and the steps that are done."""
 
     def __init__(self, model: Any, settings: Settings) -> None:
         import torch
@@ -131,13 +109,13 @@ class _Run:
             lr=settings.learning_rate,
             betas=settings.betas,
         )
-        self.step, self.seconds = 0, 0.0
+        self.step = 0
         if settings.state.exists():
             saved = torch.load(settings.state)
             model.load_state_dict(saved["trained"], strict=False)
             self._optimizer.load_state_dict(saved["optimizer"])
             torch.set_rng_state(saved["generator"])
-            self.step, self.seconds = saved["step"], saved["seconds"]
+            self.step = saved["step"]
         self._generator = torch.get_rng_state()  # dropout draws from it
         self._is_whole = True
 
@@ -146,7 +124,7 @@ class _Run:
         import torch
 
         for group in self._optimizer.param_groups:
-            group["lr"] = self._settings.rate(self.step, self.seconds)
+            group["lr"] = self._settings.rate(self.step)
         loss = loss_of(self.step)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -169,7 +147,6 @@ class _Run:
             "optimizer": self._optimizer.state_dict(),
             "generator": self._generator,
             "step": self.step,
-            "seconds": self.seconds,
         }
         with whole_file(self._settings.state) as unfinished:
             torch.save(state, unfinished)

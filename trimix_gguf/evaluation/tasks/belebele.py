@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trimix_gguf.evaluation.tasks.rows import Row, index_of, one_line, read_jsonl
 from trimix_gguf.evaluation.tasks.sources import FLORES_CODES, HubFile, find
-from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
+from trimix_gguf.evaluation.tasks.task import Dataset, Example, Load, Task
 
 LETTERS = string.ascii_uppercase
 
@@ -60,12 +60,22 @@ def read_letter(text: str, choices: Sequence[str]) -> str:
     return letter if letter in choices else line
 
 
-BELEBELE = Task(
+def letter_task(name: str, languages: tuple[str, ...], instruction: str, load: Load) -> Task:
+    """A task whose answers are letters of choices."""
+    return Task(
+        name=name,
+        languages=languages,
+        instruction=instruction,
+        metrics=("accuracy",),
+        max_tokens=2,
+        load=load,
+        read_answer=read_letter,
+    )
+
+
+BELEBELE = letter_task(
     name="belebele",
     languages=tuple(lang for lang in FLORES_CODES if lang != "ug"),  # it has no Uyghur
     instruction="Read each passage and answer the question with the letter of the right choice.",
-    metrics=("accuracy",),
-    max_tokens=2,
     load=load,
-    read_answer=read_letter,
 )

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from trimix_gguf.evaluation.tasks.belebele import lettered, read_letter
+from trimix_gguf.evaluation.tasks.belebele import letter_task, lettered
 from trimix_gguf.evaluation.tasks.rows import Row, index_of, one_line, read_jsonl
 from trimix_gguf.evaluation.tasks.sources import find
-from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
+from trimix_gguf.evaluation.tasks.task import Dataset, Example
 
 # Our name of a field -> the file's
 _KKCOPA = {
@@ -60,12 +60,9 @@ def _example(row: Row, columns: Mapping[str, str], allowed: tuple[str, str]) -> 
     return lettered(f"{Path(path).stem}-{line}", stem, options, gold)
 
 
-COPA = Task(
+COPA = letter_task(
     name="copa",
     languages=("kk", "ta"),
     instruction="Choose the likelier answer to each question, by its letter.",
-    metrics=("accuracy",),
-    max_tokens=2,
     load=load,
-    read_answer=read_letter,
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.tasks import flores
-from trimix_gguf.evaluation.tasks.belebele import LETTERS, lettered, read_letter
+from trimix_gguf.evaluation.tasks.belebele import LETTERS, letter_task, lettered
 from trimix_gguf.evaluation.tasks.rows import Fields, Row, index_of, one_line, read_json
 from trimix_gguf.evaluation.tasks.sib200 import one_of_each, read_label
 from trimix_gguf.evaluation.tasks.sources import HubFile, find
@@ -129,23 +129,17 @@ def _problem(row: Row) -> Example:
     return Example(str(record["id"]), question, _english(row, "cot"), (str(record["answer"]),))
 
 
-RESPONSES = Task(
+RESPONSES = letter_task(
     name="milic-response-selection",
     languages=LANGUAGES,
     instruction="Choose the response that fits each dialogue, by its letter.",
-    metrics=("accuracy",),
-    max_tokens=2,
     load=_loader("response_selection", _CHOICE, _response),
-    read_answer=read_letter,
 )
-COMPREHENSION = Task(
+COMPREHENSION = letter_task(
     name="milic-reading-comprehension",
     languages=LANGUAGES,
     instruction="Read each dialogue and answer the question with the letter of the right choice.",
-    metrics=("accuracy",),
-    max_tokens=2,
     load=_loader("reading_comprehension", {**_CHOICE, "question": str}, _comprehension),
-    read_answer=read_letter,
 )
 TOPICS = Task(
     name="milic-text-classification",

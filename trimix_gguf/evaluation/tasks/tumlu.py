@@ -7,10 +7,10 @@ the choices of each question are shuffled, differently for each seed.
 import random
 from pathlib import Path
 
-from trimix_gguf.evaluation.tasks.belebele import LETTERS, lettered, read_letter
+from trimix_gguf.evaluation.tasks.belebele import LETTERS, letter_task, lettered
 from trimix_gguf.evaluation.tasks.rows import Row, index_of, one_line, read_jsonl
 from trimix_gguf.evaluation.tasks.sources import find
-from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
+from trimix_gguf.evaluation.tasks.task import Dataset, Example
 
 
 def load(data: Path, lang: str, seed: int) -> Dataset:
@@ -37,12 +37,9 @@ def _example(name: str, row: Row, seed: int) -> Example:
     return lettered(name, stem, [choices[i] for i in order], order.index(gold))
 
 
-TUMLU = Task(
+TUMLU = letter_task(
     name="tumlu",
     languages=("kk",),
     instruction="Answer each question with the letter of the right choice.",
-    metrics=("accuracy",),
-    max_tokens=2,
     load=load,
-    read_answer=read_letter,
 )

@@ -3,16 +3,18 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from trimix_gguf.answering.generation import generate, stream_generate
-    from trimix_gguf.answering.request import Event, Request
-    from trimix_gguf.choosing.score import score
-    from trimix_gguf.choosing.selection import select_weights
-    from trimix_gguf.errors import TrimixError
-    from trimix_gguf.mixing.fusion import Weights
-    from trimix_gguf.mixing.sampler import Sampler
-    from trimix_gguf.mixing.sampling import Sampling
-    from trimix_gguf.trio.trio import Trio
+if TYPE_CHECKING:  # `as` tells type checkers that a name is for others
+    from trimix_gguf.answering.generation import generate as generate
+    from trimix_gguf.answering.generation import stream_generate as stream_generate
+    from trimix_gguf.answering.request import Event as Event
+    from trimix_gguf.answering.request import Request as Request
+    from trimix_gguf.choosing.score import score as score
+    from trimix_gguf.choosing.selection import select_weights as select_weights
+    from trimix_gguf.errors import TrimixError as TrimixError
+    from trimix_gguf.mixing.fusion import Weights as Weights
+    from trimix_gguf.mixing.sampler import Sampler as Sampler
+    from trimix_gguf.mixing.sampling import Sampling as Sampling
+    from trimix_gguf.trio.trio import Trio as Trio
 
 _HOME = {
     "Event": "answering.request",
@@ -27,19 +29,7 @@ _HOME = {
     "select_weights": "choosing.selection",
     "stream_generate": "answering.generation",
 }
-__all__ = [
-    "Event",
-    "Request",
-    "Sampler",
-    "Sampling",
-    "TrimixError",
-    "Trio",
-    "Weights",
-    "generate",
-    "score",
-    "select_weights",
-    "stream_generate",
-]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -137,9 +137,10 @@ def generation_settings(options: dict[str, Any]) -> dict[str, Any]:
         if (value := options.pop(name)) is not None:
             settings[name] = value
     if (tokens := options.pop("score_tokens")) is not None:
-        settings["score_tokens"] = _score_tokens(tokens)
-    if settings.get("n_draft") is not None:
-        settings["n_draft"] = _draft_length(settings["n_draft"])
+        settings["score_tokens"] = _word_or_number("--score-tokens", tokens, "auto", "all")
+    length = _word_or_number("--n-draft", settings.pop("n_draft", "auto"), "auto")
+    if length != "auto":
+        settings["n_draft"] = length
     biases = options.pop("logit_bias")
     if biases:
         try:
@@ -160,19 +161,11 @@ def _of_the_trio(options: dict[str, Any]) -> tuple[str | None, Any]:
     return trio_file.method, trio_file.fixed_mix
 
 
-def _draft_length(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise click.UsageError("--n-draft takes auto, or a number of at least 1")
-    return int(text)
-
-
-def _score_tokens(text: str) -> int | str:
-    if text in ("auto", "all"):
+def _word_or_number(option: str, text: str, *words: str) -> int | str:
+    if text in words:
         return text
     if not text.isdecimal() or int(text) < 1:
-        raise click.UsageError("--score-tokens takes auto, all, or a number of at least 1")
+        raise click.UsageError(f"{option} takes {', '.join(words)}, or a number of at least 1")
     return int(text)
 
 

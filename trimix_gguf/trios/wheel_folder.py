@@ -1,9 +1,8 @@
 """A folder of wheels with the SHA-256 of each, from which pip can install without a network."""
 
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from packaging.tags import Tag, compatible_tags, cpython_tags, sys_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from trimix_gguf.errors import ProgramError
-from trimix_gguf.machine.files import place_flushed, write_text
+from trimix_gguf.machine.files import place_flushed, temporary_path, write_text
 from trimix_gguf.machine.hashes import sha256_of
 from trimix_gguf.trios import wheels
 
@@ -53,7 +52,8 @@ class WheelFolder:
 
     def add(self, make: Callable[[Path], Path]) -> Path:
         """Put in the wheel that `make(folder)` makes; an older one for the same Pythons goes."""
-        with self._scratch() as scratch:
+        with temporary_path(self.folder / "wheel", "part") as scratch:
+            scratch.mkdir(parents=True)
             made = make(scratch)
             name, digest = made.name, sha256_of(made)
             if self._sums.get(name) == digest and name in self:
@@ -83,16 +83,6 @@ class WheelFolder:
     def _write_sums(self) -> None:
         text = "".join(f"{self._sums[name]}  {name}\n" for name in sorted(self._sums))
         write_text(self.folder / SUMS, text)
-
-    @contextmanager
-    def _scratch(self) -> Iterator[Path]:
-        scratch = self.folder / ".part"
-        try:  # Ctrl-C may come before the block begins
-            shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
-            scratch.mkdir(parents=True)
-            yield scratch
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _read_sums(path: Path) -> dict[str, str]:

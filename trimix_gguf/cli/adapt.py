@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from trimix_gguf.cli.options import option_group
+from trimix_gguf.cli.options import new_figure, option_group
 
 TUNE_MINUTES = 10.0
 
@@ -114,7 +114,7 @@ def adapt(name: str, texts: tuple[str, ...], **options: Any) -> None:
         raise click.UsageError("give --tokens or --minutes, not both")
     dry_run, as_json, plot = (options.pop(key) for key in ("dry_run", "as_json", "plot"))
     tune = options.pop("tune")
-    figure = _figure(plot)
+    figure = None if plot is None else new_figure(figsize=(8.4, 4.0))
     folder = _work(options.pop("work"), name)
     # Apart: what is tried out with --dry-run binds nobody to the same options later.
     work = Workplace(folder.with_name(f".{folder.name}-dry-run") if dry_run else folder)
@@ -241,12 +241,6 @@ def _line(standing: Any) -> str:
         if look.english is not None:
             parts.append(f"English {look.english:.1f}")
     return ", ".join([*parts, f"{in_words(standing.left_s)} left"])
-
-
-def _figure(plot: str | None) -> Any:
-    from trimix_gguf.cli.options import new_figure
-
-    return None if plot is None else new_figure(figsize=(8.4, 4.0))
 
 
 def _draw(looks: Any, figure: Any, path: str) -> None:

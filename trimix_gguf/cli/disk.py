@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from trimix_gguf.cli.trios import size_words
+
 
 @click.command()
 @click.argument("folders", nargs=-1, metavar="[DIR]...", type=click.Path(path_type=Path))
@@ -29,14 +31,10 @@ def disk(folders: tuple[Path, ...], as_json: bool) -> None:
         return
     for use in sorted(uses, key=lambda use: -use.n_bytes):
         print(_row(use))
-    print(f"{_size(total):>10}  in all")
+    print(f"{size_words(total):>10}  in all")
 
 
 def _row(use: Any) -> str:
-    less = f" (frees {_size(use.frees)}: other names keep the rest)"
+    less = f" (frees {size_words(use.frees)}: other names keep the rest)"
     less = less if use.kind == "trio" and use.frees < use.n_bytes else ""
-    return f"{_size(use.n_bytes):>10}  {use.kind:<11}{use.name:<24} {use.how}{less}"
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+    return f"{size_words(use.n_bytes):>10}  {use.kind:<11}{use.name:<24} {use.how}{less}"

@@ -142,19 +142,15 @@ class Adapter:
     def _check_config(self) -> None:
         path = self.folder / "adapter_config.json"
         if self.config.get("peft_type") != "LORA":
-            raise ConversionError(
-                f"{path} has peft_type {self.config.get('peft_type')!r}, expected 'LORA'; "
-                f"{MERGE_WITH_PEFT}"
+            raise _for_peft(
+                f"{path} has peft_type {self.config.get('peft_type')!r}, expected 'LORA'"
             )
         if self.config.get("bias", "none") != "none":
-            raise ConversionError(
-                f"{path} has bias {self.config['bias']!r}, expected 'none'; {MERGE_WITH_PEFT}"
-            )
+            raise _for_peft(f"{path} has bias {self.config['bias']!r}, expected 'none'")
         for key in UNSUPPORTED:
             if self.config.get(key):
-                raise ConversionError(
-                    f"{path} sets {key} to {self.config[key]!r}, which is not plain LoRA; "
-                    f"{MERGE_WITH_PEFT}"
+                raise _for_peft(
+                    f"{path} sets {key} to {self.config[key]!r}, which is not plain LoRA"
                 )
         if self.config.get("init_lora_weights") not in KEPT_BASE:
             raise ConversionError(
@@ -187,10 +183,7 @@ class Adapter:
             if match := form.fullmatch(name.removeprefix(PREFIX)):
                 found = match.groupdict().get("name")
                 return match["module"], part, found
-        raise ConversionError(
-            f"{self.folder / WEIGHTS} holds {name}, which is no part of a LoRA pair; "
-            f"{MERGE_WITH_PEFT}"
-        )
+        raise _for_peft(f"{self.folder / WEIGHTS} holds {name}, which is no part of a LoRA pair")
 
     def _pair(self, module: str, parts: dict[str, str]) -> Pair:
         is_embedding = "embedding_a" in parts
@@ -232,6 +225,10 @@ class Adapter:
                 "expected a number > 0 and < 10^6; take config and weights from the same training"
             )
         return value
+
+
+def _for_peft(refused: str) -> ConversionError:
+    return ConversionError(f"{refused}; {MERGE_WITH_PEFT}")
 
 
 def _matches(pattern: str, module: str) -> bool:

@@ -127,23 +127,23 @@ def _check_against(
     shapes = {source: tensor.source_shape for tensor in plan for source in tensor.sources}
     for source, expected in shapes.items():
         if source not in checkpoint.tensors:
-            raise ConversionError(
-                f"config.json implies {source}, which the weights lack; "
-                "download config and weights of the same model"
-            )
+            raise _other_model(f"config.json implies {source}, which the weights lack; ")
         shape = checkpoint.tensors[source].shape
         if shape != expected:
-            raise ConversionError(
-                f"{source} is {list(shape)}, but config.json implies "
-                f"{list(expected)}; download config and weights of the same model"
+            raise _other_model(
+                f"{source} is {list(shape)}, but config.json implies {list(expected)}; "
             )
     for extra in sorted(set(checkpoint.tensors) - set(shapes)):
         # Rotary frequencies follow from the config.
         if not extra.startswith(ignored) and not extra.endswith("rotary_emb.inv_freq"):
-            raise ConversionError(
+            raise _other_model(
                 f"the weights hold {extra}, which config.json does not imply; "
-                "merge any adapter, and download config and weights of the same model"
+                "merge any adapter, and "
             )
+
+
+def _other_model(amiss: str) -> ConversionError:
+    return ConversionError(f"{amiss}download config and weights of the same model")
 
 
 def _storage(

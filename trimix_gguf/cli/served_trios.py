@@ -1,6 +1,7 @@
 """The trios of `trimix serve`: what options mean, which share weights, how they are opened."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,14 +130,12 @@ def share_weights(one: Given, other: Given) -> bool:
 def _opener(trios: list[Given]) -> Callable[[], list[Any]]:
     def opened() -> list[Any]:
         found: list[Any] = []
-        try:
+        with ExitStack() as stack:
             for given, places in zip(trios, _places(trios), strict=True):
                 beside = found[0] if found else None
-                found.append(open_trio(dict(given), beside=beside, places=places))
-        except BaseException:
-            for trio in found:
-                trio.close()
-            raise
+                trio = open_trio(dict(given), beside=beside, places=places)
+                found.append(stack.enter_context(trio))
+            stack.pop_all()
         return found
 
     return opened

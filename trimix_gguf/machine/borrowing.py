@@ -9,7 +9,7 @@ import select
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from typing import Any
 
 from trimix_gguf.errors import WorkerError
@@ -152,14 +152,9 @@ class Link:
 
 def open_links(endpoints: Sequence[str], build: str) -> list[Link]:
     """A link to each worker; none where one of them cannot be used. Raises WorkerError."""
-    links: list[Link] = []
-    try:
-        for endpoint in endpoints:
-            links.append(Link(endpoint, build))
-    except BaseException:
-        for link in links:
-            link.close()
-        raise
+    with ExitStack() as stack:
+        links = [stack.enter_context(closing(Link(each, build))) for each in endpoints]
+        stack.pop_all()
     return links
 
 

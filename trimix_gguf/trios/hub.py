@@ -290,34 +290,25 @@ def explain(error: Exception, page: str) -> str:
     """Why the hub gave nothing, and the mend; `page` is where a person can see the repository."""
     from huggingface_hub import errors
 
-    for kind, why in (  # a subclass before its base
-        (
-            errors.GatedRepoError,
-            f"its authors ask for consent: accept it at {page}, then run `hf auth login`",
-        ),
-        (
-            errors.RevisionNotFoundError,
-            "the hub has no such revision; name a branch, tag or commit",
-        ),
-        (
-            errors.LocalEntryNotFoundError,
-            "it is not cached, and the hub does not answer: run once with a network",
-        ),
-        (errors.EntryNotFoundError, "the hub has no such file"),
-        (
-            errors.RepositoryNotFoundError,
-            "the hub has no such repository, or it is private; mend its name, or run "
-            "`hf auth login`",
-        ),
-        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set; unset it to use the network"),
-    ):
+    login = "run `hf auth login`"
+    reasons: dict[type[Exception], str] = {  # a subclass before its base
+        errors.GatedRepoError: f"its authors ask for consent: accept it at {page}, then {login}",
+        errors.RevisionNotFoundError: "the hub has no such revision; name a branch, tag or commit",
+        errors.LocalEntryNotFoundError: "it is not cached, and the hub does not answer: run once "
+        "with a network",
+        errors.EntryNotFoundError: "the hub has no such file",
+        errors.RepositoryNotFoundError: "the hub has no such repository, or it is private; mend "
+        f"its name, or {login}",
+        errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set; unset it to use the network",
+    }
+    for kind, why in reasons.items():
         if isinstance(error, kind):
             return why
     status = _status(error)
     if status == 401:
-        return "the hub does not take your token; run `hf auth login`"
+        return f"the hub does not take your token; {login}"
     if status == 403:
-        return f"the hub refuses it to you; see {page}, and run `hf auth login`"
+        return f"the hub refuses it to you; see {page}, and {login}"
     if status == 429:
         pause = _asked_pause(error)
         when = f"in {pause / 60:.0f} min" if pause and pause >= 60 else "later"

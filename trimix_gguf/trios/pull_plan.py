@@ -9,7 +9,6 @@ import hashlib
 import re
 import shutil
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,7 +20,7 @@ from trimix_gguf.machine.quantization import DIRECT, FLOATS, WEIGHT_TYPES
 from trimix_gguf.machine.typed_json import parse
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trios.hub import Notify, RemoteFile, Repository, check_access, read_repository
-from trimix_gguf.trios.store import SHIPPED, installed, installed_folder, presets
+from trimix_gguf.trios.store import SHIPPED, installed, installed_folder, nearest_trio, presets
 from trimix_gguf.trios.triofile import FILENAME, ModelEntry, TrioFile, check_name
 
 WORK = ".pull"
@@ -172,8 +171,7 @@ def find_manifest(text: str) -> TrioFile:
         path = path / FILENAME
     if path.is_file():
         return TrioFile.read(path, inside=True)
-    near = get_close_matches(text, [*known, *installed()], 3)
-    hint = f"did you mean {' or '.join(near)}?" if near else "`trimix list` names what there is"
+    hint = nearest_trio(text, [*known, *installed()], 3)
     raise TrioFileError(f"{text}: no trio of that name can be pulled, and no such file; {hint}")
 
 

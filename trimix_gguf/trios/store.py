@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -67,11 +67,16 @@ def resolve(text: str) -> TrioFile:
     known = presets()
     if text in known:
         raise TrioFileError(f"trio {text} is not here yet; `trimix pull {text}` fetches it")
-    near = get_close_matches(text, [SHIPPED, *installed(), *known], 1)
-    hint = f"did you mean {near[0]}?" if near else "`trimix list` names what there is"
+    hint = nearest_trio(text, [SHIPPED, *installed(), *known])
     raise TrioFileError(
         f"{text or 'no name'}: no trio of that name, and no such file or folder; {hint}"
     )
+
+
+def nearest_trio(text: str, known: Sequence[str], n: int = 1) -> str:
+    """What to try where no trio is called `text`: at most `n` names like it, or the list."""
+    near = get_close_matches(text, known, n)
+    return f"did you mean {' or '.join(near)}?" if near else "`trimix list` names what there is"
 
 
 def read_folder(folder: Path) -> TrioFile:
@@ -94,8 +99,7 @@ def remove(name: str) -> None:
         raise TrioFileError(f"{SHIPPED} ships in the package and cannot be removed")
     folder = installed_folder(name)
     if not folder.is_dir():
-        near = get_close_matches(name, installed(), 1)
-        hint = f"did you mean {near[0]}?" if near else "`trimix list` names what there is"
+        hint = nearest_trio(name, installed())
         raise TrioFileError(f"trio {name} is not installed; {hint}")
     clear_leftovers()
     if folder.is_symlink():

@@ -145,10 +145,10 @@ class _Made(NamedTuple):
 def _advise(case: Case, now: LayerPlan) -> Iterator[Change]:
     """Changes, the least harmful first; then several together, where no single one is enough."""
 
-    def change(what: str, made: _Made, command: str | None) -> Change:
+    def change(made: _Made) -> Change:
         then = arrange(made.case)
         saves = max(_total(now) - _total(then), _missing(now) - _missing(then))
-        return Change(what, made.option, saves, then.fits, command)
+        return Change(made.what, made.option, saves, then.fits, made.command)
 
     makers = (
         _open_layers,
@@ -159,7 +159,7 @@ def _advise(case: Case, now: LayerPlan) -> Iterator[Change]:
         _as_adapter,
     )
     alone = [made for make in makers if (made := make(case)) is not None]
-    changes = [change(made.what, made, made.command) for made in alone]
+    changes = [change(made) for made in alone]
     yield from changes
     if any(one.suffices for one in changes):
         return
@@ -171,8 +171,8 @@ def _advise(case: Case, now: LayerPlan) -> Iterator[Change]:
             options.append(made.option)
             commands += [made.command] if made.command else []
             if arrange(at).fits:
-                together = _Made(at, "these together", " ".join(options))
-                yield change(together.what, together, commands[0] if commands else None)
+                first = commands[0] if commands else None
+                yield change(_Made(at, "these together", " ".join(options), first))
                 return
 
 

@@ -51,7 +51,7 @@ def check_trio(
     n_common = check_contract(files)
     _check_sizes(files)
     loading = Loading(n_ctx=n_ctx)
-    need = memory.estimate(files, dict.fromkeys(files, loading), adapter)
+    need = memory.estimate(memory.Models(files, dict.fromkeys(files, loading), adapter))
     free = memory.available()
     fits = sum(need.values()) <= free
     trials = [FileTrial(file.path, loading, decode=fits) for file in files.values()]

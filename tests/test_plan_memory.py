@@ -35,7 +35,7 @@ def measured_over_estimate(files, **options):
     """Peak resident memory of a process that scored a prompt, over the estimate."""
     lora = read_gguf(files["small_cpt_lora"]) if "small_cpt_lora" in files else None
     read = {role: read_gguf(files.get(role) or files["small_base"]) for role in ROLES}
-    need = memory.estimate(read, dict.fromkeys(ROLES, Loading(**options)), lora)
+    need = memory.estimate(memory.Models(read, dict.fromkeys(ROLES, Loading(**options)), lora))
     arguments = {**{role: str(path) for role, path in files.items()}, **options}
     command = [sys.executable, "-c", PEAK, json.dumps(arguments), KAZAKH]
     peak = int(subprocess.run(command, capture_output=True, check=True).stdout) * 1024

@@ -113,7 +113,7 @@ def layers(found):
 def test_without_cards_all_is_on_the_cpu_and_is_the_estimate():
     for files, options, _, ram, _ in machines(60, seed=1):
         found = plan(files, devices=[card("CPU", 0, "CPU")], free_ram=ram, options=options)
-        need = memory.estimate(files, loadings(options), None)
+        need = memory.estimate(memory.Models(files, loadings(options)))
         assert list(found.rooms) == [RAM] and set(layers(found).values()) == {0}
         room = found.rooms[RAM].need
         assert need == {"weights": room.weights, "kv": room.kv, "buffers": room.buffers}
@@ -124,8 +124,8 @@ def test_without_cards_all_is_on_the_cpu_and_is_the_estimate():
 def test_what_is_placed_sums_to_the_estimate_and_what_offloading_doubles():
     for files, options, devices, ram, _ in machines(200, seed=2):
         found = plan(files, devices=devices, free_ram=ram, options=options)
-        need = memory.estimate(files, loadings(options), None)
-        facts = memory.by_role(files, loadings(options))
+        need = memory.estimate(memory.Models(files, loadings(options)))
+        facts = memory.by_role(memory.Models(files, loadings(options)))
         rooms = [room.need for room in found.rooms.values()]
         away = [role for role, n in layers(found).items() if n]
         doubled = sum(facts[role].tied - facts[role].tied_ram for role in away)
@@ -184,7 +184,7 @@ def test_large_ins_is_never_below_the_small_ones():
 def test_a_model_goes_whole_to_a_card_that_holds_it_and_else_as_far_as_it_fits():
     for files, options, devices, ram, _ in machines(200, seed=6):
         found = plan(files, devices=devices, free_ram=ram, options=options)
-        facts = memory.by_role(files, loadings(options))["large_ins"]
+        facts = memory.by_role(memory.Models(files, loadings(options)))["large_ins"]
         rooms = [d.free - MARGIN for d in devices if d.kind == "GPU"]
         if not rooms or any(room.is_ram for room in found.rooms.values()):
             continue
@@ -355,7 +355,7 @@ def test_a_smaller_quantization_is_the_best_that_suffices():
     files = {
         role: a_file(role, n_layer=36, n_embd=4096, bits=16, quantized=False) for role in ROLES
     }
-    full = memory.estimate(files, {}, None)
+    full = memory.estimate(memory.Models(files, {}))
     need, size = sum(full.values()), files["large_ins"].weight_bytes
     for room, name in ((0.6, "q8_0"), (0.45, "q6_k"), (0.4, "q5_k_m"), (0.34, "q4_k_m")):
         found = plan(files, devices=[], free_ram=int(need - size * (1 - room)))

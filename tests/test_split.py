@@ -54,7 +54,7 @@ def test_a_split_model_is_read_as_the_whole_one(trio, nano_files):
     small = {role: read_gguf(nano_files[role]) for role in ROLES[1:]}
     loadings = dict.fromkeys(ROLES, Loading())
     needs = [
-        memory.estimate({"large_ins": f, **small}, loadings, None) for f in (whole, parts)
+        memory.estimate(memory.Models({"large_ins": f, **small}, loadings)) for f in (whole, parts)
     ]  # fmt: skip
     assert needs[0] == needs[1]
 

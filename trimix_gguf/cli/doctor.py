@@ -80,7 +80,7 @@ def _report(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     auto = plan(files, options=all_auto, **machine)
     places = {role: model.device for role, model in found.models.items()}
     loadings = {role: Loading(**one) for role, one in asked.items()}
-    need = memory.estimate(files, loadings, lora)
+    need = memory.estimate(memory.Models(files, loadings, lora))
     trio_file = named_trio(given)
     return {
         "llama.cpp": {**info, "python": platform.python_version()},

@@ -4,7 +4,7 @@ import math
 import platform
 import re
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -92,20 +92,25 @@ class ModelMemory:
         return Need(weights, sum(self.kv[:first]), self.rows + compute)
 
 
-def by_role(
-    files: Mapping[Role, GGUFFile],
-    loadings: Mapping[Role, Loading],
-    lora: GGUFFile | None = None,
-    present: Collection[Path] = (),
-) -> dict[Role, ModelMemory]:
+@dataclass(frozen=True)
+class Models:
+    """The models of a trio, and how they are to be loaded."""
+
+    files: Mapping[Role, GGUFFile]
+    loadings: Mapping[Role, Loading]
+    lora: GGUFFile | None = None
+    present: frozenset[Path] = frozenset()  # files whose weights another trio has loaded
+
+
+def by_role(models: Models) -> dict[Role, ModelMemory]:
     """Each role's bytes; weights that roles share are the first one's, an adapter small_cpt's.
 
     The weights of files that are `present`, for another trio, count nothing.
     """
-    memories, seen = {}, set(present)
-    for role in sorted(files, key=ROLES.index):
-        file = files[role]
-        found = _model_memory(file, loadings.get(role, Loading()))
+    memories, seen, lora = {}, set(models.present), models.lora
+    for role in sorted(models.files, key=ROLES.index):
+        file = models.files[role]
+        found = _model_memory(file, models.loadings.get(role, Loading()))
         if file.path in seen:
             none = (0,) * len(found.layers)
             found = replace(found, embedding=0, layers=none, output=0, tied=0, tied_ram=0)
@@ -122,27 +127,23 @@ def by_role(
     return memories
 
 
-def program(large_ins: GGUFFile, present: Collection[Path] = ()) -> int:
+def program(models: Models) -> int:
     """Bytes of the process beside its models: code, and large_ins' tokenizer.
 
     Nothing where another trio has brought both: its large_ins is `present`.
     """
-    if large_ins.path in present:
+    large_ins = models.files[ROLES[0]]
+    if large_ins.path in models.present:
         return 0
     n_tokens = large_ins.n_items("tokenizer.ggml.tokens")
     n_merges = large_ins.n_items("tokenizer.ggml.merges")
     return _BASE + _TOKEN * n_tokens + _MERGE * n_merges
 
 
-def estimate(
-    files: Mapping[Role, GGUFFile],
-    loadings: Mapping[Role, Loading],
-    lora: GGUFFile | None,
-    present: Collection[Path] = (),
-) -> dict[str, int]:
+def estimate(models: Models) -> dict[str, int]:
     """Bytes for 'weights' (each file once), 'kv' caches and 'buffers' of a trio on the CPU."""
-    needs = [m.in_ram(0) for m in by_role(files, loadings, lora, present).values()]
-    need = sum(needs, Need(buffers=program(files[ROLES[0]], present)))
+    needs = [m.in_ram(0) for m in by_role(models).values()]
+    need = sum(needs, Need(buffers=program(models)))
     return {"weights": need.weights, "kv": need.kv, "buffers": need.buffers}
 
 
@@ -192,16 +193,11 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def check_fits(
-    files: Mapping[Role, GGUFFile],
-    loadings: Mapping[Role, Loading],
-    lora: GGUFFile | None,
-    present: Collection[Path] = (),
-) -> None:
+def check_fits(models: Models) -> None:
     """Raise MemoryNeededError, saying how much is needed and what to turn down."""
-    if any(loading.n_gpu_layers for loading in loadings.values()):
+    if any(loading.n_gpu_layers for loading in models.loadings.values()):
         return  # part of it goes to a device; llama.cpp says what does not fit there
-    need, have = estimate(files, loadings, lora, present), available()
+    need, have = estimate(models), available()
     if sum(need.values()) > have:
         parts = ", ".join(f"{name} {in_gib(n)}" for name, n in need.items())
         mend = (

@@ -7,13 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from trimix_gguf.errors import ModelError
 from trimix_gguf.machine import memory
 from trimix_gguf.machine.gguf_file import GGUFFile
-from trimix_gguf.machine.loading import AUTO, REMOTE_CPU, REMOTE_GPU, Loading, LoadingOptions
+from trimix_gguf.machine.loading import AUTO, REMOTE_CPU, REMOTE_GPU, LoadingOptions
 from trimix_gguf.machine.memory import ModelMemory, Need
 from trimix_gguf.machine.native import Device
 from trimix_gguf.machine.spreading import (
@@ -37,16 +36,12 @@ MARGIN = 512 << 20
 Files = Mapping[Role, GGUFFile]
 
 
-@dataclass(frozen=True)
-class Case:
-    """A trio, and the machine that it is to be arranged on."""
+@dataclass(frozen=True, kw_only=True)
+class Case(memory.Models):
+    """A trio, with a Loading for every role, and the machine that it is to be arranged on."""
 
-    files: Files
-    loadings: Mapping[Role, Loading]  # of every role
-    lora: GGUFFile | None
     devices: Sequence[Device]
     free_ram: int
-    present: frozenset[Path] = frozenset()  # files whose weights another trio has loaded
 
     def using(self, **changed: Any) -> "Case":
         """The same with some of Loading's fields changed, for every role."""
@@ -173,8 +168,8 @@ def arrange(case: Case) -> LayerPlan:
 
 
 def _arrange(case: Case, way: Way) -> LayerPlan:
-    memories = memory.by_role(case.files, case.loadings, case.lora, case.present)
-    program = memory.program(case.files[ROLES[0]], case.present)
+    memories = memory.by_role(case)
+    program = memory.program(case)
     groups: dict[Any, list[Role]] = {}
     for role in ROLES:
         groups.setdefault(case.files[role].path, []).append(role)

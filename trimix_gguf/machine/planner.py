@@ -41,7 +41,7 @@ def plan(
     for role in ROLES:
         asked: LoadingOptions = {"n_gpu_layers": AUTO, **(options or {}).get(role, {})}
         loadings[role] = Loading(**asked)
-    case = Case(files, loadings, lora, devices, free_ram, frozenset(present))
+    case = Case(files, loadings, lora, frozenset(present), devices=devices, free_ram=free_ram)
     found = arrange(case)
     return found if found.fits else replace(found, advice=tuple(_advise(case, found)))
 

@@ -15,7 +15,7 @@ from trimix_gguf.machine import file_trial
 from trimix_gguf.machine.file_trial import FileTrial
 from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.machine.loading import Loading, LoadingOptions
-from trimix_gguf.machine.memory import check_fits
+from trimix_gguf.machine.memory import Models, check_fits
 from trimix_gguf.machine.planner import place
 from trimix_gguf.machine.sharing import Options, shared_roles
 from trimix_gguf.machine.vocabulary import check_contract
@@ -92,10 +92,10 @@ class Trio(Strand):
         wanted: dict[Role, LoadingOptions] = {
             r: {**asked[r], **_as_placed(known.get(r))} for r in ROLES
         }
-        present = {model.path for model in known.values()}
+        present = frozenset(model.path for model in known.values())
         placed = place(files, wanted, adapter, present)
         loadings = {r: Loading(**one) for r, one in placed.items()}
-        check_fits(files, loadings, adapter, present)
+        check_fits(Models(files, loadings, adapter, present))
         file_trial.require(_trials(paths, loadings, small_cpt_lora))
         models = _open_models(paths, loadings, small_cpt_lora, known)
         if chat_template is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from gguf import GGMLQuantizationType, GGUFWriter
 
@@ -19,6 +19,16 @@ from .quantize import quantize_gguf
 from .rope import llama3_rope_factors, read_rope, write_rope
 from .tokenizer import read_tokenizer
 from .writer import NO_FACTORS, QUANTIZATION_VERSION, write_gguf
+
+
+class HfOptions(TypedDict, total=False):
+    """What convert_hf is told beside the weights and the output; it says what these are."""
+
+    type: str
+    pre: str | None
+    name: str | None
+    force: bool
+    progress: ByteProgress | None
 
 
 def convert_hf(

@@ -8,6 +8,7 @@ alpha / √r for rank-stabilised LoRA. llama.cpp applies one file-wide alpha ove
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFType, GGUFWriter, Keys
@@ -19,7 +20,7 @@ from trimix_gguf.machine.quantization import FLOATS
 from .adapter import Adapter
 from .architectures import OUTER, read_config, read_sizes
 from .checkpoint import Checkpoint
-from .hf import convert_hf
+from .hf import HfOptions, convert_hf
 from .output import whole_output
 from .plan import PlannedTensor, has_own_head
 from .writer import QUANTIZATION_VERSION, write_gguf
@@ -149,35 +150,18 @@ def convert_lora(
         write_gguf(writer, path, GGUFPairs(adapter, alpha), plan, progress=progress)
 
 
-def merge_lora(
-    adapter_dir: Path,
-    base_dir: Path,
-    out: Path,
-    *,
-    type: str = "q8_0",
-    pre: str | None = None,
-    name: str | None = None,
-    force: bool = False,
-    progress: ByteProgress | None = None,
-) -> None:
+def merge_lora(adapter_dir: Path, base_dir: Path, out: Path, **options: Unpack[HfOptions]) -> None:
     """Write the base in `base_dir` with the adapter merged into it to `out`, as `convert_hf` does.
 
-    Beyond what `convert_lora` takes, DoRA and modules_to_save can be merged. The sums are float32,
-    rounded once, to `type`; a tied head that is no longer like its embedding is stored apart. The
+    `options` are its own too; without a `name` it is the adapter folder's. Beyond what
+    `convert_lora` takes, DoRA and modules_to_save can be merged. The sums are float32, rounded
+    once, to `type`; a tied head that is no longer like its embedding is stored apart. The
     tokenizer is the base's. Raises ConversionError.
     """
     base_dir = Path(base_dir)
     merged = MergedCheckpoint(base_dir, Adapter(Path(adapter_dir)))
-    convert_hf(
-        base_dir,
-        out,
-        type=type,
-        pre=pre,
-        name=name or merged.adapter.folder.resolve().name,
-        checkpoint=merged,
-        force=force,
-        progress=progress,
-    )
+    options["name"] = options.get("name") or merged.adapter.folder.resolve().name
+    convert_hf(base_dir, out, checkpoint=merged, **options)
 
 
 def _adapted_tied(adapter: Adapter, base_dir: Path) -> list[str]:

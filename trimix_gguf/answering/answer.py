@@ -53,17 +53,9 @@ class Answer:
 
     def choose(self) -> Chooser | None:
         """What is to choose its weights; None where they are given."""
-        request = self.request
         if self.selection is not None:
             return None
-        return Chooser(
-            self.trio,
-            [self.prompt],
-            method=request.method,
-            grid=request.grid,
-            last=request.last,
-            score_tokens=request.score_tokens,
-        )
+        return Chooser(self.trio, [self.prompt], **self.request.choosing)
 
     def select(self, selection: Selection) -> None:
         """Take a choice of weights, masked as the request wants it."""

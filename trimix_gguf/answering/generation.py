@@ -111,20 +111,11 @@ def _read_prompt(
 
 def _select(answer: Answer, progress: TokenProgress) -> None:
     """Take the mix that is given, or choose one by the prompt; the trio then holds the prompt."""
-    trio, request = answer.trio, answer.request
+    trio, choosing = answer.trio, answer.request.choosing
     if answer.selection is not None:
         trio.prefill(answer.prompt)
         return
-    chosen = select_weights(
-        trio,
-        answer.prompt,
-        method=request.method,
-        grid=request.grid,
-        last=request.last,
-        score_tokens=request.score_tokens,
-        progress=progress,
-    )
-    answer.select(chosen)
+    answer.select(select_weights(trio, answer.prompt, progress=progress, **choosing))
 
 
 def _echo(answer: Answer) -> None:

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, Unpack
 
 from trimix_gguf.choosing.methods import ChosenBy
 from trimix_gguf.choosing.score import Grid
-from trimix_gguf.choosing.selection import Selection, check_last
+from trimix_gguf.choosing.selection import Choosing, Selection, check_last
 from trimix_gguf.choosing.subset import ScoreTokens, check_score_tokens
 from trimix_gguf.errors import TrimixError
 from trimix_gguf.mixing.fusion import Mix, Weights, check_threshold
@@ -17,14 +17,10 @@ from trimix_gguf.trio.prompt import Prompt
 FinishReason = Literal["stop", "length", "context", "cancelled"]
 
 
-class Options(TypedDict, total=False):
+class Options(Choosing, total=False):
     """Keyword arguments that make a Request: its own fields, and those of its Sampling."""
 
     weights: Weights | Mix | Selection | None
-    method: ChosenBy
-    grid: Grid
-    last: int | None
-    score_tokens: ScoreTokens
     plausibility_threshold: float | None
     max_tokens: int
     stop: Sequence[str]
@@ -99,6 +95,13 @@ class Request:
         names = [f.name for f in fields(Sampling) if f.name in own]
         sampling = replace(base.sampling, **{name: own.pop(name) for name in names})
         return replace(base, sampling=sampling, **own)
+
+    @property
+    def choosing(self) -> Choosing:
+        """How the prompt is to choose the weights."""
+        return Choosing(
+            method=self.method, grid=self.grid, last=self.last, score_tokens=self.score_tokens
+        )
 
     @property
     def fixed(self) -> Selection | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,15 @@ class Selection:
             return None
         table = {name: self.score.perplexity(w, average) for name, w in SINGLE.items()}
         return {**table, "fused": self.score.perplexity(self.weights, average)}
+
+
+class Choosing(TypedDict, total=False):
+    """How weights are chosen by prompts; select_weights says what these are."""
+
+    method: ChosenBy
+    grid: Grid
+    last: int | None
+    score_tokens: ScoreTokens
 
 
 class Chooser:
@@ -131,13 +140,10 @@ def select_weights(
     trio: Trio,
     prompts: Prompt | Sequence[Prompt],
     *,
-    method: ChosenBy = "auto",
-    grid: Grid = (GRID, GRID),
     average: Average = "macro",
-    last: int | None = None,
-    score_tokens: ScoreTokens = "auto",
     with_choices: bool = False,
     progress: TokenProgress | None = None,
+    **choosing: Unpack[Choosing],
 ) -> Selection:
     """Choose (alpha, beta) for a prompt, or one pair for a task's prompts, without labels.
 
@@ -150,15 +156,7 @@ def select_weights(
     about that many, spread over it; "auto" enough of them for `auto`, and all for other methods.
     """
     listed = [prompts] if isinstance(prompts, Prompt) else list(prompts)
-    chooser = Chooser(
-        trio,
-        listed,
-        method=method,
-        grid=grid,
-        last=last,
-        score_tokens=score_tokens,
-        with_choices=with_choices,
-    )
+    chooser = Chooser(trio, listed, with_choices=with_choices, **choosing)
     if chooser.score is not None:
         score_prompts(trio, chooser.prompts, chooser.score, progress=progress)
     elif chooser.selection is not None and listed:

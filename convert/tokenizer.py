@@ -19,7 +19,7 @@ from .added_tokens import read_entries
 from .checkpoint import check_inside, read_json, read_text
 from .tokenizer_bpe import read_byte_level_bpe
 from .tokenizer_spm import read_sentencepiece, read_sentencepiece_json
-from .tokens import Token, Vocabulary, flat_steps, read_added_tokens
+from .tokens import Found, Token, Vocabulary, flat_steps, read_added_tokens
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")
 # One template, or several: {"name": ..., "template": ...}.
@@ -130,14 +130,14 @@ def _read_vocabulary(
     own = model.get("type") == "BPE" and not model_path.is_file()
     if own and not isinstance(model.get("vocab"), dict):
         raise ConversionError(f"{path} has no vocabulary; download it again")
-    added = read_added_tokens(folder, tokenizer, settings)
+    found = Found(path, tokenizer, read_added_tokens(folder, tokenizer, settings), n_vocab)
     if model.get("type") == "BPE" and not model.get("byte_fallback"):
         if settings.get("add_prefix_space"):
             raise ConversionError(
                 f"{folder} puts a space in front of text (add_prefix_space), which llama.cpp does "
                 "not do for byte-level BPE; set it to false if ids may differ"
             )
-        return read_byte_level_bpe(path, tokenizer, added, n_vocab, pre)
+        return read_byte_level_bpe(found, pre)
     if pre is not None:
         raise ConversionError(
             f"a pre-tokenizer (--pre {pre}) is for byte-level BPE, which {folder} does not hold; "
@@ -145,7 +145,7 @@ def _read_vocabulary(
         )
     if model_path.is_file():
         prefix = settings.get("add_prefix_space")  # transformers lets it overrule the file
-        return read_sentencepiece(model_path, tokenizer, added, n_vocab, prefix)
+        return read_sentencepiece(found._replace(path=model_path), prefix)
     if not tokenizer:
         raise ConversionError(
             f"{folder} holds neither tokenizer.json nor tokenizer.model; download one of them"
@@ -155,7 +155,7 @@ def _read_vocabulary(
             f"{path} is a {model.get('type')} tokenizer, expected byte-level BPE or "
             "SentencePiece's BPE; no other kind can be converted"
         )
-    return read_sentencepiece_json(path, tokenizer, added, n_vocab)
+    return read_sentencepiece_json(found)
 
 
 def _read_stripping(

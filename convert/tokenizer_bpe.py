@@ -12,7 +12,7 @@ from gguf import TokenType
 
 from trimix_gguf.errors import ConversionError
 
-from .tokens import Token, Vocabulary, flat_steps, list_tokens, without_rows
+from .tokens import Found, Token, Vocabulary, flat_steps, list_tokens, without_rows
 
 DIGIT_SPLIT = r"\p{N}"
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -50,14 +50,9 @@ KNOWN_PRE = """
 """
 
 
-def read_byte_level_bpe(
-    path: Path,
-    tokenizer: Mapping[str, Any],
-    added: Mapping[int, Token],
-    n_vocab: int,
-    pre: str | None,
-) -> Vocabulary:
-    """Read tokenizer.json at `path`; `pre` names the pre-tokenizer instead of recognising it."""
+def read_byte_level_bpe(found: Found, pre: str | None) -> Vocabulary:
+    """Read a tokenizer.json; `pre` names the pre-tokenizer instead of recognising it."""
+    path, tokenizer, added, n_vocab = found
     model = tokenizer["model"]
     for option in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):

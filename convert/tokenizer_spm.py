@@ -20,24 +20,19 @@ from trimix_gguf.errors import ConversionError
 from .added_tokens import SPACE, check_spelled
 from .checkpoint import check_inside
 from .tokenizer_bpe import read_merges
-from .tokens import Token, Vocabulary, flat_steps, list_tokens, user_defined, without_rows
+from .tokens import Found, Token, Vocabulary, flat_steps, list_tokens, user_defined, without_rows
 
 BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
 BPE = 2  # TrainerSpec.ModelType
 
 
-def read_sentencepiece(
-    path: Path,
-    tokenizer: Mapping[str, Any],
-    added: Mapping[int, Token],
-    n_vocab: int,
-    add_space_prefix: bool | None = None,
-) -> Vocabulary:
-    """Read tokenizer.model at `path`; `added` tokens replace its pieces.
+def read_sentencepiece(found: Found, add_space_prefix: bool | None = None) -> Vocabulary:
+    """Read a tokenizer.model; the added tokens replace its pieces.
 
-    `tokenizer` is the tokenizer.json beside it, empty where there is none: it must be the same.
-    `add_space_prefix` overrules the file's own word on a space in front of text.
+    The tokenizer.json beside it, empty where there is none, must be the same. `add_space_prefix`
+    overrules the file's own word on a space in front of text.
     """
+    path = found.path
     pieces: list[Token] = []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
@@ -65,25 +60,20 @@ def read_sentencepiece(
             "expected rule 'identity' and no removal of extra whitespace"
         )
     own_prefix = bool(normalizer.get(3, 1))
-    if tokenizer:
+    if found.tokenizer:
         prefix = own_prefix if add_space_prefix is None else None
-        _check_same(path, tokenizer, pieces, added, prefix)
+        _check_same(found, pieces, prefix)
     if add_space_prefix is None:
         add_space_prefix = own_prefix
-    return _vocabulary(path, dict(enumerate(pieces)), added, n_vocab, add_space_prefix)
+    return _vocabulary(found, dict(enumerate(pieces)), add_space_prefix)
 
 
-def _check_same(
-    path: Path,
-    tokenizer: Mapping[str, Any],
-    pieces: list[Token],
-    added: Mapping[int, Token],
-    prefix: bool | None,
-) -> None:
+def _check_same(found: Found, pieces: list[Token], prefix: bool | None) -> None:
     """Raise ConversionError where tokenizer.json, beside the tokenizer.model, is another one.
 
     A vocabulary that was extended is often saved to only one of the two.
     """
+    path, tokenizer, added, _ = found
     vocab = (tokenizer.get("model") or {}).get("vocab")
     if not isinstance(vocab, dict):  # Unigram, or only added tokens
         return
@@ -107,10 +97,9 @@ def _check_same(
         )
 
 
-def read_sentencepiece_json(
-    path: Path, tokenizer: Mapping[str, Any], added: Mapping[int, Token], n_vocab: int
-) -> Vocabulary:
-    """Read tokenizer.json at `path`, BPE with byte_fallback; scores come from the merges' order."""
+def read_sentencepiece_json(found: Found) -> Vocabulary:
+    """Read a tokenizer.json, BPE with byte_fallback; scores come from the merges' order."""
+    path, tokenizer, added, _ = found
     model = tokenizer["model"]
     add_space_prefix = _read_space_prefix(path, tokenizer)
     merges = read_merges(path, model)
@@ -128,27 +117,21 @@ def read_sentencepiece_json(
             entries[id_] = Token(text, TokenType.UNKNOWN)
         else:
             entries[id_] = Token(text, TokenType.NORMAL, scores[text])
-    return _vocabulary(path, entries, added, n_vocab, add_space_prefix)
+    return _vocabulary(found, entries, add_space_prefix)
 
 
-def _vocabulary(
-    path: Path,
-    entries: Mapping[int, Token],
-    added: Mapping[int, Token],
-    n_vocab: int,
-    add_space_prefix: bool,
-) -> Vocabulary:
+def _vocabulary(found: Found, entries: Mapping[int, Token], add_space_prefix: bool) -> Vocabulary:
     added = {
         i: user_defined(t.text, t.score) if t.type == TokenType.USER_DEFINED else t
-        for i, t in without_rows(added, n_vocab).items()
+        for i, t in without_rows(found.added, found.n_vocab).items()
     }
-    tokens = list_tokens(path, {**entries, **added}, n_vocab)
+    tokens = list_tokens(found.path, {**entries, **added}, found.n_vocab)
     texts = {token.text for token in tokens}
     for name, byte in BYTES.items():
         # llama.cpp spells what no piece covers in bytes, and ends the process where one lacks.
         if name not in texts and not (byte < 128 and chr(byte) in texts):
             raise ConversionError(
-                f"{path} has no token {name}: its model was trained without byte_fallback, "
+                f"{found.path} has no token {name}: its model was trained without byte_fallback, "
                 "which llama.cpp needs"
             )
     return Vocabulary("llama", "default", tokens, add_space_prefix=add_space_prefix)

@@ -26,6 +26,15 @@ class Token(NamedTuple):
     score: float = 0.0
 
 
+class Found(NamedTuple):
+    """What a vocabulary is read from; `added` are the added tokens by id."""
+
+    path: Path  # tokenizer.json, or tokenizer.model
+    tokenizer: Mapping[str, Any]  # what tokenizer.json holds; empty where there is none
+    added: Mapping[int, Token]
+    n_vocab: int
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """A tokenizer without its special ids, in llama.cpp's terms; `tokens` is [n_vocab]."""

@@ -50,8 +50,11 @@ def quantize_gguf(
     n_bytes = int(file.n_weights * per_weight) + head
     if out.exists() and out.samefile(source):
         raise ConversionError(f"{out} is the file to be read; choose another name")
+    file_type = CALIBRATED[type] if type in CALIBRATED else WEIGHT_TYPES[type].file_type
     with whole_output(out, n_bytes=n_bytes, force=force) as partial:
-        _run_child(file, partial, type, requantize, imatrix, progress)
+        arguments = [str(file.path), str(partial), str(file_type), str(int(requantize))]
+        arguments += [] if imatrix is None else [str(imatrix)]
+        _run_child(file, arguments, progress)
     return coverage
 
 
@@ -78,18 +81,9 @@ def _refuse_quantized(file: GGUFFile) -> None:
         )
 
 
-def _run_child(
-    file: GGUFFile,
-    out: Path,
-    type: str,
-    requantize: bool,
-    imatrix: Path | None,
-    progress: ByteProgress | None,
-) -> None:
+def _run_child(file: GGUFFile, arguments: list[str], progress: ByteProgress | None) -> None:
+    """Have main() quantize `file`; raises ConversionError where that fails."""
     sizes = {tensor.name: tensor.n_bytes for tensor in file.tensors}
-    file_type = CALIBRATED[type] if type in CALIBRATED else WEIGHT_TYPES[type].file_type
-    arguments = [str(file.path), str(out), str(file_type), str(int(requantize))]
-    arguments += [] if imatrix is None else [str(imatrix)]
     # UTF-8 mode: elsewhere than on Linux its stderr would have another encoding.
     command = [sys.executable, "-X", "utf8", "-m", "trimix_gguf.convert.quantize", *arguments]
     advance, last = advancing(progress, file.weight_bytes), "it gave no reason"

@@ -44,8 +44,16 @@ def write_gguf(
     name, bytes done, bytes in all). Raises ConversionError, OSError.
     """
     _write_header(writer, path, plan, factors)
-    with path.open("ab") as file:
-        _write_tensors(file, source, plan, factors, writer.data_alignment, progress)
+    advance = advancing(progress, sum(tensor.n_bytes for tensor in plan))
+    with path.open("ab") as file, ThreadPoolExecutor(min(MAX_THREADS, available_cores())) as pool:
+        _align(file, writer)
+        file.write(factors.data)
+        _align(file, writer)
+        for tensor in plan:
+            for block in pool.map(partial(_convert, source, tensor), _blocks(tensor)):
+                file.write(block.data)
+                advance(tensor.target, block.nbytes)
+            _align(file, writer)
 
 
 def _write_header(
@@ -70,27 +78,8 @@ def _write_header(
         writer.close()
 
 
-def _write_tensors(
-    file: BinaryIO,
-    source: TensorSource,
-    plan: list[PlannedTensor],
-    factors: np.ndarray,
-    alignment: int,
-    progress: ByteProgress | None,
-) -> None:
-    def align() -> None:
-        file.write(bytes(-file.tell() % alignment))
-
-    advance = advancing(progress, sum(tensor.n_bytes for tensor in plan))
-    align()
-    file.write(factors.data)
-    align()
-    with ThreadPoolExecutor(min(MAX_THREADS, available_cores())) as pool:
-        for tensor in plan:
-            for block in pool.map(partial(_convert, source, tensor), _blocks(tensor)):
-                file.write(block.data)
-                advance(tensor.target, block.nbytes)
-            align()
+def _align(file: BinaryIO, writer: GGUFWriter) -> None:
+    file.write(bytes(-file.tell() % writer.data_alignment))
 
 
 def _blocks(tensor: PlannedTensor) -> Iterator[tuple[str, slice]]:

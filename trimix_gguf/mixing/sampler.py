@@ -41,7 +41,13 @@ class Sampler:
         changing = _adjusters(vocab, n_vocab, sampling)
         for link in (*changing, *_pickers(n_vocab, sampling, self.seed)):
             lib.llama_sampler_chain_add(self._chain, link)
-        self._rules = _rules(vocab, sampling, self._stop_ids, tree)
+        self._rules: Grammar | _Schema | None = None  # what the text has to follow
+        if sampling.json_schema is not None:
+            if tree is None:
+                raise SamplerError("a JSON schema needs the tokens: tree=lambda: trio.token_tree")
+            self._rules = _Schema(SchemaMask(tree(), sampling.json_schema), self._stop_ids)
+        elif sampling.grammar is not None:
+            self._rules = Grammar.parse(vocab, sampling.grammar)
         self._ids = np.arange(n_vocab, dtype=np.int32)
         self._candidates = np.zeros(n_vocab, dtype=CANDIDATE)
 
@@ -151,17 +157,3 @@ def _pickers(n_vocab: int, sampling: Sampling, seed: int) -> Iterator[Any]:
             yield lib.llama_sampler_init_xtc(s.xtc_probability, s.xtc_threshold, 1, seed)
         yield lib.llama_sampler_init_temp(s.temperature)
         yield lib.llama_sampler_init_dist(seed)
-
-
-def _rules(
-    vocab: Any,
-    sampling: Sampling,
-    stop_ids: frozenset[int],
-    tree: Callable[[], TokenTree] | None,
-) -> Grammar | _Schema | None:
-    """What the text has to follow; None where it is free."""
-    if sampling.json_schema is not None:
-        if tree is None:
-            raise SamplerError("a JSON schema needs the tokens: tree=lambda: trio.token_tree")
-        return _Schema(SchemaMask(tree(), sampling.json_schema), stop_ids)
-    return None if sampling.grammar is None else Grammar.parse(vocab, sampling.grammar)

@@ -112,8 +112,7 @@ def prompt_texts(trio: Trio, call: Call) -> list[str]:
 def _text(trio: Trio, ids: tuple[int, ...]) -> str:
     for token in ids:
         _check_id(trio, token, "prompt")
-    piece = trio.models[ROLES[0]].piece
-    return b"".join(piece(token) for token in ids).decode("utf-8", "replace")
+    return trio.text(ids)
 
 
 def _chat(trio: Trio, call: Call) -> Prompt:

@@ -46,8 +46,7 @@ class Tokens:
         fields.done()
         if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < n_vocab for i in ids):
             fields.wrong("tokens", ids, f"a list of token ids below {n_vocab}")
-        raw = await self.aside(lambda: b"".join(self._model.piece(i) for i in ids))
-        text = raw.decode("utf-8", "replace")
+        text = await self.aside(lambda: self._trio.text(ids))
         return {"content": text, "prompt": text}
 
     def info(self) -> dict[str, Any]:

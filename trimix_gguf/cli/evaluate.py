@@ -1,5 +1,6 @@
 """trimix eval: methods compared on labelled tasks; eval report: the table and the picture."""
 
+import json
 import shlex
 import sys
 from dataclasses import fields
@@ -8,7 +9,7 @@ from typing import Any
 
 import click
 
-from trimix_gguf.choosing.methods import ORACLE, compared_by_default
+from trimix_gguf.choosing.methods import INFORMATIVE, ORACLE, compared_by_default, evaluated_methods
 from trimix_gguf.cli.bars import count_bar
 from trimix_gguf.cli.clusters import Ray, as_elsewhere, loader_elsewhere, ray_options, taken_ray
 from trimix_gguf.cli.options import named_trio, open_trio, parse_mix, trio_options
@@ -118,8 +119,6 @@ def report(
     Several runs of the same models make one table: with other tasks, or with other methods on the
     same questions. What two runs have in common comes from the first.
     """
-    import json
-
     from trimix_gguf.evaluation.reporting.predictions import join
     from trimix_gguf.evaluation.reporting.report import summarize
     from trimix_gguf.evaluation.reporting.tables import to_csv, to_markdown
@@ -208,8 +207,6 @@ def _settings(options: dict[str, Any]) -> RunSettings:
 
 def _run_harness(options: dict[str, Any]) -> None:
     """Print the harness's table; with --out, write its results as JSON into that folder."""
-    import json
-
     from trimix_gguf.evaluation.running.harness import TrimixLM, make_table, run_harness
 
     chosen_by = _harness_weights(options)
@@ -256,8 +253,6 @@ def _split(text: str) -> tuple[str, ...]:
 
 
 def _singles(texts: tuple[str, ...], ray: Ray | None) -> dict[str, Path]:
-    from trimix_gguf.choosing.methods import INFORMATIVE, evaluated_methods
-
     pairs = [text.partition("=") for text in texts]
     if not all(name and file for name, _, file in pairs):
         raise click.UsageError("--single takes NAME=FILE")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from trimix_gguf.errors import PromptError
+from trimix_gguf.errors import PromptError, TrimixError, WeightsError
 from trimix_gguf.roles import ROLES, Role
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -233,7 +233,6 @@ def trio_arguments(options: dict[str, Any]) -> dict[str, Any]:
 def _set_per_role(
     per_role: dict[str, dict[str, Any]], name: str, kind: Callable[[str], Any], text: str
 ) -> None:
-    from trimix_gguf.roles import ROLES
     from trimix_gguf.trios.triofile import LOADING_FIELDS
 
     role, _, value = text.rpartition("=")
@@ -252,7 +251,6 @@ def _set_per_role(
 
 def parse_mix(text: str) -> Any:
     """'0.1,0.9' -> the Mix of these weights, which masks nothing."""
-    from trimix_gguf.errors import WeightsError
     from trimix_gguf.mixing.fusion import Mix, Weights
 
     try:
@@ -274,8 +272,6 @@ def bound(*, host: str, port: int) -> Any:
 
 def new_figure(**options: Any) -> Any:
     """An empty matplotlib figure; raises TrimixError where matplotlib is not installed."""
-    from trimix_gguf.errors import TrimixError
-
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -15,6 +15,7 @@ from trimix_gguf.cli.options import (
     trio_arguments,
     trios_options,
 )
+from trimix_gguf.errors import MemoryNeededError
 from trimix_gguf.roles import ROLES, Role
 
 
@@ -75,8 +76,6 @@ def _print_plans(
     as_json: bool,
 ) -> None:
     """One trio's plan, or several and their sum; raises MemoryNeededError where one has no room."""
-    from trimix_gguf.errors import MemoryNeededError
-
     flags = [_flags(found, named=named) for found in plans]
     ram_needed = sum(found.ram_needed for found in plans)
     parts = list(zip(plans, files, flags, strict=True))
@@ -111,7 +110,6 @@ def trio_names(trios: list[dict[str, Any]]) -> list[str]:
 def _plan_preset(preset: Any, devices: list[Any], free_ram: int, as_json: bool) -> None:
     """Compare the weights of a trio that is not here with the memory of this machine."""
     from trimix_gguf.cli.trios import absent_words, size_words
-    from trimix_gguf.errors import MemoryNeededError
 
     name, cards = preset.trio.name, {d.name: d.free for d in devices if d.kind == "GPU"}
     free = {"RAM": free_ram, **cards}

@@ -11,7 +11,7 @@ import click
 from trimix_gguf.cli.options import asked_of, model_name, named_trio, open_trio, trio_arguments
 from trimix_gguf.cli.plan import trio_files, trio_names
 from trimix_gguf.cli.task_weights import check_served_task, task_weights
-from trimix_gguf.roles import Role
+from trimix_gguf.roles import ROLES, Role
 
 Given = dict[str, Any]  # the options of one trio
 
@@ -71,7 +71,6 @@ def _entry(given: Given, name: str | None) -> Any:
     """What clients see of a trio; by files, it is called as the large model's file."""
     from trimix_gguf.machine.loading import Loading
     from trimix_gguf.machine.parts import n_bytes_of
-    from trimix_gguf.roles import ROLES
     from trimix_gguf.server.settings import mix_settings
     from trimix_gguf.server.trios import Entry
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from trimix_gguf.cli.bars import byte_progress
+from trimix_gguf.errors import TrioFileError
 
 
 @click.command("list")
@@ -59,7 +60,6 @@ def show(trio: str, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
 def verify(trio: str, as_json: bool) -> None:
     """Compare every file of a trio with its SHA-256 (exit 1 where one is missing or altered)."""
-    from trimix_gguf.errors import TrioFileError
     from trimix_gguf.trios import store
 
     found = store.resolve(trio)
@@ -160,7 +160,6 @@ def import_(source: str, name: str | None) -> None:
 
 def _summary(name: str) -> dict[str, Any]:
     """An installed trio in a line of the list; a damaged one says what is wrong."""
-    from trimix_gguf.errors import TrioFileError
     from trimix_gguf.trios.store import resolve
 
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -116,12 +117,10 @@ def write_imatrix(imatrix: ImportanceMatrix, path: Path) -> None:
     for name in sorted(imatrix.sums):
         writer.add_tensor(name + _SUMS, imatrix.sums[name].astype(np.float32))
         writer.add_tensor(name + _COUNTS, imatrix.counts[name][:, None].astype(np.float32))
-    try:
+    with closing(writer):
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-    finally:
-        writer.close()
 
 
 def read_imatrix(path: Path) -> ImportanceMatrix:

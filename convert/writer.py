@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -70,12 +71,10 @@ def _write_header(
             tensor.n_bytes,
             raw_dtype=tensor.stored_as,
         )
-    try:
+    with closing(writer):
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-    finally:
-        writer.close()
 
 
 def _align(file: BinaryIO, writer: GGUFWriter) -> None:

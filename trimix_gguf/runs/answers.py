@@ -3,6 +3,7 @@
 import hashlib
 import queue
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -120,15 +121,13 @@ class Answers:
         batcher = Batcher(
             self._trio, n_parallel=n_parallel, n_queue=len(requests), all_known=True, drafts=False
         )
-        try:
+        with closing(batcher):
             batcher.submit_all(requests, lambda i, event: events.put((i, event)))
             n_left = len(requests)
             while n_left:
                 at, event = events.get()
                 n_left -= event.error is not None or event.finish_reason is not None
                 yield at, event
-        finally:
-            batcher.close()
 
 
 def refused(line: Line, error: RequestError, settings: Settings, *, source: str) -> Line:

@@ -8,7 +8,7 @@ answer that ends makes room for the next.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -99,13 +99,10 @@ class Run:
 
     def to_file(self, out: Path, header: Mapping[str, Any]) -> int:
         """Answer into a file; continues an earlier run. Returns how many lines were wrong."""
-        journal = Journal(out, header)
-        try:
+        with closing(Journal(out, header)) as journal:
             for answers in self._answers(journal):
                 journal.add(answers)
             return journal.finish()
-        finally:
-            journal.close()
 
     def to_stream(self, stream: BinaryIO) -> int:
         """Print each answer once those before it are printed; returns how many lines were wrong."""

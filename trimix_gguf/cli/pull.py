@@ -24,14 +24,13 @@ def pull(trio: str, name: str | None, quantization: str | None, yes: bool, force
     """
     from rich.filesize import decimal
 
+    from trimix_gguf.trios import pulling
     from trimix_gguf.trios.pull_plan import check_room, find_manifest, plan_pull
-    from trimix_gguf.trios.pulling import clear_work
-    from trimix_gguf.trios.pulling import pull as run
 
     manifest = find_manifest(trio)
     plan = plan_pull(manifest, name=name, quantization=quantization, notify=_say)
     if plan.trio.file.is_file() and not plan.parts and not plan.own_files:
-        clear_work(plan.trio)
+        pulling.clear_work(plan.trio)
         _say(f"{plan.trio.name} is already here, {decimal(plan.n_memory)}; nothing to fetch")
         print(plan.trio.folder)
         return
@@ -41,7 +40,7 @@ def pull(trio: str, name: str | None, quantization: str | None, yes: bool, force
     _ask(yes)
     try:
         with _bars() as progress:
-            done = run(plan, progress=progress, notify=_say)
+            done = pulling.pull(plan, progress=progress, notify=_say)
     except KeyboardInterrupt:
         _say("stopped; the same command continues from here")
         raise

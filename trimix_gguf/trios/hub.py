@@ -71,23 +71,15 @@ def read_repository(
     from huggingface_hub import HfApi, constants
 
     subject = f"{repo} at {revision}" if revision != "main" else repo
-    patience = _Patience(subject, repo, notify)
-    while True:
-        try:
-            info = HfApi().model_info(
-                repo,
-                revision=revision,
-                files_metadata=True,
-                timeout=constants.HF_HUB_ETAG_TIMEOUT,
-            )
-            break
-        except client_errors() as error:
-            patience.wait(error, away=False)
-        except (ValueError, KeyError, TypeError):
-            raise HubError(
-                f"{subject}: what answers is not the hub (no JSON came); "
-                "if this network has a login page, open it in a browser first"
-            ) from None
+    timeout = constants.HF_HUB_ETAG_TIMEOUT
+    ask = partial(HfApi().model_info, repo, revision=revision, files_metadata=True, timeout=timeout)
+    try:
+        info = _Patience(subject, repo, notify).answer_to(ask, away=False)
+    except (ValueError, KeyError, TypeError):
+        raise HubError(
+            f"{subject}: what answers is not the hub (no JSON came); "
+            "if this network has a login page, open it in a browser first"
+        ) from None
     if not info.sha:
         raise HubError(f"{subject}: the hub names no commit; set revision to one")
     weights = getattr(info, "safetensors", None)
@@ -117,12 +109,7 @@ def check_access(file: RemoteFile, *, notify: Notify = lambda text: None) -> Non
     from huggingface_hub import get_hf_file_metadata
 
     patience = _Patience(file.repo, file.repo, notify)
-    while True:
-        try:
-            get_hf_file_metadata(_url(file))
-            return
-        except client_errors() as error:
-            patience.wait(error)
+    patience.answer_to(partial(get_hf_file_metadata, _url(file)))
 
 
 def fetch(
@@ -261,6 +248,14 @@ class _Patience:
         self.what, self.page, self.notify = what, f"https://huggingface.co/{repo}", notify
         self.kept = kept
         self.n_failed = 0
+
+    def answer_to(self, ask: Callable[[], Any], *, away: bool = True) -> Any:
+        """What `ask` gives, once it does; see wait()."""
+        while True:
+            try:
+                return ask()
+            except client_errors() as error:
+                self.wait(error, away=away)
 
     def wait(self, error: Exception, *, away: bool = True) -> None:
         """Sleep before another try; raises HubError where none would help, or enough were made.

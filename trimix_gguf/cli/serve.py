@@ -6,6 +6,7 @@ import re
 import secrets
 import signal
 import sys
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -149,11 +150,8 @@ def serve(**options: Any) -> None:
     if workers := supervising.workers_of(context):
         context.exit(_supervise(workers, listening, options))
     limits = Limits(**{_FIELDS[name].name: options.pop(name) for name in _LIMITS})
-    log = _log(options.pop("log_file"))
-    try:
+    with closing(_log(options.pop("log_file"))) as log:
         _run(listening, access, limits, log, options, made_key)
-    finally:
-        log.close()
 
 
 def _supervise(workers: list[str], listening: dict[str, Any], options: dict[str, Any]) -> int:

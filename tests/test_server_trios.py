@@ -234,7 +234,7 @@ def test_batchers_take_turns_step_by_step(monkeypatch):
 
     monkeypatch.setattr(Batcher, "_step", watched)
     with Trio.nano(n_ctx=64, n_threads=1) as one, Trio.nano(n_threads=1, beside=one) as other:
-        batchers = [Batcher(trio, turns=turns) for trio in (one, other)]
+        batchers = [Batcher(trio, drafts=False, turns=turns) for trio in (one, other)]
         ended = threading.Semaphore(0)
         request = Request("Қазақ", max_tokens=20, weights=Weights(0.1, 0.9))
         request = Request.of(request, logit_bias={0: -100})

@@ -27,7 +27,7 @@ from trimix_gguf.answering import drafting as drafts
 from trimix_gguf.answering.decoding import decode_steps
 from trimix_gguf.answering.drafting import DRAFTER, MOST_DRAFTED, Drafting
 from trimix_gguf.answering.steering import Steady
-from trimix_gguf.bench import Run, decode, read_bytes
+from trimix_gguf.bench.measuring import Run, decode, read_bytes
 from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.mixing.fusion import Mix, Weights
 from trimix_gguf.mixing.sampler import Sampler

@@ -13,7 +13,7 @@ import numpy as np
 from common import load, machine, parser, report, spread
 
 from trimix_gguf.answering.drafting import Drafting
-from trimix_gguf.bench import Run, decode
+from trimix_gguf.bench.measuring import Run, decode
 from trimix_gguf.choosing.selection import select_weights
 from trimix_gguf.mixing.fusion import Mix
 from trimix_gguf.trio.prompt import Prompt

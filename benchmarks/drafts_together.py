@@ -16,7 +16,7 @@ from common import load, machine, nano_parser, or_nano, report, spread
 
 from trimix_gguf.answering.batching import Batcher
 from trimix_gguf.answering.request import Event, Request
-from trimix_gguf.bench import TEXT
+from trimix_gguf.bench.measuring import TEXT
 from trimix_gguf.mixing.sampling import Sampling
 from trimix_gguf.trio.prompt import Prompt, Segment
 from trimix_gguf.trio.trio import Trio

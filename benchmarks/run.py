@@ -20,7 +20,7 @@ from common import files, load, machine, nano_parser, or_nano, report, spread
 from serving import name_of_text
 
 from trimix_gguf import generate
-from trimix_gguf.bench import TEXT
+from trimix_gguf.bench.measuring import TEXT
 from trimix_gguf.trio.prompt import Prompt, Segment
 
 Rates = tuple[float, float]  # tokens per second, and per second of the processor

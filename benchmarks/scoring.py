@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 from common import load, machine, parser, report, spread, text_ids
 
-from trimix_gguf.bench import naive_nll
+from trimix_gguf.bench.measuring import naive_nll
 from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.mixing.scoring import GRID, grid_token_nlls
 from trimix_gguf.roles import ROLES

@@ -29,7 +29,7 @@ from common import files, load, machine, nano_parser, or_nano, report, spread
 from trimix_gguf.answering.batching import Batcher
 from trimix_gguf.answering.generation import generate, stream_generate
 from trimix_gguf.answering.request import Request
-from trimix_gguf.bench import TEXT
+from trimix_gguf.bench.measuring import TEXT
 from trimix_gguf.trio.prompt import Prompt, Segment
 from trimix_gguf.trio.trio import Trio
 
@@ -86,7 +86,7 @@ def parse_options() -> argparse.Namespace:
 
 def name_of_text(options: argparse.Namespace) -> Path:
     """The file of the text, or the name of the one that is built in."""
-    return options.text or Path("trimix_gguf.bench.TEXT")
+    return options.text or Path("trimix_gguf.bench.measuring.TEXT")
 
 
 def n_ctx(options: argparse.Namespace) -> int:

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from summed import grid_nll
 
-from trimix_gguf import Trio, bench, stream_generate
-from trimix_gguf.answering import timing
+from trimix_gguf import Trio, stream_generate
 from trimix_gguf.answering.drafting import Drafting
+from trimix_gguf.bench import measuring as bench
+from trimix_gguf.bench import timing
 from trimix_gguf.cli.bench import people
 from trimix_gguf.machine.gguf_file import GGUFFile, TensorInfo
 from trimix_gguf.mixing.fusion import METHODS, Mix, Weights

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from trimix_gguf import Trio
-from trimix_gguf.bench import Run
+from trimix_gguf.bench.measuring import Run
 from trimix_gguf.mixing.fusion import Mix, Weights
 from trimix_gguf.roles import ROLES
 

@@ -6,8 +6,9 @@ import pytest
 from conftest import KAZAKH
 
 from trimix_gguf import Trio, Weights
-from trimix_gguf.answering import costs, decoding, generation, timing
+from trimix_gguf.answering import costs, decoding, generation
 from trimix_gguf.answering.request import Request
+from trimix_gguf.bench import timing
 from trimix_gguf.mixing.fusion import Mix
 from trimix_gguf.mixing.sampler import Sampler
 from trimix_gguf.roles import ROLES

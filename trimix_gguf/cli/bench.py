@@ -44,7 +44,7 @@ def bench(**options: Any) -> None:
 
     Decoding is greedy. Everything runs in turn, several times; the figures are medians.
     """
-    from trimix_gguf.bench import N_PROMPT, TEXT, bench_prompt, measure
+    from trimix_gguf.bench.measuring import N_PROMPT, TEXT, bench_prompt, measure
 
     plot, as_json = options.pop("plot"), options.pop("as_json")
     figure = new_figure(figsize=(8.4, 7.0)) if plot is not None else None

@@ -24,7 +24,7 @@ from trimix_gguf.answering.decoding import decode_steps
 from trimix_gguf.answering.drafting import Drafting
 from trimix_gguf.answering.generation import generate
 from trimix_gguf.answering.steering import Steady
-from trimix_gguf.answering.timing import time_answers
+from trimix_gguf.bench.timing import time_answers
 from trimix_gguf.choosing.selection import Selection
 from trimix_gguf.errors import PromptError
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf

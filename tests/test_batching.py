@@ -178,13 +178,13 @@ def test_sums_over_any_kept_beginning_are_those_of_a_fresh_prompt(trio):
     for prompt in prompts:
         batcher = Batcher(trio)
         for asked in (Prompt((Segment.of(ids),)), prompt):
-            request = Request(asked, max_tokens=0, method="ppl")
+            request = Request(asked, max_tokens=0, score_tokens="all")
             ((event,),) = ask(batcher, [request])
         found.append(event)
         batcher.close()
     assert [event.n_cached for event in found] == [0, 0, 0, w, w, w, 19, w - 1, w + 17, w]
     for prompt, event in zip(prompts, found, strict=True):
-        fresh = select_weights(trio, prompt, method="ppl")
+        fresh = select_weights(trio, prompt, score_tokens="all")
         assert event.selection.score.n_tokens == fresh.score.n_tokens
         for ours, theirs in zip(event.selection.score.nll, fresh.score.nll, strict=True):
             assert np.allclose(ours, theirs, rtol=1e-4)

@@ -21,7 +21,7 @@ def started(place, monkeypatch):  # noqa: F811
     """Where `trimix` is on the PATH, and `srun` runs one process, as it does for one task."""
     folder = place / "bin"
     folder.mkdir()
-    programs = {"srun": 'exec "$@"', "trimix": f'exec {sys.executable} -m trimix_gguf.cli "$@"'}
+    programs = {"srun": 'exec "$@"', "trimix": f'exec "{sys.executable}" -m trimix_gguf.cli "$@"'}
     for name, body in programs.items():
         (folder / name).write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
         (folder / name).chmod(0o755)

@@ -17,7 +17,7 @@ def looping_folder(tmp_path_factory):
     shipped = TrioFile.read(NANO / "trio.toml")
     models = {role: replace(shipped.models[role], path=str(shipped.path(role))) for role in ROLES}
     free = Free(METHODS["small_cpt"].weights, "small_cpt is better", 40, 0.1, 0.9)
-    tuning = replace(shipped.tuning, free=free)
+    tuning = replace(shipped.tuning, weights=METHODS["small_cpt"].weights, free=free)
     folder = tmp_path_factory.mktemp("looping")
     replace(shipped, folder=folder, models=models, tuning=tuning).write()
     return folder

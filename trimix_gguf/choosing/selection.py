@@ -105,16 +105,19 @@ class Chooser:
             self.score = empty_score(grid, sloped=self._leashed, keep=keep, stride=stride)
 
     def _for_questions(self, with_choices: bool) -> None:
-        """What a measurement of such questions says; without one, the choice is on a leash."""
+        """What a measurement of such questions says; without one, the choice is on a leash.
+
+        Where it says that no model answers, there is nothing to lose: perplexity decides.
+        """
         tuning = self._trio.tuning
+        if tuning is not None and tuning.weights is None:
+            self._reason = f"a question; {tuning.verdict}"
+            return
         found = tuning if with_choices or tuning is None else tuning.free
-        weights = None if found is None else found.weights
-        if found is not None and weights is not None:
-            self.selection = Selection(Mix(weights), AUTO, reason=found.verdict)
-        elif tuning is not None and with_choices:
-            self._reason = f"a question with choices; {tuning.verdict}"
-        else:
+        if found is None or found.weights is None:
             self._leashed = True
+        else:
+            self.selection = Selection(Mix(found.weights), AUTO, reason=found.verdict)
 
     def decide(self, rows: Iterable[Rows], average: Average = "macro") -> Selection:
         """The choice, once the prompts are read; `rows` [n_vocab] are those after each."""

@@ -23,7 +23,6 @@ from trimix_gguf.cli.options import (
     trios_options,
 )
 from trimix_gguf.cli.served_trios import groups_of, mixes_by_auto, share_weights
-from trimix_gguf.cli.task_weights import task_methods
 from trimix_gguf.cli.tuning_notes import say_tuning
 from trimix_gguf.server.limits import Limits
 
@@ -126,8 +125,8 @@ def _limit_option(name: str) -> Decorator:
 )
 @click.option(
     "--task-method",
-    type=click.Choice(task_methods()),
-    help="How --task chooses. Default: the trio's own method, or auto.",
+    metavar="METHOD",
+    help="How --task chooses; see `trimix help weights`. Default: the trio's own method, or auto.",
 )
 @click.option("--name", metavar="NAME", help="Model name in the API. Default: the trio's.")
 def serve(**options: Any) -> None:

@@ -10,7 +10,6 @@ import click
 
 from trimix_gguf.cli.options import asked_of, model_name, named_trio, open_trio, trio_arguments
 from trimix_gguf.cli.plan import trio_files, trio_names
-from trimix_gguf.cli.task_weights import check_served_task, task_weights
 from trimix_gguf.roles import ROLES, Role
 
 Given = dict[str, Any]  # the options of one trio
@@ -35,6 +34,8 @@ def groups_of(
     names = trio_names(trios) if len(trios) > 1 else [name]
     entries = [_entry(given, name) for given, name in zip(trios, names, strict=True)]
     if task is not None:
+        from trimix_gguf.cli.task_weights import check_served_task
+
         check_served_task(task, task_method)
         entries = [
             replace(entry, task=_served_task(given, task, task_method))
@@ -95,6 +96,7 @@ def _entry(given: Given, name: str | None) -> Any:
 
 def _served_task(given: Given, task: str, method: str | None) -> Any:
     """A task of the file's name, whose weights are chosen once for a trio, however often loaded."""
+    from trimix_gguf.cli.task_weights import task_weights
     from trimix_gguf.server.trios import ServedTask
 
     trio_file, name = named_trio(given), Path(task).stem

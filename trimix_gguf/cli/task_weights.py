@@ -38,7 +38,11 @@ def task_methods() -> tuple[str, ...]:
 
 
 def check_served_task(task: str, method: str | None) -> None:
-    """Refuse a file that cannot be read, before any model is loaded."""
+    """Refuse what is no method or no file that can be read, before any model is loaded."""
+    if method is not None and method not in task_methods():
+        raise click.UsageError(
+            f"--task-method {method} is unknown; choose {', '.join(task_methods())}"
+        )
     check_task(task, method, None)
     if task == "-":
         raise click.UsageError("--task takes a file here, as each trio reads it when it is loaded")

@@ -83,6 +83,8 @@ class Tuning:
     @property
     def words(self) -> str:
         """What follows from it, for questions with choices and for free answers."""
+        if self.weights is None:
+            return self.verdict
         free = NOT_MEASURED if self.free is None else self.free.verdict
         return f"with choices: {self.verdict}. Free answers: {free}"
 

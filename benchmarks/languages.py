@@ -4,7 +4,8 @@
 
 Each is asked once, so that all are loaded. Memory is the proportional share (Pss) of a server and
 its children: pages that processes share count once. Then one client asks the same greedy questions
-of the one server and of the others, in turn; the ratio of tokens/s is of each turn.
+of the one server and of the others, first of one, then of the other; the ratio of tokens/s is of
+each pair.
 """
 
 import argparse
@@ -37,14 +38,16 @@ def main() -> None:
         together = stack.enter_context(serving(names))
         apart = [stack.enter_context(serving([name])) for name in names]
         for i, name in enumerate(names):
-            answer(together, name, 4)
-            answer(apart[i], name, 4)
+            for server in (together, apart[i]):
+                answer(server, name, 4, QUESTION)
         memory = {"one": pss(together[0]), "apart": [pss(server[0]) for server in apart]}
         ratios = []
-        for _ in range(options.turns):
+        for turn in range(options.turns):
             for i, name in enumerate(names):
-                one = answer(together, name, options.n_tokens)
-                ratios.append(one / answer(apart[i], name, options.n_tokens))
+                order = (together, apart[i]) if turn % 2 else (apart[i], together)
+                prompt = f"{turn} {name}: {QUESTION}"  # in no cache
+                speed = {at: answer(at, name, options.n_tokens, prompt) for at in order}
+                ratios.append(speed[together] / speed[apart[i]])
     share = memory["one"] / sum(memory["apart"])
     print(f"{cpu_name()}; {versions()}")
     print(
@@ -76,10 +79,9 @@ def serving(trios: list[str]) -> Iterator[tuple[int, int]]:
             process.terminate()
 
 
-def answer(server: tuple[int, int], trio: str, n_tokens: int) -> float:
-    """Tokens per second of one answer, its prompt included; the prompt is in no cache."""
+def answer(server: tuple[int, int], trio: str, n_tokens: int, prompt: str) -> float:
+    """Tokens per second of one answer, its prompt included."""
     started = time.perf_counter()
-    prompt = f"{started:.6f} {QUESTION}"
     body: dict[str, Any] = {"prompt": prompt, "max_tokens": n_tokens, "model": Path(trio).name}
     got = ask(server[1], body | {"temperature": 0})
     return int(got["usage"]["completion_tokens"]) / (time.perf_counter() - started)

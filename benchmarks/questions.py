@@ -37,7 +37,7 @@ def main() -> None:
     options.add_argument("--n-tokens", type=int, default=64, help="of each answer at most")
     options = options.parse_args()
     names = ["large_ins", *options.methods.split(",")]
-    result: dict[str, Any] = {"cpu": cpu_name(), "trio": options.trio, "answers": []}
+    result: dict[str, Any] = {"cpu": cpu_name(), "trio": resolve(options.trio).name, "answers": []}
     with Trio.load(**resolve(options.trio).load_arguments()) as trio:
         for question in QUESTIONS:
             answers = {name: ask(trio, question, name, options.n_tokens) for name in names}

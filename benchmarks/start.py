@@ -107,7 +107,7 @@ def chat(trio: str, rounds: int) -> dict[str, Any]:
     return {
         "cpu": cpu_name(),
         "n": rounds,
-        "trio": trio,
+        "trio": resolve(trio).name,  # no path of this machine
         "mib": round(n_bytes / (1 << 20)),
         **{f"{name}_s": spread(times) for name, times in took.items()},
         **{f"{name}_cpu_s": spread(times) for name, times in computed.items()},

@@ -9,7 +9,7 @@ from pathlib import Path
 from trimix_gguf.adapting.wikipedia import read_pages
 from trimix_gguf.errors import DataError
 from trimix_gguf.machine.packed import PACKED, damage, open_unpacked
-from trimix_gguf.machine.typed_json import parse
+from trimix_gguf.machine.typed_json import HalfPairError, parse
 
 TEXTS, JSON_LINES, DUMPS = (".txt", ".md", ".text"), (".jsonl", ".ndjson"), (".xml",)
 FEWEST_CHARACTERS = 1000  # of a document, before a blank line ends it
@@ -107,6 +107,8 @@ def _json_lines(file: Path, raw: io.BufferedReader) -> Iterator[Document]:
             continue
         try:
             entry = parse(line, object)
+        except HalfPairError as damaged:
+            entry = damaged.value  # one such document among many is dropped, and counted
         except ValueError:
             raise DataError(
                 f"{file}, line {number}: not JSON; expected one object a line"

@@ -12,6 +12,14 @@ Shape = Any
 NEEDED = ""  # in a shape by key: the keys that must be there
 
 
+class HalfPairError(ValueError):
+    """A text in `value` has half of a surrogate pair: JSON can spell it, but no text has it."""
+
+    def __init__(self, half: str, value: Any) -> None:
+        super().__init__(f"{half} is half of a surrogate pair, not a character")
+        self.value = value
+
+
 def parse(text: str | bytes, shape: Shape) -> Any:
     """The value of a JSON text; raises ValueError, in words, where it is none or does not fit.
 
@@ -25,9 +33,8 @@ def parse(text: str | bytes, shape: Shape) -> Any:
         raise ValueError("nested too deep") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise
-    except UnicodeEncodeError as error:  # JSON can spell it, but no text has it
-        half = ascii(error.object[error.start])
-        raise ValueError(f"{half} is half of a surrogate pair, not a character") from None
+    except UnicodeEncodeError as error:
+        raise HalfPairError(ascii(error.object[error.start]), value) from None
     except ValueError:
         raise ValueError("a number has too many digits") from None
     if (flaw := misfit(value, shape)) is not None:

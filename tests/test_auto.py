@@ -192,6 +192,21 @@ def test_a_run_takes_what_was_measured_only_for_questions_with_choices(trio, tmp
     assert weights[False, "free"] == weights[True, "free"] == weights[True, "choosing"]
 
 
+@pytest.mark.parametrize("asked", [FREELY, CHOOSING], ids=["free", "choices"])
+def test_a_run_goes_by_perplexity_where_no_model_answers(trio, tmp_path, asked):
+    """Bug: a run kept free answers close to large_ins where generate went by perplexity."""
+    task = Task("topics", ("kk",), "Name the topic.", ("accuracy",), 4, lambda *_: None)
+    trio.tuning = Tuning(None, "none", MODELS)
+    out = tmp_path / "lines.jsonl"
+    ask_here(trio, task, Dataset([asked], []), RunSettings(("auto",), n_exemplars=0), out)
+    line = json.loads(out.read_text(encoding="utf-8"))
+    said = line["outputs"]["auto"]
+    prompt = trio.prompt(f"Name the topic.\n\n{asked.question}")
+    trio.forget()
+    scored = score(trio, prompt, grid=(WITH_CORNERS, WITH_CORNERS))
+    assert (said["alpha"], said["beta"]) == (scored.best().alpha, scored.best().beta)
+
+
 @pytest.mark.parametrize("with_choices", [False, True])
 def test_a_task_file_says_whether_there_are_choices(trio, tmp_path, with_choices):
     """Bug: its JSON lines were read as text, and the choices in them were not seen."""

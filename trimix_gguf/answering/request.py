@@ -6,7 +6,7 @@ from typing import Any, Literal, Unpack
 
 from trimix_gguf.choosing.methods import ChosenBy
 from trimix_gguf.choosing.score import Grid
-from trimix_gguf.choosing.selection import Choosing, Selection, check_last
+from trimix_gguf.choosing.selection import ChoosingOptions, Selection, check_last
 from trimix_gguf.choosing.subset import ScoreTokens, check_score_tokens
 from trimix_gguf.errors import TrimixError
 from trimix_gguf.mixing.fusion import Mix, Weights, check_threshold
@@ -17,7 +17,7 @@ from trimix_gguf.trio.prompt import Prompt
 FinishReason = Literal["stop", "length", "context", "cancelled"]
 
 
-class Options(Choosing, total=False):
+class Options(ChoosingOptions, total=False):
     """Keyword arguments that make a Request: its own fields, and those of its Sampling."""
 
     weights: Weights | Mix | Selection | None
@@ -97,9 +97,9 @@ class Request:
         return replace(base, sampling=sampling, **own)
 
     @property
-    def choosing(self) -> Choosing:
+    def choosing(self) -> ChoosingOptions:
         """How the prompt is to choose the weights."""
-        return Choosing(
+        return ChoosingOptions(
             method=self.method, grid=self.grid, last=self.last, score_tokens=self.score_tokens
         )
 

@@ -56,7 +56,7 @@ class Selection:
         return {**table, "fused": self.score.perplexity(self.weights, average)}
 
 
-class Choosing(TypedDict, total=False):
+class ChoosingOptions(TypedDict, total=False):
     """How weights are chosen by prompts; select_weights says what these are."""
 
     method: ChosenBy
@@ -105,17 +105,13 @@ class Chooser:
             self.score = empty_score(grid, sloped=self._leashed, keep=keep, stride=stride)
 
     def _for_questions(self, with_choices: bool) -> None:
-        """What a measurement of such questions says; without one, the choice is on a leash.
-
-        Where it says that no model answers, there is nothing to lose: perplexity decides.
-        """
+        """What a measurement of such questions says; without one, the choice is on a leash."""
         tuning = self._trio.tuning
-        if tuning is not None and tuning.weights is None:
-            self._reason = f"a question; {tuning.verdict}"
-            return
-        found = tuning if with_choices or tuning is None else tuning.free
-        if found is None or found.weights is None:
+        found = None if tuning is None else tuning.of(with_choices=with_choices)
+        if found is None:
             self._leashed = True
+        elif found.weights is None:
+            self._reason = f"a question; {found.verdict}"
         else:
             self.selection = Selection(Mix(found.weights), AUTO, reason=found.verdict)
 
@@ -146,7 +142,7 @@ def select_weights(
     average: Average = "macro",
     with_choices: bool = False,
     progress: TokenProgress | None = None,
-    **choosing: Unpack[Choosing],
+    **choosing: Unpack[ChoosingOptions],
 ) -> Selection:
     """Choose (alpha, beta) for a prompt, or one pair for a task's prompts, without labels.
 

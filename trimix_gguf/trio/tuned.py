@@ -80,6 +80,15 @@ class Tuning:
     version: int = VERSION
     free: Free | None = None
 
+    def of(self, *, with_choices: bool) -> "Tuning | Free | None":
+        """What it says of such questions; None: nothing, so they stay close to large_ins.
+
+        Its `weights` are None where no model answers. There is nothing to lose: perplexity decides.
+        """
+        if with_choices or self.weights is None:
+            return self
+        return self.free if self.free is not None and self.free.weights is not None else None
+
     @property
     def words(self) -> str:
         """What follows from it, for questions with choices and for free answers."""

@@ -83,10 +83,9 @@ def _selecting(name: str, reading: Reading, trio: Trio, with_choices: bool) -> C
 def _automatic(reading: Reading, trio: Trio, with_choices: bool) -> Weights:
     """A task's prompts are questions: what a tuning measured, or a choice on a leash."""
     nll, tuning = reading.nlls.sum(axis=0), trio.tuning
-    if tuning is not None and with_choices:
-        return tuning.weights or lowest(nll, AXIS, AXIS)
-    if tuning is not None and tuning.free is not None and tuning.free.weights is not None:
-        return tuning.free.weights
+    found = None if tuning is None else tuning.of(with_choices=with_choices)
+    if found is not None:
+        return found.weights or lowest(nll, AXIS, AXIS)
     if reading.slopes is None:
         raise ValueError(f"{AUTO} needs a reading with slopes")
     return on_a_leash(nll, reading.slopes, AXIS, AXIS)

@@ -62,7 +62,10 @@ def open_reader(
 
 def _is_measured(trio: Trio, questions: Sequence[Example]) -> bool:
     """Whether a tuning says how to answer these; else it depends on the prompt's slopes."""
-    return trio.tuning is not None and all(question.choices for question in questions)
+    tuning = trio.tuning
+    return tuning is not None and all(
+        tuning.of(with_choices=bool(question.choices)) is not None for question in questions
+    )
 
 
 def exemplars_of(task: Task, dataset: Dataset, n: int | None = None) -> Sequence[Example]:

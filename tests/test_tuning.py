@@ -172,13 +172,31 @@ def test_of_models_that_are_level_large_ins_answers_whatever_was_drawn():
     assert n_large_ins >= len(SEEDS) - 1  # more than luck in each of most kinds comes by luck too
 
 
+def verdict_with(n, point):
+    """Of sixty, the mix at `point` has `n` more right than all others, which is √n errors."""
+    asked = answers(np.random.default_rng(1), "k", 60, np.full((N, N), 0.6))
+    fitting = [a for a in asked if (a.nll.argmin(axis=0)[point] == a.right) == (n < 0)]
+    for changed in fitting[: abs(n)]:
+        changed.nll[(slice(None), *point)] = 3.0
+        changed.nll[(changed.right if n > 0 else (changed.right + 1) % 4, *point)] = 0.1
+    return judge(scores_of(asked))
+
+
+def test_a_mix_that_is_better_by_less_than_two_standard_errors_is_not_named():
+    far = WITH_CORNERS.index(0.5), WITH_CORNERS.index(0.5)
+    assert verdict_with(3, far).weights == METHODS["large_ins"].weights
+    assert verdict_with(6, far).weights == Weights(0.5, 0.5)
+
+
 def test_where_a_little_of_small_cpt_helps_a_little_auto_stays_as_close_as_without_a_tuning():
     close = WITH_CORNERS.index(CLOSE.alpha), WITH_CORNERS.index(CLOSE.beta)
-    for change, weights in ((0.04, CLOSE), (-0.04, METHODS["large_ins"].weights)):
-        p = at(large_ins=0.6)
-        p[close] = 0.6 + change
-        found = verdict(p, p, n=100)
-        assert found.weights == weights, found.text
+    for n, weights, words in (
+        (1, CLOSE, "close to it"),
+        (0, METHODS["large_ins"].weights, "stays with it"),
+        (-1, METHODS["large_ins"].weights, "stays with it"),
+    ):
+        found = verdict_with(n, close)
+        assert found.weights == weights and words in found.text
 
 
 def test_a_mix_that_is_better_everywhere_answers():

@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -13,14 +14,15 @@ import pytest
 
 from trimix_gguf import Trio, Weights
 from trimix_gguf.answering import job as jobs_module
-from trimix_gguf.answering.batching import Batcher, Statistics, Turns
+from trimix_gguf.answering.batching import Batcher, Statistics
 from trimix_gguf.answering.drafting import Drafting
+from trimix_gguf.answering.generation import stream_generate
 from trimix_gguf.answering.request import Request
 from trimix_gguf.errors import ModelFileError, QueueFull
 from trimix_gguf.server.errors import RequestError
 from trimix_gguf.server.letters import closest
 from trimix_gguf.server.limits import Limits
-from trimix_gguf.server.trios import Entry, Group, Trios
+from trimix_gguf.server.trios import Entry, Group, ServedTask, Trios
 from trimix_gguf.trio.sequences import Sequences
 
 
@@ -200,28 +202,36 @@ def test_codes_may_have_a_script_and_a_trio_several_languages_or_none():
 # -- turns ------------------------------------------------------------------------------------
 
 
-def test_turns_come_in_the_order_in_which_they_were_asked_for():
-    turns, came, threads = Turns(), [], []
+def test_one_thread_decodes_for_all_trios_of_a_server(shelf, run, monkeypatch):
+    """A second thread has a team of its own in OpenMP, which makes both slow (see Batcher)."""
+    threads, read = set(), Sequences.read
 
-    def take(i):
-        with turns:
-            came.append(i)
+    def watched(*given):
+        threads.add(threading.get_ident())
+        return read(*given)
 
-    with turns:
-        for i in range(6):
-            threads.append(threading.Thread(target=take, args=(i,)))
-            threads[-1].start()
-            while turns._n_asked < i + 2:
-                time.sleep(0.001)
-        assert came == []
-    for thread in threads:
-        thread.join()
-    assert came == list(range(6))
+    monkeypatch.setattr(Sequences, "read", watched)
+    shelf.gates["b"].set()
+    task = ServedTask("t", lambda trio: next(stream_generate(trio, "Қазақ", max_tokens=1)))
+    shelf.entries = {name: replace(shelf.entries[name], task=task) for name in "ab"}
+
+    async def check(trios):
+        for entry in shelf.entries.values():
+            async with trios.use(entry) as engine:
+                ended = threading.Event()
+                request = Request("Қазақ", max_tokens=3, weights=Weights(0.1, 0.9))
+                engine.batcher.submit(
+                    request, lambda e, ended=ended: e.finish_reason and ended.set()
+                )
+                assert await asyncio.to_thread(ended.wait, 60)
+
+    run(check, shelf.trios())
+    assert len(threads) == 1 and shelf.opened == ["a", "b"]
 
 
 def test_batchers_take_turns_step_by_step(monkeypatch):
     """No two steps at once, and none waits until the other's answers have ended."""
-    turns, steps, now = Turns(), [], set()
+    thread, steps, now = ThreadPoolExecutor(1), [], set()
     step = Batcher._step
 
     def watched(self):
@@ -234,7 +244,7 @@ def test_batchers_take_turns_step_by_step(monkeypatch):
 
     monkeypatch.setattr(Batcher, "_step", watched)
     with Trio.nano(n_ctx=64, n_threads=1) as one, Trio.nano(n_threads=1, beside=one) as other:
-        batchers = [Batcher(trio, drafts=False, turns=turns) for trio in (one, other)]
+        batchers = [Batcher(trio, drafts=False, thread=thread) for trio in (one, other)]
         ended = threading.Semaphore(0)
         request = Request("Қазақ", max_tokens=20, weights=Weights(0.1, 0.9))
         request = Request.of(request, logit_bias={0: -100})
@@ -251,12 +261,12 @@ def test_batchers_take_turns_step_by_step(monkeypatch):
 
 def test_a_batcher_touches_its_models_in_its_turn_only(monkeypatch):
     """Also where drafts end, with an answer that is cancelled or because others come."""
-    turns, outside, ended = Turns(), [], queue.SimpleQueue()
+    thread, outside, ended = ThreadPoolExecutor(1, "decode"), [], queue.SimpleQueue()
     monkeypatch.setattr(jobs_module, "Drafting", partial(Drafting, n_draft=6))
 
     def watch(name, call):
         def watched(*given):
-            if turns._n_asked == turns._n_done:
+            if not threading.current_thread().name.startswith("decode"):
                 outside.append(name)
             return call(*given)
 
@@ -267,7 +277,7 @@ def test_a_batcher_touches_its_models_in_its_turn_only(monkeypatch):
     request = Request("Қазақ", max_tokens=30, weights=Weights(0.1, 0.9))
     request = Request.of(request, logit_bias={0: -100})
     with Trio.nano(n_threads=1) as trio:
-        batcher, going = Batcher(trio, turns=turns), queue.SimpleQueue()
+        batcher, going = Batcher(trio, thread=thread), queue.SimpleQueue()
         outside.clear()  # it empties the caches before its thread begins
         first = batcher.submit(replace(request, max_tokens=400), going.put)
         while going.get(timeout=60).n_tokens < 5:

@@ -11,9 +11,11 @@ is room for all of it.
 import itertools
 import threading
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -54,39 +56,19 @@ class Statistics:
         )
 
 
-class Turns:
-    """A lock that threads get in the order in which they asked for it.
-
-    With an ordinary lock, one Batcher's next step could always come before the other's.
-    """
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._n_asked = self._n_done = 0
-
-    def __enter__(self) -> None:
-        with self._changed:
-            own = self._n_asked
-            self._n_asked += 1
-            self._changed.wait_for(lambda: self._n_done == own)
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._n_done += 1
-            self._changed.notify_all()
-
-
 LONG_STEP_S = 5.0
 Wanted = dict[Role, dict[int, Sequence[int]]]  # role -> sequence -> its ids whose rows are wanted
 
 
 class Batcher:
-    """Answers requests in a thread of its own; until it is closed, only it may use `trio`.
+    """Answers requests in another thread; until it is closed, only it may use `trio`.
 
     It answers `n_parallel` at once, at most a trio's n_window − 1; `n_queue` more may wait. With
     `drafts`, answers are drafted ahead where that pays. With `all_known` no others come later, so
-    only what they begin with is kept. Several Batchers in one process take `turns`: two steps at
-    once would share the same cores. `context_shift`: see Kept.
+    only what they begin with is kept. `context_shift`: see Kept. Several Batchers in one process
+    share a `thread`, where their steps take turns. Two steps at once would share the same cores;
+    and OpenMP keeps a team for each thread that ever decoded: once all teams together are larger
+    than the cores, it sends them to sleep at each barrier, which costs a quarter of the speed.
     """
 
     def __init__(
@@ -98,10 +80,9 @@ class Batcher:
         drafts: bool = True,
         all_known: bool = False,
         context_shift: bool = False,
-        turns: Turns | None = None,
+        thread: ThreadPoolExecutor | None = None,
     ) -> None:
         self.trio, self._drafts, self._all_known = trio, drafts, all_known
-        self._turns = turns or Turns()
         trio.forget()
         self._sequences = trio.sequences
         self._n_parallel, self._n_queue = min(n_parallel, self._sequences.most), n_queue
@@ -113,8 +94,10 @@ class Batcher:
         self._n_reserved = 0
         self._step_began: float | None = None
         self._closing: float | None = None  # when requests that still run are cancelled
-        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
-        self._thread.start()
+        self._has_turn = self._has_ended = False
+        self._at_end = ExitStack()
+        self._thread = thread or self._at_end.enter_context(ThreadPoolExecutor(1, "batcher"))
+        self._at_end.enter_context(kept_costs(trio, drafts))
 
     def reserve(self, n: int) -> None:
         """Hold `n` places, before anything is prepared for them; raises QueueFull."""
@@ -139,7 +122,7 @@ class Batcher:
             self._check_room(0 if reserved else 1)
             self._n_reserved -= reserved
             self._waiting.append(job)
-            self._changed.notify()
+            self._ask_for_turn()
         return job
 
     def submit_all(
@@ -157,10 +140,10 @@ class Batcher:
         with self._changed:
             self._check_room(len(jobs))
             self._waiting += jobs
-            self._changed.notify()
+            self._ask_for_turn()
 
     def _check_room(self, n: int) -> None:
-        if self._closing is not None or not self._thread.is_alive():
+        if self._closing is not None or self._has_ended:
             raise QueueFull("the server is shutting down; try again later")
         if n > self._n_free:
             raise QueueFull(f"{self._n_queue} requests wait already; try again later")
@@ -185,8 +168,8 @@ class Batcher:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it can still answer: it was not closed, and no mistake has ended its thread."""
-        return self._thread.is_alive()
+        """Whether it can still answer: it was not closed, and no mistake has ended it."""
+        return not self._has_ended
 
     def statistics(self) -> Statistics:
         """The numbers of this moment; any thread may ask."""
@@ -196,25 +179,36 @@ class Batcher:
         """Take no more requests; cancel those that run after `drain_s`. The trio stays open."""
         with self._changed:
             self._closing = time.monotonic() + drain_s
-            self._changed.notify()
-        self._thread.join()
+            self._changed.wait_for(lambda: not self._has_turn)
+        if not self._has_ended:
+            self._thread.submit(self._end).result()
+        self._at_end.close()
 
     # -- the thread -------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        try:
-            self._answer_all()
-        finally:
-            with self._turns:
-                self._abandon(ModelError("the server has stopped"))
+    def _ask_for_turn(self) -> None:
+        """Come to the end of the thread's queue, unless it is there already."""
+        if not self._has_turn:
+            self._thread.submit(self._turn)
+            self._has_turn = True
 
-    def _answer_all(self) -> None:
-        with kept_costs(self.trio, self._drafts):
-            while self._has_work():
-                with self._turns:  # an end of drafts, and room made, change the caches too
-                    self._end_cancelled()
-                    self._let_in()
-                    self._timed_step()
+    def _turn(self) -> None:
+        try:
+            self._end_cancelled()
+            self._let_in()
+            self._timed_step()
+        except BaseException:  # a mistake of ours
+            traceback.print_exc()
+            self._end()
+        with self._changed:
+            self._has_turn = False
+            if self._waiting or self._running:
+                self._ask_for_turn()
+            self._changed.notify_all()
+
+    def _end(self) -> None:
+        self._has_ended = True
+        self._abandon(ModelError("the server has stopped"))
 
     def _timed_step(self) -> None:
         started, self._step_began = time.perf_counter(), time.monotonic()
@@ -226,17 +220,10 @@ class Batcher:
         took = self._statistics.step_seconds + time.perf_counter() - started
         self._statistics = replace(self._statistics, step_seconds=took)
 
-    def _has_work(self) -> bool:
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._waiting or self._running or self._closing is not None
-            )
-            if self._closing is not None and time.monotonic() >= self._closing:
-                for job in (*self._waiting, *self._running):
-                    job.cancel()
-            return bool(self._waiting or self._running)
-
     def _end_cancelled(self) -> None:
+        if self._closing is not None and time.monotonic() >= self._closing:
+            for job in (*self._waiting, *self._running):
+                job.cancel()
         for job in [j for j in (*self._waiting, *self._running) if j.cancelled]:
             job.tell_cancelled()
             self._release(job, "cancelled")

@@ -1,8 +1,8 @@
 """The trios of a server: which one a request means, and which are loaded.
 
 Trios that share large_ins and small_base are a group: it is loaded and dropped whole. They share
-only weights. Each has caches and a Batcher of its own, and the Batchers take turns, step by step:
-one Batcher over shared caches would have to know the small_cpt of each sequence.
+only weights. Each has caches and a Batcher of its own, and the Batchers take turns, step by step,
+in one thread: one Batcher over shared caches would have to know the small_cpt of each sequence.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from trimix_gguf.answering.batching import Batcher, Statistics, Turns
+from trimix_gguf.answering.batching import Batcher, Statistics
 from trimix_gguf.answering.request import Options, Request
 from trimix_gguf.choosing.selection import Selection
 from trimix_gguf.errors import QueueFull, TrimixError
@@ -56,16 +56,24 @@ class Engine:
     """A loaded trio, and what answers from it."""
 
     def __init__(
-        self, trio: Trio, entry: Entry, *, limits: Limits, turns: Turns, context_shift: bool = False
+        self,
+        trio: Trio,
+        entry: Entry,
+        *,
+        limits: Limits,
+        thread: ThreadPoolExecutor,
+        context_shift: bool = False,
     ) -> None:
         self.trio, self.name = trio, entry.name
-        self.tasks = {} if entry.task is None else {entry.task.name: entry.task.choose(trio)}
+        self.tasks: dict[str, Selection] = {}
+        if entry.task is not None:
+            self.tasks[entry.task.name] = thread.submit(entry.task.choose, trio).result()
         self.batcher = Batcher(
             trio,
             n_parallel=limits.parallel,
             n_queue=limits.queue,
             context_shift=context_shift,
-            turns=turns,
+            thread=thread,
         )
         self.tokens = Tokens(trio, most=limits.queue)
         self.defaults = defaults_of(entry, limits)
@@ -132,8 +140,9 @@ class Trios:
         self._groups, self._limits, self._max_loaded = groups, limits, max_loaded
         self._context_shift = context_shift
         self._group_of = {entry.name: group for group in groups for entry in group.entries}
-        self._turns, self._lock = Turns(), asyncio.Lock()
-        self._aside = ThreadPoolExecutor(1, thread_name_prefix="load")
+        self._lock = asyncio.Lock()
+        self._aside = ThreadPoolExecutor(1, "load")
+        self._thread = ThreadPoolExecutor(1, "decode")  # see Batcher
         self._past = Statistics()  # of engines that are gone
         groups[0].engines = self._opened(groups[0])
 
@@ -257,7 +266,7 @@ class Trios:
                     trio,
                     entry,
                     limits=self._limits,
-                    turns=self._turns,
+                    thread=self._thread,
                     context_shift=self._context_shift,
                 )
         except TrimixError:  # of a task
@@ -273,6 +282,7 @@ class Trios:
         for group in self._groups:
             _close(group.engines)
             group.engines = {}
+        self._thread.shutdown()
 
     # -- all of them ------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """What decoding cost is kept between runs: a plan from it is the plan that measured it."""
 
 import json
+import time
 from collections import deque
 from pathlib import Path
 
@@ -64,8 +65,10 @@ def test_a_plan_from_loaded_costs_is_that_from_measured_ones(run):
     assert plan(second) == plan(first) and plan(second).n_draft > 0
 
 
-def test_the_first_token_of_the_next_run_can_be_drafted(run):
+def test_the_first_token_of_the_next_run_can_be_drafted(run, monkeypatch):
     """Its mix is all but small_cpt alone, which accepts each draft."""
+    clock = time.perf_counter  # of a machine as slow as SECONDS says
+    monkeypatch.setattr(time, "perf_counter", lambda: 10_000 * clock())
     options = {**ANSWER, "weights": Weights(1e-7, 1 - 1e-7)}
     first = generate(run(), KAZAKH, **options).tokens[0]
     assert not first.from_draft  # lockstep, to measure what one token costs
@@ -95,6 +98,33 @@ def test_the_stored_shape_comes_at_the_pace_of_this_run(run):
     cold = run({"large_ins": {32: 40.0}})  # a first decode may be slow
     load_costs(cold)
     assert cold.models["large_ins"].seconds(4)[-1] == pytest.approx(11)
+
+
+def test_all_sizes_in_the_file_have_one_pace(run):
+    """A busy run measures some of them; what it took would else suit no other."""
+    save_costs(run(SECONDS))
+    save_costs(run({"large_ins": {1: 10.0, 2: 10.2}}, times=2))
+    quiet = run({"large_ins": {1: 1.0}}, times=2)
+    load_costs(quiet)
+    assert quiet.models["large_ins"].seconds(8).tolist()[1::2] == pytest.approx(
+        [1.02, 1.1, 1.2, 1.3]
+    )
+
+
+@pytest.mark.parametrize("odd", [{2: 14.0}, {8: 9.0}, {4: 30.0, 8: 20.0}, {32: 60.0}], ids=str)
+def test_a_size_seen_in_a_busy_moment_is_not_ruled_out(run, odd):
+    """No batch is slower than its ids one by one, or than a much larger batch."""
+    seconds = {**SECONDS, "large_ins": {**SECONDS["large_ins"], **odd}}
+    trio, without = run(seconds), {n: s for n, s in SECONDS["large_ins"].items() if n not in odd}
+    large = trio.models["large_ins"].seconds(32)
+    assert large.tolist() == run({"large_ins": without}).models["large_ins"].seconds(32).tolist()
+    assert plan(trio).n_draft > 0
+
+
+def test_sizes_that_llama_cpp_is_slower_at_keep_their_times(run):
+    """It takes some batches in fours; three ids then take as long as one by one."""
+    trio = run({"large_ins": {1: 1.0, 2: 2.0, 3: 3.0, 4: 1.6, 8: 2.5}})
+    assert trio.models["large_ins"].seconds(4).tolist() == [1.0, 2.0, 3.0, 1.6]
 
 
 def test_sizes_that_this_run_did_not_decode_stay_in_the_file(run, file):

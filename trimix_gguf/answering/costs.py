@@ -41,14 +41,9 @@ def load_costs(trio: Trio) -> None:
     """Give each model the stored times of sizes that it has not decoded yet."""
     stored, machine = read_table(_NOTE), _machine()
     for model in trio.models.values():
-        times = model.decode_seconds
-        known = _profile(stored.get(_key(model, machine)))
-        # The first decode of a size is slow, so one time says nothing about the pace.
-        both = [n for n in known if len(times.get(n, ())) > 1]
-        ratios = [statistics.median(times[n]) / known[n] for n in both]
-        pace = statistics.median(ratios) if ratios else 1.0
-        for n in known.keys() - times.keys():
-            times[n] = deque([known[n] * pace], maxlen=5)
+        known = _at_pace(_profile(stored.get(_key(model, machine))), model)
+        for n in known.keys() - model.decode_seconds.keys():
+            model.decode_seconds[n] = deque([known[n]], maxlen=5)
 
 
 def save_costs(trio: Trio) -> None:
@@ -57,9 +52,18 @@ def save_costs(trio: Trio) -> None:
     for model in trio.models.values():
         new = {n: statistics.median(t) for n, t in model.decode_seconds.items() if n <= _MOST}
         key = _key(model, machine)
-        merged = sorted({**_profile(stored.get(key)), **new}.items())
-        stored[key] = {str(n): seconds for n, seconds in merged}
+        known = _at_pace(_profile(stored.get(key)), model)  # one profile is of one pace
+        stored[key] = {str(n): seconds for n, seconds in sorted({**known, **new}.items())}
     write_note(_NOTE, json.dumps(stored, indent=1))
+
+
+def _at_pace(known: dict[int, float], model: Model) -> dict[int, float]:
+    """A stored profile, as it would be had this run measured it."""
+    times = model.decode_seconds
+    # The first decode of a size is slow, so one time says nothing about the pace.
+    both = [n for n in known if len(times.get(n, ())) > 1]
+    pace = statistics.median([statistics.median(times[n]) / known[n] for n in both] or [1.0])
+    return {n: seconds * pace for n, seconds in known.items()}
 
 
 def _profile(entry: Any) -> dict[int, float]:

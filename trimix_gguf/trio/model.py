@@ -23,6 +23,7 @@ from trimix_gguf.machine.native import lib
 from trimix_gguf.machine.products import OutputClock, Watch
 from trimix_gguf.machine.threads import MOST_THREADS, available_cores
 from trimix_gguf.machine.vocabulary import END_IDS, NORMALIZER, usual_normalizer
+from trimix_gguf.trio.decode_times import seconds_by_size
 
 # Pre-tokenizers that llama.cpp has code of its own for; the others go through std::regex.
 _WITHOUT_REGEX = ("qwen2", "llama-bpe", "gpt-2", "smollm")
@@ -220,20 +221,8 @@ class Model:
             native.return_freed()
 
     def seconds(self, most: int) -> NDArray[np.float64]:
-        """What decoding 1, 2, … `most` ids at once takes [most]: medians of the last times.
-
-        Sizes not seen lie on a line between those that were; infinite below the smallest of these.
-        """
-        above = min((n for n in self.decode_seconds if n >= most), default=0)
-        known = sorted({n for n in self.decode_seconds if n < most} | {above} - {0})
-        if not known:
-            return np.full(most, np.inf)
-        times = [_median(self.decode_seconds[n]) for n in known]
-        sizes = np.arange(1, most + 1)
-        seconds: NDArray[np.float64] = np.interp(sizes, known, times, left=np.inf)
-        beyond = sizes > known[-1]
-        seconds[beyond] = times[-1] * sizes[beyond] / known[-1]
-        return seconds
+        """What decoding 1, 2, … `most` ids at once takes [most]; see decode_times."""
+        return seconds_by_size(self.decode_seconds, most)
 
     def rewind(self, n_past: int) -> None:
         """Forget every position from `n_past` on."""
@@ -337,12 +326,6 @@ class Model:
     def close(self) -> None:
         """Free the context, and the weights once no other Model shares them."""
         self._close()
-
-
-def _median(times: Iterable[float]) -> float:
-    """As statistics.median, in a seventh of its time: with small models, planning costs time."""
-    ordered = sorted(times)
-    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
 class _Weights:

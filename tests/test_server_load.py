@@ -195,6 +195,37 @@ def test_nothing_is_prepared_for_whom_there_is_no_room(trio):
     trio.forget()
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_answer_sent_whole_wakes_the_loop_for_its_first_token_and_its_end(trio, whole):
+    batcher, woken = Batcher(trio, n_parallel=2, drafts=False), []
+    request = Request.of(Request("Қазақ", Weights(1, 0), max_tokens=30), logit_bias={0: -100})
+
+    async def ask():
+        loop = asyncio.get_running_loop()
+        wake = loop.call_soon_threadsafe
+
+        def counted(call, *given, **named):
+            woken.append(call)
+            return wake(call, *given, **named)
+
+        receive = asyncio.Queue().get  # a client that says nothing more
+        options = {"executor": None, "receive": receive, "timeout_s": 60, "whole": whole}
+        events = Events(batcher, lambda: [request] * 2, n=2, **options)
+        loop.call_soon_threadsafe = counted
+        found = [event async for event in events]
+        events.close()
+        return found, [call for call in woken if call == events._deliver]
+
+    try:
+        found, deliveries = asyncio.run(ask())
+    finally:
+        batcher.close()
+        trio.forget()
+    assert sum(event.n_tokens or 0 for _, event in found if event.finish_reason) == 60
+    assert len(found) > 40 and len({index for index, _ in found}) == 2
+    assert len(deliveries) <= 6 if whole else len(deliveries) > 40
+
+
 # -- the end --------------------------------------------------------------------------------
 
 

@@ -207,6 +207,7 @@ class Api:
             executor=self._executor,
             receive=request.receive,
             timeout_s=self._limits.timeout_s,
+            whole=not call.stream,
         )
         if call.stream:
             chunks = self._stream(engine, events, reply, record)

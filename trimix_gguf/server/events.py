@@ -1,6 +1,7 @@
 """From the engine's thread to the event loop: the events of one HTTP request, in one queue."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
@@ -20,7 +21,8 @@ class Events:
     """The events of one client's jobs, until these end, it leaves, or its time is up.
 
     `prepare` makes the requests, `n` at most; it runs in `executor`, as it tokenizes and renders
-    templates. Their places are held before. Raises QueueFull.
+    templates. Their places are held before. Of an answer that is sent `whole`, only the first token
+    and the end wake the loop: its thread takes a core from llama.cpp's. Raises QueueFull.
     """
 
     def __init__(
@@ -32,11 +34,14 @@ class Events:
         executor: Executor,
         receive: Receive,
         timeout_s: float,
+        whole: bool = False,
     ) -> None:
         batcher.reserve(n)
         self._batcher, self._prepare, self._n_reserved = batcher, prepare, n
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Event] | Exception | None] = asyncio.Queue()
+        self._came: deque[tuple[int, Event]] = deque()  # not in the queue yet
+        self._whole, self._begun = whole, set[int]()
         self._jobs: list[Job] = []
         self._closed = False
         out_of_time = RequestError(
@@ -67,8 +72,18 @@ class Events:
 
     def _listen(self, index: int, event: Event) -> None:
         """Called from the engine's thread."""
+        self._came.append((index, event))
+        goes_on = event.finish_reason is None and event.error is None
+        if self._whole and goes_on and index in self._begun:
+            return
+        if event.tokens:
+            self._begun.add(index)
         with suppress(RuntimeError):  # the loop is closed: the server has stopped
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+            self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        while self._came:
+            self._queue.put_nowait(self._came.popleft())
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -2,9 +2,9 @@
 
 Cost: seconds to the first row of the mix where the weights are chosen by the method auto, by
 some tokens (the default) and by all, over the seconds to read the prompt without choosing. The
-first word is that of the trio over that of large_ins by itself. The slower of auto's two (a text, a
-question) is compared with the published rule, by some tokens and by all. Rounds alternate; ratios are
-within a round. Texts go on, questions end in a colon: auto keeps to large_ins there.
+first word is that of the trio over that of large_ins. The slower of auto's two (a text,
+a question) is compared with the published rule, by some tokens and by all. Rounds alternate;
+ratios are within a round. Texts go on, questions end in a colon: auto keeps to large_ins there.
 
 Loss: the mean nats of each token under the chosen mix, less those under the mix that all tokens
 choose. Each prompt is read once, with every token's nats over the grid; what some of them would
@@ -157,7 +157,7 @@ def described(result: dict[str, Any]) -> list[str]:
             f"  {n} tokens: text {r['text']:.2f}, question {r['question']:.2f}, all tokens "
             f"{r['all']:.2f}; first word over large_ins: {r['text / large_ins']:.2f}, "
             f"{r['question / large_ins']:.2f} (reading alone {r['reading / large_ins']:.2f}); "
-            f"auto over ppl {r['auto / ppl']:.2f}, over ppl by all tokens {r['auto / ppl, all']:.2f}"
+            f"auto over ppl {r['auto / ppl']:.2f}, with all tokens {r['auto / ppl, all']:.2f}"
         )
     lines.append("\nloss of the choice against all tokens, nats a token:")
     for name, r in result["loss"].items():

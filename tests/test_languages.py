@@ -4,6 +4,7 @@ import json
 import shutil
 import weakref
 
+import click
 import pytest
 from conftest import KAZAKH
 from languages import CODES, options
@@ -12,6 +13,7 @@ from trimix_gguf import Trio, Weights, generate
 from trimix_gguf.answering.conversation import Conversation, Exchange
 from trimix_gguf.cli.chat import chat
 from trimix_gguf.cli.chat_trio import ChatTrio
+from trimix_gguf.errors import MemoryNeededError
 from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.machine.hashes import same_content
 from trimix_gguf.trio import model
@@ -200,3 +202,17 @@ def test_a_switch_keeps_weights_that_both_have_and_frees_others(languages, stran
     opened.switch(str(strangers["one"]))
     assert all(one() is None for one in first)
     opened.close()
+
+
+def test_where_no_trio_can_be_opened_the_chat_ends(languages, strangers, monkeypatch):
+    """It went on with the trio that was closed, and llama.cpp crashed at the next message."""
+    given = chat.make_context("chat", ["--trio", str(languages["kk"]), "--threads", "1"]).params
+    del given["system"], given["load"]
+    opened = ChatTrio(given)
+
+    def full(*_, **__):
+        raise MemoryNeededError("this trio needs 9 GiB and 1 GiB is free")
+
+    monkeypatch.setattr(Trio, "load", full)
+    with pytest.raises(click.ClickException, match="cannot be opened again: this trio needs"):
+        opened.switch(str(strangers["one"]))

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import click
+
 from trimix_gguf.cli.generation_options import generation_settings
 from trimix_gguf.cli.options import FILES, about_trio, named_trio, open_trio
 from trimix_gguf.cli.served_trios import share_weights
@@ -19,7 +21,8 @@ class ChatTrio:
     def switch(self, name: str) -> None:
         """Open the trio of that name instead; raises TrimixError, and keeps the one that is open.
 
-        Weights that both have stay where they are. Else the old trio makes room first.
+        Weights that both have stay where they are. Else the old trio makes room first; where it
+        cannot be opened again either, the command ends.
         """
         options = {**self._options, "trio": name, **dict.fromkeys(FILES)}
         named_trio(options)  # before anything is closed
@@ -30,10 +33,18 @@ class ChatTrio:
             self.close()
             try:
                 self.trio, self.settings = _opened(options)
-            except TrimixError:
-                self.trio, self.settings = _opened(self._options)
+            except (TrimixError, OSError):
+                self._open_again()
                 raise
         self._options = options
+
+    def _open_again(self) -> None:
+        """Open the trio that was closed; what is closed must not be asked: llama.cpp would crash."""
+        try:
+            self.trio, self.settings = _opened(self._options)
+        except (TrimixError, OSError) as error:
+            line = " ".join(str(error).split())
+            raise click.ClickException(f"the trio before it cannot be opened again: {line}") from None
 
     @property
     def about(self) -> str:

@@ -214,5 +214,5 @@ def test_where_no_trio_can_be_opened_the_chat_ends(languages, strangers, monkeyp
         raise MemoryNeededError("this trio needs 9 GiB and 1 GiB is free")
 
     monkeypatch.setattr(Trio, "load", full)
-    with pytest.raises(click.ClickException, match="cannot be opened again: this trio needs"):
+    with pytest.raises(click.ClickException, match="old trio cannot be opened again: this"):
         opened.switch(str(strangers["one"]))

@@ -1,5 +1,7 @@
 """Sequences: each goes on as if it were alone, and the trio is left as it was."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -160,3 +162,23 @@ def test_roles_that_are_not_asked_for_decode_nothing(trio, monkeypatch):
         number = sequences.fork()
         sequences.append(number, [5])
         assert set(sequences.rows([number], ("large_ins",))) == {"large_ins"}
+
+
+def test_models_on_the_cpu_are_decoded_by_one_thread(trio, monkeypatch):
+    """Beside a GPU, threads of a pool and the caller took turns, each with a team of OpenMP's."""
+    threads = {role: set() for role in ROLES}
+    for role, model in trio.models.items():
+        monkeypatch.setattr(model, "device", "GPU0" if role == ROLES[0] else "CPU")
+        decode = model.decode_entries
+
+        def noted(entries, role=role, decode=decode):
+            threads[role].add(threading.get_ident())
+            return decode(entries)
+
+        monkeypatch.setattr(model, "decode_entries", noted)
+    trio.prefill(trio.prompt(KAZAKH))
+    for token in range(20):
+        trio.advance(100 + token)
+        trio.rows(ROLES[1:2] if token % 3 else ROLES)
+    assert threads[ROLES[1]] | threads[ROLES[2]] == {threading.get_ident()}
+    assert threads[ROLES[0]] - {threading.get_ident()}  # the other device at the same time

@@ -49,8 +49,10 @@ def test_ctrl_c_is_raised_when_no_thread_works(pool):
         begun.append(i)
         if i == 0:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        time.sleep(0.3)
-        working.discard(i)
+        try:
+            time.sleep(0.3)
+        finally:
+            working.discard(i)
 
     with pytest.raises(KeyboardInterrupt):
         run_all(pool, work, range(8))

@@ -39,12 +39,12 @@ class ChatTrio:
         self._options = options
 
     def _open_again(self) -> None:
-        """Open the trio that was closed; what is closed must not be asked: llama.cpp would crash."""
+        """Open the trio that was closed: if one that is closed were asked, llama.cpp would crash."""
         try:
             self.trio, self.settings = _opened(self._options)
         except (TrimixError, OSError) as error:
-            line = " ".join(str(error).split())
-            raise click.ClickException(f"the trio before it cannot be opened again: {line}") from None
+            why = " ".join(str(error).split())
+            raise click.ClickException(f"the old trio cannot be opened again: {why}") from None
 
     @property
     def about(self) -> str:

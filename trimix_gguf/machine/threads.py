@@ -1,7 +1,7 @@
 """Work on several threads, all of which end before the caller goes on."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from functools import cache
 from threading import Condition
@@ -14,10 +14,11 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def run_all(pool: ThreadPoolExecutor, work: Callable[[T], R], parts: Iterable[T]) -> list[R]:
+def run_all(pool: ThreadPoolExecutor, work: Callable[[T], R], parts: Sequence[T]) -> list[R]:
     """`work` of each part, in order; on a failure or Ctrl-C too, returns when no thread works.
 
-    The caller may then free what they used: llama.cpp's caches, or its rows of logits.
+    The caller may then free what they used: llama.cpp's caches, or its rows of logits. The last
+    part is worked on by the caller's own thread, the others by the pool's.
     """
     gate, closed, n_working = Condition(), False, 0
 
@@ -36,7 +37,9 @@ def run_all(pool: ThreadPoolExecutor, work: Callable[[T], R], parts: Iterable[T]
                 gate.notify_all()
 
     try:
-        return list(pool.map(counted, parts))
+        others = pool.map(counted, parts[:-1])
+        own = work(parts[-1])
+        return [*others, own]
     finally:
         with gate:
             closed = True

@@ -46,7 +46,7 @@ class Sequences:
         self._free = list(range(self.most, 0, -1))
         self._new_cell = itertools.count()
         self._users: dict[Role, Counter[int]] = {role: Counter() for role in ROLES}
-        self._pool = ThreadPoolExecutor(len(ROLES), thread_name_prefix="device")
+        self._pool = ThreadPoolExecutor(len(ROLES) - 1, thread_name_prefix="device")
 
     # -- what they hold ---------------------------------------------------------------------
 
@@ -167,7 +167,8 @@ class Sequences:
 
         `wanted` gives, by role and sequence, the ids (ascending indexes) whose rows are wanted;
         they come in its order. One that was read before is read again. On different devices the
-        roles read at the same time, on one in turn. After a failure forks are to be dropped.
+        roles read at the same time, on one in turn. Those on the CPU read in the caller's thread:
+        OpenMP keeps a team for each thread that decodes. After a failure forks are to be dropped.
         """
 
         def one(role: Role) -> Logits:
@@ -176,6 +177,7 @@ class Sequences:
         groups = together({role: self._models[role].device for role in wanted})
         if len(groups) < 2:
             return {role: one(role) for role in wanted}
+        groups.sort(key=lambda group: any(self._models[role].device == "CPU" for role in group))
         parts = run_all(self._pool, lambda group: {r: one(r) for r in group}, groups)
         return {role: rows for part in parts for role, rows in part.items()}
 

@@ -1,6 +1,7 @@
 """`trimix tune`: exercises of raw text, their verdict, and where it is kept."""
 
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -99,6 +100,13 @@ def test_sentences_of_other_scripts_are_cut_as_they_are_written(line):
     [found] = passages_of([line])
     assert len(found) == 2
     assert all(one.text in line for one in found)
+
+
+def test_a_language_of_short_words_has_the_kinds_that_it_allows():
+    """The words of `letter` have five letters or more; without any, a traceback came."""
+    words = [a + b for a in ("b", "k", "t", "ng", "th") for b in ("a", "e", "i", "o", "u", "ai")]
+    lines = [" ".join(random.Random(i).sample(words, 9)) + "." for i in range(200)]
+    assert [kind.name for kind in kinds_of(passages_of(lines), 0)] == ["find", "ending"]
 
 
 def test_too_little_text_is_refused_with_what_is_needed(tmp_path):

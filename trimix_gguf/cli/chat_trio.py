@@ -39,7 +39,7 @@ class ChatTrio:
         self._options = options
 
     def _open_again(self) -> None:
-        """Open the trio that was closed: if one that is closed were asked, llama.cpp would crash."""
+        """Open the trio that was closed: asked while it is closed, llama.cpp would crash."""
         try:
             self.trio, self.settings = _opened(self._options)
         except (TrimixError, OSError) as error:

@@ -7,6 +7,7 @@ on a text, whose answer is in it. `ending`: a text that goes on. `into` English 
 `from` it, where there are sentence pairs: which translation is the right one.
 """
 
+import itertools
 import random
 import re
 from collections import Counter
@@ -55,18 +56,17 @@ Passages = Sequence[Sequence[Sentence]]
 def kinds_of(passages: Passages, seed: int, *, pairs: Sequence[Pair] = ()) -> list[Kind]:
     """All kinds that the text and the pairs allow; raises DataError where they are too short."""
     made = [make(passages, random.Random(f"{seed} {make.__name__}")) for make in _KINDS]
-    found = [kind for kind in made if kind is not None]
-    if not found:
+    if not any(made):
         n = sum(map(len, passages))
         raise DataError(
             f"the text has {n} usable sentences, and exercises need {FEWEST_SENTENCES} or more; "
             "give more text"
         )
     if len(pairs) >= FEWEST_SENTENCES:
-        found.append(_translation("into", pairs, random.Random(f"{seed} into")))
+        made.append(_translation("into", pairs, random.Random(f"{seed} into")))
         swapped = [(english, text) for text, english in pairs]
-        found.append(_translation("from", swapped, random.Random(f"{seed} from")))
-    return found
+        made.append(_translation("from", swapped, random.Random(f"{seed} from")))
+    return [kind for kind in made if kind is not None]
 
 
 def _letter(passages: Passages, rng: random.Random) -> Kind | None:
@@ -148,7 +148,7 @@ def _ending(passages: Passages, rng: random.Random) -> Kind | None:
     return _kind("ending", "Finish each sentence.", make(), 3)
 
 
-def _translation(name: str, pairs: Sequence[Pair], rng: random.Random) -> Kind:
+def _translation(name: str, pairs: Sequence[Pair], rng: random.Random) -> Kind | None:
     def make() -> Iterator[Exercise]:
         for source, right in rng.sample(pairs, len(pairs)):
             drawn = [target for _, target in rng.sample(pairs, 24) if target != right]
@@ -167,9 +167,10 @@ _KINDS: tuple[Callable[[Passages, random.Random], Kind | None], ...] = (
 )
 
 
-def _kind(name: str, instruction: str, made: Iterator[Exercise], n_exemplars: int) -> Kind:
-    exemplars = tuple(next(made) for _ in range(n_exemplars))
-    return Kind(name, instruction, exemplars, made)
+def _kind(name: str, instruction: str, made: Iterator[Exercise], n_exemplars: int) -> Kind | None:
+    """None where the text gives too few exercises, as one of short words only does."""
+    exemplars = tuple(itertools.islice(made, n_exemplars))
+    return Kind(name, instruction, exemplars, made) if len(exemplars) == n_exemplars else None
 
 
 # -- parts ------------------------------------------------------------------------------------

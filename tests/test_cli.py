@@ -67,6 +67,13 @@ def test_score_table_json_and_plot(trimix, tmp_path):
     assert continuous["perplexity"]["fused"] <= report["perplexity"]["fused"] * (1 + 1e-6)
 
 
+def test_score_prints_its_table_where_the_picture_cannot_be_written(trimix, tmp_path):
+    """All that was scored was lost."""
+    done = trimix("score", "--plot", tmp_path / "nowhere" / "a.png", stdin=KAZAKH.encode())
+    assert done.returncode == 1 and "nowhere" in done.stderr.decode()
+    assert "small_cpt" in done.stdout.decode()
+
+
 def test_weights_for_a_task_file_and_scored_spans(trimix, tmp_path):
     task = tmp_path / "task.txt"
     task.write_text(f"{KAZAKH}\n\n{KAZAKH} {KAZAKH}", encoding="utf-8")

@@ -56,9 +56,9 @@ def score(files: tuple[str, ...], **options: Any) -> None:
                 trio, prompts, grid=grid, progress=progress, also=[default] if default else []
             )
     report = _report(result, average, default)
-    if plot is not None:
-        _draw(report, figure, plot)
     print(json.dumps(report) if as_json else _table(report))
+    if plot is not None:  # last: where the picture cannot be written, the figures are there
+        _draw(report, figure, plot)
 
 
 def _own_weights(options: dict[str, Any]) -> Any:

@@ -305,6 +305,18 @@ def test_answers_of_other_models_are_read_as_text(kept, tmp_path):
     assert list(found.ids["small_base"]) == known
 
 
+def test_a_save_that_fails_leaves_what_was_saved(kept, tmp_path):
+    """The file was emptied first: where the disk was full, the chat was lost."""
+    path = tmp_path / "chat.json"
+    conversation = talk(kept, system="Жүйе")
+    conversation.save(path)
+    before = path.read_bytes()
+    conversation.system = "\udcff"  # it cannot be written
+    with pytest.raises(UnicodeEncodeError):
+        conversation.save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -20,6 +20,7 @@ from trimix_gguf.answering.generation import OnSelection, Speculative, stream_ge
 from trimix_gguf.answering.request import Event, Options, Request, Token
 from trimix_gguf.choosing.selection import Selection
 from trimix_gguf.errors import PromptError, WeightsError
+from trimix_gguf.machine.files import write_text
 from trimix_gguf.machine.typed_json import parse
 from trimix_gguf.mixing.fusion import Mix, Weights
 from trimix_gguf.mixing.sampling import N_SEEDS
@@ -227,7 +228,7 @@ class Conversation:
     # -- files ------------------------------------------------------------------------------
 
     def save(self, path: Path) -> None:
-        """Write messages, ids of answers, weights and the names of the models as JSON."""
+        """Write messages, ids of answers, weights and the names of the models as JSON. OSError."""
         messages: list[dict[str, Any]] = [dict(m) for m in self.messages]
         answers = [m for m in messages if m["role"] == "assistant"]
         for message, exchange in zip(answers, self.exchanges, strict=True):
@@ -240,8 +241,7 @@ class Conversation:
             "models": {role: model.path.name for role, model in self.trio.models.items()},
             "vocabulary": _vocabulary_digest(self.trio),
         }
-        text = json.dumps(contents, ensure_ascii=False, indent=1)
-        path.write_text(text + "\n", encoding="utf-8")
+        write_text(path, json.dumps(contents, ensure_ascii=False, indent=1) + "\n")
 
     def load(self, path: Path) -> None:
         """Replace this conversation by a saved one, and the weights if it held some.

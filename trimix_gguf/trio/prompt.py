@@ -55,14 +55,32 @@ def left_out(old: Sequence[Unit], new: Sequence[Unit]) -> tuple[int, int] | None
     unit stays: models lean on the first token of a text (Xiao et al. 2023, arXiv 2309.17453).
     """
     start = n_same(old, new)
-    places = range(start + 1, len(old) - _SURE + 1)
-    ends = [i for i in places if list(old[i : i + _SURE]) == list(new[start : start + _SURE])]
-    if not start or not ends:
+    common = _common_with(new[start:], old[start + 1 :])
+    most = max(common, default=0)
+    if not start or most < _SURE:
         return None
-    end = max(ends, key=lambda i: n_same(old[i:], new[start:]))
+    end = start + 1 + common.index(most)
     while start > 1 and old[start - 1] == old[end - 1]:
         start, end = start - 1, end - 1
     return start, end
+
+
+def _common_with(pattern: Sequence[Unit], text: Sequence[Unit]) -> list[int]:
+    """At each place of `text`, how many of the next units are the first of `pattern`.
+
+    The Z algorithm: in linear time, as a chat may hold thousands of equal units.
+    """
+    both = [*pattern, None, *text]
+    lengths = [0] * len(both)
+    first = end = 0  # of what agrees with the pattern and reaches farthest
+    for i in range(1, len(both)):
+        n = min(lengths[i - first], end - i) if i < end else 0
+        while i + n < len(both) and both[n] == both[i + n]:
+            n += 1
+        lengths[i] = n
+        if i + n > end:
+            first, end = i, i + n
+    return lengths[len(pattern) + 1 :]
 
 
 def n_same(a: Sequence[Unit], b: Sequence[Unit]) -> int:

@@ -113,6 +113,21 @@ def test_a_setting_out_of_range_is_refused_at_once(name):
             Sampling(**{name: value})
 
 
+def test_every_number_of_the_chain_has_a_range():
+    """What has none goes to C, where NaN passes and large ids wrap."""
+    assert {f.name for f in fields(Sampling) if f.type in (int, float)} == set(RANGES)
+
+
+@pytest.mark.parametrize("token", [-1, 2**33 + 5, "n_vocab"])
+def test_a_bias_is_for_a_token_that_is_there(trio, token):
+    n_vocab = trio.models["large_ins"].n_vocab
+    token = n_vocab if token == "n_vocab" else token
+    with pytest.raises(SamplerError, match=f"token {token}; there are 0 to {n_vocab - 1}"):
+        generate(trio, "a", weights=MIX, max_tokens=1, logit_bias={token: 1.0})
+    with pytest.raises(SamplerError, match="no number"):
+        Sampling(logit_bias={5: math.nan})
+
+
 def test_a_request_refuses_what_no_engine_can_do():
     with pytest.raises(SamplerError, match="not both"):
         Sampling(grammar="root ::= [a]", json_schema={})

@@ -63,6 +63,8 @@ def test_what_ollamas_clients_set_is_used(server):
     plain = text()
     assert text(repeat_penalty=1.8) != plain
     assert text(repeat_penalty=1.8, repeat_last_n=0) == plain
+    whole = text(repeat_penalty=1.8, repeat_last_n=2**31 - 1)  # llama.cpp would fill 8 GiB
+    assert whole == text(repeat_penalty=1.8, repeat_last_n=-1) != plain
     assert text(stop=[plain[5:8]]) == plain[:5]
 
 

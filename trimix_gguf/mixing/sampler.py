@@ -13,7 +13,7 @@ from trimix_gguf.errors import SamplerError
 from trimix_gguf.machine.native import lib
 from trimix_gguf.mixing.grammar import CANDIDATE, Grammar, candidate_array
 from trimix_gguf.mixing.masks import SchemaMask, TokenTree
-from trimix_gguf.mixing.sampling import N_SEEDS, Sampling
+from trimix_gguf.mixing.sampling import MOST_LAST_N, N_SEEDS, Sampling
 
 _DRY_BREAKERS = ("\n", ":", '"', "*")  # llama.cpp's defaults
 
@@ -124,17 +124,23 @@ def _adjusters(vocab: Any, n_vocab: int, sampling: Sampling) -> Iterator[Any]:
     """The links of the chain that change logits: biases, penalties, DRY."""
     s = sampling
     if s.logit_bias:
+        if wrong := [i for i in s.logit_bias if not 0 <= i < n_vocab]:
+            raise SamplerError(f"a bias is for token {wrong[0]}; there are 0 to {n_vocab - 1}")
         biases = (lib.llama_logit_bias * len(s.logit_bias))(
             *(lib.llama_logit_bias(i, bias) for i, bias in s.logit_bias.items())
         )
         yield lib.llama_sampler_init_logit_bias(n_vocab, len(s.logit_bias), biases)
     if s.repeat_penalty != 1.0 or s.frequency_penalty or s.presence_penalty:
         penalties = (s.repeat_penalty, s.frequency_penalty, s.presence_penalty)
-        yield lib.llama_sampler_init_penalties(n_vocab, s.penalty_last_n, *penalties)
+        yield lib.llama_sampler_init_penalties(n_vocab, _last_n(s.penalty_last_n), *penalties)
     if s.dry_multiplier > 0:
-        settings = (s.dry_multiplier, s.dry_base, s.dry_allowed_length, s.dry_last_n)
+        settings = (s.dry_multiplier, s.dry_base, s.dry_allowed_length, _last_n(s.dry_last_n))
         marks = (ctypes.c_char_p * len(_DRY_BREAKERS))(*(b.encode() for b in _DRY_BREAKERS))
         yield lib.llama_sampler_init_dry(vocab, *settings, marks, len(_DRY_BREAKERS))
+
+
+def _last_n(given: int) -> int:
+    return MOST_LAST_N if given == -1 else given
 
 
 def _pickers(n_vocab: int, sampling: Sampling, seed: int) -> Iterator[Any]:

@@ -1,5 +1,6 @@
 """How tokens are picked: the settings of llama.cpp's sampler chain, their defaults and limits."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -15,7 +16,8 @@ class Sampling:
     `temperature` 0 is greedy; penalties, DRY, biases and a grammar still apply. Mirostat (1 or 2)
     replaces the cut-offs (top-k, top-p, min-p, XTC). `grammar` is GBNF, `json_schema` a schema as
     text or dict; give at most one of the two. `logit_bias` is id -> added logit. Without a `seed`,
-    one is drawn. Raises SamplerError where a setting is out of range.
+    one is drawn. `penalty_last_n` and `dry_last_n` -1 are as many tokens as can be. Raises
+    SamplerError where a setting is out of range.
     """
 
     temperature: float = 0.8
@@ -45,16 +47,31 @@ class Sampling:
             value = getattr(self, name)
             if not low <= value <= high:  # also refuses NaN
                 raise SamplerError(f"{name} is {value}; expected {low:g} to {high:g}")
+        if any(math.isnan(bias) for bias in (self.logit_bias or {}).values()):
+            raise SamplerError("a bias is no number")
         if self.grammar is not None and self.json_schema is not None:
             raise SamplerError("give a grammar or a JSON schema, not both")
 
 
+MOST_LAST_N = 2**16  # llama.cpp holds so many tokens from the start, and copies them for each draft
+_LARGE = 1e6  # far beyond what makes sense, and far from where float32 ends
 RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0, 100),
+    "top_k": (-1, 2**31 - 1),
     "top_p": (0, 1),
     "min_p": (0, 1),
-    "repeat_penalty": (1e-6, 1e6),
+    "repeat_penalty": (1 / _LARGE, _LARGE),
+    "frequency_penalty": (-_LARGE, _LARGE),
+    "presence_penalty": (-_LARGE, _LARGE),
+    "penalty_last_n": (-1, MOST_LAST_N),
+    "dry_multiplier": (0, _LARGE),
+    "dry_base": (0, _LARGE),
+    "dry_allowed_length": (0, MOST_LAST_N),
+    "dry_last_n": (-1, MOST_LAST_N),
     "xtc_probability": (0, 1),
+    "xtc_threshold": (0, 1),
     "mirostat": (0, 2),
+    "mirostat_tau": (0, _LARGE),
+    "mirostat_eta": (0, _LARGE),
 }
 DEFAULTS = {field.name: field.default for field in fields(Sampling)}

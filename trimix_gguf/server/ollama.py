@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, Unpack
 
 from trimix_gguf.answering.request import Event
+from trimix_gguf.mixing.sampling import MOST_LAST_N
 from trimix_gguf.server.calls import FunctionCall
 from trimix_gguf.server.errors import RequestError, error_json
 from trimix_gguf.server.fields import Fields
@@ -95,9 +96,10 @@ def _call(fields: Fields, call: Call) -> Call:
 def _own_options(inner: Fields) -> CallOptions:
     """Those of Ollama that OpenAI's clients do not have."""
     limit = inner.integer("num_predict", -2, MOST_TOKENS, but=(0,))
+    last_n = inner.integer("repeat_last_n", -1, 2**31 - 1)
     given: dict[str, object] = {
         "max_tokens": MOST_TOKENS if limit in (-1, -2) else limit,
-        "penalty_last_n": inner.integer("repeat_last_n", -1, 2**31 - 1),
+        "penalty_last_n": None if last_n is None else min(last_n, MOST_LAST_N),
         "mirostat": inner.integer("mirostat", 0, 2),
         "mirostat_tau": inner.number("mirostat_tau", 0, 100),
         "mirostat_eta": inner.number("mirostat_eta", 0, 1),

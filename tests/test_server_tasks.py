@@ -20,6 +20,7 @@ ROWS = [
 ]
 CHAT = {"messages": [{"role": "user", "content": KAZAKH}], "max_tokens": 2}
 NAMED = {"trimix": {"task": "exam"}}
+TASK_METHODS = {"exam.jsonl": INFORMATIVE, "texts.txt": "ppl"}
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +138,21 @@ def test_a_trio_that_is_loaded_again_reads_the_file_no_more(exam, tmp_path):
     [group] = groups_of([{"trio": str(NANO)}], task=str(file))
     [entry] = group.entries
     with Trio.nano(n_threads=1) as trio:
-        first = entry.task.choose(trio)
+        first = entry.task.choose(trio, lambda: None)
         assert not trio.sequences.ids(0)["large_ins"]
         file.unlink()
     with Trio.nano(n_threads=1) as trio:
-        assert entry.task.choose(trio) is first
+        assert entry.task.choose(trio, lambda: None) is first
+
+
+@pytest.mark.parametrize("name", ["exam.jsonl", "texts.txt"])
+def test_what_the_watch_raises_ends_the_choice(exam, tmp_path, name):
+    file = tmp_path / name
+    file.write_bytes(exam.read_bytes() if name.endswith("jsonl") else KAZAKH.encode())
+    [group] = groups_of([{"trio": str(NANO)}], task=str(file), task_method=TASK_METHODS[name])
+
+    def leave():
+        raise KeyboardInterrupt
+
+    with Trio.nano(n_threads=1) as trio, pytest.raises(KeyboardInterrupt):
+        group.entries[0].task.choose(trio, leave)

@@ -2,7 +2,9 @@
 
 import asyncio
 import itertools
+import os
 import queue
+import signal
 import threading
 import time
 import weakref
@@ -212,7 +214,7 @@ def test_one_thread_decodes_for_all_trios_of_a_server(shelf, run, monkeypatch):
 
     monkeypatch.setattr(Sequences, "read", watched)
     shelf.gates["b"].set()
-    task = ServedTask("t", lambda trio: next(stream_generate(trio, "Қазақ", max_tokens=1)))
+    task = ServedTask("t", lambda trio, _: next(stream_generate(trio, "Қазақ", max_tokens=1)))
     shelf.entries = {name: replace(shelf.entries[name], task=task) for name in "ab"}
 
     async def check(trios):
@@ -227,6 +229,27 @@ def test_one_thread_decodes_for_all_trios_of_a_server(shelf, run, monkeypatch):
 
     run(check, shelf.trios())
     assert len(threads) == 1 and shelf.opened == ["a", "b"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def test_ctrl_c_ends_the_choice_for_a_task(shelf):
+    """It used to go on in its thread, and the process with it."""
+    ended = threading.Event()
+
+    def choose(trio, watch):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        try:
+            for _ in range(200):
+                time.sleep(0.02)
+                watch()
+        except BaseException:
+            ended.set()
+            raise
+
+    shelf.entries["a"] = replace(shelf.entries["a"], task=ServedTask("t", choose))
+    with pytest.raises(KeyboardInterrupt):
+        shelf.trios()
+    assert ended.wait(2)
 
 
 def test_batchers_take_turns_step_by_step(monkeypatch):

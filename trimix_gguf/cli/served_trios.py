@@ -104,11 +104,11 @@ def _served_task(given: Given, task: str, method: str | None) -> Any:
         method = trio_file.method
     chosen: list[Any] = []
 
-    def choose(trio: Any) -> Any:
+    def choose(trio: Any, watch: Callable[[], None]) -> Any:
         if not chosen:
             settings = {} if method is None else {"method": method}
             # Programs wait for the address, which is the first line.
-            found = task_weights(trio, task, settings, quiet=True)
+            found = task_weights(trio, task, settings, watch=watch)
             trio.forget()
             reason = "; ".join(filter(None, (f"chosen for the task {name}", found.reason)))
             # The score is that of the file, not of what will be asked.

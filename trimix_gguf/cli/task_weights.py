@@ -1,5 +1,6 @@
 """--task FILE: one pair of weights for prompts that are like those of a file."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,17 @@ def check_served_task(task: str, method: str | None) -> None:
 
 
 def task_weights(
-    trio: Any, task: str, settings: dict[str, Any], average: Any = None, *, quiet: bool = False
+    trio: Any,
+    task: str,
+    settings: dict[str, Any],
+    average: Any = None,
+    *,
+    watch: Callable[[], None] | None = None,
 ) -> Any:
     """The Selection by a file: of texts that blank lines separate, or of a task's JSON lines.
 
-    Takes what it needs out of `settings`. No progress is shown where it is to be `quiet`.
+    Takes what it needs out of `settings`. Where `watch` is given, it is called now and then, and
+    no progress is shown. What it raises ends the choice.
     """
     from trimix_gguf.choosing.selection import select_weights
     from trimix_gguf.cli.score import split_texts
@@ -75,12 +82,13 @@ def task_weights(
     if method in (*file_methods(), ANSWERS, AUTO) and task.endswith(".jsonl"):
         from trimix_gguf.evaluation.running.file_weights import weights_of_file
 
-        silent = nullcontext(lambda done, total: None)
-        with silent if quiet else count_bar(f"Choosing weights by {Path(task).name}") as shown:
+        bar = count_bar(f"Choosing weights by {Path(task).name}")
+        with bar if watch is None else nullcontext(lambda done, total: watch()) as shown:
             return weights_of_file(trio, Path(task), method, shown)
     prompts = [trio.prompt(t) for t in split_texts(read_text(task))]
     total = sum(p.n_tokens() for p in prompts)
-    with token_progress(total, f"Scoring {len(prompts)} prompts", quiet=quiet) as progress:
+    tokens = token_progress(total, f"Scoring {len(prompts)} prompts")
+    with tokens if watch is None else nullcontext(lambda n: watch()) as progress:
         return select_weights(
             trio, prompts, average=average or "macro", progress=progress, **chosen
         )

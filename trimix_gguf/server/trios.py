@@ -7,6 +7,7 @@ in one thread: one Batcher over shared caches would have to know the small_cpt o
 
 import asyncio
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,10 +33,13 @@ _POLL_S = 0.02
 
 @dataclass(frozen=True)
 class ServedTask:
-    """A task that calls can name; `choose` finds its weights with a loaded trio, once."""
+    """A task that calls can name; `choose` finds its weights with a loaded trio, once.
+
+    It calls what it is given beside the trio now and then, which may raise.
+    """
 
     name: str
-    choose: Callable[[Trio], Selection]
+    choose: Callable[[Trio, Callable[[], None]], Selection]
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Engine:
         self.trio, self.name = trio, entry.name
         self.tasks: dict[str, Selection] = {}
         if entry.task is not None:
-            self.tasks[entry.task.name] = thread.submit(entry.task.choose, trio).result()
+            self.tasks[entry.task.name] = _chosen(entry.task, trio, thread)
         self.batcher = Batcher(
             trio,
             n_parallel=limits.parallel,
@@ -303,6 +307,20 @@ class Trios:
     def is_busy(self) -> bool:
         """Whether one of them would refuse one more request, or works long."""
         return any(engine.batcher.is_busy for engine in self._engines)
+
+
+def _chosen(task: ServedTask, trio: Trio, thread: ThreadPoolExecutor) -> Selection:
+    """A task's weights, found in the thread that decodes; Ctrl-C here ends it there."""
+    left = threading.Event()
+
+    def watch() -> None:
+        if left.is_set():
+            raise KeyboardInterrupt
+
+    try:
+        return thread.submit(task.choose, trio, watch).result()
+    finally:
+        left.set()
 
 
 def _close(engines: Mapping[str, Engine]) -> None:

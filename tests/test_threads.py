@@ -41,15 +41,18 @@ def test_a_failure_is_raised_when_no_thread_works(pool):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
-def test_ctrl_c_is_raised_when_no_thread_works(pool):
+@pytest.mark.parametrize("n", [1, 2])
+def test_ctrl_c_is_raised_when_no_thread_works(pool, n):
+    """Bug: the second time it was raised at once."""
     working, begun = set(), []
 
     def work(i):
         working.add(i)
         begun.append(i)
-        if i == 0:
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         try:
+            for _ in range(n if i == 0 else 0):
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+                time.sleep(0.1)
             time.sleep(0.3)
         finally:
             working.discard(i)

@@ -25,6 +25,7 @@ from trimix_gguf.answering.keeping import Kept
 from trimix_gguf.answering.request import Event, Request
 from trimix_gguf.errors import ModelError, QueueFull, TrimixError
 from trimix_gguf.machine.loading import N_BATCH
+from trimix_gguf.machine.threads import past_ctrl_c
 from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.roles import ROLES, Role
 from trimix_gguf.trio.trio import Trio
@@ -57,6 +58,7 @@ class Statistics:
 
 
 LONG_STEP_S = 5.0
+_STOPPED = "the server has stopped"
 Wanted = dict[Role, dict[int, Sequence[int]]]  # role -> sequence -> its ids whose rows are wanted
 
 
@@ -93,14 +95,13 @@ class Batcher:
         self._changed = threading.Condition()
         self._n_reserved = 0
         self._step_began: float | None = None
-        self._closing: float | None = None  # when requests that still run are cancelled
-        self._has_turn = self._has_ended = False
+        self._has_turn = self._is_closing = self._has_ended = False
         self._at_end = ExitStack()
         self._thread = thread or self._at_end.enter_context(ThreadPoolExecutor(1, "batcher"))
         self._at_end.enter_context(kept_costs(trio, drafts))
 
     def reserve(self, n: int) -> None:
-        """Hold `n` places, before anything is prepared for them; raises QueueFull."""
+        """Hold `n` places, before anything is prepared for them; raises QueueFull, ModelError."""
         with self._changed:
             self._check_room(n)
             self._n_reserved += n
@@ -109,13 +110,15 @@ class Batcher:
         """Give back places that were not used."""
         with self._changed:
             self._n_reserved -= n
+            self._changed.notify_all()
 
     def submit(
         self, request: Request, on_event: Callable[[Event], None], *, reserved: bool = False
     ) -> Job:
         """Queue a request; this Batcher's thread calls `on_event`, which must not raise.
 
-        A `reserved` one uses up a place that was held. Raises QueueFull, PromptError, SamplerError.
+        A `reserved` one uses up a place that was held. Raises QueueFull, ModelError, PromptError,
+        SamplerError.
         """
         job = Job(self.trio, request, on_event, drafts=self._drafts)
         with self._changed:
@@ -143,8 +146,10 @@ class Batcher:
             self._ask_for_turn()
 
     def _check_room(self, n: int) -> None:
-        if self._closing is not None or self._has_ended:
+        if self._is_closing:
             raise QueueFull("the server is shutting down; try again later")
+        if self._has_ended:
+            raise ModelError(_STOPPED)
         if n > self._n_free:
             raise QueueFull(f"{self._n_queue} requests wait already; try again later")
 
@@ -175,11 +180,18 @@ class Batcher:
         """The numbers of this moment; any thread may ask."""
         return replace(self._statistics, n_running=len(self._running), n_waiting=len(self._waiting))
 
-    def close(self, *, drain_s: float = 0.0) -> None:
-        """Take no more requests; cancel those that run after `drain_s`. The trio stays open."""
+    def close(self) -> None:
+        """Take no more requests, and cancel those that run. The trio stays open.
+
+        As it may be freed next, this waits for the step that runs, past Ctrl-C too, and until no
+        place is held: who holds one uses the tokenizer.
+        """
+        past_ctrl_c(self._close)
+
+    def _close(self) -> None:
         with self._changed:
-            self._closing = time.monotonic() + drain_s
-            self._changed.wait_for(lambda: not self._has_turn)
+            self._is_closing = True
+            self._changed.wait_for(lambda: not (self._has_turn or self._n_reserved))
         if not self._has_ended:
             self._thread.submit(self._end).result()
         self._at_end.close()
@@ -200,15 +212,17 @@ class Batcher:
         except BaseException:  # a mistake of ours
             traceback.print_exc()
             self._end()
-        with self._changed:
-            self._has_turn = False
-            if self._waiting or self._running:
-                self._ask_for_turn()
-            self._changed.notify_all()
+        finally:  # close() waits for it, also where the same mistake comes again in _end()
+            with self._changed:
+                self._has_turn = False
+                self._changed.notify_all()
+                if (self._waiting or self._running) and not self._has_ended:
+                    self._ask_for_turn()
 
     def _end(self) -> None:
-        self._has_ended = True
-        self._abandon(ModelError("the server has stopped"))
+        with self._changed:  # so that none is submitted once those that are there are told
+            self._has_ended = True
+        self._abandon(ModelError(_STOPPED))
 
     def _timed_step(self) -> None:
         started, self._step_began = time.perf_counter(), time.monotonic()
@@ -221,7 +235,7 @@ class Batcher:
         self._statistics = replace(self._statistics, step_seconds=took)
 
     def _end_cancelled(self) -> None:
-        if self._closing is not None and time.monotonic() >= self._closing:
+        if self._is_closing:
             for job in (*self._waiting, *self._running):
                 job.cancel()
         for job in [j for j in (*self._waiting, *self._running) if j.cancelled]:

@@ -22,6 +22,12 @@ def run_all(pool: ThreadPoolExecutor, work: Callable[[T], R], parts: Sequence[T]
     """
     gate, closed, n_working = Condition(), False, 0
 
+    def end() -> None:
+        nonlocal closed
+        with gate:
+            closed = True
+            gate.wait_for(lambda: n_working == 0)
+
     # Counted here: Ctrl-C may come while a part is handed over, before anyone holds its future.
     def counted(part: T) -> R:
         nonlocal n_working
@@ -41,9 +47,23 @@ def run_all(pool: ThreadPoolExecutor, work: Callable[[T], R], parts: Sequence[T]
         own = work(parts[-1])
         return [*others, own]
     finally:
-        with gate:
-            closed = True
-            gate.wait_for(lambda: n_working == 0)
+        past_ctrl_c(end)
+
+
+def past_ctrl_c(wait: Callable[[], None]) -> None:
+    """Wait for what uses memory that the caller frees next: Ctrl-C is raised only afterwards.
+
+    It makes `wait` begin again.
+    """
+    pressed = None
+    while True:
+        try:
+            wait()
+            break
+        except KeyboardInterrupt as error:
+            pressed = error
+    if pressed is not None:
+        raise pressed
 
 
 def available_cores() -> int:

@@ -102,6 +102,7 @@ CALL = '<tool_call>\n{"name": "choose", "arguments": {"city": "Алматы"}}\n
         ('<tool_call>{"name": "choose"', '<tool_call>{"name": "choose"', 0),
         (CALL.replace("choose", "other"), CALL.replace("choose", "other"), 0),
         ("a  \n", "a  \n", 0),
+        (CALL.replace('"choose"', '["choose"]'), None, 0),
         ("<tool_call>" + "[" * 5000 + "</tool_call>", None, 0),
     ],
 )

@@ -73,11 +73,9 @@ class CallFinder:
             value = parse_json(text.encode())
         except RequestError:
             return None
-        if not isinstance(value, dict) or value.get("name") not in self._names:
+        if not isinstance(value, dict):
             return None
-        arguments = value.get("arguments")
-        if not isinstance(arguments, dict):
+        name, arguments = value.get("name"), value.get("arguments")
+        if not isinstance(name, str) or name not in self._names or not isinstance(arguments, dict):
             return None
-        return FunctionCall(
-            value["name"], json.dumps(arguments, ensure_ascii=False), new_id("call")
-        )
+        return FunctionCall(name, json.dumps(arguments, ensure_ascii=False), new_id("call"))

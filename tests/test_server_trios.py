@@ -33,17 +33,22 @@ class Shelf:
 
     def __init__(self):
         self.gates = {name: threading.Event() for name in "abc"}
-        self.opened, self.room, self.failures = [], True, []
+        self.opened, self.room, self.failures, self.fails_early = [], True, [], False
         self.entries = {name: Entry(name, 64) for name in "abc"}
         self.gates["a"].set()
 
     def trios(self, **options):
         groups = [
-            Group([entry], load=lambda name=name: self._load(name), fits=lambda: self.room)
+            Group([entry], load=lambda name=name: self._load(name), fits=self._fits)
             for name, entry in self.entries.items()
         ]
         limits = Limits(parallel=1, queue=1, timeout_s=options.pop("timeout_s", 60))
         return Trios(groups, limits=limits, **options)
+
+    def _fits(self):
+        if self.failures and self.fails_early:
+            raise self.failures.pop()
+        return self.room
 
     def _load(self, name):
         self.gates[name].wait(60)
@@ -153,7 +158,11 @@ def test_without_room_all_others_go_and_the_counts_stay(shelf, run):
     run(check, shelf.trios())
 
 
-def test_a_failure_is_told_to_who_waits_and_does_not_last(shelf, run, capsys):
+@pytest.mark.parametrize("early", [False, True])
+def test_a_failure_is_told_to_who_waits_and_does_not_last(shelf, run, capsys, early):
+    """Bug: one that came as the room was reckoned named its file to the client."""
+    shelf.fails_early = early
+
     async def check(trios):
         shelf.failures.append(ModelFileError("b.gguf: no such file"))
         shelf.gates["b"].set()

@@ -227,8 +227,8 @@ class Trios:
 
     async def _load(self, group: Group) -> None:
         async with self._lock:
-            await self._make_room(group)
             try:
+                await self._make_room(group)
                 group.engines = await self._in_thread(lambda: self._opened(group))
             except TrimixError as error:  # it may name files, which are not for clients
                 names = ", ".join(entry.name for entry in group.entries)

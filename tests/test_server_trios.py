@@ -20,7 +20,7 @@ from trimix_gguf.answering.batching import Batcher, Statistics
 from trimix_gguf.answering.drafting import Drafting
 from trimix_gguf.answering.generation import stream_generate
 from trimix_gguf.answering.request import Request
-from trimix_gguf.errors import ModelFileError, QueueFull
+from trimix_gguf.errors import ModelError, ModelFileError, QueueFull
 from trimix_gguf.server.errors import RequestError
 from trimix_gguf.server.letters import closest
 from trimix_gguf.server.limits import Limits
@@ -259,6 +259,31 @@ def test_ctrl_c_ends_the_choice_for_a_task(shelf):
     with pytest.raises(KeyboardInterrupt):
         shelf.trios()
     assert ended.wait(2)
+
+
+def test_the_end_of_a_server_ends_the_choice_for_a_task(shelf, run):
+    """Bug: it lasted as long as the choice, until a watchdog ended the process."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def choose(trio, watch):
+        begun.set()
+        with pytest.raises(ModelError):
+            for _ in range(500):
+                time.sleep(0.02)
+                watch()
+        ended.set()
+        raise ModelError("it was ended")
+
+    shelf.entries["b"] = replace(shelf.entries["b"], task=ServedTask("t", choose))
+    shelf.gates["b"].set()
+
+    async def check(trios):
+        waiting = asyncio.create_task(trios.use(shelf.entries["b"]).__aenter__())
+        await soon(begun.is_set)
+        waiting.cancel()
+
+    run(check, shelf.trios())
+    assert ended.is_set()
 
 
 def test_batchers_take_turns_step_by_step(monkeypatch):

@@ -18,7 +18,7 @@ from typing import Any
 from trimix_gguf.answering.batching import Batcher, Statistics
 from trimix_gguf.answering.request import Options, Request
 from trimix_gguf.choosing.selection import Selection
-from trimix_gguf.errors import QueueFull, TrimixError
+from trimix_gguf.errors import ModelError, QueueFull, TrimixError
 from trimix_gguf.server.errors import RequestError
 from trimix_gguf.server.letters import closest
 from trimix_gguf.server.limits import Limits, share_of_context
@@ -66,12 +66,13 @@ class Engine:
         *,
         limits: Limits,
         thread: ThreadPoolExecutor,
+        left: threading.Event,
         context_shift: bool = False,
     ) -> None:
         self.trio, self.name = trio, entry.name
         self.tasks: dict[str, Selection] = {}
         if entry.task is not None:
-            self.tasks[entry.task.name] = _chosen(entry.task, trio, thread)
+            self.tasks[entry.task.name] = _chosen(entry.task, trio, thread, left)
         self.batcher = Batcher(
             trio,
             n_parallel=limits.parallel,
@@ -147,6 +148,7 @@ class Trios:
         self._lock = asyncio.Lock()
         self._aside = ThreadPoolExecutor(1, "load")
         self._thread = ThreadPoolExecutor(1, "decode")  # see Batcher
+        self._left = threading.Event()  # nobody waits for a task's weights any more
         self._past = Statistics()  # of engines that are gone
         groups[0].engines = self._opened(groups[0])
 
@@ -271,6 +273,7 @@ class Trios:
                     entry,
                     limits=self._limits,
                     thread=self._thread,
+                    left=self._left,
                     context_shift=self._context_shift,
                 )
         except TrimixError:  # of a task
@@ -282,6 +285,7 @@ class Trios:
 
     def close(self) -> None:
         """Free everything; running answers are ended."""
+        self._left.set()
         self._aside.shutdown()
         for group in self._groups:
             _close(group.engines)
@@ -309,18 +313,20 @@ class Trios:
         return any(engine.batcher.is_busy for engine in self._engines)
 
 
-def _chosen(task: ServedTask, trio: Trio, thread: ThreadPoolExecutor) -> Selection:
-    """A task's weights, found in the thread that decodes; Ctrl-C here ends it there."""
-    left = threading.Event()
+def _chosen(
+    task: ServedTask, trio: Trio, thread: ThreadPoolExecutor, left: threading.Event
+) -> Selection:
+    """A task's weights, found in the thread that decodes; Ctrl-C here, or `left`, ends it there."""
 
     def watch() -> None:
         if left.is_set():
-            raise KeyboardInterrupt
+            raise ModelError("the server is shutting down")
 
     try:
         return thread.submit(task.choose, trio, watch).result()
-    finally:
+    except KeyboardInterrupt:
         left.set()
+        raise
 
 
 def _close(engines: Mapping[str, Engine]) -> None:

@@ -14,6 +14,7 @@ from conftest import KAZAKH
 from served import ENDLESS, PATIENCE_S, error_of, serving
 
 from trimix_gguf.cli.help import FOLDER
+from trimix_gguf.server.keys import Keys
 from trimix_gguf.server.log import Log
 
 SMALL = {"prompt": KAZAKH, "max_tokens": 3, "temperature": 0}
@@ -185,6 +186,12 @@ def test_a_file_of_keys_that_cannot_be_used_is_one_line(trimix, tmp_path, text, 
     said = result.stderr.decode()
     assert result.returncode == 1 and words in said and said.count("\n") == 1
     assert "қ" not in said
+
+
+def test_a_file_of_keys_may_begin_with_a_mark_as_windows_writes_it(tmp_path):
+    """Bug: its first line was refused, also a comment."""
+    (tmp_path / "keys").write_text("# ours\naigul first\n", encoding="utf-8-sig")
+    assert Keys(None, tmp_path / "keys").name_of(b"first") == "aigul"
 
 
 def test_no_file_of_keys_is_one_line(trimix, tmp_path):

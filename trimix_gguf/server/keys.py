@@ -69,7 +69,7 @@ def _stamp(file: Path) -> object:
 
 def _read(file: Path) -> list[tuple[str, bytes]]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise KeyFileError(f"{file}: {reason.lower()}") from None

@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -219,6 +220,40 @@ def test_something_else_than_was_begun_with_is_refused(adapt, text_file, tmp_pat
     other.write_text("b", encoding="utf-8")
     with pytest.raises(DataError, match="other.txt changed"):
         begun.check_asked({}, [other])
+
+
+def test_a_folder_of_other_files_is_no_work_folder_and_keeps_them(adapt, text_file, tmp_path):
+    """A run began by deleting all in --work DIR/NAME, which may be the folder of the text."""
+    text = tmp_path / "texts" / "kk" / "old.txt"
+    text.parent.mkdir(parents=True)
+    shutil.copy(text_file, text)
+    said = refused(adapt("kk", text, "--work", tmp_path / "texts", "--tokens", 2048))
+    assert "holds old.txt" in said and "--work" in said
+    assert [path.name for path in text.parent.iterdir()] == ["old.txt"]
+
+
+def test_what_a_kill_leaves_is_still_a_work_folder(tmp_path, monkeypatch, text_file):
+    work = Workplace(tmp_path / "work")
+    work.check_asked({"tokens": 4}, [text_file])
+    (work.folder / "replay").mkdir()
+    with monkeypatch.context() as killed:
+        everything = Path.iterdir
+        killed.setattr(Path, "iterdir", lambda path: iter(sorted(everything(path))))
+        killed.setattr(shutil, "rmtree", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            work.check_asked({"tokens": 5}, [text_file])
+    Workplace(work.folder).check_asked({"tokens": 5}, [text_file])
+    assert not (work.folder / "replay").exists()
+    (tmp_path / "new").mkdir()
+    for name in ("lock", ".asked.json.123-0.part"):
+        (tmp_path / "new" / name).touch()
+    Workplace(tmp_path / "new").check_asked({}, [text_file])
+
+
+def test_an_output_in_the_work_folder_is_refused(adapt, text_file, tmp_path):
+    """The end of the run deleted it with the folder."""
+    said = refused(adapt("kk", text_file, "--work", tmp_path, "-o", tmp_path / "kk/small.gguf"))
+    assert "deleted at the end" in said
 
 
 # -- bad input --------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def adapt(
     it; others return None. Raises TrimixError; training.Stopped after Ctrl-C.
     """
     if together.is_first:
-        _check_free(asked)
+        _check_free(asked, work)
     else:
         shown = Shown.nothing()
     with work.held() if together.is_first else nullcontext():
@@ -85,10 +85,15 @@ def adapt(
         return Adapted(report, ahead) if dry_run else run.make(report, ahead)
 
 
-def _check_free(asked: Asked) -> None:
-    """Raise TrioFileError or DataError where the result's name is taken."""
+def _check_free(asked: Asked, work: Workplace) -> None:
+    """Raise TrioFileError or DataError where the result's name is taken, or would be deleted."""
     check_name(asked.name)
     if asked.output is not None:
+        if asked.output.resolve().is_relative_to(work.folder.resolve()):
+            raise DataError(
+                f"{asked.output} is in {work.folder}, which is deleted at the end; name a file "
+                "elsewhere"
+            )
         if asked.output.exists():
             raise DataError(f"{asked.output} is there already; remove it, or name another file")
         if not asked.output.absolute().parent.is_dir():

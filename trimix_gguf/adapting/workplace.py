@@ -17,11 +17,21 @@ ASKED, DECIDED, REPORT, LOCK = "asked.json", "decided.json", "report.json", "loc
 
 
 class Workplace:
-    """A folder whose run may be stopped and goes on; its files are written whole."""
+    """A folder whose run may be stopped and goes on; its files are written whole.
+
+    A run deletes what is in its folder. Raises DataError for a folder that another one made.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in folder.iterdir()} - {LOCK}
+        others = [name for name in names if not name.startswith(f".{ASKED}.")]  # left by a kill
+        if others and ASKED not in names:
+            raise DataError(
+                f"{folder} holds {min(others)}, which is no part of a run, and a run deletes all "
+                "in its folder; set --work to another one"
+            )
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -56,10 +66,11 @@ class Workplace:
                 raise DataError(f"{name} {what} since this run was begun; {mend}")
 
     def _empty(self) -> None:
+        self.write(ASKED, None)  # stays: where a kill ends this, the folder is still a run's
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != LOCK:
+            elif path.name not in (LOCK, ASKED):
                 path.unlink()
 
     def read(self, name: str) -> Any:

@@ -23,7 +23,7 @@ from trimix_gguf.adapting.rows import Rows, blocks, measured_rows, write_rows  #
 from trimix_gguf.adapting.workplace import Workplace  # noqa: E402
 from trimix_gguf.errors import DataError, TrimixError  # noqa: E402
 from trimix_gguf.trio.trio import NANO  # noqa: E402
-from trimix_gguf.trios.store import installed, resolve  # noqa: E402
+from trimix_gguf.trios.store import installed, installed_folder, resolve  # noqa: E402
 
 # -- the whole way ----------------------------------------------------------------------------
 
@@ -248,6 +248,14 @@ def test_what_a_kill_leaves_is_still_a_work_folder(tmp_path, monkeypatch, text_f
     for name in ("lock", ".asked.json.123-0.part"):
         (tmp_path / "new" / name).touch()
     Workplace(tmp_path / "new").check_asked({}, [text_file])
+
+
+def test_a_name_that_a_stopped_pull_took_is_refused_before_the_training(adapt, text_file, tmp_path):
+    """The trio could not be put in its place, after hours."""
+    part = installed_folder("kk") / ".pull" / "small_cpt.gguf.part"
+    part.parent.mkdir(parents=True)
+    part.touch()
+    assert "a part of one, is here already" in refused(adapt("kk", text_file, "--tokens", 2048))
 
 
 def test_an_output_in_the_work_folder_is_refused(adapt, text_file, tmp_path):

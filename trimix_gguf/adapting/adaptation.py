@@ -32,7 +32,7 @@ from trimix_gguf.adapting.workplace import DECIDED, REPORT, Workplace
 from trimix_gguf.errors import DataError, TrioFileError, VocabularyMismatch
 from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.machine.vocabulary import check_contract
-from trimix_gguf.trios.store import SHIPPED, installed, resolve
+from trimix_gguf.trios.store import SHIPPED, installed_folder, resolve
 from trimix_gguf.trios.triofile import TrioFile, check_name
 
 N_LOOKS = 6  # measurements on the way, or more in a long run
@@ -98,10 +98,16 @@ def _check_free(asked: Asked, work: Workplace) -> None:
             raise DataError(f"{asked.output} is there already; remove it, or name another file")
         if not asked.output.absolute().parent.is_dir():
             raise DataError(f"folder {asked.output.parent} does not exist; create it first")
-    elif asked.name == SHIPPED or asked.name in installed():
+    elif asked.name == SHIPPED or _holds_any(installed_folder(asked.name)):
         raise TrioFileError(
-            f"trio {asked.name} is here already; take another name, or `trimix remove` it"
+            f"trio {asked.name}, or a part of one, is here already; take another name, or "
+            "`trimix remove` it"
         )
+
+
+def _holds_any(folder: Path) -> bool:
+    """Whether no trio could be put there: a pull that was stopped leaves no trio, but files."""
+    return folder.exists() and any(folder.iterdir())
 
 
 class _Run:

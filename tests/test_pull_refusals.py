@@ -40,6 +40,15 @@ def test_a_hub_that_sends_the_same_beginning_for_ever_is_given_up(person, hub, r
     assert sum(path.stat().st_size for path in person.trio.rglob("*.part")) == 9
 
 
+def test_a_page_in_place_of_a_file_is_not_fetched_for_ever(person, hub, ready, refusal):
+    """A page of no declared length, longer than the file, was fetched again without a pause."""
+    hub.add(REPO, ready)
+    page = b"<html>log in</html>".ljust(max(path.stat().st_size for path in ready.iterdir()) + 1)
+    hub.faults["/file/"] = [Fault(body=page, sized=False, forever=True)]
+    assert "was removed; pull again later" in refusal(person.write())
+    assert sum("/file/" in one.path for one in hub.asked) == 2
+
+
 def test_a_source_that_is_not_there_is_named(person, hub, ready, refusal):
     hub.add(REPO, ready)
     for entry, words in [

@@ -30,6 +30,7 @@ class Fault:
     stall_after: int | None = None  # bytes; then silence until the client gives up
     flip: int | None = None  # the byte of the file that comes out wrong
     body: bytes | None = None  # what is sent, as 200, in place of the answer
+    sized: bool = True  # that body has a Content-Length
     whole: bool = False  # Range is passed over
     forever: bool = False  # stays, for every later answer
 
@@ -168,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.status is not None:
             return self._send(fault.status, fault.headers, fault.body or b"")
         if fault.body is not None:
-            return self._send(200, {"Content-Type": "text/html"}, fault.body)
+            return self._send(200, {"Content-Type": "text/html"}, fault.body, fault.sized)
         if self.server is hub.cdn:
             name, commit = path.split("/", 3)[3], path.split("/")[1]
             repo = next(r for r in hub.repos.values() if commit in r.commits)
@@ -251,16 +252,19 @@ class _Handler(BaseHTTPRequestHandler):
     def _refuse(self, status: int, code: str) -> None:
         self._send(status, {"X-Error-Code": code}, b"")
 
-    def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        self._start(status, headers, len(body))
+    def _send(self, status: int, headers: dict[str, str], body: bytes, sized: bool = True) -> None:
+        self._start(status, headers, len(body) if sized else None)
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def _start(self, status: int, headers: dict[str, str], n_bytes: int) -> None:
+    def _start(self, status: int, headers: dict[str, str], n_bytes: int | None) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(n_bytes))
+        if n_bytes is None:
+            self.send_header("Connection", "close")  # which ends the body
+        else:
+            self.send_header("Content-Length", str(n_bytes))
         self.end_headers()
 
 

@@ -152,14 +152,14 @@ def _is_right(file: RemoteFile, part: Path, progress: ByteProgress) -> bool:
 
 
 def _fetch_bytes(file: RemoteFile, part: Path, progress: ByteProgress, notify: Notify) -> None:
-    """Let `part` grow to the file's size."""
+    """Let `part` grow to the file's size; beyond it where what comes is not the file."""
     what = f"{file.name} of {file.repo}"
     patience = _Patience(what, file.repo, notify, kept="; what came is kept")
     part.touch()
+    if part.stat().st_size > file.n_bytes:
+        os.truncate(part, 0)
     furthest = part.stat().st_size
-    while (n_have := part.stat().st_size) != file.n_bytes:
-        if n_have > file.n_bytes:
-            os.truncate(part, n_have := 0)
+    while (n_have := part.stat().st_size) < file.n_bytes:
         progress(file.name, n_have, file.n_bytes)
         error: Exception = ConnectionError("the connection was cut")
         try:

@@ -94,9 +94,12 @@ def _check_adapter(adapter: GGUFFile, base: GGUFFile) -> None:
     shapes = {tensor.name: tensor.shape for tensor in base.tensors}
     for tensor in adapter.tensors:
         target, _, part = tensor.name.rpartition(".lora_")
-        # Shapes are innermost first: A reads the base's input, B writes its output.
-        side = 0 if part == "a" else 1
-        if target not in shapes or tensor.shape[side] != shapes[target][side]:
+        # Shapes are innermost first: A reads the base's input, B writes its output. Of embeddings,
+        # llama.cpp looks up rows of A: one for each token.
+        own, its = (0, 0) if part == "a" else (1, 1)
+        if target == "token_embd.weight":
+            own, its = (1, 1) if part == "a" else (1, 0)
+        if target not in shapes or tensor.shape[own] != shapes[target][its]:
             expected = f"of {list(shapes[target])}" if target in shapes else "that is not there"
             raise ModelFileError(
                 f"{adapter.path}: adapts {target} {expected} in {base.path.name}, with "

@@ -11,10 +11,11 @@ from gguf import GGUFReader
 from llama_oracle import llama_logits
 
 from trimix_gguf.convert.adapter import Adapter
+from trimix_gguf.convert.check import check_trio
 from trimix_gguf.convert.checkpoint import StoredTensor, write_safetensors
 from trimix_gguf.convert.hf import convert_hf
 from trimix_gguf.convert.lora import convert_lora, merge_lora
-from trimix_gguf.errors import ConversionError
+from trimix_gguf.errors import ConversionError, ModelFileError
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "models"
 SHARED_MODELS = Path(os.environ.get("TRIMIX_SHARED_MODELS", SHARED))
@@ -89,6 +90,18 @@ def test_logits_equal_those_of_peft(tmp_path, case):
         print(f"{case}, {way}: largest difference {largest:.1e}")
         # ggml looks Gemma's GELU up in a table of float16.
         assert largest <= (3e-3 if name == "gemma3" else 1e-3), way
+
+
+def test_an_adapter_of_embeddings_makes_a_trio_with_its_base_only(tmp_path, nano_files):
+    """`check` and `create` looked at the wrong side of its pair, and refused it."""
+    save_peft(tmp_path, "llama untied", target_modules=["q_proj", "embed_tokens", "lm_head"])
+    base, adapter = tmp_path / "base.gguf", tmp_path / "a.gguf"
+    convert_hf(tmp_path / "base", base)
+    convert_lora(tmp_path / "adapter", tmp_path / "base", adapter)
+    report = check_trio(large_ins=base, small_cpt=adapter, small_base=base, n_ctx=64)
+    assert report["models"]["small_cpt"]["type"] == "adapter"
+    with pytest.raises(ModelFileError, match="adapts token_embd.weight of"):
+        check_trio(**{**nano_files, "small_cpt": adapter})
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}])

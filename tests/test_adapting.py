@@ -258,6 +258,15 @@ def test_a_name_that_a_stopped_pull_took_is_refused_before_the_training(adapt, t
     assert "a part of one, is here already" in refused(adapt("kk", text_file, "--tokens", 2048))
 
 
+def test_bad_pairs_are_refused_while_they_can_be_repaired(adapt, text_file, tmp_path):
+    """They were read once training was decided on: then a repaired file was another file."""
+    pairs, options = tmp_path / "pairs.tsv", ("--work", tmp_path / "work", "--tokens", 2048)
+    pairs.write_text("only one column\n", encoding="utf-8")
+    said = refused(adapt("kk", text_file, "--pairs", pairs, *options))
+    assert "line 1: expected two columns" in said
+    assert not (tmp_path / "work/kk/decided.json").exists()
+
+
 def test_an_output_in_the_work_folder_is_refused(adapt, text_file, tmp_path):
     """The end of the run deleted it with the folder."""
     said = refused(adapt("kk", text_file, "--work", tmp_path, "-o", tmp_path / "kk/small.gguf"))

@@ -9,6 +9,7 @@ import pytest
 from trimix_gguf.adapting import teaching
 from trimix_gguf.adapting.teaching import Pair, read_pairs, shares_of, teach
 from trimix_gguf.errors import DataError
+from trimix_gguf.tuning import pairs as tuning_pairs
 
 SUBJECTS = ("budget", "harvest", "school", "bridge", "museum", "doctor", "railway", "climate")
 TEXT = ["\n".join(" ".join(f"сөз{line}н{at}" for at in range(8)) + "." for line in range(60))]
@@ -94,12 +95,19 @@ def test_what_is_not_there_leaves_its_share_to_the_text():
         ("only one column\n", "line 1: expected two columns"),
         ("kk\ten\tscore\na\tb\tgood\n", "line 2: its score"),
         ("бір\tone\n", "no pair"),
+        ("a" * 200_000, "cannot be read"),
     ],
 )
 def test_bad_pairs_are_one_line(tmp_path, content, said):
     (tmp_path / "pairs.tsv").write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=said):
         read_pairs(tmp_path / "pairs.tsv")
+
+
+def test_a_field_of_any_length_is_one_line_for_tune_too(tmp_path):
+    (tmp_path / "pairs.tsv").write_text(f"kk\ten\n{'a' * 200_000}\tb\n", encoding="utf-8")
+    with pytest.raises(DataError, match="no table of sentence pairs"):
+        tuning_pairs.read_pairs(tmp_path / "pairs.tsv", "kk")
 
 
 def test_badly_aligned_pairs_are_left_out(pairs):

@@ -127,9 +127,15 @@ class _Run:
         self.trio, self.base, self.tokenizer = trio, base, tokenizer
         self.folder = work.folder
         self.instruct: Base | None = None
+        self.pairs: list[teaching.Pair] = []
 
     def check_wishes(self) -> None:
-        """Find the model of --instruct, and what must be a whole model, before anything long."""
+        """Read --pairs, find the model of --instruct, and say what must be a whole model.
+
+        Before anything long: once training is begun, no file may be repaired.
+        """
+        if self.asked.pairs is not None:
+            self.pairs = teaching.read_pairs(self.asked.pairs)
         given = self.asked.instruct
         if given is not None:
             self.instruct = find_instruct(given, self.base, self.folder)
@@ -316,13 +322,12 @@ class _Run:
     def _rows(self, decided: dict[str, Any]) -> Rows:
         asked, learned = self.asked, self._texts(LEARNED)
         replay = self._texts(LEARNED, True)
-        pairs = [] if asked.pairs is None else teaching.read_pairs(asked.pairs)
         shares = teaching.shares_of(
-            pairs=bool(pairs), replay=bool(replay), exercises=asked.exercises, text=learned
+            pairs=bool(self.pairs), replay=bool(replay), exercises=asked.exercises, text=learned
         )
         mix = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
         self.shown.say(f"the mix: {mix}")
-        documents = teaching.teach(learned, replay, pairs, shares, random.Random(asked.seed))
+        documents = teaching.teach(learned, replay, self.pairs, shares, random.Random(asked.seed))
         n_rows = decided["n_steps"] * outlook.ROWS_PER_STEP
         return write_rows(
             documents, self.tokenizer, self.folder, n_rows=n_rows, n_block=self.base.n_block

@@ -130,7 +130,7 @@ def read_pairs(file: Path) -> list[Pair]:
     try:
         with open(file, encoding="utf-8-sig", newline="") as opened:
             rows = list(csv.reader(opened, delimiter="\t", quoting=csv.QUOTE_NONE))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"--pairs {file} cannot be read: {error}") from None
     at = rows[0].index("score") if rows and "score" in rows[0] else None
     pairs = []

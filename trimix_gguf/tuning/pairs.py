@@ -29,6 +29,8 @@ def read_pairs(file: Path, language: str) -> list[Pair]:
         raise DataError(f"{file} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}") from None
+    except csv.Error as error:
+        raise DataError(f"{file} is no table of sentence pairs: {error}") from None
     return [
         (a.strip(), b.strip())
         for a, b, score in found

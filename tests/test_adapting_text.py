@@ -87,6 +87,15 @@ def test_a_long_text_becomes_documents_that_hold_every_line_once(tmp_path):
     assert "".join(found).splitlines() == lines
 
 
+def test_a_book_is_one_line_of_json(tmp_path):
+    """A line was cut after 2^20 characters, and then it was not JSON: it ended a whole corpus."""
+    lines, file = [made_text(seed, 30) for seed in range(60)] * 120, tmp_path / "a.jsonl"
+    text = "\n".join(lines)
+    assert len(text) > 1 << 20
+    file.write_text(json.dumps({"text": text}, ensure_ascii=False), encoding="utf-8")
+    assert "".join(d.text for d in read_documents(file)).splitlines() == lines
+
+
 def test_articles_of_a_dump_are_read_and_other_pages_are_not(tmp_path):
     file = tmp_path / "wiki.xml"
     pages = [
@@ -226,7 +235,7 @@ def test_text_in_another_script_than_named_is_refused(prepared):
 @pytest.mark.parametrize("kind", ["tsv", "jsonl", "json", "txt"])
 def test_lines_of_evaluation_sets_are_left_out(prepared, tmp_path, kind):
     question = made_text(99, 12)
-    row = {"question": question, "choices": ["а", "б"]}
+    row = {"question": f"\u2028{question}", "choices": ["а", "б"]}  # some hold such line ends
     content = {
         "tsv": f"1\t{question}\tlabel",
         "jsonl": json.dumps(row, ensure_ascii=False),

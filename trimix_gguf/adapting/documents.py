@@ -15,6 +15,7 @@ TEXTS, JSON_LINES, DUMPS = (".txt", ".md", ".text"), (".jsonl", ".ndjson"), (".x
 FEWEST_CHARACTERS = 1000  # of a document, before a blank line ends it
 MOST_CHARACTERS = 2000  # a longer text becomes several documents
 _LONGEST_LINE = 1 << 20  # characters read at once
+_LONGEST_JSON = 1 << 26  # the same of JSON, where a line is read whole: many a book is longer
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,13 @@ def _kind(file: Path) -> str:
     return kind if kind in (*TEXTS, *JSON_LINES, *DUMPS) else ""
 
 
-def _lines(file: Path, raw: io.BufferedReader) -> Iterator[str]:
+def _lines(file: Path, raw: io.BufferedReader, longest: int = _LONGEST_LINE) -> Iterator[str]:
     if raw.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{file} is UTF-16; save it as UTF-8")
     # Bytes that are not UTF-8 become lone surrogates, which Document.is_utf8 finds.
     text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape")
     try:
-        while line := text.readline(_LONGEST_LINE):
+        while line := text.readline(longest):
             yield line
     finally:
         text.detach()  # who opened it closes it
@@ -102,7 +103,7 @@ def _text(file: Path, raw: io.BufferedReader) -> Iterator[Document]:
 
 
 def _json_lines(file: Path, raw: io.BufferedReader) -> Iterator[Document]:
-    for number, line in enumerate(_lines(file, raw), 1):
+    for number, line in enumerate(_lines(file, raw, _LONGEST_JSON), 1):
         if not line.strip():
             continue
         try:

@@ -66,11 +66,13 @@ def _texts(file: Path) -> Iterator[str]:
     if file.suffix == ".json":
         yield from _strings(_parsed(content, file))
         return
+    if file.suffix in (".jsonl", ".ndjson"):
+        for line in content.split("\n"):  # not splitlines(): a text may hold U+2028
+            if line.strip():
+                yield from _strings(_parsed(line, file))
+        return
     for line in content.splitlines():
-        if file.suffix in (".jsonl", ".ndjson") and line.strip():
-            yield from _strings(_parsed(line, file))
-        else:
-            yield from line.split("\t")
+        yield from line.split("\t")
 
 
 def _parsed(text: str, file: Path) -> Any:

@@ -69,9 +69,10 @@ def blocks(
             counts += [count] * len(found)
         ids.append(tokenizer.end)
         counts.append(1)
-        while len(ids) >= n_block:
-            yield ids[:n_block], counts[:n_block]
-            ids, counts = ids[n_block:], counts[n_block:]
+        n_whole = len(ids) // n_block * n_block
+        for at in range(0, n_whole, n_block):
+            yield ids[at : at + n_block], counts[at : at + n_block]
+        ids, counts = ids[n_whole:], counts[n_whole:]
 
 
 def measured_rows(texts: Sequence[str], tokenizer: Tokenizer, *, n_rows: int, n_block: int) -> Rows:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trimix_gguf.adapting.extras import need, quiet
-from trimix_gguf.errors import ConversionError, ModelFileError, TrioFileError
+from trimix_gguf.errors import ConversionError, ModelFileError
 from trimix_gguf.machine import native
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
 from trimix_gguf.machine.native import lib
@@ -61,8 +61,6 @@ def find_base(trio: TrioFile, given: Path | None, work: Path, *, alone: bool = F
     if not alone:
         large_ins = read_gguf(trio.path("large_ins"))
         check_contract({"large_ins": large_ins, "small_base": read_gguf(base.gguf)})
-    if trio.models["small_base"].adapter_of is not None:
-        raise TrioFileError(f"{trio.file}: small_base is an adapter; give --base a whole model")
     return base
 
 

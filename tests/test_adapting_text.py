@@ -4,6 +4,8 @@ import bz2
 import gzip
 import json
 import random
+import re
+import shutil
 import unicodedata
 
 import pytest
@@ -12,7 +14,7 @@ for needed in ("ftfy", "datasketch", "zstandard", "fontTools"):
     pytest.importorskip(needed, reason="needs the extra: pip install -e '.[adapt]'")
 import zstandard  # noqa: E402
 
-from trimix_gguf.adapting import documents  # noqa: E402
+from trimix_gguf.adapting import documents, results  # noqa: E402
 from trimix_gguf.adapting.cleaning import OFTEN, clean  # noqa: E402
 from trimix_gguf.adapting.documents import list_files, read_documents  # noqa: E402
 from trimix_gguf.adapting.keeping_out import KeptOut  # noqa: E402
@@ -26,6 +28,8 @@ from trimix_gguf.adapting.preparing import (  # noqa: E402
 from trimix_gguf.adapting.report import Report  # noqa: E402
 from trimix_gguf.adapting.wikipedia import plain_text  # noqa: E402
 from trimix_gguf.errors import DataError  # noqa: E402
+from trimix_gguf.trio.trio import NANO  # noqa: E402
+from trimix_gguf.trios.triofile import TrioFile  # noqa: E402
 
 LETTERS = "абвгдежзийклмнопрстуфхцчшыэюяәғқңөұүһі"
 PACKINGS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress,
@@ -263,3 +267,14 @@ def test_few_words_in_common_are_no_leak_and_scripts_without_spaces_are_looked_a
     assert not kept_out.has(" ".join(["x", *words[3:10], "y", "z"]))
     assert kept_out.has("พ" + thai[20:50]) and not kept_out.has(thai[20:40])
     assert not kept_out.has("екі сөз") and not kept_out.has("")
+
+
+def test_held_out_text_of_many_tokens_is_cut_to_the_context(tmp_path):
+    """Bug: after hours of training, `adapt` ended where no held-out text fitted the context."""
+    folder = tmp_path / "trio"
+    shutil.copytree(NANO, folder)
+    file = folder / "trio.toml"
+    file.write_text(re.sub(r"(?m)^n_ctx = .*$", "n_ctx = 64", file.read_text(encoding="utf-8")))
+    (tmp_path / HELD_OUT).write_text(json.dumps(["a", "ལྷ་སའི་སྐད་ཡིག་" * 200]) + "\n")
+    said = results.table(TrioFile.read(file), tmp_path)
+    assert said.startswith("perplexity of 5")  # of 56 tokens but the first

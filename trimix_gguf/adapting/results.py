@@ -11,11 +11,12 @@ from trimix_gguf.adapting.preparing import HELD_OUT, documents_of
 from trimix_gguf.adapting.publishing import keep
 from trimix_gguf.choosing.score import score
 from trimix_gguf.choosing.selection import SINGLE
+from trimix_gguf.trio.prompt import Prompt
 from trimix_gguf.trio.trio import Trio
 from trimix_gguf.trios.triofile import TrioFile
 
 MOST_TEXTS = 4
-MOST_CHARACTERS = 1200  # of each, so that it fits a small context
+MOST_CHARACTERS = 1200  # of each
 
 
 def table(trio: TrioFile, work: Path) -> str:
@@ -23,9 +24,7 @@ def table(trio: TrioFile, work: Path) -> str:
     gc.collect()  # the trained model lies in cycles of the Trainer; the trio needs its memory
     texts = [document.text[:MOST_CHARACTERS] for document in documents_of(work / HELD_OUT)]
     with Trio.load(**trio.load_arguments()) as opened:
-        n_most = opened.n_ctx - 8
-        prompts = [opened.prompt(text) for text in texts[:MOST_TEXTS]]
-        result = score(opened, [p for p in prompts if p.n_tokens() <= n_most] or prompts[:1])
+        result = score(opened, [_fitting(opened, text) for text in texts[:MOST_TEXTS]])
     best = result.best()
     lines = [f"perplexity of {sum(result.n_tokens)} held-out tokens:"]
     lines += [f"  {role:<12}{result.perplexity(w):>9.1f}" for role, w in SINGLE.items()]
@@ -34,6 +33,13 @@ def table(trio: TrioFile, work: Path) -> str:
     text = "\n".join(lines)
     keep(trio, "heldout.txt", text + "\n")
     return text
+
+
+def _fitting(trio: Trio, text: str) -> Prompt:
+    """As much of a text as the context holds: some scripts have several tokens a character."""
+    while (n := (prompt := trio.prompt(text)).n_tokens()) > trio.n_ctx - 8:
+        text = text[: len(text) * (trio.n_ctx - 8) // n]
+    return prompt
 
 
 def write_results(adapted: Adapted, work: Path) -> None:

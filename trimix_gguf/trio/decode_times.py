@@ -15,11 +15,12 @@ def seconds_by_size(times: Mapping[int, Sequence[float]], most: int) -> NDArray[
     `times` are seconds by the number of ids. Sizes not seen, or seen in a busy moment, lie on a
     line between others; infinite below the smallest of these.
     """
-    credible = _credible({n: _median(of_size) for n, of_size in times.items()})
-    above = min((n for n in credible if n >= most), default=0)
-    known = sorted({n for n in credible if n < most} | {above} - {0})
-    if not known:
+    above = min((n for n in times if n >= most), default=0)
+    looked_at = {n for n in times if n < most} | {above} - {0}  # few: with small models it costs
+    credible = _credible({n: _median(times[n]) for n in looked_at})
+    if not credible:
         return np.full(most, np.inf)
+    known = sorted(credible)
     medians = [credible[n] for n in known]
     sizes = np.arange(1, most + 1)
     seconds: NDArray[np.float64] = np.interp(sizes, known, medians, left=np.inf)

@@ -114,16 +114,17 @@ def byte_letters() -> list[str]:
 
 def read_merges(path: Path, model: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the merges, best first: older files store each as "a b", newer ones as the pair."""
-    merges = []
+    merges: dict[tuple[str, str], None] = {}
     for merge in model.get("merges", []):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if len(pair) != 2 or not all(pair) or any(" " in part for part in pair):
             raise ConversionError(f"{path} has the merge {merge!r}, expected two pieces")
-        merges.append((pair[0], pair[1]))
-    if len(set(merges)) != len(merges):
-        twice = next(pair for i, pair in enumerate(merges) if pair in set(merges[:i]))
-        raise ConversionError(f"{path} has the merge {' '.join(twice)!r} twice; download it again")
-    return merges
+        if (known := (pair[0], pair[1])) in merges:
+            raise ConversionError(
+                f"{path} has the merge {' '.join(pair)!r} twice; download it again"
+            )
+        merges[known] = None
+    return list(merges)
 
 
 def _read_normalizer(path: Path, normalizer: Mapping[str, Any] | None) -> str:

@@ -169,6 +169,8 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
         at, shift = at + 1, shift + 7
         if byte < 128:
             return value, at
+        if shift > 63:
+            raise ValueError("a number is too long")
 
 
 def _text(value: bytes | None) -> str:

@@ -6,7 +6,8 @@ from gguf import TokenType
 from rebuild import SPACE, convert, edit_json, field, write_json
 
 from trimix_gguf.convert.tokenizer import read_tokenizer
-from trimix_gguf.convert.tokenizer_bpe import KNOWN_PRE
+from trimix_gguf.convert.tokenizer_bpe import KNOWN_PRE, read_merges
+from trimix_gguf.convert.tokenizer_spm import _varint
 from trimix_gguf.errors import ConversionError
 from trimix_gguf.machine.gguf_file import read_gguf
 
@@ -229,6 +230,18 @@ def test_llama_cpp_knows_every_pre_tokenizer(tmp_path):
     with pytest.raises(ConversionError, match="knows no pre-tokenizer 'qwen-2'.*: .*qwen2") as e:
         read_tokenizer(tmp_path, BPE_CONFIG, pre="qwen-2")
     assert "\n" not in str(e.value)
+
+
+def test_a_merge_that_stands_twice_is_refused_at_once(tmp_path):
+    """Bug: it was looked for among all before it, for each: hours for a real vocabulary."""
+    merges = [[f"a{i}", "b"] for i in range(200_000)]
+    with pytest.raises(ConversionError, match="'a199999 b' twice"):
+        read_merges(tmp_path, {"merges": [*merges, merges[-1]]})
+
+
+def test_a_number_of_a_sentencepiece_file_has_an_end():
+    with pytest.raises(ValueError, match="too long"):
+        _varint(b"\xff" * 1_000_000, 0)
 
 
 def test_unknown_steps_before_bpe_are_refused(tmp_path):

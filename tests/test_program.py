@@ -12,11 +12,13 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from small_trio import snapshot
 
 from trimix_gguf.errors import ProgramError
 from trimix_gguf.trios import wheels
 from trimix_gguf.trios.program import system
+from trimix_gguf.trios.wheel_folder import WheelFolder
 
 HERE = "{}.{}".format(*sys.version_info)
 UNREACHABLE = "the package index cannot be reached"
@@ -290,6 +292,11 @@ def test_two_trios_and_a_tar_share_a_stick(stick, trimix, tmp_path):
     assert trimix("export", "nano", stick / "nano.tar", "--with-program", stick).returncode == 0
     assert (stick / "program/trios.txt").read_text().startswith("nano.tar\t")
     assert "the trio nano.tar," in (stick / "README.txt").read_text()
+
+
+def test_a_name_that_is_no_wheels_is_left_out(tmp_path):
+    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  odd.whl\n")
+    assert WheelFolder(tmp_path, print).find(Requirement("odd"), []) is None
 
 
 def test_an_older_wheel_goes_and_one_for_another_system_stays_while_it_is_whole(stick):

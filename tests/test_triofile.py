@@ -140,6 +140,7 @@ def test_a_fixed_mix_is_the_files_or_that_of_its_method(tmp_path):
         (text_of("weights = [1]\n"), ["weights", "[0.1, 0.9]"]),
         (text_of("weights = [1, true]\n"), ["weights"]),
         (text_of("weights = [nan, 1]\n"), ["alpha", "finite"]),
+        (text_of(f"weights = [{'9' * 400}, 1]\n"), ["weights"]),
         (text_of('method = "ppl"\nweights = [1, 0]\n'), ["method and weights"]),
         (text_of("n_ctx = 7\n"), ["n_ctx", "from 8", "7"]),
         (text_of("gpu_layers = -2\n"), ["gpu_layers", "auto"]),

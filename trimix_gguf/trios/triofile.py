@@ -324,7 +324,10 @@ def _is_languages(value: Any) -> bool:
 
 
 def _is_weights(value: Any) -> bool:
-    return isinstance(value, list) and [type(w) in (int, float) for w in value] == [True, True]
+    def is_number(w: Any) -> bool:
+        return isinstance(w, float) or _is_int(w, low=-(1 << 62))
+
+    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
 
 
 def _is_layers(value: Any) -> bool:

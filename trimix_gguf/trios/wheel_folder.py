@@ -9,7 +9,7 @@ from pathlib import Path
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.tags import Tag, compatible_tags, cpython_tags, sys_tags
-from packaging.utils import canonicalize_name, parse_wheel_filename
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
 from trimix_gguf.errors import ProgramError
 from trimix_gguf.machine.files import place_flushed, temporary_path, write_text
@@ -91,9 +91,18 @@ def _read_sums(path: Path) -> dict[str, str]:
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             digest, _, name = line.partition("  ")
-            if len(digest) == 64 and name.endswith(".whl") and Path(name).name == name:
+            if len(digest) == 64 and _is_wheel(name):
                 sums[name] = digest
     return sums
+
+
+def _is_wheel(name: str) -> bool:
+    """Whether this is a wheel's name, and no path."""
+    try:
+        parse_wheel_filename(name)
+    except InvalidWheelFilename:
+        return False
+    return Path(name).name == name
 
 
 # -- everything that a wheel needs ------------------------------------------------------------

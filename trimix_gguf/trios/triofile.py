@@ -324,10 +324,8 @@ def _is_languages(value: Any) -> bool:
 
 
 def _is_weights(value: Any) -> bool:
-    def is_number(w: Any) -> bool:
-        return isinstance(w, float) or _is_int(w, low=-(1 << 62))
-
-    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
+    given = value if isinstance(value, list) else []
+    return [isinstance(w, float) or _is_int(w, low=-(1 << 62)) for w in given] == [True, True]
 
 
 def _is_layers(value: Any) -> bool:
@@ -380,14 +378,13 @@ _MODEL_KEYS = {
 def to_toml(trio: TrioFile) -> str:
     """A manifest as text; what is not set is left out."""
     languages = trio.languages[0] if len(trio.languages) == 1 else list(trio.languages)
-    weights = None if trio.weights is None else [trio.weights.alpha, trio.weights.beta]
     top = {
         "version": VERSION,
         "name": trio.name,
         "language": languages or None,
         "description": trio.description or None,
         "method": trio.method,
-        "weights": weights,
+        "weights": trio.weights and [trio.weights.alpha, trio.weights.beta],
         "n_ctx": trio.n_ctx,
         "gpu_layers": trio.gpu_layers,
         "chat_template": trio.chat_template,

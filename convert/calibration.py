@@ -137,9 +137,8 @@ def _read(model: Model, watch: Watch, chunk: list[int]) -> None:
     model.rewind(0)
     with ThreadPoolExecutor(1) as pool:
         for i in range(0, len(chunk), model.n_batch):
-            # The last part is this thread's, so it is empty.
-            parts = [chunk[i : i + model.n_batch], []]
-            run_all(pool, lambda part: part and model.decode(part, every_row=True), parts)
+            part = chunk[i : i + model.n_batch]
+            run_all(pool, lambda part: model.decode(part, every_row=True), [part], aside=True)
             watch.check()
 
 

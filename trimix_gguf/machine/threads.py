@@ -14,11 +14,13 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def run_all(pool: ThreadPoolExecutor, work: Callable[[T], R], parts: Sequence[T]) -> list[R]:
+def run_all(
+    pool: ThreadPoolExecutor, work: Callable[[T], R], parts: Sequence[T], *, aside: bool = False
+) -> list[R]:
     """`work` of each part, in order; on a failure or Ctrl-C too, returns when no thread works.
 
     The caller may then free what they used: llama.cpp's caches, or its rows of logits. The last
-    part is worked on by the caller's own thread, the others by the pool's.
+    part is worked on by the caller's own thread, the others by the pool's; `aside`: all by these.
     """
     gate, closed, n_working = Condition(), False, 0
 
@@ -43,9 +45,10 @@ def run_all(pool: ThreadPoolExecutor, work: Callable[[T], R], parts: Sequence[T]
                 gate.notify_all()
 
     try:
-        others = pool.map(counted, parts[:-1])
-        own = work(parts[-1])
-        return [*others, own]
+        n_others = len(parts) if aside else len(parts) - 1
+        others = pool.map(counted, parts[:n_others])
+        own = [work(part) for part in parts[n_others:]]
+        return [*others, *own]
     finally:
         past_ctrl_c(end)
 

@@ -21,8 +21,10 @@ from workers import HAVE_WORKERS, lending
 
 from trimix_gguf.errors import WorkerError
 from trimix_gguf.machine import borrowing, rpc, self_test
+from trimix_gguf.machine import lending as lending_room
 from trimix_gguf.machine.borrowing import open_links, parse_workers
 from trimix_gguf.machine.placement import MARGIN
+from trimix_gguf.server.running import bind
 
 pytestmark = HAVE_WORKERS
 GREEDY = ("--temperature", "0", "--weights", "0.7,1", "--threads", "1")
@@ -134,6 +136,13 @@ def test_what_a_token_sends_is_about_what_the_plan_says(trimix):
     planned = report["models"]["large_ins"]["network_bytes_per_token"]
     assert 0.6 * planned < per_token < 1.6 * planned
     assert per_token < 4 * 6144  # a row of the nano trio's logits
+
+
+def test_an_address_that_was_said_takes_connections_at_once():
+    """Bug: it listened a moment after it had said so, and a quick engine was refused."""
+    with bind("127.0.0.1", 0) as listener:
+        lending_room.Lender(listener, None, list, print)
+        socket.create_connection(listener.getsockname()).close()
 
 
 # -- a worker that is lost ----------------------------------------------------------------------

@@ -138,12 +138,12 @@ class Lender:
     ) -> None:
         self._listener, self._server, self._describe = listener, server, describe
         self._say, self.build = say, rpc.build()
+        listener.listen()  # whoever is told the address may ask at once
         self._lock = threading.Lock()
         self._session: _Session | None = None
 
     def run(self) -> None:
         """Take connections until Ctrl-C."""
-        self._listener.listen()
         while True:
             link, address = self._listener.accept()
             threading.Thread(target=self._take, args=(link, address[0]), daemon=True).start()

@@ -26,7 +26,7 @@ from common import load, machine, parser, report, spread, text_ids
 from trimix_gguf.answering import drafting as drafts
 from trimix_gguf.answering.decoding import decode_steps
 from trimix_gguf.answering.drafting import DRAFTER, MOST_DRAFTED, Drafting
-from trimix_gguf.answering.steering import Steady
+from trimix_gguf.answering.steering import Steering
 from trimix_gguf.bench.measuring import Run, decode, read_bytes
 from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.mixing.fusion import Mix, Weights
@@ -267,7 +267,7 @@ def profile(trio: Trio, ids: list[int], mix: Mix, k: int, n_tokens: int) -> dict
     trio.prefill(Prompt((Segment.of(ids[:-1]),)))
     trio.rows()
     trio.advance(ids[-1])  # owed, as each later token is
-    steps = decode_steps(trio, Steady(mix), sampler, drafting=Watched(k), max_tokens=n_tokens)
+    steps = decode_steps(trio, Steering(mix), sampler, drafting=Watched(k), max_tokens=n_tokens)
     with ExitStack() as stack:
         stack.enter_context(timed(Model, "decode_entries", spent, lambda model: role_of[id(model)]))
         for (owner, name), part in PARTS.items():

@@ -15,7 +15,7 @@ from trimix_gguf.answering import job as jobs_module
 from trimix_gguf.answering.batching import Batcher
 from trimix_gguf.answering.drafting import Drafting
 from trimix_gguf.answering.request import Request
-from trimix_gguf.answering.steering import Steady
+from trimix_gguf.answering.steering import Steering
 from trimix_gguf.errors import ModelError
 from trimix_gguf.mixing.fusion import METHODS
 from trimix_gguf.mixing.sampling import Sampling
@@ -131,7 +131,7 @@ def test_the_engine_measures_what_its_drafts_are_planned_by(trio, monkeypatch, t
 def test_a_model_that_the_mix_leaves_on_the_way_is_read_no_more(trio, monkeypatch):  # noqa: F811
     """Bug: what the mix read at the start was read to the end, also after the collapse guard."""
 
-    class Leaves(Steady):
+    class Leaves(Steering):
         def take(self, token, rows):
             self.mix = METHODS["large_ins"]
 

@@ -11,7 +11,7 @@ from trimix_gguf import Trio, Weights, generate, stream_generate
 from trimix_gguf.answering import drafting as drafts
 from trimix_gguf.answering.decoding import decode_steps
 from trimix_gguf.answering.drafting import Drafting
-from trimix_gguf.answering.steering import Steady
+from trimix_gguf.answering.steering import Steering
 from trimix_gguf.mixing.fusion import Mix
 from trimix_gguf.mixing.sampler import Sampler
 from trimix_gguf.mixing.sampling import Sampling
@@ -46,7 +46,7 @@ def steps_of(trio, weights, n, *, drafting, prompt=KAZAKH, **sampling):
     ids, rows = [], []
     sampler = new_sampler(trio, sampling)
     trio.prefill(trio.prompt(prompt))
-    steps = decode_steps(trio, Steady(Mix(weights)), sampler, drafting=drafting, max_tokens=n)
+    steps = decode_steps(trio, Steering(Mix(weights)), sampler, drafting=drafting, max_tokens=n)
     for step in itertools.islice(steps, n):
         sampler.accept(step.token)
         ids.append(step.token)

@@ -12,6 +12,7 @@ from served import PATIENCE_S, events_of, serving
 from trimix_gguf import Trio, Weights, generate
 from trimix_gguf.answering.batching import Batcher
 from trimix_gguf.answering.chat import chat_prompt
+from trimix_gguf.answering.generation import stream_generate
 from trimix_gguf.answering.request import Request, join_events
 from trimix_gguf.answering.steering import SPAN, Guard
 from trimix_gguf.mixing.fusion import METHODS, Mix
@@ -49,6 +50,25 @@ def test_what_large_ins_would_repeat_is_never_cut():
 
 def test_text_that_does_not_repeat_is_left_alone():
     assert written(Guard(Mix(Weights(0.3, 0.9))), list(range(1, 49)), expects=False) is None
+
+
+def test_who_sees_rows_only_when_asked_judges_like_who_sees_each(rng):
+    """Random texts with loops, some of which large_ins expects."""
+    n_stepped_in = 0
+    for _ in range(60):
+        pieces = [rng.integers(1, 50, rng.integers(3, 14)).tolist() for _ in range(3)]
+        ids = [i for at in rng.integers(0, 3, 12) for i in pieces[at]]
+        rows = [expecting(i, bool(rng.random() < 0.9)) for i in ids]
+        all_along, when_asked = Guard(Mix(Weights(0.3, 0.9))), Guard(Mix(Weights(0.0, 1.0)))
+        for n, token in enumerate(ids, 1):
+            all_along.take(token, rows[n - 1])
+            when_asked.take(token, rows[n - 1] if "large_ins" in when_asked.roles else {})
+            if owed := when_asked.n_owed:
+                see = np.stack([row["large_ins"] for row in rows[n - owed : n]])
+                when_asked.see({"large_ins": see})
+            assert when_asked.stepped_in == all_along.stepped_in and when_asked.n_owed == 0
+        n_stepped_in += all_along.stepped_in is not None
+    assert 10 < n_stepped_in < 50
 
 
 # -- the engines ------------------------------------------------------------------------------
@@ -103,6 +123,21 @@ def test_drafts_do_not_move_it(looping, alone):
     drafted = generate(looping, request(looping), speculative="on")
     assert any(token.from_draft for token in drafted.tokens)
     assert (drafted.guard, ids(drafted)) == (alone.guard, ids(alone))
+
+
+def test_a_mix_without_large_ins_has_it_read_only_where_a_span_comes_again(looping, alone):
+    """And a trace, which has it read for each token, changes nothing."""
+    looping.forget()
+    n_read = []
+    for event in stream_generate(looping, request(looping), speculative="off"):
+        n_read.append(looping.sequences.n_read(0, "large_ins"))
+        if event.guard is not None:
+            break
+    assert n_read[: SPAN + 1] == [0] * (SPAN + 1)
+    assert n_read[-1] == alone.n_prompt + alone.guard
+    looping.forget()
+    traced = generate(looping, request(looping, trace="mix"), speculative="off")
+    assert (traced.guard, ids(traced)) == (alone.guard, ids(alone))
 
 
 def answers(trio, requests, **options):

@@ -71,12 +71,16 @@ class Answer:
     @property
     def roles(self) -> tuple[Role, ...]:
         """Models that read for it; all, while its mix is not selected."""
-        return self.traced or (ROLES if self._steering is None else self._steering.roles)
+        if self._steering is None:
+            return ROLES
+        return tuple(r for r in ROLES if r in {*self.traced, *self._steering.roles})
 
     @property
     def traced(self) -> tuple[Role, ...]:
-        """Models that read for it even where its mix does not."""
-        return ROLES if self.request.trace == "all" else ()
+        """Models that read each token for it even where its mix does not."""
+        if self.request.trace is None:
+            return ()
+        return ROLES if self.request.trace == "all" else self.steering.consults
 
     def fuse(self, rows: Rows) -> NDArray[np.float32]:
         """The mix of the models' rows."""
@@ -161,8 +165,9 @@ class Answer:
             logprob, top = _logprobs(fused, token, self.request.n_top)
         probabilities: dict[str, float] = {}
         if self.request.trace is not None:
-            traced = {role: rows[role] for role in ROLES if role in self.roles} | {"fused": fused}
-            probabilities = {name: probability(row, token) for name, row in traced.items()}
+            read = [role for role in self.roles if role in rows]
+            probabilities = {role: probability(rows[role], token) for role in read}
+            probabilities["fused"] = probability(fused, token)
         mix = self.steering.mix if probabilities else None
         return Token(token, self._piece(token), logprob, top, probabilities, from_draft, mix)
 

@@ -85,6 +85,7 @@ def drafted_steps(
     n_ahead, n_left = 0, max_tokens  # tokens that the strand holds beyond the one yielded last
     try:
         while True:
+            yield from _settle(strand, steering)
             needed = _needed(strand, steering, also)
             drafted = yield from _next_draft(strand, sampler, drafting, history, needed, n_left)
             n_ahead = n = len(drafted.tokens)
@@ -96,16 +97,29 @@ def drafted_steps(
                 fused = steering.mix.fuse(rows, strand.unused)
                 token = sampler.sample(fused)
                 accepted = i < n and token == drafted.tokens[i]
-                if not accepted:
-                    _end_round(strand, drafting, drafted, i, token, rows.get(DRAFTER))
+                if n == 0:
+                    drafting.watch(rows.get(DRAFTER), token)
+                elif not accepted:
+                    _end_round(strand, drafting, drafted, n, i)
                 n_ahead, n_left = n - i if accepted else 0, n_left - 1
                 history.append(token)
                 yield Step(token, fused, rows, accepted)
                 if not accepted:
                     strand.advance(token)
                     break
+                if steering.n_owed:  # the rest of the draft may not be this mix's to pick
+                    _end_round(strand, drafting, drafted, i + 1, i + 1)
+                    n_ahead = 0
+                    break
     finally:
         strand.rewind(n_ahead)
+
+
+def _settle(strand: Strand, steering: Steering) -> Generator[Need, Rows, None]:
+    """Have `steering` see what it has to before the next token is picked."""
+    if n := steering.n_owed:
+        read = yield steering.consults, n + 1  # the last row is that of the next token
+        steering.see({role: rows[:-1] for role, rows in read.items()})
 
 
 def _needed(strand: Strand, steering: Steering, also: Sequence[Role]) -> tuple[Role, ...]:
@@ -176,19 +190,11 @@ def _rows_at(
 
 
 def _end_round(
-    strand: Strand,
-    drafting: Drafting,
-    drafted: Draft,
-    n_accepted: int,
-    token: int,
-    drafter_row: NDArray[np.float32] | None,
+    strand: Strand, drafting: Drafting, drafted: Draft, n_tried: int, n_accepted: int
 ) -> None:
-    """Forget the drafted tokens that were not accepted, and tell `drafting`."""
-    if not drafted.tokens:
-        drafting.watch(drafter_row, token)
-        return
+    """Forget the drafted tokens that were not accepted, and tell `drafting` of those tried."""
     strand.rewind(len(drafted.tokens) - n_accepted)
     if drafted.looked_up:
-        drafting.count(len(drafted.tokens), n_accepted)
+        drafting.count(n_tried, n_accepted)
     else:
-        drafting.learn(drafted.confidences, n_accepted)
+        drafting.learn(drafted.confidences[:n_tried], n_accepted)

@@ -95,7 +95,8 @@ class Drafting:
         self.always = always
         self.n_together, self.is_held = 1, False
         self.n_rounds = self.n_drafted = self.n_accepted = 0
-        self._plan, self._next_plan, self._planned_for = DraftPlan(0), 0, 0
+        self._plan, self._next_plan = DraftPlan(0), 0
+        self._planned_for: tuple[int, Sequence[Role]] = (0, ())
         self._idle = False  # the models are too small for any of this
         self._acceptance = 0.8
         self._by_confidence = [0.5 + 0.5 * (i + 0.5) / _BANDS for i in range(_BANDS)]
@@ -112,12 +113,13 @@ class Drafting:
             return DraftPlan(0)
         if self.n_draft is not None:
             return DraftPlan(min(self.n_draft, most))
-        if self.n_rounds >= self._next_plan or self.n_together != self._planned_for:
+        planned_for = (self.n_together, needed)
+        if self.n_rounds >= self._next_plan or planned_for != self._planned_for:
             self._plan = self._best(strand, needed, min(MOST_DRAFTED, self.most(strand)))
             # Costs change little; with very small models, planning costs time too.
             is_settled = self._idle or self.n_rounds > _PLAN_EVERY
             self._next_plan = self.n_rounds + is_settled * _PLAN_EVERY
-            self._planned_for = self.n_together
+            self._planned_for = planned_for
         return replace(self._plan, n_draft=min(self._plan.n_draft, most))
 
     def most(self, strand: Strand) -> int:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from trimix_gguf.answering.decoding import decode_steps
 from trimix_gguf.answering.drafting import Drafting
 from trimix_gguf.answering.generation import generate
-from trimix_gguf.answering.steering import Steady
+from trimix_gguf.answering.steering import Steering
 from trimix_gguf.bench.timing import time_answers
 from trimix_gguf.choosing.selection import Selection
 from trimix_gguf.errors import PromptError
@@ -176,7 +176,7 @@ def decode(trio: Trio, prompt: Prompt, mix: Mix, *, drafting: Drafting, n_tokens
     trio.advance(prompt.segments[-1].ids["large_ins"][-1])
     tokens: list[int] = []
     lengths: list[int] = []
-    steps = decode_steps(trio, Steady(mix), sampler, drafting=drafting, max_tokens=n_tokens)
+    steps = decode_steps(trio, Steering(mix), sampler, drafting=drafting, max_tokens=n_tokens)
     with decode_times(trio) as spans, closing(steps):
         started = time.perf_counter()
         for step in islice(steps, n_tokens):

@@ -41,8 +41,11 @@ class Continuation:
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """The models that it reads."""
-        return self.mix.roles if self.steering is None else self.steering.roles
+        """The models that it reads; what its steering consults reads along, as in one batch."""
+        if self.steering is None:
+            return self.mix.roles
+        reads = {*self.steering.roles, *self.steering.consults}
+        return tuple(role for role in ROLES if role in reads)
 
     def pick(self, rows: Rows, unused: NDArray[np.bool_] | None) -> int:
         """The most likely next token after rows [n_vocab]."""

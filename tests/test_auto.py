@@ -17,8 +17,8 @@ from trimix_gguf.choosing.score import empty_score, score, score_prompts
 from trimix_gguf.evaluation.names.settings import RunSettings
 from trimix_gguf.evaluation.running.file_weights import weights_of_file
 from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
-from trimix_gguf.mixing.fusion import METHODS
-from trimix_gguf.mixing.scoring import WITH_CORNERS, large_ins_slopes, strays
+from trimix_gguf.mixing.fusion import METHODS, Mix
+from trimix_gguf.mixing.scoring import WITH_CORNERS, large_ins_slopes, lowest, strays
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.sums import Sum
 from trimix_gguf.trio.tuned import Free, Tuning
@@ -112,6 +112,19 @@ def test_a_question_to_a_trio_never_tuned_stays_close_to_large_ins(trio):
     by_perplexity = select_weights(trio, trio.prompt(QUESTION), method="ppl").weights
     assert chosen.weights.alpha > by_perplexity.alpha
     assert "large_ins" in chosen.reason
+
+
+@pytest.mark.parametrize("leash", [0.0, auto.LEASH])
+def test_a_small_cpt_that_learned_nothing_changes_nothing(rng, monkeypatch, leash):
+    """However long the leash: where large_ins is sure and wrong, any blur has a lower NLL."""
+    monkeypatch.setattr(auto, "LEASH", leash)
+    given, targets = rows(rng), rng.integers(0, 200, 6)
+    given["small_cpt"] = given["small_base"]
+    nll = grid_nll(**given, targets=targets, alphas=WITH_CORNERS, betas=WITH_CORNERS)
+    slopes = large_ins_slopes(**given, targets=targets, unused=None, n_threads=1).sum(axis=0)
+    assert lowest(nll, WITH_CORNERS, WITH_CORNERS).alpha < 1
+    fused = Mix(on_a_leash(nll, slopes, WITH_CORNERS, WITH_CORNERS)).fuse(given, None)
+    assert np.allclose(fused, given["large_ins"], atol=1e-5)
 
 
 def test_the_shorter_the_leash_the_closer_to_large_ins(trio, monkeypatch):

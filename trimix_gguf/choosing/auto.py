@@ -36,9 +36,14 @@ def asks(prompt: Prompt, text_of: Callable[[Sequence[int]], str]) -> bool:
 def on_a_leash(
     nll: Float64, slopes: Float64, alphas: Sequence[float], betas: Sequence[float]
 ) -> Weights:
-    """The lowest of NLL + LEASH × KL(large_ins ‖ mix) over the grid, which holds (1, 0).
+    """The lowest of NLL + LEASH × KL(large_ins ‖ mix) over the mixes with alpha = 1.
 
-    `nll` [n_alpha, n_beta] and `slopes` [2] are summed over the same tokens. Both terms are
-    convex, so the choice moves away from large_ins only as far as the prompt pays for it.
+    `nll` [n_alpha, n_beta] over a grid with (1, 0), and `slopes` [2], are summed over the same
+    tokens. Both terms are convex, so the choice moves away from large_ins only as far as the prompt
+    pays for it. With alpha = 1 all of large_ins is heard, and of small_cpt only what it learned
+    since small_base: if it learned nothing, the mix is large_ins. With less, a weaker model takes
+    its place in part. That often has a lower NLL, for it blurs; but free answers get worse.
     """
-    return lowest(nll + LEASH * strays(nll, slopes, alphas, betas), alphas, betas)
+    strained = nll + LEASH * strays(nll, slopes, alphas, betas)
+    at = list(alphas).index(1.0)
+    return lowest(strained[at : at + 1], alphas[at : at + 1], betas)

@@ -23,7 +23,7 @@ CORNERS: Mapping[str, Point] = {
     if role in ROLES
 }
 
-CLOSE = Weights(0.9, 0.1)  # what auto takes for most questions of a trio that nobody tuned
+CLOSE = Weights(1.0, 0.1)  # what auto takes for most questions of a trio that nobody tuned
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ A round starts a fresh server for each way, so that neither finds prompts that t
 sends `--requests` greedy requests whose weights are chosen by their prompts; tokens a second
 count generated tokens over the whole time, reading included. One after another, they are also
 answered by `generate`, without a server. The first token is timed over HTTP,
-by the same engine without HTTP, and by stream_generate, for prompts not read before. Without
-files, the nano trio.
+by the same engine without HTTP, and by stream_generate, for prompts not read before. What batches
+could gain at most follows from what llama.cpp takes for one id, for one of each client, and for
+a prompt. Without files, the nano trio.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,6 +32,8 @@ from trimix_gguf.answering.batching import Batcher
 from trimix_gguf.answering.generation import generate, stream_generate
 from trimix_gguf.answering.request import Request
 from trimix_gguf.bench.measuring import TEXT
+from trimix_gguf.choosing.selection import select_weights
+from trimix_gguf.trio.model import Model
 from trimix_gguf.trio.prompt import Prompt, Segment
 from trimix_gguf.trio.trio import Trio
 
@@ -52,6 +56,7 @@ def main() -> None:
         serial.append(rate(options, bodies[: options.requests], 1))
         together.append(rate(options, bodies[: options.requests], options.clients))
         without.append(rate_by_generate(options, bodies[: options.requests]))
+    most = most_gained(options, ids[: options.requests])
     first = first_tokens(options, ids[: options.repeats], bodies[: options.repeats])
     result = {
         "machine": machine(argparse.Namespace(**{**vars(options), "text": name_of_text(options)})),
@@ -62,6 +67,7 @@ def main() -> None:
         "tokens_per_s": {"one_after_another": spread(serial), "together": spread(together),
                          "generate": spread(without)},
         "ratio": spread([b / a for a, b in zip(serial, together, strict=True)]),
+        "most_gained": most,
         "over_generate": spread([a / b for a, b in zip(serial, without, strict=True)]),
         "first_token_s": {name: statistics.median(times) for name, times in first.items()},
         "http_adds_ms": {
@@ -161,6 +167,40 @@ def rate_by_generate(options: argparse.Namespace, bodies: list[dict[str, Any]]) 
         return n_tokens / (time.perf_counter() - started)
 
 
+def most_gained(options: argparse.Namespace, ids: list[list[int]]) -> float:
+    """How much faster all are together if llama.cpp's decodes took all the time.
+
+    Each prompt is read by itself either way. The mixes are those that the prompts choose.
+    """
+    with load(options, n_ctx=n_ctx(options)) as trio:
+        needed: Counter[str] = Counter()
+        for prompt in ids:
+            needed.update(select_weights(trio, Prompt((Segment.of(prompt),))).mix.roles)
+            trio.forget()
+        apart = together = 0.0
+        for role, model in trio.models.items():
+            apart += needed[role] * options.n_tokens * decode_seconds(model, ids, 1)
+            n_rounds, rest = divmod(needed[role], options.clients)
+            for n in [options.clients] * n_rounds + [rest] * bool(rest):
+                together += options.n_tokens * decode_seconds(model, ids, n)
+            reading = len(ids) * decode_seconds(model, ids, options.n_prompt)
+            apart, together = apart + reading, together + reading
+    return apart / together
+
+
+def decode_seconds(model: Model, ids: list[list[int]], n: int) -> float:
+    """What a batch of n ids takes after a prompt; the median of five, the first left out."""
+    times = []
+    for _ in range(6):
+        model.rewind(0)
+        model.decode(ids[0])
+        started = time.perf_counter()
+        model.decode(ids[1][:n], every_row=True)
+        times.append(time.perf_counter() - started)
+    model.rewind(0)
+    return statistics.median(times[1:])
+
+
 def first_tokens(
     options: argparse.Namespace, ids: list[list[int]], bodies: list[dict[str, Any]]
 ) -> dict[str, list[float]]:
@@ -219,7 +259,7 @@ def describe(result: dict[str, Any]) -> list[str]:
         f"{n['requests']} requests one after another {rates['one_after_another']['median']:.1f} "
         f"tokens/s, by {n['clients']} clients {rates['together']['median']:.1f}: "
         f"{result['ratio']['median']:.2f} times ({result['ratio']['min']:.2f} to "
-        f"{result['ratio']['max']:.2f})",
+        f"{result['ratio']['max']:.2f}); llama.cpp's decodes alone: {result['most_gained']:.2f}",
         f"one after another over HTTP, compared with generate: "
         f"{result['over_generate']['median']:.2f} times ({result['over_generate']['min']:.2f} to "
         f"{result['over_generate']['max']:.2f})",

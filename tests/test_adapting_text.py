@@ -224,6 +224,18 @@ def test_a_very_short_text_holds_out_enough_for_exercises(prepared):
     assert 0.08 * total < report.heldout.n_characters <= 0.1 * total
 
 
+def test_of_several_scripts_none_with_half_the_letters_one_has_to_be_named(prepared):
+    """Bug: the error said that the text was in another script than named, and named the same."""
+    cyrl, latn, grek = (
+        ["".join(chr(first + ord(c) % 20) if c.isalpha() else c for c in made_text(n)) for n in ids]
+        for first, ids in ((0x430, range(4)), (0x61, range(4, 7)), (0x3B1, range(7, 10)))
+    )
+    with pytest.raises(DataError, match=r"no script has half .* --script"):
+        prepared(*cyrl, *latn, *grek)
+    report, _, _ = prepared(*cyrl, *latn, *grek, script="Cyrl")
+    assert report.script == "Cyrl"
+
+
 def test_text_in_another_script_than_named_is_refused(prepared):
     with pytest.raises(DataError, match="100% of the letters are Cyrl"):
         prepared(made_text(1), made_text(2), script="Arab")

@@ -86,6 +86,15 @@ def test_weights_for_a_task_file_and_scored_spans(trimix, tmp_path):
     assert 0 < spans["n_tokens"] < whole["n_tokens"]
 
 
+def test_only_a_newline_ends_a_line_of_what_is_scored(trimix):
+    """Bug: the line separator U+2028 within a text was scored as a newline."""
+    one, two, three = (
+        json.loads(trimix("score", "--json", stdin=f"Бір жол{end}екінші жол".encode()).stdout)
+        for end in ("\u2028", "\r\n", "\n")
+    )
+    assert one["n_tokens"] > two["n_tokens"] == three["n_tokens"]
+
+
 def test_doctor_names_build_devices_and_fit(trimix):
     report = json.loads(trimix("doctor", "--json").stdout)
     assert report["llama.cpp"]["llama-cpp-python"] and report["devices"]

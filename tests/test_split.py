@@ -162,3 +162,9 @@ def test_parts_that_do_not_belong_together_are_refused(trio, tmp_path):
     assert "cut off" in refusal()
     third.unlink()
     assert "00003-of-00003.gguf: no such file" in refusal()
+
+
+def test_a_name_that_counts_no_parts_is_a_file_like_any_other(tmp_path):
+    """Bug: a ValueError, for there was no first of no files."""
+    path = tmp_path / "X-00001-of-00000.gguf"
+    assert parts_of(path) == [path]

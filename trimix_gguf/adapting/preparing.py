@@ -97,8 +97,13 @@ def _check_script(report: Report, wanted: str | None) -> str:
     found = main_script(report.scripts)
     script = found if wanted is None else wanted
     name = script_name(script)
-    if share_of(script, report.scripts) < 0.5:
-        share = share_of(found, report.scripts)
+    share = share_of(found, report.scripts)
+    if wanted is None and share < 0.5:
+        raise DataError(
+            f"no script has half of the letters; {found} ({name}) has most, {share:.0%}; name the "
+            "one to keep with --script"
+        )
+    if script != found and share_of(script, report.scripts) < 0.5:
         raise DataError(
             f"--script {script} ({name}), but {share:.0%} of the letters are {found} "
             f"({script_name(found)}); give other text, or --script {found}"

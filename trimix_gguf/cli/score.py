@@ -79,7 +79,9 @@ def split_texts(text: str) -> list[str]:
     """Blank lines end a text; raises PromptError where nothing is left."""
     from trimix_gguf.errors import PromptError
 
-    lines = "\n".join(line if line.strip() else "" for line in text.splitlines())
+    # Not splitlines(): a text may hold other line ends, such as U+2028.
+    given = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    lines = "\n".join(line if line.strip() else "" for line in given)
     texts = [part.strip("\n") for part in lines.split("\n\n") if part.strip()]
     if not texts:
         raise PromptError("there is no text to score; the input is empty")

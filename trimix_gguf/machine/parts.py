@@ -13,7 +13,7 @@ _FIRST = re.compile(r"(.+)-00001-of-(\d{5})\.gguf")
 def parts_of(path: Path) -> list[Path]:
     """Every file of a model, the first one first; of a model in one file just that."""
     found = _FIRST.fullmatch(path.name)
-    if found is None:
+    if found is None or int(found[2]) == 0:
         return [path]
     return [path.with_name(name) for name in part_names(found[1], int(found[2]))]
 

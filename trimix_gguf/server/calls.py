@@ -63,7 +63,8 @@ class CallFinder:
         return shown
 
     def _calls_in(self, text: str) -> list[FunctionCall]:
-        if _CALL.sub("", text).strip():
+        # The end first: to search it for each call that does not end costs the square.
+        if not text.rstrip().endswith(CLOSES) or _CALL.sub("", text).strip():
             return []
         calls = [self._call(found) for found in _CALL.findall(text)]
         return [] if None in calls else [call for call in calls if call is not None]

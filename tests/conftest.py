@@ -19,6 +19,9 @@ from trimix_gguf.trio.trio import NANO
 
 # Threads that wait sleep: where other work runs beside the suite, those that spin take its cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if n_workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # more threads than cores are slower
+    limit = max(1, (os.cpu_count() or 1) // int(n_workers))
+    os.environ.setdefault("OMP_THREAD_LIMIT", str(limit))
 pytest_plugins = ["person", "small_trio", "languages", "raw_text", "workers", "looping"]
 ROOT = Path(__file__).parent.parent
 REAL = Path(os.environ.get("TRIMIX_MODELS", Path.home() / ".cache" / "trimix-models"))

@@ -138,6 +138,17 @@ def test_sizes_that_this_run_did_not_decode_stay_in_the_file(run, file):
     assert trio.models["large_ins"].seconds(8)[-1] == SECONDS["large_ins"][8]
 
 
+def test_the_file_forgets_what_was_used_longest_ago(run, file, monkeypatch):
+    monkeypatch.setattr(costs, "_MOST_KEPT", 3)
+    file.parent.mkdir()
+    file.write_text(json.dumps({f"old {n}": {"1": 1.0} for n in range(5)}))
+    save_costs(run(SECONDS))
+    assert not [key for key in json.loads(file.read_text()) if key.startswith("old")]
+    kept = json.loads(file.read_text())
+    save_costs(run(SECONDS))
+    assert json.loads(file.read_text()).keys() == kept.keys()
+
+
 @pytest.mark.parametrize(
     "options",
     [{"n_threads": 2}, {"type_k": "f32"}, {"flash_attn": True}, {"small_cpt": "another"}],

@@ -23,6 +23,7 @@ from trimix_gguf.trio.trio import Trio
 
 _MOST = MOST_DRAFTED + 1  # ids decoded at once: the longest draft and one more
 _NOTE = "costs.json"
+_MOST_KEPT = 200  # models on machines, a kilobyte each
 
 
 @contextmanager
@@ -53,8 +54,10 @@ def save_costs(trio: Trio) -> None:
         new = {n: statistics.median(t) for n, t in model.decode_seconds.items() if n <= _MOST}
         key = _key(model, machine)
         known = _at_pace(_profile(stored.get(key)), model)  # one profile is of one pace
+        stored.pop(key, None)  # so that the newest is the last
         stored[key] = {str(n): seconds for n, seconds in sorted({**known, **new}.items())}
-    write_note(_NOTE, json.dumps(stored, indent=1))
+    newest = dict(list(stored.items())[-_MOST_KEPT:])
+    write_note(_NOTE, json.dumps(newest, indent=1))
 
 
 def _at_pace(known: dict[int, float], model: Model) -> dict[int, float]:

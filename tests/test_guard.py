@@ -170,6 +170,27 @@ def test_it_steps_in_in_the_batch_engine_with_drafts_and_without(looping, alone,
     assert all(other.guard is None for other in rest)
 
 
+def test_where_others_wait_large_ins_never_owes_much_of_an_answer(looping, alone):
+    """Else it would read a long prompt and answer at once, and all others would stand still."""
+    looping.forget()
+    owed, ended = [], queue.Queue()
+    batcher = Batcher(looping, drafts=False)
+
+    def look(event):
+        held = looping.sequences.ids(job.sequence)["large_ins"]
+        owed.append(len(held) - looping.sequences.n_read(job.sequence, "large_ins"))
+        if event.finish_reason is not None:
+            ended.put(event)
+
+    try:
+        with batcher._changed:  # so that it does not begin before `job` is known
+            job = batcher.submit(request(looping), look)
+        assert ended.get(timeout=PATIENCE_S).guard == alone.guard
+    finally:
+        batcher.close()
+    assert owed[0] <= 1 and SPAN < max(owed) <= looping.n_window
+
+
 # -- who says so ------------------------------------------------------------------------------
 
 GREEDY = ("-n", MOST, "--temperature", 0, "--threads", 1)

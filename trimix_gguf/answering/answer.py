@@ -80,7 +80,12 @@ class Answer:
         """Models that read each token for it even where its mix does not."""
         if self.request.trace is None:
             return ()
-        return ROLES if self.request.trace == "all" else self.steering.consults
+        return ROLES if self.request.trace == "all" else self.consults
+
+    @property
+    def consults(self) -> tuple[Role, ...]:
+        """Models that may have to read for it later."""
+        return () if self._steering is None else self._steering.consults
 
     def fuse(self, rows: Rows) -> NDArray[np.float32]:
         """The mix of the models' rows."""

@@ -287,13 +287,16 @@ class Batcher:
         for job in answering:
             assert job.sequence is not None  # it was placed to be read
             for role in ROLES:
-                if indexes := job.wanted(role):
+                indexes = job.wanted(role)
+                if indexes or job.lags(role):
                     wanted[role][job.sequence] = indexes
         end = 0 if reading is None else self._append_portion(reading, len(answering), wanted)
         roles = [role for role in ROLES if wanted[role]]
         rows = self._sequences.read({role: wanted[role] for role in roles})
         for job in answering:
-            self._take(job, partial(job.answer, _rows_of(job.sequence, rows, wanted)))
+            found = _rows_of(job.sequence, rows, wanted)
+            found = {role: matrix for role, matrix in found.items() if len(matrix)}
+            self._take(job, partial(job.answer, found))
         if reading is not None:
             own = _rows_of(reading.sequence, rows, wanted)
             self._take(reading, partial(reading.read, end, own))

@@ -17,7 +17,7 @@ from trimix_gguf.choosing.subset import stand_for
 from trimix_gguf.errors import TrimixError
 from trimix_gguf.machine.threads import available_cores
 from trimix_gguf.mixing.fusion import Rows
-from trimix_gguf.roles import ROLES, Role
+from trimix_gguf.roles import Role
 from trimix_gguf.trio.prefill import Prefill, is_scored
 from trimix_gguf.trio.prompt import Unit, is_shared
 from trimix_gguf.trio.strand import Branch
@@ -80,12 +80,11 @@ class Job:
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """Models that read its prompt, for others would wait if one did so later at once."""
-        reads = {*self._answer.roles, *self._answer.consults}
-        return tuple(role for role in ROLES if role in reads)
+        """Models that read its prompt now."""
+        return self._answer.roles
 
     def lags(self, role: Role) -> bool:
-        """Whether a model that may have to read later owes a window: the same for its answer."""
+        """Whether a model that may have to read later owes a window: others would wait for it."""
         assert self.sequence is not None
         if role not in self._answer.consults:
             return False

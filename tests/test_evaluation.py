@@ -191,6 +191,18 @@ def test_an_answer_ends_where_a_model_ends_it(trio):
     assert goes_on.ids
 
 
+def test_a_long_answer_costs_what_its_tokens_cost(trio, monkeypatch):
+    """Bug: each new token put the text of all tokens together again."""
+    model, read = trio.models["large_ins"], []
+    piece = model.piece
+    monkeypatch.setattr(model, "piece", lambda token: read.append(token) or piece(token))
+    trio.prefill(trio.prompt("ана мен бала, " * 8))
+    mix = Continuation(Mix(Weights(0, 1)))
+    go_on(trio, [mix], max_tokens=96)
+    assert len(mix.ids) > 30 and read == mix.ids
+    assert mix.raw == b"".join(map(piece, mix.ids))
+
+
 def test_more_mixes_than_fit_at_once(trio):
     trio.prefill(trio.prompt(KAZAKH))
     weights = [Weights(a, b) for a in np.linspace(0, 1, 6) for b in np.linspace(0, 1, 6)]

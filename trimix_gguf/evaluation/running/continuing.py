@@ -38,6 +38,7 @@ class Continuation:
     text: str = ""
     ids: list[int] = field(default_factory=list)
     n_filled: int = 0
+    raw: bytes = b""  # the pieces of `ids`, joined
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -166,13 +167,15 @@ def _finish(trio: Trio, written: Continuation, token: int, max_tokens: int) -> b
     """Add the token; returns whether the answer is complete."""
     if token in trio.end_of_generation:
         return True
-    written.ids.append(token)
+    new = [token]
     if written.loop is not None:
-        filled = written.loop.rest(max_tokens - len(written.ids))
-        written.ids += filled
+        filled = written.loop.rest(max_tokens - len(written.ids) - 1)
+        new += filled
         written.n_filled = len(filled)
+    written.ids += new
     piece = trio.models["large_ins"].piece
-    text = b"".join(piece(i) for i in written.ids).decode("utf-8", errors="replace")
+    written.raw += b"".join(piece(i) for i in new)
+    text = written.raw.decode("utf-8", errors="replace")
     line, newline, _ = text.lstrip().partition("\n")
     written.text = line.rstrip()
     return bool(newline) or len(written.ids) >= max_tokens

@@ -39,6 +39,7 @@ def test_a_comparison_from_the_command_line(trimix, task_file, tmp_path):
         "run.json",
         "topics.jsonl",
         "topics.sample.jsonl",
+        "topics.task.jsonl",
     }
 
 
@@ -208,6 +209,25 @@ def test_other_settings_are_not_mixed_into_a_run(trimix, task_file, tmp_path):
     assert "other seed" in message
     assert "other fill_loops" in one_line_error(trimix(*given, "--fill-loops"))
     assert trimix(*given, "--n-ctx", "400").returncode == 0  # what fits is the same there
+
+
+def test_a_run_keeps_its_questions(trimix, task_file, tmp_path):
+    """Bug: a file changed in between was asked from there on, and a moved one gave no report."""
+    out = tmp_path / "run"
+    given = arguments(task_file, out, "large_ins,auto")
+    assert trimix(*given).returncode == 0
+    lines = (out / "topics.jsonl").read_bytes()
+    (out / "topics.jsonl").write_bytes(lines[: lines.index(b"\n") + 1])
+    asked = task_file.read_bytes()
+    task_file.write_bytes(asked.replace("Сайлау өтті.".encode(), "Сайлау болды.".encode()))
+    assert "the file of topics has changed" in one_line_error(trimix(*given))
+    task_file.write_bytes(asked)
+    assert trimix(*given).returncode == 0
+    assert (out / "topics.jsonl").read_bytes() == lines
+    report = trimix("eval", "report", out)
+    task_file.rename(tmp_path / "elsewhere.jsonl")
+    assert report.returncode == 0
+    assert trimix("eval", "report", out).stdout == report.stdout
 
 
 def test_every_setting_of_a_run_is_an_option_and_is_kept():

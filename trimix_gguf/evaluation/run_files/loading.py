@@ -10,7 +10,7 @@ from trimix_gguf.choosing.methods import ORACLE
 from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.run_files.answers import GridTexts, RunAnswers, TaskAnswers
 from trimix_gguf.evaluation.run_files.lines import MethodOutput, finite, has_grid
-from trimix_gguf.evaluation.run_files.record import FORMAT, RunRecord
+from trimix_gguf.evaluation.run_files.record import FORMAT, RunRecord, kept_task
 from trimix_gguf.evaluation.tasks import custom_task, find_task
 from trimix_gguf.evaluation.tasks.rows import Fields, Row, check_type, read_jsonl, read_lines
 from trimix_gguf.machine.typed_json import parse
@@ -93,8 +93,11 @@ def _task_answers(
     folder: Path, name: str, record: RunRecord, *, ended: bool = False
 ) -> TaskAnswers:
     task_files = record.get("task_files") or {}
-    path = task_files.get(name)
-    task = find_task(name, record["lang"]) if path is None else custom_task(Path(path))
+    if name in task_files:
+        kept = kept_task(folder, name)  # runs of earlier versions have none
+        task = custom_task(kept if kept.exists() else Path(task_files[name]))
+    else:
+        task = find_task(name, record["lang"])
     file = folder / f"{name}.jsonl"
     rows = _lines(file, ended=ended)
     ids = [line["id"] for _, line in rows]

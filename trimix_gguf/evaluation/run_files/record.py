@@ -1,7 +1,7 @@
 """run.json: what a run was asked for, and with which models; a run with another one is refused."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import NotRequired, TypedDict
 from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.names.settings import RunSettingsRecord
 from trimix_gguf.evaluation.run_files.lines import read_json, write_json
+from trimix_gguf.machine.files import write_bytes
 from trimix_gguf.machine.hashes import sha256_of
 from trimix_gguf.machine.locking import alone
 from trimix_gguf.machine.parts import n_bytes_of
@@ -58,16 +59,39 @@ class RunRecord(RunSettingsRecord):
 
 
 @contextmanager
-def claim(folder: Path, record: RunRecord) -> Iterator[None]:
+def claim(folder: Path, record: RunRecord, own: Mapping[str, bytes]) -> Iterator[None]:
     """Begin or continue a run in `folder`; until the end no other process can.
 
-    Raises DataError if the folder has another run, or another process writes there.
+    `own` are the user's task files by the name of the task. Raises DataError if the folder has
+    another run, or another process writes there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     busy = DataError(f"{folder} is being written by another run; wait for it, or stop it")
     with alone(folder / ".lock", busy):
-        _keep(folder, record)
+        if begun := (folder / "run.json").exists():
+            _keep(folder, record)  # first: into the folder of another run nothing is written
+        _keep_own(folder, own, begun=begun)
+        if not begun:
+            _keep(folder, record)  # last: from here on a run has begun
         yield
+
+
+def kept_task(folder: Path, task: str) -> Path:
+    """Where a run keeps the user's task file: its questions and settings as they were asked."""
+    return folder / f"{task}.task.jsonl"
+
+
+def _keep_own(folder: Path, own: Mapping[str, bytes], *, begun: bool) -> None:
+    """Keep the user's task files. Raises DataError if a run that has begun asked other ones."""
+    for task, content in own.items():
+        kept = kept_task(folder, task)
+        if not (begun and kept.exists()):  # runs of earlier versions have none
+            write_bytes(kept, content)
+        elif kept.read_bytes() != content:
+            raise DataError(
+                f"the file of {task} has changed since this run began, which asked {kept}; give "
+                "another folder"
+            )
 
 
 def _keep(folder: Path, record: RunRecord) -> None:

@@ -47,6 +47,12 @@ class Comparison:
         ]
         return {t.name: (t, t.load(self.data, self.lang, self.settings.seed)) for t in tasks}
 
+    @cached_property
+    def own_files(self) -> dict[str, bytes]:
+        """The user's task files by the name of their task, as they were when the run began."""
+        own = [Path(name) for name in self.tasks if name.endswith(".jsonl")]
+        return {custom_task(path).name: path.read_bytes() for path in own}
+
     @property
     def fourth(self) -> Path | None:
         """`large_base` if a method reads it. Raises DataError if it is needed and missing."""
@@ -65,7 +71,7 @@ class Comparison:
 
         Raises DataError.
         """
-        _ = self.fourth, self.datasets
+        _ = self.fourth, self.datasets, self.own_files
 
     @property
     def of_single(self) -> RunSettings:
@@ -157,7 +163,7 @@ def compare(
     with ExitStack() as stack:
         with source.trio() as workers:
             models = workers.header()
-            stack.enter_context(claim(folder, comparison.record(models)))
+            stack.enter_context(claim(folder, comparison.record(models), comparison.own_files))
             ask(workers)
         for single in comparison.singles:
             with source.single(single, models["n_ctx"]) as workers:

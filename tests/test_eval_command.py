@@ -230,6 +230,32 @@ def test_a_run_keeps_its_questions(trimix, task_file, tmp_path):
     assert trimix("eval", "report", out).stdout == report.stdout
 
 
+@pytest.mark.parametrize(
+    ("singles", "said"),
+    [
+        (("folder/x=y.gguf",), "leave out the folder"),
+        (("x=y.gguf", "x=z.gguf"), "x is given twice"),
+        (("sample=y.gguf",), "topics.sample.jsonl for two things"),
+    ],
+)
+def test_a_single_that_has_no_file_of_its_own_is_refused_at_once(
+    trimix, task_file, tmp_path, singles, said
+):
+    given = [part for single in singles for part in ("--single", single)]
+    result = trimix(*arguments(task_file, tmp_path / "run", "large_ins"), *given)
+    assert result.returncode in (1, 2) and said in result.stderr.decode()
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_tasks_of_one_name_are_not_taken_for_one(trimix, task_file, tmp_path):
+    """Bug: only the second one was asked, without a word."""
+    other = tmp_path / "other" / task_file.name
+    other.parent.mkdir()
+    other.write_text('{"question": "2 + 2?", "answer": "4"}\n', "utf-8")
+    result = trimix(*arguments(f"{task_file},{other}", tmp_path / "run", "large_ins"))
+    assert "topics.jsonl for two things; rename" in one_line_error(result)
+
+
 def test_every_setting_of_a_run_is_an_option_and_is_kept():
     names = {field.name for field in fields(RunSettings)}
     assert names <= {option.name for option in evaluate.params}

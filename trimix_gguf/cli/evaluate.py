@@ -256,6 +256,12 @@ def _singles(texts: tuple[str, ...], ray: Ray | None) -> dict[str, Path]:
     pairs = [text.partition("=") for text in texts]
     if not all(name and file for name, _, file in pairs):
         raise click.UsageError("--single takes NAME=FILE")
+    names = [name for name, _, _ in pairs]
+    for name in names:
+        if Path(name).name != name:
+            raise click.UsageError(f"--single: {name} becomes a file's name; leave out the folder")
+        if names.count(name) > 1:
+            raise click.UsageError(f"--single: {name} is given twice; take another name")
     if taken := {name for name, _, _ in pairs} & {*evaluated_methods(), INFORMATIVE}:
         raise click.UsageError(f"--single: {taken.pop()} is the name of a method; take another")
     return {name: Path(file) if ray is None else as_elsewhere(file) for name, _, file in pairs}

@@ -1,5 +1,6 @@
 """A comparison: every method answers every task, into one folder."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -45,7 +46,19 @@ class Comparison:
             custom_task(Path(name)) if name.endswith(".jsonl") else find_task(name, self.lang)
             for name in self.tasks
         ]
+        self._check_names([task.name for task in tasks])
         return {t.name: (t, t.load(self.data, self.lang, self.settings.seed)) for t in tasks}
+
+    def _check_names(self, tasks: Sequence[str]) -> None:
+        """Raises DataError where two tasks, or a task and a single GGUF, would write one file."""
+        ends = ("", ".sample", ".task", *(f".{single}" for single in self.singles))
+        written = Counter(task + end for task in tasks for end in ends)
+        for file, n in written.items():
+            if n > 1:
+                raise DataError(
+                    f"the run would write {file}.jsonl for two things; rename a task's file, or "
+                    "give a --single another name"
+                )
 
     @cached_property
     def own_files(self) -> dict[str, bytes]:

@@ -13,6 +13,8 @@ import pytest
 from made_tasks import load, prompt, write_all, write_jsonl, write_lines
 
 from trimix_gguf.errors import DataError
+from trimix_gguf.evaluation.names.settings import RunSettings
+from trimix_gguf.evaluation.running.comparing import Comparison
 from trimix_gguf.evaluation.tasks import custom_task
 from trimix_gguf.evaluation.tasks.sources import HubFile, find
 
@@ -211,9 +213,26 @@ def test_a_custom_task_with_choices(tmp_path):
         ([{"question": "a?", "answer": "x"},
           {"question": "b?", "answer": "x", "choices": ["x"]}], r"some rows have choices"),
         ([{"instruction": "Answer."}], r"q\.jsonl has no question to ask"),
+        ([{"max_tokens": 0}, {"question": "a?", "answer": "x"}], r"should be 1 or more, got 0"),
+        ([{"question": " ", "answer": "x"}], r":1: field 'question' is missing"),
+        ([{"question": "a?", "answer": ["x", "\n"]}], r":1: field 'answer' is missing"),
+        ([{"question": "a?", "answer": [None]}], r":1: field 'answer' should be .*, got null"),
+        ([{"question": "a?", "answer": "A", "choices": [["x"]]}], r"'choices' should be .* a list"),
+        ([{"metrics": ["number"]}, {"question": "a?", "answer": ["4", "x"]}],
+         r"q\.jsonl:2: metric 'number' compares numbers, and 'x' has none"),
         (["a?"], r"q\.jsonl:1: expected a JSON object, got a text"),
     ],
 )  # fmt: skip
 def test_a_bad_custom_file_is_named(rows, said, tmp_path):
     with pytest.raises(DataError, match=said):
         custom_task(write_jsonl(tmp_path / "q.jsonl", rows))
+
+
+def test_an_id_that_comes_twice_is_refused_before_the_run(tmp_path):
+    """Bug: one of the two was not asked, and the run never counted as finished."""
+    write_all(tmp_path)
+    path = tmp_path / "eval/kk/kazqad/validation.jsonl"
+    path.write_text(path.read_text("utf-8").replace('"q1"', '"q0"'), "utf-8")
+    comparison = Comparison("kk", ("kazqad",), tmp_path, RunSettings(("large_ins",)), {})
+    with pytest.raises(DataError, match=r"kazqad: the id 'q0' comes 2 times"):
+        comparison.check()

@@ -84,7 +84,12 @@ class Comparison:
 
         Raises DataError.
         """
-        _ = self.fourth, self.datasets, self.own_files
+        _ = self.fourth, self.own_files
+        for name, (_, data) in self.datasets.items():
+            ids = Counter(q.id for q in data.questions(self.settings.limit, self.settings.seed))
+            (twice, n), *_ = ids.most_common(1)
+            if n > 1:  # a run tells questions by it
+                raise DataError(f"{name}: the id {twice!r} comes {n} times in its data")
 
     @property
     def of_single(self) -> RunSettings:

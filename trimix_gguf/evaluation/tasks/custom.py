@@ -19,7 +19,7 @@ from pathlib import Path
 
 from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.tasks.belebele import LETTERS, lettered, read_letter
-from trimix_gguf.evaluation.tasks.metrics import METRICS
+from trimix_gguf.evaluation.tasks.metrics import METRICS, last_number
 from trimix_gguf.evaluation.tasks.rows import (
     Fields,
     Record,
@@ -54,6 +54,10 @@ def custom_task(path: Path) -> Task:
     if len(with_choices) == 2:
         raise DataError(f"{path}: some rows have choices and some do not; make two files of it")
     chosen = with_choices.pop()
+    metrics = _metrics(path, settings, ("accuracy",) if chosen else ("exact_match", "f1"))
+    if "number" in metrics:
+        for example in examples:
+            _check_numbers(f"{path}:{example.id}", example)
 
     def load(data: Path, lang: str, seed: int) -> Dataset:
         return Dataset.shuffled(examples, pool, seed)
@@ -62,7 +66,7 @@ def custom_task(path: Path) -> Task:
         name=path.stem,
         languages=(settings.get("language", _NO_LANGUAGE),),
         instruction=settings.get("instruction", "Answer each question."),
-        metrics=_metrics(path, settings, ("accuracy",) if chosen else ("exact_match", "f1")),
+        metrics=metrics,
         max_tokens=settings.get("max_tokens", 2 if chosen else 64),
         load=load,
         n_exemplars=min(settings.get("n_exemplars", 5), len(pool)),
@@ -89,8 +93,9 @@ def _typed(row: Row, known: Fields) -> Record:
         if name not in known:
             raise DataError(f"{where}: field {name!r} is unknown; known are {', '.join(known)}")
         check_type(where, name, value, known[name])
-        if type(value) is int and value < 0:
-            raise DataError(f"{where}: field {name!r} should be 0 or more, got {value}")
+        least = 1 if name == "max_tokens" else 0
+        if type(value) is int and value < least:
+            raise DataError(f"{where}: field {name!r} should be {least} or more, got {value}")
     return record
 
 
@@ -108,14 +113,23 @@ def _split(path: Path, rows: Sequence[Row]) -> tuple[list[Example], list[Example
 
 def _example(where: str, row: Record) -> Example:
     for field in ("question", "answer"):
-        if not row.get(field):
+        if not all(_texts(where, row, field) or [""]):
             raise DataError(f"{where}: field {field!r} is missing; it has {', '.join(row)}")
     name, stem = where.rsplit(":", 1)[1], f"Question: {row['question'].strip()}"
-    answer, choices = row["answer"], row.get("choices")
-    if choices:
-        return lettered(name, stem, [str(choice) for choice in choices], _gold(where, row))
-    answers = tuple(one_line(str(text)) for text in (answer if type(answer) is list else [answer]))
+    if _texts(where, row, "choices"):
+        choices = [str(choice) for choice in row["choices"]]
+        return lettered(name, stem, choices, _gold(where, row))
+    answers = tuple(_texts(where, row, "answer"))
     return Example(name, f"{stem}\nAnswer:", answers[0], answers)
+
+
+def _texts(where: str, row: Record, field: str) -> list[str]:
+    """What a field holds, each on one line; raises DataError for null, a list or an object."""
+    value = row.get(field, [])
+    items = value if type(value) is list else [value]
+    for item in items:
+        check_type(where, field, item, str | int | float | bool)
+    return [one_line(str(item)) for item in items]
 
 
 def _gold(where: str, row: Record) -> int:
@@ -128,6 +142,14 @@ def _gold(where: str, row: Record) -> int:
     if row["answer"] in choices:
         return choices.index(row["answer"])
     return index_of(where, "answer", row["answer"], tuple(LETTERS[: len(choices)]))
+
+
+def _check_numbers(where: str, example: Example) -> None:
+    for reference in example.references:
+        if last_number(reference) is None:
+            raise DataError(
+                f"{where}: metric 'number' compares numbers, and {reference!r} has none"
+            )
 
 
 def _metrics(path: Path, settings: Record, default: tuple[str, ...]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from trimix_gguf.cli.bars import count_bar
 from trimix_gguf.cli.evaluate import evaluate
 from trimix_gguf.evaluation.names.settings import RunSettings
 from trimix_gguf.evaluation.run_files.lines import finished
+from trimix_gguf.trio.trio import NANO
 from trimix_gguf.trios.triofile import ModelEntry, TrioFile
 
 
@@ -209,6 +211,27 @@ def test_other_settings_are_not_mixed_into_a_run(trimix, task_file, tmp_path):
     assert "other seed" in message
     assert "other fill_loops" in one_line_error(trimix(*given, "--fill-loops"))
     assert trimix(*given, "--n-ctx", "400").returncode == 0  # what fits is the same there
+
+
+def test_a_run_does_not_continue_with_another_tuning(trimix, task_file, tmp_path):
+    """Bug: auto answered the rest of the questions by what another `trimix tune` had measured."""
+    out, trio = tmp_path / "run", tmp_path / "trio"
+    shutil.copytree(NANO, trio)
+    given = [*arguments(task_file, out, "large_ins,auto"), "--trio", trio]
+    assert trimix(*given).returncode == 0
+    untuned = (trio / "trio.toml").read_text("utf-8").split("\n[tuning]")[0]
+    (trio / "trio.toml").write_text(untuned + "\n", "utf-8")
+    assert "other tuning" in one_line_error(trimix(*given))
+    settings = json.loads((out / "run.json").read_text("utf-8"))
+    del settings["tuning"]  # as earlier versions wrote it
+    (out / "run.json").write_text(json.dumps(settings), "utf-8")
+    assert trimix(*given).returncode == 0
+    without = [*arguments(task_file, tmp_path / "other", "large_ins,ppl"), "--trio", trio]
+    assert trimix(*without).returncode == 0
+    shutil.copy(NANO / "trio.toml", trio)
+    assert trimix(*without).returncode == 0  # no method answers by it
+    (out / "run.json").write_text("[]", "utf-8")
+    assert "run.json is damaged" in one_line_error(trimix(*given))
 
 
 def test_a_run_keeps_its_questions(trimix, task_file, tmp_path):

@@ -32,6 +32,7 @@ class ModelsRecord(TypedDict):
     """What of run.json those say who have the models."""
 
     chat_template: str | None
+    tuning: str | None
     n_ctx: int
     models: dict[str, ModelRecord]
     singles: dict[str, ModelRecord]
@@ -51,6 +52,7 @@ class RunRecord(RunSettingsRecord):
     task_files: NotRequired[dict[str, str]]
     singles: NotRequired[dict[str, ModelRecord]]
     chat_template: NotRequired[str | None]
+    tuning: NotRequired[str | None]  # its checksum, where a method answers by it
     continuous_range: NotRequired[list[float] | None]
     n_ctx: NotRequired[int]
     command: NotRequired[list[str]]
@@ -103,11 +105,15 @@ def _keep(folder: Path, record: RunRecord) -> None:
     kept = asked
     if file.exists():
         kept = read_json(file)
+        if not isinstance(kept, dict):
+            raise DataError(f"{file} is damaged; give another folder")
         known = kept.get("singles") or {}
         there = all(asked["singles"].get(name) == model for name, model in known.items())
         if more := there and known != asked["singles"]:
             kept |= {"singles": asked["singles"], "command": asked["command"]}
-        changed = [k for k in asked if k not in _MAY_DIFFER and kept.get(k) != asked[k]]
+        # Runs of earlier versions do not say their tuning: taken as the same one.
+        told = {"tuning": asked["tuning"], **kept}
+        changed = [k for k in asked if k not in _MAY_DIFFER and told.get(k) != asked[k]]
         if changed:
             raise DataError(
                 f"{folder} holds a run with other {', '.join(changed)}; give another folder"

@@ -122,6 +122,7 @@ class Comparison:
             "task_files": {custom_task(path).name: str(path.resolve()) for path in own_files},
             **self.settings.to_json(),
             "chat_template": models["chat_template"],
+            "tuning": models["tuning"],
             # None in runs that searched from 0 to 1: they do not continue, their reports stay.
             "continuous_range": (
                 list(CONTINUOUS_RANGE) if CONTINUOUS in self.settings.methods else None

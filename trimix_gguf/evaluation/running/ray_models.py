@@ -42,12 +42,11 @@ class _Trio:
     """The models of a process."""
 
     def __init__(self, load: Callable[[], Trio], comparison: Comparison) -> None:
-        self._trio = load()
-        self._models = comparison.models(self._trio)
+        self._models = comparison.models(load())
 
     def header(self) -> dict[str, Any]:
         """What of the models the results depend on."""
-        return {**self._models.header(), "tuning": repr(self._trio.tuning)}
+        return dict(self._models.header())
 
     def work(self, job: Job) -> Any:
         """The result of a job."""

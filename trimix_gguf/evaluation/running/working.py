@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
+from trimix_gguf.choosing.methods import AUTO
 from trimix_gguf.evaluation.names.compared import LARGE_BASE
 from trimix_gguf.evaluation.names.settings import RunSettings
 from trimix_gguf.evaluation.run_files.record import ModelsRecord, fingerprint
@@ -111,9 +112,11 @@ class Models:
             files[LARGE_BASE] = self._fourth_file
         files |= {f"{r}_lora": m.lora for r, m in trio.models.items() if m.lora is not None}
         chat = self._settings.chat
+        tuning = trio.tuning if AUTO in self._settings.methods else None
         packages = ("trimix-gguf", "llama-cpp-python", "numpy")
         return {
             "chat_template": trio.models[ROLES[0]].chat_template if chat else None,
+            "tuning": None if tuning is None else tuning.to_table()["checksum"],
             "n_ctx": trio.n_ctx,
             "models": {role: fingerprint(path) for role, path in files.items()},
             "singles": {name: fingerprint(path) for name, path in self._singles.items()},

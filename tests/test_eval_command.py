@@ -291,6 +291,43 @@ def test_options_of_the_harness_are_not_passed_over(trimix, task_file, tmp_path)
 
 
 @pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--methods", "ppl"), b"--methods does not go with --harness"),
+        (("--seed", "0"), b"--seed does not go with --harness"),
+        (("--large-base", "x.gguf"), b"--large-base does not go with --harness"),
+    ],
+)
+def test_options_that_the_harness_does_not_read_are_refused(trimix, given, said):
+    """Bug: they were passed over without a word."""
+    result = trimix("eval", "--harness", "any", *given)
+    assert result.returncode == 2 and said in result.stderr
+
+
+def test_a_harness_run_knows_at_once_that_its_folder_is_a_file(trimix, tmp_path):
+    """Bug: the results of hours were lost, for they were written first and printed last."""
+    (tmp_path / "out").write_text("", "utf-8")
+    message = one_line_error(trimix("eval", "--harness", "any", "-o", tmp_path / "out"))
+    assert str(tmp_path / "out") in message
+
+
+@pytest.mark.parametrize(("option", "given"), [("methods", ""), ("methods", ","), ("tasks", ",")])
+def test_an_empty_list_is_a_usage_error(trimix, task_file, tmp_path, option, given):
+    result = trimix(*arguments(task_file, tmp_path / "run"), f"--{option}", given)
+    assert result.returncode == 2 and f"give --{option}" in result.stderr.decode()
+
+
+def test_a_picture_that_cannot_be_drawn_is_told_after_the_table(trimix, task_file, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "run"
+    assert trimix(*arguments(task_file, out, "large_ins,auto")).returncode == 0
+    result = trimix("eval", "report", out, "--plot", tmp_path / "run.xyz")
+    assert result.returncode == 2 and b"Traceback" not in result.stderr
+    assert "no picture 'xyz'" in result.stderr.decode() and b"## Conventions" in result.stdout
+    assert trimix("eval", "report", out, "--plot", tmp_path / "run.PNG").returncode == 0
+
+
+@pytest.mark.parametrize(
     ("changed", "said"),
     [
         (("--tasks", "sib2000"), "sib200, flores"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from trimix_gguf.choosing.methods import INFORMATIVE, ORACLE, compared_by_default, evaluated_methods
 from trimix_gguf.cli.bars import count_bar
@@ -17,6 +18,11 @@ from trimix_gguf.evaluation.names.compared import LARGE_BASE, check_methods
 from trimix_gguf.evaluation.names.settings import RunSettings
 
 _DEFAULT = ",".join(compared_by_default())
+# Options that --harness does not read: its tasks have their own data, and one method answers.
+_NOT_OF_HARNESS = (
+    *("lang", "tasks", "methods", "data", "seed"),
+    *("fill_loops", "race", "single", "large_base"),
+)
 
 
 @click.group("eval", invoke_without_command=True)
@@ -89,12 +95,17 @@ def evaluate(context: click.Context, /, **options: Any) -> None:
     if options["harness"]:
         if ray is not None:
             raise click.UsageError("--ray does not go with --harness")
+        for name in _NOT_OF_HARNESS:
+            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"{_flag(name)} does not go with --harness")
         _run_harness(options)
         return
     for name in ("harness_path", "weights"):
         if options[name]:
-            raise click.UsageError(f"--{name.replace('_', '-')} goes with --harness")
-    for name in ("tasks", "out"):
+            raise click.UsageError(f"{_flag(name)} goes with --harness")
+    for name in ("tasks", "methods"):
+        options[name] = _split(options[name] or "")
+    for name in ("tasks", "methods", "out"):
         if not options[name]:
             raise click.UsageError(f"give --{name}")
     _run(options, ray)
@@ -126,20 +137,26 @@ def report(
 
     run = join([load_run(Path(folder), so_far=so_far) for folder in folders])
     summary = summarize(run, choice_scoring=choice_scoring)
-    if plot is not None:
-        from trimix_gguf.evaluation.reporting.plots import draw
-
-        draw(summary).savefig(plot)
     if form == "json":
         click.echo(json.dumps(summary, ensure_ascii=False))
     else:
         click.echo(to_csv(summary) if form == "csv" else to_markdown(summary), nl=False)
+    if plot is not None:  # last: where the picture cannot be written, the figures are there
+        from trimix_gguf.evaluation.reporting.plots import draw
+
+        figure, ending = draw(summary), Path(plot).suffix[1:].lower()
+        known = figure.canvas.get_supported_filetypes()
+        if ending not in ("", *known):
+            raise click.UsageError(
+                f"--plot: there is no picture {ending!r}; take {', '.join(known)}"
+            )
+        figure.savefig(plot)
 
 
 def _run(options: dict[str, Any], ray: Ray | None) -> None:
     from trimix_gguf.evaluation.running.comparing import Comparison, Local, compare
 
-    tasks = _split(options.pop("tasks"))
+    tasks = options.pop("tasks")
     comparison = Comparison(
         lang=options.pop("lang") or _language(tasks),
         tasks=tasks,
@@ -197,7 +214,6 @@ def _conclude(out: Path) -> None:
 
 def _settings(options: dict[str, Any]) -> RunSettings:
     """Take the RunSettings out of the options: those with the names of its fields."""
-    options["methods"] = _split(options["methods"])
     settings = RunSettings(**{field.name: options.pop(field.name) for field in fields(RunSettings)})
     check_methods(settings.methods)
     if settings.race and ORACLE not in settings.methods:
@@ -207,7 +223,11 @@ def _settings(options: dict[str, Any]) -> RunSettings:
 
 def _run_harness(options: dict[str, Any]) -> None:
     """Print the harness's table; with --out, write its results as JSON into that folder."""
+    out = Path(options["out"]) if options["out"] else None
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)  # before the hours that it takes
     from trimix_gguf.evaluation.running.harness import TrimixLM, make_table, run_harness
+    from trimix_gguf.machine.files import write_text
 
     chosen_by = _harness_weights(options)
     with open_trio(options) as trio:
@@ -220,12 +240,10 @@ def _run_harness(options: dict[str, Any]) -> None:
             include_path=options["harness_path"],
             include_defaults=options["harness_path"] is None,
         )
-    if options["out"]:
-        out = Path(options["out"])
-        out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(results, ensure_ascii=False, indent=1, default=str)
-        (out / "harness.json").write_text(text, encoding="utf-8")
     click.echo(make_table(results))
+    if out is not None:
+        text = json.dumps(results, ensure_ascii=False, indent=1, default=str)
+        write_text(out / "harness.json", text)
 
 
 def _harness_weights(options: dict[str, Any]) -> dict[str, Any]:
@@ -246,6 +264,10 @@ def _large_base(options: dict[str, Any], ray: Ray | None) -> Path | None:
     trio_file = named_trio(options)
     named = trio_file is not None and LARGE_BASE in trio_file.models
     return trio_file.path(LARGE_BASE) if named else None
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _split(text: str) -> tuple[str, ...]:

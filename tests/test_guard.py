@@ -3,6 +3,7 @@
 import json
 import queue
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from trimix_gguf.answering.chat import chat_prompt
 from trimix_gguf.answering.generation import stream_generate
 from trimix_gguf.answering.request import Request, join_events
 from trimix_gguf.answering.steering import SPAN, Guard
+from trimix_gguf.choosing.methods import AUTO
+from trimix_gguf.choosing.selection import Selection
 from trimix_gguf.mixing.fusion import METHODS, Mix
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.prompt import Prompt, Segment
@@ -190,6 +193,37 @@ def test_where_others_wait_large_ins_never_owes_much_of_an_answer(looping_folder
         finally:
             batcher.close()
     assert SPAN < max(owed) <= 12
+
+
+def test_what_it_has_still_to_read_has_room_beside_others(looping, alone):
+    """Bug: a second request was let into that room, and then the context was full for both."""
+    chat = chat_prompt(looping, MESSAGES).segments
+    ahead = Segment.per_role({ROLES[0]: [5] * 100})
+    chosen = Selection(Mix(SMALL_CPT), AUTO)
+    first = replace(request(looping, weights=chosen), prompt=Prompt((ahead, *chat)))
+    endless = dict.fromkeys(looping.end_of_generation, -100.0)
+    second = request(looping, weights=LARGE_INS, logit_bias=endless)
+    n_free = looping.n_ctx - 100 - alone.n_prompt - MOST
+    ahead = Segment.per_role({ROLES[0]: [5] * (n_free + 10 - alone.n_prompt - MOST)})
+    second = replace(second, prompt=Prompt((ahead, *chat)))
+    looping.forget()
+    batcher, events, ended = Batcher(looping, n_parallel=2), [], queue.Queue()
+
+    def take(event):
+        events.append(event)
+        if sum(len(one.tokens) for one in events) == 20:
+            batcher.submit(second, tell)
+        tell(event)
+
+    def tell(event):
+        if event.finish_reason is not None or event.error is not None:
+            ended.put(event)
+
+    batcher.submit(first, take)
+    found = [ended.get(timeout=PATIENCE_S) for _ in range(2)]
+    batcher.close()
+    assert [event.error for event in found] == [None, None]
+    assert 20 < found[0].guard < MOST == found[1].n_tokens
 
 
 # -- who says so ------------------------------------------------------------------------------

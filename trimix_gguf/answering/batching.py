@@ -259,8 +259,9 @@ class Batcher:
         for role, model in self.trio.models.items():
             to_come = 0
             for job in (*self._running, new):
-                held = 0 if job.sequence is None else len(self._sequences.ids(job.sequence)[role])
-                to_come += job.n_cells[role] - held
+                # What a role owes has no cells yet, but the guard may have it read.
+                n_read = 0 if job.sequence is None else self._sequences.n_read(job.sequence, role)
+                to_come += job.n_cells[role] - n_read
             if self._sequences.n_cells(role) + to_come > model.n_ctx:
                 return False
         return True

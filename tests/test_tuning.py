@@ -61,6 +61,17 @@ def test_every_exercise_has_its_answer_once_among_its_choices(passages):
         assert len(places) > 1, kind.name
 
 
+def test_sentences_that_end_alike_and_pairs_with_one_translation_make_exercises_or_none():
+    """Bug: with fewer than three translations in all, `tune` ended in a traceback."""
+    names = [f"{a}{b}" for a in "абвгд" for b in "клмнопрст"] * 2
+    lines = [f"Бұл {i} {name} туралы жаңа {name} былай деді екен." for i, name in enumerate(names)]
+    alike = passages_of(lines)
+    pairs = [(f"Бұл {i} сөйлем, ол өте қысқа.", "This is one sentence.") for i in range(80)]
+    found = {kind.name: kind for kind in kinds_of(alike, 0, pairs=pairs)}
+    assert "find" in found and not {"ending", "into"} & found.keys()
+    assert all(len(set(one.choices)) == 3 for one in found["from"].exemplars)
+
+
 def test_the_answer_stands_in_the_question(passages):
     kinds = {kind.name: kind for kind in kinds_of(passages, 0)}
     for _ in range(20):

@@ -139,8 +139,9 @@ def _ending(passages: Passages, rng: random.Random) -> Kind | None:
             right = sentence.part(cut, len(sentence.words))
             drawn = [s for s in rng.sample(sentences, 24) if s != sentence]
             ends = [s.part(len(s.words) - N_ENDING, len(s.words)) for s in drawn]
-            # About as long: else the shortest is the likeliest.
-            others = sorted(ends, key=lambda text: abs(len(text) - len(right)))[:3]
+            others = _about_as_long(ends, right)[:3]
+            if len(others) < 3:
+                continue
             choices = rng.sample([right, *others], 4)
             question = f"Beginning: {sentence.part(0, cut)}\nEnding:"
             yield Exercise(question, tuple(choices), choices.index(right))
@@ -151,8 +152,9 @@ def _ending(passages: Passages, rng: random.Random) -> Kind | None:
 def _translation(name: str, pairs: Sequence[Pair], rng: random.Random) -> Kind | None:
     def make() -> Iterator[Exercise]:
         for source, right in rng.sample(pairs, len(pairs)):
-            drawn = [target for _, target in rng.sample(pairs, 24) if target != right]
-            others = sorted(drawn, key=lambda text: abs(len(text) - len(right)))[:2]
+            others = _about_as_long([target for _, target in rng.sample(pairs, 24)], right)[:2]
+            if len(others) < 2:
+                continue
             choices = rng.sample([right, *others], 3)
             yield Exercise(f"{source}\nTranslation:", tuple(choices), choices.index(right))
 
@@ -178,6 +180,12 @@ def _kind(name: str, instruction: str, made: Iterator[Exercise], n_exemplars: in
 
 def _bare(word: str) -> str:
     return _PUNCTUATION.sub("", word)
+
+
+def _about_as_long(texts: Sequence[str], right: str) -> list[str]:
+    """Those that differ from `right`, each once, by length: else the shortest is the likeliest."""
+    others = [text for text in dict.fromkeys(texts) if text != right]
+    return sorted(others, key=lambda text: abs(len(text) - len(right)))
 
 
 def _with_gap(sentence: Sentence, first: int, last: int) -> str:

@@ -134,6 +134,10 @@ def test_an_earlier_tuning_has_no_say_and_what_was_asked_is_kept(trio, tmp_path,
     assert len(calls) == 1
     compare_all(trio, exercises().free, Weights(1, 1), kept, **ask)
     assert len(calls) == 5  # other weights are asked for themselves
+    # Bug: with another choice without a tuning, answers by the earlier one were compared.
+    monkeypatch.setattr(free, "CLOSE", Weights(0.9, 0.1))
+    compare_all(trio, exercises().free, MIX, kept, **ask)
+    assert len(calls) == 9
 
 
 @pytest.mark.parametrize("weights", [None, METHODS["large_ins"].weights, MIX, CPT])

@@ -19,6 +19,7 @@ import numpy as np
 from trimix_gguf.answering.chat import PLAIN_STOPS, chat_prompt
 from trimix_gguf.answering.generation import generate
 from trimix_gguf.answering.request import Request
+from trimix_gguf.choosing.auto import LEASH
 from trimix_gguf.choosing.methods import AUTO
 from trimix_gguf.choosing.selection import Selection
 from trimix_gguf.machine.typed_json import parse
@@ -28,6 +29,7 @@ from trimix_gguf.trio.trio import Trio
 from trimix_gguf.trio.tuned import Free
 from trimix_gguf.tuning.exercises import Exercise, Kind
 from trimix_gguf.tuning.probe import ShowProgress, whole_lines
+from trimix_gguf.tuning.verdict import CLOSE
 
 KINDS = ("find", "ending", "into", "from")  # whose answers are text
 FEWEST, MOST = 12, 24  # of a kind; below FEWEST it says nothing
@@ -54,8 +56,10 @@ def compare_all(
 ) -> list[Compared]:
     """Ask up to MOST exercises of each kind, in about `seconds`; `kept` holds lines of JSON.
 
-    What `kept` holds already for these weights is not asked again.
+    What `kept` holds already for these weights, and for the same choice without a tuning, is not
+    asked again.
     """
+    untuned_choice = f"{LEASH:g} {CLOSE.alpha:g} {CLOSE.beta:g}"
     known, asked = _read(kept), [kind for kind in kinds if kind.name in KINDS]
     found: list[Compared] = []
     with kept.open("a", encoding="utf-8") as lines, untuned(trio):
@@ -64,7 +68,7 @@ def compare_all(
             budget = seconds / (len(asked) - at)
             with progress(f"{kind.name}, free") as show:
                 for i, exercise in enumerate(itertools.islice(kind.exercises, MOST)):
-                    name = f"{kind.name}-{i} {weights.alpha:g} {weights.beta:g}"
+                    name = f"{kind.name}-{i} {weights.alpha:g} {weights.beta:g} {untuned_choice}"
                     if name not in known:
                         if time.monotonic() - started > budget:
                             break

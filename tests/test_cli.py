@@ -144,6 +144,20 @@ def test_usage_errors_exit_2(trimix):
     assert trimix("nonsense").returncode == 2
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("adapt", "own", "text.txt", "--minutes", "inf"),
+        ("adapt", "own", "text.txt", "--learning-rate", "nan"),
+        ("serve", "--host", "0.0.0.0", "--drain", "inf"),
+    ],
+)
+def test_a_number_without_end_is_a_usage_error(trimix, arguments):
+    """Bug: it was a traceback, after the text was read or when the server was to end."""
+    result = trimix(*arguments)
+    assert result.returncode == 2 and f"{arguments[-1]} is not a finite" in result.stderr.decode()
+
+
 @pytest.mark.parametrize("keep", [0, 3, 100, 5000, -100])
 def test_a_cut_file_is_refused_before_llama_cpp_sees_it(trimix, tmp_path, nano_files, keep):
     cut = tmp_path / "cut.gguf"

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from trimix_gguf.cli.options import new_figure, option_group
+from trimix_gguf.cli.options import FiniteRange, new_figure, option_group
 
 TUNE_MINUTES = 10.0
 
@@ -56,18 +56,18 @@ TUNE_MINUTES = 10.0
     click.option("--tokens", type=click.IntRange(min=1), help="Tokens to learn from, in all."),
     click.option(
         "--minutes",
-        type=click.FloatRange(min=0, min_open=True),
+        type=FiniteRange(min=0, min_open=True),
         help="Minutes to train. Default: 3 times the text.",
     ),
     click.option(
         "--exercises",
-        type=click.FloatRange(0, 0.9),
+        type=FiniteRange(0, 0.9),
         help="Share of exercises made of the text. Default 0.2.",
     ),
     click.option("--rank", type=click.IntRange(1, 1024), help="Rank of the adapter. Default 32."),
     click.option(
         "--learning-rate",
-        type=click.FloatRange(min=0, min_open=True),
+        type=FiniteRange(min=0, min_open=True),
         help="Default: 5e-4, with --full 1e-4, for a 0.5B; more for smaller models.",
     ),
     click.option("--full", is_flag=True, help="Train all weights, not an adapter."),

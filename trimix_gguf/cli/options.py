@@ -1,6 +1,7 @@
 """What several commands share: the trio's options, prompts from files, the grid."""
 
 import functools
+import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,19 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 def _layers(text: str) -> int | str:
     return text if text == "auto" else int(text)
+
+
+class FiniteRange(click.FloatRange):
+    """A range without nan and inf, which no comparison refuses where there is no upper end."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The number; fails as click's own type does."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
 
 
 ROLE_OPTIONS: dict[str, Callable[[str], Any]] = {

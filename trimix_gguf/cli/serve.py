@@ -16,6 +16,7 @@ import click
 from trimix_gguf.cli import supervising
 from trimix_gguf.cli.options import (
     Decorator,
+    FiniteRange,
     bound,
     context_shift_option,
     each_trio,
@@ -39,7 +40,7 @@ _LIMITS: dict[str, tuple[click.ParamType[Any], str]] = {
         click.FloatRange(0, min_open=True),
         "Most seconds to receive one request.",
     ),
-    "drain": (click.FloatRange(0), "Seconds for running answers to finish after Ctrl-C."),
+    "drain": (FiniteRange(0), "Seconds for running answers to finish after Ctrl-C."),
     "body_limit": (click.IntRange(1024), "Most bytes of one request."),
 }
 _KEY = "TRIMIX_NEW_KEY"

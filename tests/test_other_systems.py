@@ -81,7 +81,8 @@ def test_commands_run_on_windows(run, tmp_path):
 
 
 def test_commands_run_on_macos(run):
-    doctor, answer = run("darwin", (("doctor",), ""), (("generate", KAZAKH, "-n", "2"), ""))
+    asked = ("generate", KAZAKH, "-n", "8", "--temperature", "0")
+    doctor, answer = run("darwin", (("doctor",), ""), (asked, ""))
     assert "usable of" in doctor and answer.strip()
 
 

@@ -102,6 +102,8 @@ class Chooser:
                 score_tokens = "all"
             n_tokens = max((sum(scored for _, scored in p.units) for p in self.prompts), default=0)
             stride = stride_of(score_tokens, n_tokens, leashed=self._leashed)
+            if self._leashed:  # alpha stays 1
+                grid = ((1.0,), GRID if grid == "continuous" else grid[1])
             self.score = empty_score(grid, sloped=self._leashed, keep=keep, stride=stride)
 
     def _for_questions(self, with_choices: bool) -> None:

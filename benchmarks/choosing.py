@@ -142,8 +142,10 @@ def lost_by(nlls: np.ndarray, slopes: np.ndarray, stride: int) -> float:
 
     def value(counts: np.ndarray) -> np.ndarray:
         total, slope = np.tensordot(counts, nlls, 1), counts @ slopes
-        pull = strays(total, slope, WITH_CORNERS, WITH_CORNERS) if stride == LEASHED else 0.0
-        return (total + LEASH * pull).reshape(-1) / counts.sum()
+        if stride == LEASHED:  # with alpha = 1
+            total = total + LEASH * strays(total, slope, WITH_CORNERS, WITH_CORNERS)
+            total = total[WITH_CORNERS.index(1.0)]
+        return total.reshape(-1) / counts.sum()
 
     every = value(np.ones(len(nlls)))
     return float(every[value(stand_for(len(nlls), stride)).argmin()] - every.min())

@@ -18,7 +18,7 @@ ScoreTokens = int | Literal["auto", "all"]
 ALL = 1  # the stride that scores each token
 FREE, LEASHED = 0, -1  # strides that grow with the place: for any mix, or one close to large_ins
 N_FIRST = 32  # tokens that are all scored in any case
-DENSITY = {FREE: 4.0, LEASHED: 2.0}  # after them, this / sqrt(place) of the tokens are
+DENSITY = {FREE: 4.0, LEASHED: 1.0}  # after them, this / sqrt(place) of the tokens are
 
 
 def stride_of(tokens: ScoreTokens, n_tokens: int, *, leashed: bool) -> int:

@@ -272,7 +272,7 @@ def test_while_answers_end_new_requests_are_told_to_come_again():
         with httpx.Client(base_url=served.url, timeout=PATIENCE_S) as client:
             assert client.get("/health").status_code == 200  # this connection stays open
             thread = threading.Thread(
-                target=stream_lines, args=(served, lines), kwargs={"max_tokens": 3000}
+                target=stream_lines, args=(served, lines), kwargs={"max_tokens": 1200}
             )
             thread.start()
             served.wait_until(is_running)

@@ -1,5 +1,6 @@
 """The collapse guard: a mix that repeats itself gives way to large_ins, and that is said."""
 
+import itertools
 import json
 import queue
 import re
@@ -11,14 +12,18 @@ from conftest import KAZAKH
 from served import PATIENCE_S, events_of, serving
 
 from trimix_gguf import Trio, Weights, generate
+from trimix_gguf.answering.answer import new_sampler
 from trimix_gguf.answering.batching import Batcher
 from trimix_gguf.answering.chat import chat_prompt
+from trimix_gguf.answering.decoding import decode_steps
+from trimix_gguf.answering.drafting import Drafting
 from trimix_gguf.answering.generation import stream_generate
 from trimix_gguf.answering.request import Request, join_events
-from trimix_gguf.answering.steering import SPAN, Guard
+from trimix_gguf.answering.steering import SPAN, Guard, Steering
 from trimix_gguf.choosing.methods import AUTO
 from trimix_gguf.choosing.selection import Selection
 from trimix_gguf.mixing.fusion import METHODS, Mix
+from trimix_gguf.mixing.sampling import Sampling
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.prompt import Prompt, Segment
 from trimix_gguf.trios.triofile import TrioFile
@@ -224,6 +229,47 @@ def test_what_it_has_still_to_read_has_room_beside_others(looping, alone):
     batcher.close()
     assert [event.error for event in found] == [None, None]
     assert 20 < found[0].guard < MOST == found[1].n_tokens
+
+
+class Asks(Steering):
+    """Has to see large_ins' row of each third token before another one is picked."""
+
+    consults = ROLES[:1]
+    n_taken, n_seen = 0, 0
+
+    @property
+    def n_owed(self):
+        return int(self.n_taken // 3 > self.n_seen)
+
+    def take(self, token, rows):
+        assert self.n_owed == 0
+        self.n_taken, self.token = self.n_taken + 1, token
+
+    def see(self, rows):
+        assert rows["large_ins"].shape[0] == 1
+        self.n_seen += 1
+
+
+def test_a_draft_ends_where_something_has_to_be_seen(trio):
+    """Else its other tokens would be picked from a mix that has perhaps ended."""
+    texts = {}
+    for n_draft in (0, 5):
+        prompt, steering = trio.prompt(KAZAKH), Asks(Mix(Weights(0.0, 0.9)))
+        trio.prefill(prompt)
+        sampler = new_sampler(trio, prompt, Sampling(temperature=0))
+        drafting = Drafting(n_draft=n_draft)
+        steps = decode_steps(trio, steering, sampler, drafting=drafting, max_tokens=30)
+        found = []
+        for step in itertools.islice(steps, 30):
+            sampler.accept(step.token)
+            steering.take(step.token, step.rows)
+            found.append(step)
+        steps.close()
+        assert any(step.from_draft for step in found) == bool(n_draft)
+        assert steering.n_seen == 9  # the thirtieth token is not followed by another
+        texts[n_draft] = [step.token for step in found]
+        trio.forget()
+    assert texts[0] == texts[5]
 
 
 # -- who says so ------------------------------------------------------------------------------

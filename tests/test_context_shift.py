@@ -290,14 +290,15 @@ print("read", max(n_read), file=sys.stderr)
 
 
 def test_a_chat_at_the_command_line_goes_on_and_reads_far_less():
-    options = {"-n": 8, "--seed": 5, "--threads": 1, "--n-ctx": 160, "--weights": "0.3,0.9"}
+    # Wide enough that what is left counts for far more than drafts that were refused.
+    options = {"-n": 8, "--seed": 5, "--threads": 1, "--n-ctx": 320, "--weights": "0.3,0.9"}
     given = [str(x) for pair in options.items() for x in pair]
-    questions, n_read = "".join(f"Абай {i}\n" for i in range(12)), {}
+    questions, n_read = "".join(f"Абай {i}\n" for i in range(24)), {}
     for flag in ("--context-shift", "--no-context-shift"):
         command = [sys.executable, "-c", COUNTED, "chat", *given, flag]
         done = subprocess.run(command, input=questions.encode(), capture_output=True, timeout=240)
         notes = done.stderr.decode()
         assert done.returncode == 0, notes
-        assert len(done.stdout.decode().splitlines()) >= 12 and "160 tokens is full" in notes
+        assert len(done.stdout.decode().splitlines()) >= 24 and "320 tokens is full" in notes
         n_read[flag] = int(SHOWN.search(notes)[1])  # of the message that made it read most
     assert n_read["--context-shift"] < 0.5 * n_read["--no-context-shift"]

@@ -34,7 +34,7 @@ def main() -> None:
 def read(runs: list[Path]) -> Iterator[tuple[str, np.ndarray]]:
     """Each task's share of right answers [n_axis, n_axis]; tasks without choices are left out."""
     for file in sorted(file for run in runs for file in run.glob("*.jsonl")):
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in file.open(encoding="utf-8")]
         asked = [line for line in lines if "choice_nll" in line]
         if asked:
             right = [

@@ -158,6 +158,26 @@ def test_a_number_without_end_is_a_usage_error(trimix, arguments):
     assert result.returncode == 2 and f"{arguments[-1]} is not a finite" in result.stderr.decode()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "a", "-n"),
+        ("generate", "a", "--n-draft"),
+        ("generate", "a", "--score-tokens"),
+        ("generate", "a", "--gpu-layers"),
+        ("run", "in.jsonl", "-o", "out.jsonl", "--shard", "1/"),
+        ("run", "in.jsonl", "-o", "out.jsonl", "--ray", "localhost:"),
+    ],
+)
+def test_more_digits_than_python_reads_are_one_line(trimix, arguments):
+    """Bug: it was a traceback. Python reads 4,300 digits of a number."""
+    *before, last = arguments
+    digits = "9" * 5000
+    given = [*before, last + digits] if last[-1] in "/:" else [*arguments, digits]
+    result = trimix(*given)
+    assert result.returncode in (1, 2) and b"Traceback" not in result.stderr
+
+
 @pytest.mark.parametrize("keep", [0, 3, 100, 5000, -100])
 def test_a_cut_file_is_refused_before_llama_cpp_sees_it(trimix, tmp_path, nano_files, keep):
     cut = tmp_path / "cut.gguf"

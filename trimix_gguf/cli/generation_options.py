@@ -13,6 +13,7 @@ from trimix_gguf.cli.options import (
     option_group,
     parse_grid_options,
     parse_mix,
+    whole_number,
 )
 from trimix_gguf.cli.task_weights import check_task
 from trimix_gguf.cli.tuning_notes import say_tuning
@@ -164,9 +165,10 @@ def _of_the_trio(options: dict[str, Any]) -> tuple[str | None, Any]:
 def _word_or_number(option: str, text: str, *words: str) -> int | str:
     if text in words:
         return text
-    if not text.isdecimal() or int(text) < 1:
+    number = whole_number(text)
+    if number is None:
         raise click.UsageError(f"{option} takes {', '.join(words)}, or a number of at least 1")
-    return int(text)
+    return number
 
 
 def weights_line(selection: Any) -> str:

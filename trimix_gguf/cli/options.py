@@ -19,6 +19,11 @@ def _layers(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
+def whole_number(text: str) -> int | None:
+    """A number of 1 or more; None for anything else, and where no computer counts so far."""
+    return (int(text) or None) if text.isdecimal() and len(text) < 19 else None
+
+
 class FiniteRange(click.FloatRange):
     """A range without nan and inf, which no comparison refuses where there is no upper end."""
 

@@ -9,7 +9,7 @@ import click
 
 from trimix_gguf.cli.bars import count_bar
 from trimix_gguf.cli.clusters import loader_elsewhere, ray_options, taken_ray
-from trimix_gguf.cli.options import model_name, named_trio, open_trio, trio_options
+from trimix_gguf.cli.options import model_name, named_trio, open_trio, trio_options, whole_number
 from trimix_gguf.errors import DataError
 from trimix_gguf.mixing.sampling import N_SEEDS
 from trimix_gguf.server.limits import Limits
@@ -19,10 +19,10 @@ _ROUNDING = ("gpu_layers", "device", "kv_type", "flash_attn")
 
 
 def _shard(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, int]:
-    i, _, n = text.partition("/")
-    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+    i, n = map(whole_number, text.partition("/")[::2])
+    if i is None or n is None or i > n:
         raise click.BadParameter(f"{text!r} is not a part and a number of parts, such as 2/8")
-    return int(i), int(n)
+    return i, n
 
 
 @click.command()

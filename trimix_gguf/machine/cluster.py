@@ -178,7 +178,7 @@ def in_order(done: Iterable[tuple[int, T]]) -> Iterator[T]:
 def _look_at(head: str, *, is_known: bool = False) -> None:
     """Raise where no head node of Ray answers at an address; one `is_known` had answered before."""
     host, _, port = head.removeprefix("ray://").rpartition(":")
-    if not (host and port.isdecimal() and int(port) < 1 << 16):
+    if not (host and port.isdecimal() and int(port[:6]) < 1 << 16):
         raise RayError(f"--ray {head} is not a HOST:PORT, auto or local")
     try:
         socket.create_connection((host.strip("[]"), int(port)), _PATIENCE_S).close()

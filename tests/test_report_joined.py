@@ -5,6 +5,7 @@ import json
 import pytest
 from made_runs import made_lines, write_run
 from test_cli import one_line_error
+from topics import arguments
 
 from trimix_gguf.evaluation.reporting.predictions import join
 from trimix_gguf.evaluation.reporting.report import summarize
@@ -86,3 +87,18 @@ def test_runs_that_cannot_stand_in_one_table(trimix, rng, tmp_path, other, said)
     )
     error = one_line_error(trimix("eval", "report", one, two))
     assert said in error and str(one) in error and str(two) in error
+
+
+def test_own_questions_under_another_instruction_are_other_questions(trimix, task_file, tmp_path):
+    """Bug: ids and references were compared, so the first's answers stood for both."""
+    settings, *rows = task_file.read_text("utf-8").splitlines(keepends=True)
+    other = tmp_path / "other" / task_file.name
+    other.parent.mkdir()
+    changed = json.loads(settings) | {"instruction": "Жауап бер."}
+    other.write_text(json.dumps(changed) + "\n" + "".join(rows), "utf-8")
+    for name, task in (("a", task_file), ("b", task_file), ("c", other)):
+        asked = trimix(*arguments(task, tmp_path / name, "large_ins"), "--limit", 2)
+        assert asked.returncode == 0, asked.stderr.decode()
+    report = ("eval", "report", tmp_path / "a")
+    assert trimix(*report, tmp_path / "b").returncode == 0
+    assert "other questions of topics" in one_line_error(trimix(*report, tmp_path / "c"))

@@ -13,6 +13,7 @@ from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.names.compared import CALIBRATED
 from trimix_gguf.evaluation.reporting.informative import most_informative
 from trimix_gguf.evaluation.run_files.answers import GridTexts, RunAnswers, TaskAnswers
+from trimix_gguf.evaluation.run_files.record import kept_task
 from trimix_gguf.mixing.scoring import GRID, Float64
 
 _FEWEST = 10  # examples from which mutual information is computed
@@ -34,18 +35,28 @@ def join(runs: Sequence[RunAnswers]) -> RunAnswers:
     not fit into one table.
     """
     first, *others = runs
-    tasks = dict(first.tasks)
+    tasks, asked = dict(first.tasks), _own_tasks(first)
     for other in others:
         pair = f"{first.folder} and {other.folder}"
         for key in _ALIKE:
             if other.record.get(key) != first.record.get(key):
                 raise DataError(f"{pair} differ in {key}; report each by itself")
+        own = _own_tasks(other)
         for name, answers in other.tasks.items():
             known = tasks.setdefault(name, answers)
-            if (known.ids, known.references) != (answers.ids, answers.references):
+            alike = (known.ids, known.references) == (answers.ids, answers.references)
+            if name in own:  # their instruction may differ
+                alike = alike and asked.setdefault(name, own[name]) == own[name]
+            if not alike:
                 raise DataError(f"{pair} answer other questions of {name}; report each by itself")
             tasks[name] = _merged(known, answers)
     return RunAnswers(first.folder, first.record, tasks, tuple(runs))
+
+
+def _own_tasks(run: RunAnswers) -> dict[str, bytes]:
+    """The user's task files that a run kept; runs of earlier versions kept none."""
+    files = {name: kept_task(run.folder, name) for name in run.tasks}
+    return {name: file.read_bytes() for name, file in files.items() if file.exists()}
 
 
 def _merged(first: TaskAnswers, other: TaskAnswers) -> TaskAnswers:

@@ -8,7 +8,8 @@ ratios are within a round. Texts go on, questions end in a colon: auto keeps to 
 
 Loss: the mean nats of each token under the chosen mix, less those under the mix that all tokens
 choose. Each prompt is read once, with every token's nats over the grid; what some of them would
-have chosen is computed from these.
+have chosen is computed from these, also for a half and a quarter of the tokens that a text's
+choice scores after the first. `--repeats 0` leaves out the cost.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from common import load, machine, parser, report, text_ids
 
 from trimix_gguf.choosing.auto import LEASH
 from trimix_gguf.choosing.selection import select_weights
-from trimix_gguf.choosing.subset import FREE, LEASHED, stand_for
+from trimix_gguf.choosing.subset import DENSITY, FREE, LEASHED, stand_for
 from trimix_gguf.mixing.scoring import WITH_CORNERS, grid_token_nlls, large_ins_slopes, strays
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.prefill import Window
@@ -31,6 +32,13 @@ from trimix_gguf.trio.trio import Trio
 
 LENGTHS = (128, 300, 512)
 PARTS = (48, 64, 128, 256, 512)
+# Names of a stride and a density.
+KINDS = {
+    "text": (FREE, DENSITY[FREE]),
+    "text, half": (FREE, DENSITY[FREE] / 2),
+    "text, quarter": (FREE, DENSITY[FREE] / 4),
+    "question": (LEASHED, DENSITY[LEASHED]),
+}
 
 
 def main() -> None:
@@ -43,7 +51,8 @@ def main() -> None:
     result["n"] = {"repeats": options.repeats, "prompts": options.prompts}
     with load(options, n_ctx=1024) as trio:
         trio.tuning = None
-        result["cost"] = {n: cost(trio, options, n) for n in LENGTHS}
+        lengths = LENGTHS if options.repeats else ()
+        result["cost"] = {n: cost(trio, options, n) for n in lengths}
         result["loss"] = loss(trio, options)
     report(options, result, described(result))
 
@@ -104,22 +113,32 @@ def loss(trio: Trio, options: argparse.Namespace) -> dict[str, Any]:
     """Mean and 95th percentile of what a choice by some tokens loses, by the prompt's length."""
     length = max(PARTS)
     ids = text_ids(trio, options, options.prompts * length)
-    lost: dict[tuple[int, int], list[float]] = {}
+    lost: dict[tuple[str, int], list[float]] = {(kind, n): [] for kind in KINDS for n in PARTS}
+    scored = {}
     for k in range(options.prompts):
         nlls, slopes = every_token(trio, ids[k * length : (k + 1) * length])
-        for n in PARTS:
-            for stride in (FREE, LEASHED):
-                part, own = nlls[: n - 1], slopes[: n - 1]
-                lost.setdefault((n, stride), []).append(lost_by(part, own, stride))
-    names = {FREE: "text", LEASHED: "question"}
+        for (kind, n), found in lost.items():
+            counts = counts_of(kind, n - 1)
+            scored[kind, n] = int(np.count_nonzero(counts))
+            found.append(lost_by(nlls[: n - 1], slopes[: n - 1], counts, KINDS[kind][0]))
     return {
-        f"{names[stride]}, {n} tokens": {
-            "scored": int(np.count_nonzero(stand_for(n - 1, stride))),
+        f"{kind}, {n} tokens": {
+            "scored": scored[kind, n],
             "mean": float(np.mean(found)),
             "p95": float(np.quantile(found, 0.95)),
         }
-        for (n, stride), found in sorted(lost.items(), key=lambda item: (-item[0][1], item[0][0]))
+        for (kind, n), found in lost.items()
     }
+
+
+def counts_of(kind: str, n_tokens: int) -> np.ndarray:
+    """stand_for with the density of a kind."""
+    stride, density = KINDS[kind]
+    own, DENSITY[stride] = DENSITY[stride], density
+    try:
+        return stand_for(n_tokens, stride)
+    finally:
+        DENSITY[stride] = own
 
 
 def every_token(trio: Trio, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -137,8 +156,8 @@ def every_token(trio: Trio, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(nlls), np.concatenate(slopes)
 
 
-def lost_by(nlls: np.ndarray, slopes: np.ndarray, stride: int) -> float:
-    """What the choice by the tokens of a stride loses, in nats a token."""
+def lost_by(nlls: np.ndarray, slopes: np.ndarray, by: np.ndarray, stride: int) -> float:
+    """What the choice by tokens that stand for so many each loses, in nats a token."""
 
     def value(counts: np.ndarray) -> np.ndarray:
         total, slope = np.tensordot(counts, nlls, 1), counts @ slopes
@@ -148,7 +167,7 @@ def lost_by(nlls: np.ndarray, slopes: np.ndarray, stride: int) -> float:
         return total.reshape(-1) / counts.sum()
 
     every = value(np.ones(len(nlls)))
-    return float(every[value(stand_for(len(nlls), stride)).argmin()] - every.min())
+    return float(every[value(by).argmin()] - every.min())
 
 
 def described(result: dict[str, Any]) -> list[str]:

@@ -237,6 +237,7 @@ def _logprobs(
     row = fused.astype(np.float64)
     row -= row.max()
     row -= np.log(np.exp(row).sum())
+    n_top = min(n_top, len(row))
     likeliest = np.argpartition(row, -n_top)[-n_top:] if n_top else np.empty(0, dtype=int)
     top = sorted(((int(i), float(row[i])) for i in likeliest), key=lambda pair: -pair[1])
     return float(row[token]), tuple(top)

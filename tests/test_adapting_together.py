@@ -10,7 +10,9 @@ import pytest
 for needed in ("torch", "transformers", "peft", "accelerate", "ftfy", "datasketch"):
     pytest.importorskip(needed, reason="needs the extra: pip install -e '.[adapt]'")
 
+from trimix_gguf.adapting import training  # noqa: E402
 from trimix_gguf.adapting.together import Together  # noqa: E402
+from trimix_gguf.adapting.workplace import DECIDED  # noqa: E402
 from trimix_gguf.errors import TrimixError  # noqa: E402
 from trimix_gguf.trios.store import resolve  # noqa: E402
 
@@ -48,3 +50,24 @@ def test_a_number_of_processes_that_does_not_fit_is_one_line(monkeypatch):
         Together.join()
     monkeypatch.delenv("RANK")  # a cluster's own variable, no launcher's
     assert Together.join() == Together()
+
+
+def test_going_on_in_another_number_of_processes_is_refused(
+    adapt, text_file, tmp_path, monkeypatch
+):
+    """Bug: a step then had a quarter of a pass for each of four, which is none."""
+
+    def stopped(*_, **__):
+        raise training.Stopped
+
+    work = tmp_path / "work"
+    words = ("qazaq", str(text_file), "--tokens", "2048", "--no-tune", "--work", str(work))
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "train", stopped)
+        first = adapt(*words)
+        assert first.exit_code != 0, first.output
+    (file,) = work.rglob(DECIDED)
+    decided = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps(decided | {"n_processes": 4}), "utf-8")
+    again = adapt(*words)
+    assert again.exit_code == 1 and "begun in 4 processes, not 1" in again.output

@@ -223,6 +223,7 @@ class _Run:
         model = self._model(dtype)
         with together.first_before_others():
             decided = self.work.once(DECIDED, lambda: self._decide(model, dtype, report))
+            together.check_begun_by(decided.get("n_processes"), self.folder)
             rows = Rows.load(self.folder) or self._rows(decided)
         taught = make_taught(model, rows)
         recipe = training.Recipe(
@@ -317,7 +318,12 @@ class _Run:
         n_steps = max(1, n_tokens // (outlook.ROWS_PER_STEP * n_block))
         left = outlook.in_words(n_steps * outlook.ROWS_PER_STEP * n_block / speed)
         self.shown.say(f"measured: {speed:.0f} tokens/s; {n_steps} steps take about {left}")
-        return {"n_steps": n_steps, "n_rows": n_rows, "tokens_per_second": round(speed, 1)}
+        return {
+            "n_steps": n_steps,
+            "n_rows": n_rows,
+            "n_processes": self.together.size,
+            "tokens_per_second": round(speed, 1),
+        }
 
     def _rows(self, decided: dict[str, Any]) -> Rows:
         asked, learned = self.asked, self._texts(LEARNED)

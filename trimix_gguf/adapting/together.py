@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from trimix_gguf.adapting.extras import need
@@ -41,6 +42,17 @@ class Together:
         on_card = need("torch").cuda.is_available()
         state = need("accelerate").PartialState(cpu=not on_card, timeout=_PATIENCE)
         return Together(state.process_index, state.num_processes)
+
+    def check_begun_by(self, size: int | None, folder: Path) -> None:
+        """Raise TrimixError where a run goes on in more or fewer processes than it was begun in.
+
+        Runs of earlier versions do not know their `size`.
+        """
+        if size not in (None, self.size):
+            raise TrimixError(
+                f"this run was begun in {size} processes, not {self.size}; start as many, or "
+                f"remove {folder} to begin again"
+            )
 
     @property
     def is_first(self) -> bool:

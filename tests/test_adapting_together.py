@@ -69,5 +69,4 @@ def test_going_on_in_another_number_of_processes_is_refused(
     (file,) = work.rglob(DECIDED)
     decided = json.loads(file.read_text("utf-8"))
     file.write_text(json.dumps(decided | {"n_processes": 4}), "utf-8")
-    again = adapt(*words)
-    assert again.exit_code == 1 and "begun in 4 processes, not 1" in again.output
+    assert "begun in 4 processes, not 1" in str(adapt(*words).exception)

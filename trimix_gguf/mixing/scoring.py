@@ -213,8 +213,8 @@ def _separable_partition(
             ]
             if unused is not None and unused[part].any():
                 y[:, :, unused[part]] = 0.0
-            if any(one is not None for one in odd):
-                _take_apart(apart, np.any([o for o in odd if o is not None], axis=0), x, y, start)
+            if any(map(len, odd)):
+                _take_apart(apart, np.unique(np.concatenate(odd)), x, y, start)
             total += _product(x, y, step)
     if unused is not None:
         apart = {t: ids[~unused[ids]] for t, ids in apart.items()}
@@ -222,11 +222,12 @@ def _separable_partition(
 
 
 def _take_apart(apart, odd, x, y, start) -> None:
-    """Remove `odd` bool [n, width] ids from both factors; add them to `apart`, by row."""
-    x[:, odd] = y[:, odd] = 0.0
-    for t in np.flatnonzero(odd.any(axis=1)).tolist():
-        ids = start + np.flatnonzero(odd[t])
-        apart[t] = np.concatenate((apart[t], ids)) if t in apart else ids
+    """Remove the places `odd` [n] of [rows, width] from both factors; add the ids, by row."""
+    rows, ids = np.divmod(odd, x.shape[2])
+    x[:, rows, ids] = y[:, rows, ids] = 0.0
+    for t in np.unique(rows).tolist():
+        own = start + ids[rows == t]
+        apart[t] = np.concatenate((apart[t], own)) if t in apart else own
 
 
 def _product(x: Float32, y: Float32, step: int) -> Float64:
@@ -240,10 +241,10 @@ def _product(x: Float32, y: Float32, step: int) -> Float64:
     return total + next(rest) @ next(rest).transpose(0, 2, 1)
 
 
-def _exponentials(rows, start, slope, weights, scratch) -> NDArray[np.bool_] | None:
+def _exponentials(rows, start, slope, weights, scratch) -> NDArray[np.intp]:
     """rows[i] = exp(start + weights[i]·slope), weights rising; the places outside the safe range.
 
-    None where there are none. A line is between its ends, so the first and the last row bound it.
+    A line is between its ends, so the first and the last row bound it.
     """
     last, first = rows[-1], scratch
     for weight, line in ((weights[-1], last), (weights[0], first)):
@@ -251,8 +252,15 @@ def _exponentials(rows, start, slope, weights, scratch) -> NDArray[np.bool_] | N
         if start is not None:
             line += start
     # `<=` and `>=` are False for NaN too, which comes of logits that are not finite.
-    is_safe = last.max() <= _MOST and first.max() <= _MOST and first.min() >= _LEAST
-    odd = None if is_safe else ~((last <= _MOST) & (first <= _MOST) & (first >= _LEAST))
+    odd = [
+        np.flatnonzero(~is_safe(line, limit))
+        for line, worst, is_safe, limit in (
+            (last, last.max(), np.less_equal, _MOST),
+            (first, first.max(), np.less_equal, _MOST),
+            (first, first.min(), np.greater_equal, _LEAST),
+        )
+        if not is_safe(worst, limit)
+    ]
     np.exp(first, out=rows[0])
     gap = None
     for i in range(1, len(weights)):
@@ -261,7 +269,7 @@ def _exponentials(rows, start, slope, weights, scratch) -> NDArray[np.bool_] | N
             np.multiply(slope, np.float32(gap), out=scratch)
             np.exp(scratch, out=scratch)
         np.multiply(rows[i - 1], scratch, out=rows[i])
-    return odd
+    return np.concatenate(odd) if odd else np.empty(0, np.intp)
 
 
 def _log_sum_with(sums, odd, large, cpt, base, pivot, alphas, betas) -> Float64:

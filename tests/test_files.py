@@ -9,6 +9,7 @@ from contextlib import ExitStack
 import pytest
 
 from trimix_gguf.machine.files import temporary_path, whole_file, write_text, writer_of
+from trimix_gguf.machine.hashes import kept_sha256
 from trimix_gguf.machine.packed import open_unpacked, packing_writer
 
 
@@ -22,6 +23,20 @@ def test_what_a_killed_process_left_is_removed_and_a_running_ones_file_is_not(tm
         path.write_bytes(b"x")
     write_text(tmp_path / "out", "new")
     assert not left.exists() and running.read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_kept_hash_is_not_that_of_other_bytes_with_the_same_size_and_time(tmp_path, in_place):
+    """Bug: an export's tar gives every file the time 0, and a new file may get the old number."""
+    file, hashes = tmp_path / "model.gguf", set()
+    for content in (b"one", b"two", b"six"):
+        if not in_place:
+            file.unlink(missing_ok=True)
+        file.write_bytes(content)
+        os.utime(file, (0, 0))
+        hashes.add(kept_sha256(file))
+        time.sleep(0.02)  # a file system counts in steps
+    assert len(hashes) == 3
 
 
 @pytest.mark.parametrize("failure", [OSError, KeyboardInterrupt])

@@ -31,13 +31,21 @@ def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
     return digest.hexdigest()
 
 
+def state_of(path: Path) -> list[int]:
+    """Numbers that change when one of a model's files is written again. Raises OSError.
+
+    A copy may bring the time of writing with it; the time of change is the file system's own.
+    """
+    facts = [part.stat() for part in parts_of(path)]
+    return [n for f in facts for n in (f.st_size, f.st_mtime_ns, f.st_ctime_ns, f.st_ino)]
+
+
 def kept_sha256(path: Path) -> str:
-    """The same, read again only when a file's size or time of writing has changed.
+    """The same, read again only when state_of the file has changed.
 
     Raises OSError where the file cannot be read. Where nothing can be kept, it is read each time.
     """
-    facts = [part.stat() for part in parts_of(path)]
-    state = [number for f in facts for number in (f.st_size, f.st_mtime_ns, f.st_ino)]
+    state = state_of(path)
     kept, name = read_table(_NOTE), str(path.resolve())
     known = kept.get(name)
     if isinstance(known, list) and known[:-1] == state and isinstance(known[-1], str):

@@ -204,6 +204,27 @@ def test_a_switch_keeps_weights_that_both_have_and_frees_others(languages, stran
     opened.close()
 
 
+@pytest.mark.parametrize("written", ["lora.gguf", "large_ins.gguf"])
+def test_a_chat_takes_a_file_that_was_written_again(languages, nano_files, tmp_path, written):
+    """Bug: after the adapter was taught again, /trio NAME still answered by the old one."""
+    new = {"lora.gguf": languages["ug"] / "lora.gguf", "large_ins.gguf": nano_files["small_cpt"]}
+    folder = shutil.copytree(languages["kk"], tmp_path / "kk")
+    shutil.copy(nano_files["large_ins"], folder)
+    trio_file = TrioFile.read(folder / "trio.toml").with_model("large_ins", path="large_ins.gguf")
+    trio_file.write()
+    given = chat.make_context("chat", ["--trio", str(folder), "--threads", "1"]).params
+    del given["system"], given["load"]
+    opened = ChatTrio(given)
+    old = text(opened.trio)
+    shutil.copy(new[written], tmp_path / "new")
+    (tmp_path / "new").replace(folder / written)
+    opened.switch(str(folder))
+    again = text(opened.trio)
+    opened.close()
+    with Trio.load(**arguments(folder)) as fresh:
+        assert again == text(fresh) != old
+
+
 def test_where_no_trio_can_be_opened_the_chat_ends(languages, strangers, monkeypatch):
     """It went on with the trio that was closed, and llama.cpp crashed at the next message."""
     given = chat.make_context("chat", ["--trio", str(languages["kk"]), "--threads", "1"]).params

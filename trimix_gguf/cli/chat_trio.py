@@ -5,8 +5,8 @@ from typing import Any
 import click
 
 from trimix_gguf.cli.generation_options import generation_settings
-from trimix_gguf.cli.options import FILES, about_trio, named_trio, open_trio
-from trimix_gguf.cli.served_trios import share_weights
+from trimix_gguf.cli.options import FILES, about_trio, named_trio, open_trio, trio_arguments
+from trimix_gguf.cli.plan import trio_files
 from trimix_gguf.cli.task_weights import task_weights
 from trimix_gguf.errors import TrimixError
 
@@ -26,7 +26,8 @@ class ChatTrio:
         """
         options = {**self._options, "trio": name, **dict.fromkeys(FILES)}
         named_trio(options)  # before anything is closed
-        if share_weights(options, self._options):
+        files, asked, _ = trio_files(trio_arguments(dict(options)))
+        if self.trio.shared({role: file.path for role, file in files.items()}, asked):
             old, (self.trio, self.settings) = self.trio, _opened(options, self.trio)
             old.close()
         else:

@@ -1,6 +1,6 @@
 """Whether two trios in one process share models, so that their weights are there once."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,15 @@ Paths = Mapping[Role, Path]
 Options = Mapping[Role, LoadingOptions]
 
 
-def shared_roles(paths: Paths, options: Options, others: Paths, theirs: Options) -> list[Role]:
-    """The roles in which two trios have the same file and ask the same of its weights.
+def shared_roles(
+    paths: Paths,
+    options: Options,
+    others: Paths,
+    theirs: Options,
+    *,
+    among: Container[Role] = ROLES,
+) -> list[Role]:
+    """The roles, `among` those given, in which two trios have the same file and ask the same of it.
 
     None, unless large_ins and small_base are among them: trios that share less are kept apart.
     `options` are Trio.load's by role. Raises OSError where a file is not there.
@@ -25,8 +32,9 @@ def shared_roles(paths: Paths, options: Options, others: Paths, theirs: Options)
         return [known.get(name) for name in _OF_WEIGHTS]
 
     def is_same(role: Role) -> bool:
-        same_settings = asked(options, role) == asked(theirs, role)
-        return same_settings and same_content(paths[role], others[role])
+        if role not in among or asked(options, role) != asked(theirs, role):
+            return False
+        return same_content(paths[role], others[role])
 
     shared = is_same("large_ins") and is_same("small_base")
     return [role for role in ROLES if is_same(role)] if shared else []

@@ -18,6 +18,7 @@ from trimix_gguf.machine import file_trial, native
 from trimix_gguf.machine.added_tokens import AddedTokens
 from trimix_gguf.machine.file_trial import FileTrial
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
+from trimix_gguf.machine.hashes import state_of
 from trimix_gguf.machine.loading import Loading
 from trimix_gguf.machine.native import lib
 from trimix_gguf.machine.products import OutputClock, Watch
@@ -125,6 +126,11 @@ class Model:
         handles = (lib.llama_adapter_lora_p_ctypes * 1)(adapter)
         if lib.llama_set_adapters_lora(self._ctx, handles, 1, (ctypes.c_float * 1)(scale)) != 0:
             raise ModelError(f"{path}: llama.cpp cannot apply it: {native.last_error()}")
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether the file of its weights is still the one that was loaded."""
+        return self._weights.is_on_disk
 
     @property
     def can_shift(self) -> bool:
@@ -335,6 +341,7 @@ class _Weights:
         path = file.path
         file_trial.require([FileTrial(path, loading, tokenizer=tokenizer)])
         native.listen()
+        self._state = state_of(path)  # before it is read
         params = lib.llama_model_default_params()
         if not tokenizer:
             n_vocab = len(file.array("tokenizer.ggml.tokens") or ())
@@ -346,7 +353,7 @@ class _Weights:
         self.handle = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:
             raise ModelFileError(f"{path}: llama.cpp cannot load it: {native.last_error()}")
-        self._adapters: dict[Path, Any] = {}
+        self._adapters: dict[tuple[Any, ...], Any] = {}  # by path and state_of
         weakref.finalize(self, lib.llama_model_free, self.handle)
         native.return_freed()
         if not lib.llama_model_has_decoder(self.handle) or (
@@ -354,10 +361,19 @@ class _Weights:
         ):
             raise ModelFileError(f"{path}: not a decoder-only language model; it cannot generate")
 
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether the file is still the one that was loaded."""
+        try:
+            return state_of(self.path) == self._state
+        except OSError:
+            return False
+
     def adapter(self, path: Path) -> Any:
-        """Load a LoRA once; llama.cpp frees it with the model."""
-        if path not in self._adapters:
-            read_gguf(path)
+        """Load a LoRA once, and again where its file is another; freed with the model."""
+        read_gguf(path)
+        known = (path, *state_of(path))
+        if known not in self._adapters:
             trial = FileTrial(self.path, self._loading, lora=path, tokenizer=self._tokenizer)
             file_trial.require([trial])
             native.listen()
@@ -366,8 +382,8 @@ class _Weights:
                 raise ModelFileError(
                     f"{path}: not an adapter for {self.path.name}: {native.last_error()}"
                 )
-            self._adapters[path] = handle
-        return self._adapters[path]
+            self._adapters[known] = handle
+        return self._adapters[known]
 
 
 def _free(context: Any, batch: Any, _weights: _Weights) -> None:

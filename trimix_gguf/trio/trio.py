@@ -82,7 +82,7 @@ class Trio(Strand):
         }
         given = per_role or {}
         asked: dict[Role, LoadingOptions] = {r: {**options, **given.get(r, {})} for r in ROLES}
-        known = {} if beside is None else beside._shared(paths, asked)
+        known = {} if beside is None else beside.shared(paths, asked)
         paths |= {role: model.path for role, model in known.items()}
         if small_cpt is None:
             paths["small_cpt"] = paths["small_base"]
@@ -104,11 +104,15 @@ class Trio(Strand):
         trio.tuning, trio.asked = tuning, asked
         return trio
 
-    def _shared(self, paths: Mapping[Role, Path], asked: Options) -> dict[Role, Model]:
-        """The models here that another trio's roles would load alike."""
+    def shared(self, paths: Mapping[Role, Path], asked: Options) -> dict[Role, Model]:
+        """The models here that another trio's roles would load alike, if it were loaded now.
+
+        A file that was written again since it was loaded is another. Raises ModelFileError.
+        """
         own = {role: model.path for role, model in self.models.items()}
+        still = [role for role, model in self.models.items() if model.is_on_disk]
         try:
-            roles = shared_roles(paths, asked, own, self.asked)
+            roles = shared_roles(paths, asked, own, self.asked, among=still)
         except OSError as error:
             raise ModelFileError(f"{error.filename}: {error.strerror}") from None
         return {role: self.models[role] for role in roles}

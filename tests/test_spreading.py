@@ -1,5 +1,7 @@
 """Which workers of other machines a trio goes to: laws, without any worker."""
 
+from types import SimpleNamespace
+
 import pytest
 from test_planner import FAMILIES, GIB, a_file, card
 
@@ -7,13 +9,14 @@ from trimix_gguf.cli import served_trios
 from trimix_gguf.cli.options import trio_arguments
 from trimix_gguf.cli.plan import trio_files
 from trimix_gguf.errors import MemoryNeededError, WorkerError
-from trimix_gguf.machine import native, rpc
+from trimix_gguf.machine import native, planner, rpc
 from trimix_gguf.machine.borrowing import parse_workers
-from trimix_gguf.machine.loading import REMOTE_CPU, REMOTE_GPU
+from trimix_gguf.machine.loading import AUTO, REMOTE_CPU, REMOTE_GPU, Loading
 from trimix_gguf.machine.placement import MARGIN
 from trimix_gguf.machine.planner import plan
 from trimix_gguf.machine.spreading import together
 from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.trio import _as_placed
 
 CPU = card("CPU", 0, "CPU")
 FILES = FAMILIES[0]  # some 9 GB and two of 0.9 GB
@@ -77,6 +80,22 @@ def test_the_output_layer_stays_here_beside_a_cpu_and_goes_to_a_card():
     assert near.chosen.keeps_output and not far.chosen.keeps_output
     assert near.wire < 100_000 < 4 * 152_064 < far.wire
     assert near.in_ram.weights > far.in_ram.weights
+
+
+def test_a_second_trio_is_planned_over_weights_that_are_on_several_workers(monkeypatch):
+    """Bug: "device 'RPC1+RPC0' is not here", at the second trio of a server or a chat."""
+    monkeypatch.setattr(planner, "shared_roles", lambda *_: list(ROLES))
+    options = {role: {"n_gpu_layers": AUTO, "n_ctx": 256} for role in ROLES}
+    asked, devices = planner.Asked(FILES, options, None), [CPU, *workers(8.85, 7, 6, 6)]
+    first, second = planner.plan_together([asked] * 2, devices=devices, free_ram=10 * GIB)
+    assert places(first)["large_ins"] == "RPC1+RPC0" and first.fits and second.fits
+    assert places(second) == places(first)
+    monkeypatch.setattr(native, "devices", lambda: devices)
+    loaded = {role: SimpleNamespace(loading=Loading(**first.load_options(role))) for role in ROLES}
+    wanted = {role: {**options[role], **_as_placed(loaded[role])} for role in ROLES}
+    present = {file.path for file in FILES.values()}
+    for role, placed in planner.place(FILES, wanted, None, present).items():
+        assert placed.items() >= first.load_options(role).items()
 
 
 def test_a_card_here_goes_before_a_worker():

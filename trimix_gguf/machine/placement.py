@@ -173,14 +173,19 @@ def _arrange(case: Case, way: Way) -> LayerPlan:
     groups: dict[Any, list[Role]] = {}
     for role in ROLES:
         groups.setdefault(case.files[role].path, []).append(role)
-    wishes = {tuple(roles): (_fixed(roles, case), _named(roles, case)) for roles in groups.values()}
+    sharing = [tuple(roles) for roles in groups.values()]
+    spread = {roles: found for roles in sharing if (found := _spread(roles, case)) is not None}
+    wishes = {
+        roles: (_fixed(roles, case), None if roles in spread else _named(roles, case))
+        for roles in sharing
+    }
     spare = case.free_ram - program - _sum(needed.in_ram(0) for needed in memories.values()).total
-    chosen = _choose(memories, case.devices, wishes, spare, way)
+    chosen = _choose(memories, case.devices, wishes, spread, spare, way)
     models = {}
-    for roles in groups.values():
+    for roles in sharing:
         for role in roles:
             shares = None if role == roles[0] else roles[0]
-            models[role] = _placement(case, role, memories[role], chosen[tuple(roles)], shares)
+            models[role] = _placement(case, role, memories[role], chosen[roles], shares)
     models = _with_wire(case, models)
     ram = _sum(placement.in_ram for placement in models.values()) + Need(buffers=program)
     rooms = {RAM: Room(case.free_ram, case.free_ram, ram)}
@@ -235,13 +240,15 @@ def _choose(
     memories: Mapping[Role, ModelMemory],
     devices: Sequence[Device],
     wishes: Mapping[tuple[Role, ...], tuple[int | None, str | None]],
+    spread: Mapping[tuple[Role, ...], Chosen],
     spare: int,
     way: Way,
 ) -> dict[tuple[Role, ...], Chosen]:
     """Where the layers of each group of roles go that share weights.
 
-    `wishes` are the layers and the device that the user fixed, or None. `spare` bytes of RAM are
-    left for what offloading adds where a device's memory is RAM.
+    `wishes` are the layers and the device that the user fixed, or None, `spread` where layers are
+    on several workers already. `spare` bytes of RAM are left for what offloading adds where a
+    device's memory is RAM.
     """
     cards = {device.name: device for device in devices if device.kind in _CARDS}
     room = {name: card.free - MARGIN for name, card in cards.items()}
@@ -264,12 +271,13 @@ def _choose(
         is_cpu = kinds.get(name) == REMOTE_CPU
         keeps = way.keeps_output and is_cpu
         found = Chosen(name if n else CPU, n, keeps_output=keeps, is_cpu=is_cpu and n > 0)
+        found = spread.get(roles, found)
         if fixed is None and n < group[0].n_layers:
             on = [] if named else free
             workers = {name: room[name] for name in on if kinds[name] in _WORKERS}
-            spread = on_workers(group, workers, kinds, way)
-            found = spread if spread is not None and spread.n >= n else found
-            full |= {name} if found is not spread else set()
+            split = on_workers(group, workers, kinds, way)
+            found = split if split is not None and split.n >= n else found
+            full |= {name} if found is not split else set()
         chosen[roles] = found
         models = [seen_from(model, found) for model in group]
         at = group[0].n_layers - found.n
@@ -320,6 +328,18 @@ def _fixed(roles: Sequence[Role], case: Case) -> int | None:
     for role in sorted(roles, key=LOADING_ORDER.index):
         if (layers := case.loadings[role].n_gpu_layers) != AUTO:
             return int(layers)
+    return None
+
+
+def _spread(roles: Sequence[Role], case: Case) -> Chosen | None:
+    """Where layers are that another trio has put on several workers; None where there are none."""
+    kinds = {device.name: device.kind for device in case.devices}
+    for role in sorted(roles, key=LOADING_ORDER.index):
+        one = case.loadings[role]
+        if one.split:
+            name = str(one.device)
+            is_cpu = all(kinds.get(part) == REMOTE_CPU for part in name.split("+"))
+            return Chosen(name, sum(one.split), one.split, one.keep_output, is_cpu)
     return None
 
 

@@ -315,7 +315,13 @@ def _as_placed(model: Model | None) -> LoadingOptions:
     """Where a model's layers are, for one that shares its weights."""
     if model is None:
         return {}
-    return {"n_gpu_layers": model.loading.n_gpu_layers, "device": model.loading.device}
+    at = model.loading
+    return {
+        "n_gpu_layers": at.n_gpu_layers,
+        "device": at.device,
+        "split": at.split,
+        "keep_output": at.keep_output,
+    }
 
 
 def _open_models(

@@ -12,7 +12,7 @@ from trimix_gguf.convert.lora import convert_lora
 from trimix_gguf.machine.folders import cache_folder
 from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.roles import ROLES
-from trimix_gguf.trios import store
+from trimix_gguf.trios import disk, store
 from trimix_gguf.trios.disk import disk_use
 from trimix_gguf.trios.elsewhere import everywhere
 
@@ -205,6 +205,31 @@ def test_each_file_counts_once_and_what_is_freed_is_told(held, trimix):
         file.unlink()
     trimix("remove", "two")
     assert used(kind="trio", name="one").frees == first.n_bytes
+
+
+def test_trios_and_runs_are_no_caches_where_a_system_has_all_in_one_folder(
+    held, person_home, trimix, monkeypatch
+):
+    """Bug: Windows does, and `trimix disk` said there: cache trios, delete …/trios."""
+    monkeypatch.setenv("TRIMIX_CACHE", str(person_home / "data"))
+    sources = options({role: source for role, (source, _) in held.items()})
+    assert trimix("create", "one", *sources).returncode == 0
+    for name in ("adapt/kk/state", "tune/a.jsonl"):
+        file = person_home / "data" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"a" * 900)
+    caches = {use.name for use in disk_use() if use.kind == "cache"}
+    assert caches - {"notes"} == {"tune"}
+
+
+def test_without_a_home_folder_there_are_no_caches(monkeypatch):
+    """Bug: a traceback, where TRIMIX_HOME was set and TRIMIX_CACHE was not."""
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(disk, "cache_folder", no_home)
+    assert disk_use() == []
 
 
 def test_work_caches_leftovers_and_files_elsewhere_are_told(nano_files, person_home, trimix):

@@ -17,6 +17,7 @@ from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.trio import NANO, Trio
 from trimix_gguf.trio.tuned import Free, Kind, Tuning
 from trimix_gguf.trios.triofile import TrioFile, parse_trio, to_toml
+from trimix_gguf.tuning import tune
 from trimix_gguf.tuning.exercises import kinds_of
 from trimix_gguf.tuning.probe import ask_all
 from trimix_gguf.tuning.text import passages_of, read_passages
@@ -273,3 +274,14 @@ def test_a_trio_without_a_file_cannot_keep_a_tuning(trimix, nano_files):
     result = trimix("tune", *files)
     assert result.returncode == 1
     assert b"kept in a trio.toml" in result.stderr
+
+
+def test_without_a_home_folder_it_is_said_in_one_line(monkeypatch):
+    """Bug: a traceback, where TRIMIX_HOME was set and TRIMIX_CACHE was not."""
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(tune, "cache_folder", no_home)
+    with pytest.raises(DataError, match="set TRIMIX_CACHE"):
+        tune.kept_answers([], {}, 0)

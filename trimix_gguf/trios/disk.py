@@ -12,6 +12,8 @@ from trimix_gguf.machine.parts import parts_of
 from trimix_gguf.trios.store import installed, trios_folder
 from trimix_gguf.trios.triofile import FILENAME, TrioFile
 
+_ADAPT = "adapt"  # in the home folder: runs of `trimix adapt`
+
 
 @dataclass(frozen=True)
 class Use:
@@ -88,15 +90,21 @@ def _elsewhere(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _work(count: Counting) -> Iterator[Use]:
-    for folder in _folders(home_folder() / "adapt"):
+    for folder in _folders(home_folder() / _ADAPT):
         how = f"delete {folder}; the run would begin again"
         yield count.use("adapt", folder.name, folder, how, _files(folder))
 
 
 def _caches(count: Counting) -> Iterator[Use]:
     """One for each folder of the cache, and one for the files beside them."""
-    root = cache_folder()
+    try:
+        root = cache_folder()
+    except RuntimeError:  # without a home folder nothing is kept
+        return
+    ours = trios_folder(), home_folder() / _ADAPT  # Windows has them and the cache in one folder
     for folder in _folders(root):
+        if folder in ours:
+            continue
         yield count.use("cache", folder.name, folder, f"delete {folder}", _files(folder))
     if root.is_dir():
         files = [file for file in root.iterdir() if file.is_file()]

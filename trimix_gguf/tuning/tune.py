@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimix_gguf.errors import PromptError
+from trimix_gguf.errors import DataError, PromptError
 from trimix_gguf.machine.folders import cache_folder
 from trimix_gguf.mixing.fusion import METHODS
 from trimix_gguf.roles import ROLES, Role
@@ -83,7 +83,16 @@ def tune(
 
 
 def kept_answers(kinds: Sequence[Kind], models: Mapping[Role, str], seed: int) -> Path:
-    """Where the answers of such a run are kept: other exercises or models have another file."""
+    """Where the answers of such a run are kept: other exercises or models have another file.
+
+    Raises DataError where there is no cache folder.
+    """
+    try:
+        folder = cache_folder() / "tune"
+    except RuntimeError:
+        raise DataError(
+            "there is no home folder to keep answers in; set TRIMIX_CACHE to a folder"
+        ) from None
     asked = [[kind.name, kind.instruction, *(e.question for e in kind.exemplars)] for kind in kinds]
     facts = json.dumps([VERSION, seed, asked, dict(sorted(models.items()))])
-    return cache_folder() / "tune" / f"{hashlib.sha256(facts.encode()).hexdigest()[:16]}.jsonl"
+    return folder / f"{hashlib.sha256(facts.encode()).hexdigest()[:16]}.jsonl"

@@ -108,6 +108,17 @@ def test_importing_again_changes_nothing_and_another_trio_needs_another_name(hom
     refused(bundle, "name", home, name="a/b")
 
 
+def test_an_altered_trio_is_not_taken_for_the_one_that_is_imported(home, small, bundle, trimix):
+    """Bug: after `trimix verify` said to import again, it was "complete", and as it had been."""
+    path = import_trio(bundle).path("small_cpt")
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    told = trimix("verify", "small")
+    assert told.returncode == 1 and b"trimix remove small" in told.stderr
+    refused(bundle, "trimix remove small", home)
+    store.remove("small")
+    assert contents(import_trio(bundle)) == contents(small)
+
+
 def test_an_export_is_brought_up_to_date(home, small, bundle):
     for content in (b"newer", b"newest", b"NEWEST"):  # also where only the bytes differ
         small.path("small_cpt").write_bytes(content)

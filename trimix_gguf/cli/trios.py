@@ -73,7 +73,14 @@ def verify(trio: str, as_json: bool) -> None:
     bad = [f"{found.path(role)} is {state}" for role, state in states.items()
            if state in ("missing", "altered")]  # fmt: skip
     if bad:
-        raise TrioFileError(f"{'; '.join(bad)}; `trimix pull` or `trimix import` fetches it again")
+        mend = "get it again from where it came"
+        if found.folder.parent == store.trios_folder():
+            name = found.folder.name
+            mend = (
+                f"delete it, and `trimix pull {name}` fetches it; or `trimix remove {name}`, and "
+                "import it again"
+            )
+        raise TrioFileError(f"{'; '.join(bad)}; {mend}")
 
 
 @click.command()

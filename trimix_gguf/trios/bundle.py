@@ -31,7 +31,14 @@ from trimix_gguf.trios.bundle_files import (
     write_model,
 )
 from trimix_gguf.trios.plain_tar import Member, first_name, read_members
-from trimix_gguf.trios.store import SHIPPED, arriving, installed_folder, resolve, trios_folder
+from trimix_gguf.trios.store import (
+    SHIPPED,
+    arriving,
+    installed_folder,
+    resolve,
+    trios_folder,
+    verify,
+)
 from trimix_gguf.trios.triofile import (
     FILENAME,
     MOST_BYTES,
@@ -206,7 +213,7 @@ def import_trio(
         if name == SHIPPED:
             return _shipped(models)
         if target.exists():
-            return _installed_already(target, models)
+            return _installed_already(target, models, progress)
         n_bytes = sum(model.n_bytes for model in models)
         advance = advancing(progress, n_bytes)
         try:
@@ -233,15 +240,17 @@ def _hashes(trio: TrioFile) -> dict[str, str | None]:
     return {role: entry.sha256 for role, entry in trio.models.items()}
 
 
-def _installed_already(target: Path, models: Sequence[BundleModel]) -> TrioFile:
-    """The trio in `target`, where its models are these; else raises TrioFileError."""
+def _installed_already(
+    target: Path, models: Sequence[BundleModel], progress: ByteProgress | None
+) -> TrioFile:
+    """The trio in `target`, where its models are these, also on the disk; else TrioFileError."""
     if (target / FILENAME).is_file():
         there = TrioFile.read(target / FILENAME)
         same = _hashes(there) == {model.role: model.sha256 for model in models}
-        if same and not there.missing():
+        if same and set(verify(there, progress).values()) == {"whole"}:
             return there
     raise TrioFileError(
-        f"another trio {target.name} is here, or a part of one; give --name, or "
+        f"another trio {target.name} is here, a part of one, or an altered one; give --name, or "
         f"`trimix remove {target.name}` first"
     )
 

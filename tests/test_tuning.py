@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
+from trimix_gguf.cli.tune import measure_and_keep
 from trimix_gguf.errors import DataError, TrioFileError, WeightsError
 from trimix_gguf.mixing.fusion import Weights
 from trimix_gguf.roles import ROLES
@@ -228,6 +230,22 @@ def test_another_seed_gives_the_same_verdict_on_nano(tmp_path):
             asked = ask_all(trio, kinds, kept, seconds=1e9, progress=quiet, per_kind=FEWEST)
             texts.add(judge(scores_of(asked)).text)
     assert texts == {"none of the models answers better than chance; auto goes by perplexity"}
+
+
+def test_what_was_edited_meanwhile_stays(own, monkeypatch):
+    """Bug: a tuning wrote trio.toml as it had been ten minutes before."""
+    before = TrioFile.read(own / "trio.toml")
+
+    @contextmanager
+    def opened():
+        replace(before, n_ctx=64, description="edited").write()
+        yield None
+
+    found = Tuning(None, "no verdict", dict.fromkeys(ROLES, "0" * 64))
+    monkeypatch.setattr(tune, "tune", lambda *_, **__: found)
+    measure_and_keep(before, opened, None)
+    after = TrioFile.read(own / "trio.toml")
+    assert (after.n_ctx, after.description, after.tuning) == (64, "edited", found)
 
 
 def test_a_run_that_was_killed_continues(own, tmp_path, monkeypatch):

@@ -77,11 +77,14 @@ def measure_and_keep(trio_file: Any, opened: Any, exercises: Any, **settings: An
     from trimix_gguf.cli.bars import count_bar
     from trimix_gguf.machine.hashes import kept_sha256
     from trimix_gguf.roles import ROLES
+    from trimix_gguf.trios.triofile import TrioFile
     from trimix_gguf.tuning.tune import tune as measure
 
     models = {role: kept_sha256(trio_file.path(role)) for role in ROLES}
     with opened() as trio:
         tuning = measure(trio, exercises, models, progress=count_bar, **settings)
+    if trio_file.file.is_file():  # it may have been edited meanwhile
+        trio_file = TrioFile.read(trio_file.file)
     replace(trio_file, tuning=tuning).write()
     print(f"kept in {trio_file.file}", file=sys.stderr)
     return tuning

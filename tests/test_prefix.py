@@ -172,6 +172,23 @@ def test_a_saved_prompt_of_other_models_or_damaged_is_refused(trimix, nano_files
     assert "is not a saved prompt" in one_line_error(trimix(*command))
 
 
+def test_a_saved_prompt_of_weights_that_differ_in_the_middle_is_refused(nano_files, tmp_path):
+    """Bug: the ends of a file stood for all of it, which a merged adapter may leave as they are."""
+    weights = bytearray(nano_files["small_cpt"].read_bytes())
+    file, saved = tmp_path / "small_cpt.gguf", tmp_path / "saved"
+    for known in (True, False):
+        file.write_bytes(weights)
+        with Trio.load(**{**nano_files, "small_cpt": file}, **EXACT) as trio:
+            if known:
+                trio.prefill(trio.prompt(KAZAKH))
+                save_prompt(trio, saved)
+                assert load_prompt(trio, saved)
+            else:
+                with pytest.raises(ModelError, match="another small_cpt"):
+                    load_prompt(trio, saved)
+        weights[len(weights) // 2] ^= 1
+
+
 @pytest.mark.parametrize("n", [5, 32, 40])
 def test_a_segment_that_goes_on_where_the_last_prompt_ended(kept, fresh, n):
     """Bug: the first token after the kept beginning was not scored inside a segment."""

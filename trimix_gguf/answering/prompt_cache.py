@@ -5,18 +5,15 @@ is read again when its row is asked for. The folder is trusted as a program is: 
 its SHA-256, but llama.cpp reads a state that was made to harm as any other.
 """
 
-import hashlib
 import json
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from trimix_gguf.errors import ModelError
 from trimix_gguf.machine import native
 from trimix_gguf.machine.files import put_in_place, temporary_path
-from trimix_gguf.machine.hashes import sha256_of
-from trimix_gguf.machine.parts import parts_of
+from trimix_gguf.machine.hashes import kept_sha256, sha256_of
 from trimix_gguf.machine.typed_json import parse
 from trimix_gguf.roles import ROLES, Role
 from trimix_gguf.trio.model import Model
@@ -32,7 +29,6 @@ _SHAPE = {
     "ids": {str: [int]},
     "sums": (None, {"points": _POINTS, "units": _UNITS, "sums": [[object]]}),
 }
-_ENDS = 1 << 20  # bytes hashed at either end of a model file, which holds gigabytes
 
 
 def save_prompt(trio: Trio, folder: Path) -> None:
@@ -113,16 +109,5 @@ def _fingerprints(trio: Trio) -> dict[Role, list[Any]]:
 
 def _fingerprint(model: Model) -> list[Any]:
     """What a state depends on: weights, adapter, cache types and layout, llama.cpp's version."""
-    paths = [*parts_of(model.path), *([] if model.lora is None else [model.lora])]
-    files = list(map(_digest, paths))
+    files = [kept_sha256(path) for path in (model.path, model.lora) if path is not None]
     return [*files, *model.kv_types, model.flash_attn, native.build_info()["llama-cpp-python"]]
-
-
-def _digest(path: Path) -> str:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        digest = hashlib.sha256(file.read(_ENDS))
-        with suppress(OSError):  # a file shorter than that
-            file.seek(-_ENDS, 2)
-        digest.update(file.read(_ENDS))
-    return f"{size}:{digest.hexdigest()}"

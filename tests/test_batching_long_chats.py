@@ -1,5 +1,8 @@
 """Chats that fill most of the context, in the batch engine: a turn reads what is new."""
 
+import queue
+from dataclasses import replace
+
 import pytest
 from conftest import KAZAKH
 from served import ENDLESS, serving
@@ -8,9 +11,11 @@ from test_batching import agrees, ask, ids_alone, text_of
 from trimix_gguf import Trio, Weights
 from trimix_gguf.answering.batching import Batcher
 from trimix_gguf.answering.chat import chat_prompt
+from trimix_gguf.answering.job import Job
 from trimix_gguf.answering.request import Request
 from trimix_gguf.mixing.sampling import Sampling
 from trimix_gguf.trio.model import Model
+from trimix_gguf.trio.prompt import Prompt, Segment
 
 SYSTEM = {"role": "system", "content": "Сен көмекшісің."}
 N_TOKENS = 16
@@ -95,6 +100,34 @@ def test_where_a_model_cannot_shift_what_is_left_is_read_again_and_exact(trio, m
     assert n_cut and min(n_cut) > 2 * N_TOKENS + 30
     for request, events, _ in seen:
         assert agrees(events, ids_alone(trio, request))
+
+
+def test_room_is_left_for_a_prompt_that_is_read_a_second_time_for_its_echo(trio, monkeypatch):
+    """Bug: it counted as read, though by then it shares no position; then all requests failed."""
+
+    def prompt(n, first):
+        return Prompt((Segment.of([first, *range(20, 19 + n)]),))
+
+    batcher, more, late = Batcher(trio, n_parallel=3), [], queue.Queue()
+    other = request_of(trio, [SYSTEM], weights=Weights(0.3, 0.7), max_tokens=80)
+    read = Job.read
+
+    def read_and_ask(job, end, rows):
+        read(job, end, rows)
+        if job._request.echo and not more:  # it was placed, and its weights are still chosen
+            more.append(batcher.submit(replace(other, prompt=prompt(60, 12)), late.put))
+
+    try:
+        kept = replace(other, prompt=prompt(100, 11), weights=None, method="ppl", max_tokens=1)
+        ask(batcher, [kept])
+        monkeypatch.setattr(Job, "read", read_and_ask)
+        (events,) = ask(batcher, [replace(kept, echo=True, max_tokens=4)])
+        while (event := late.get(timeout=120)).finish_reason is None:
+            assert event.error is None
+    finally:
+        batcher.close()
+    assert events[-1].finish_reason == event.finish_reason == "length"
+    assert len(events[0].prompt_tokens) == 100 and events[0].n_cached == 0
 
 
 @pytest.mark.parametrize("flags", [(), ("--context-shift",)], ids=["default", "shift"])

@@ -259,12 +259,19 @@ class Batcher:
         for role, model in self.trio.models.items():
             to_come = 0
             for job in (*self._running, new):
-                # What a role owes has no cells yet, but the guard may have it read.
-                n_read = 0 if job.sequence is None else self._sequences.n_read(job.sequence, role)
-                to_come += job.n_cells[role] - n_read
+                to_come += job.n_cells[role] - self._n_held(job, role)
             if self._sequences.n_cells(role) + to_come > model.n_ctx:
                 return False
         return True
+
+    def _n_held(self, job: Job, role: Role) -> int:
+        """Positions of a request that need no more room."""
+        if job.sequence is None:
+            return 0
+        if job.reads_again:  # what it shares stays where it is, and it has none of that then
+            return self._sequences.n_alone(job.sequence, role)
+        # What a role owes has no cells yet, but the guard may have it read.
+        return self._sequences.n_read(job.sequence, role)
 
     # -- a step -----------------------------------------------------------------------------
 

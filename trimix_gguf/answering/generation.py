@@ -125,3 +125,4 @@ def _echo(answer: Answer) -> None:
         shared = all(is_shared(ids) for ids, _ in segment.units)
         segments.append(Segment(segment.ids, shared=shared, scored=shared))
     answer.trio.prefill(Prompt(tuple(segments)), consume=answer.echo)
+    answer.n_cached = 0

@@ -83,6 +83,12 @@ class Job:
         """Models that read its prompt now."""
         return self._answer.roles
 
+    @property
+    def reads_again(self) -> bool:
+        """Whether what it has read is to be read again from its start, for an echo."""
+        has_begun = self.stage == "echo" and self.prefill.at > 0
+        return self._request.echo and self.stage != "answer" and not has_begun
+
     def lags(self, role: Role) -> bool:
         """Whether a model that may have to read later owes a window: others would wait for it."""
         assert self.sequence is not None
@@ -140,6 +146,7 @@ class Job:
             if self._request.echo:
                 self.stage = "echo"
                 self.prefill = Prefill(self._prompt, predicts=_PREDICTED["echo"])
+                self._answer.n_cached = 0
                 return
         self.stage = "answer"
         if self.finish_reason is not None:  # no token was asked for

@@ -70,6 +70,10 @@ class Sequences:
             return min(self._models[role].n_past, len(self._held[0].ids[role]))
         return len(self._held[sequence].cells[role])
 
+    def n_alone(self, sequence: int, role: Role) -> int:
+        """How many of the positions that a role has read of it no other sequence shares."""
+        return sum(self._users[role][cell] == 1 for cell in self._held[sequence].cells[role])
+
     def fork(self, source: int = 0) -> int:
         """A new sequence that holds and owes what `source` does. Raises ModelError.
 

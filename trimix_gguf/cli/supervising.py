@@ -81,10 +81,11 @@ def run_command(endpoints: Sequence[str]) -> int:
     rpc.require_library()
     links = open_links(endpoints, rpc.build())
     ending = threading.Event()
+    heard: list[int] = []
     children: list[subprocess.Popen[bytes]] = []
-    with signals_for(children, []):
+    with signals_for(children, heard):
         child = start_engine(links)
-        children.append(child)
+        pass_on_to(child, children, heard)
 
         def end(_: Link) -> None:
             ending.set()
@@ -160,6 +161,16 @@ def signals_for(children: "list[subprocess.Popen[bytes]]", heard: list[int]) -> 
     finally:
         for name, handler in zip(names, before, strict=True):
             signal.signal(getattr(signal, name), handler)
+
+
+def pass_on_to(
+    child: "subprocess.Popen[bytes]", children: "list[subprocess.Popen[bytes]]", heard: list[int]
+) -> None:
+    """Make it the child that signals_for passes signals on to, and pass on what came before."""
+    children[:] = [child]
+    for number in heard:
+        with suppress(OSError):
+            child.send_signal(number)
 
 
 def _is_in_front() -> bool:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import IO, Any
 
 from trimix_gguf.cli import supervising
@@ -42,10 +42,10 @@ def run_server(endpoints: Sequence[str], listener: socket.socket) -> int:
     heard: list[int] = []
     children: list[subprocess.Popen[bytes]] = []
     stand_in: StandIn | None = None
-    with supervising.signals_for(children, heard):
+    with supervising.signals_for(children, heard), ExitStack() as at_end:
         while links is not None:
             child = _Child(links, listener, stand_in)
-            children[:] = [child.process]
+            supervising.pass_on_to(child.process, children, heard)
             code = child.wait()
             was_ready, stand_in = child.was_ready, child.stand_in
             for link in links:
@@ -56,6 +56,7 @@ def run_server(endpoints: Sequence[str], listener: socket.socket) -> int:
             print(f"trimix: {message}", file=sys.stderr, flush=True)
             if stand_in is None:
                 stand_in = StandIn(listener, message)
+                at_end.callback(stand_in.end)
             stand_in.message = message
             links = _back(endpoints, heard)
     return 130 if signal.SIGINT in heard else 0
@@ -66,7 +67,11 @@ def _back(endpoints: Sequence[str], heard: list[int]) -> list[Link] | None:
     while not heard:
         time.sleep(_TRIES_S)
         with suppress(TrimixError):
-            return open_links(endpoints, rpc.build())
+            links = open_links(endpoints, rpc.build())
+            if not heard:
+                return links
+            for link in links:
+                link.close()
     return None
 
 

@@ -17,6 +17,7 @@ import httpx
 import pytest
 from conftest import KAZAKH
 from served import ENDLESS, PATIENCE_S, TEXTS, error_of, events_of, serving
+from starlette.requests import ClientDisconnect
 
 from trimix_gguf import Weights
 from trimix_gguf.answering.batching import Batcher
@@ -226,6 +227,31 @@ def test_an_answer_sent_whole_wakes_the_loop_for_its_first_token_and_its_end(tri
     assert sum(event.n_tokens or 0 for _, event in found if event.finish_reason) == 60
     assert len(found) > 40 and len({index for index, _ in found}) == 2
     assert len(deliveries) <= 6 if whole else len(deliveries) > 40
+
+
+def test_the_tokens_of_a_whole_answer_that_is_cut_off_are_known(trio):
+    """Bug: the log and the metrics had one of them."""
+    batcher = Batcher(trio, n_parallel=2, drafts=False)
+    request = Request.of(Request("Қазақ", Weights(1, 0), max_tokens=400), logit_bias={0: -100})
+
+    async def ask():
+        leaves, found = asyncio.Queue(), []
+        options = {"executor": None, "receive": leaves.get, "timeout_s": 60, "whole": True}
+        events = Events(batcher, lambda: [request], n=1, **options)
+        with pytest.raises(ClientDisconnect):
+            async for _, event in events:
+                found.append(event)
+                while len(found) == 1 and len(events._came) < 20:
+                    await asyncio.sleep(0.001)
+                leaves.put_nowait({"type": "http.disconnect"})
+        events.close()
+        return found
+
+    try:
+        assert asyncio.run(ask())[-1].n_tokens > 20
+    finally:
+        batcher.close()
+        trio.forget()
 
 
 # -- the end --------------------------------------------------------------------------------

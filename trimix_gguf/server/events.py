@@ -93,6 +93,7 @@ class Events:
     def end(self, error: Exception) -> None:
         """Cancel the jobs; the iteration raises `error` after what has come so far."""
         self._cancel()  # here, as whoever iterates may wait for a client that reads nothing
+        self._deliver()
         self._queue.put_nowait(error)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:

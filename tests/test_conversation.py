@@ -328,6 +328,7 @@ def test_a_save_that_fails_leaves_what_was_saved(kept, tmp_path):
         '{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "a"}]}',
         '{"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "a"}]}',
         '{"messages": [], "weights": {"alpha": "much"}}',
+        f'{{"messages": [], "weights": {{"alpha": {10**400}, "beta": 1}}}}',
         '{"messages": [{"role": "system", "content": "\\ud83d"}]}',
     ],
 )

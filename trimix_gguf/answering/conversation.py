@@ -255,7 +255,7 @@ class Conversation:
             system, exchanges = _exchanges(saved["messages"], self.trio.n_vocab if own else 0)
             held = saved.get("weights")
             weights = None if held is None else _saved_mix(held)
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
             raise PromptError(
                 f"{path} holds no conversation; expected JSON as `/save` writes it"
             ) from None

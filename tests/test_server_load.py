@@ -349,13 +349,19 @@ main()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGTERM")
-def test_sigterm_ends_a_server_whose_engine_hangs():
+@pytest.mark.parametrize("drain", [0, 10**11])
+def test_sigterm_ends_a_server_whose_engine_hangs(drain):
+    """The second one, where running answers have long; bug: that waited as long, too."""
     program = (sys.executable, "-c", HANGING)
-    with serving("--drain", 0, program=program) as served, ThreadPoolExecutor(1) as pool:
+    with serving("--drain", drain, program=program) as served, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(served.post, "/v1/completions", {"prompt": "a"})
         served.wait_until(is_running)
         assert served.health() == "busy"
         served.process.send_signal(signal.SIGTERM)
+        if drain:
+            while not refuses(served):
+                time.sleep(0.02)
+            served.process.send_signal(signal.SIGTERM)
         assert served.process.wait(PATIENCE_S) == 128 + signal.SIGTERM
         assert error_of(asked.result(), 503)["code"] == "shutting_down"
 

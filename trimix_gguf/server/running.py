@@ -102,11 +102,10 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to end. (uvicorn's own method would raise the signal again afterwards.)"""
         self._hurry = self.should_exit
-        if not self.signal:
-            seconds = self._drain_s + _LAST_WORDS_S + _GRACE_S
-            watchdog = threading.Timer(seconds, os._exit, (128 + sig,))
-            watchdog.daemon = True
-            watchdog.start()
+        seconds = _LAST_WORDS_S + _GRACE_S + (0 if self._hurry else self._drain_s)
+        watchdog = threading.Timer(min(seconds, threading.TIMEOUT_MAX), os._exit, (128 + sig,))
+        watchdog.daemon = True
+        watchdog.start()
         self.signal = self.signal or sig
         self.should_exit = True
 

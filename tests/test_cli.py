@@ -150,6 +150,9 @@ def test_usage_errors_exit_2(trimix):
         ("adapt", "own", "text.txt", "--minutes", "inf"),
         ("adapt", "own", "text.txt", "--learning-rate", "nan"),
         ("serve", "--host", "0.0.0.0", "--drain", "inf"),
+        ("serve", "--timeout", "nan"),
+        ("serve", "--read-timeout", "inf"),
+        ("tune", "--minutes", "nan"),
     ],
 )
 def test_a_number_without_end_is_a_usage_error(trimix, arguments):

@@ -16,7 +16,7 @@ from test_conversation import ask, decoded, exact_files, fresh, kept, talk  # no
 
 from trimix_gguf import Trio, Weights
 from trimix_gguf.answering.prompt_cache import save_prompt
-from trimix_gguf.errors import ModelError
+from trimix_gguf.errors import ModelError, ModelFileError
 from trimix_gguf.machine.native import lib
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.model import Model
@@ -162,15 +162,20 @@ def test_where_it_cannot_shift_all_stays(kept, fresh, monkeypatch, why):  # noqa
         np.testing.assert_allclose(row, fresh.rows()[role], atol=1e-4)
 
 
-@pytest.mark.parametrize("says", ["recurrent", "hybrid", "rope"])
-def test_models_whose_positions_cannot_move_do_not_shift(kept, monkeypatch, says):  # noqa: F811
+def test_models_whose_positions_cannot_move_do_not_shift(kept, monkeypatch):  # noqa: F811
     model = kept.models["small_base"]
     assert model.can_shift
-    name = {"rope": "llama_model_rope_type"}.get(says, f"llama_model_is_{says}")
-    monkeypatch.setattr(lib, name, lambda _: -1 if says == "rope" else True)
+    monkeypatch.setattr(lib, "llama_model_rope_type", lambda _: -1)
     assert not model.can_shift
     with pytest.raises(ModelError, match="cannot shift"):
         model.shift(0, 1, 2)
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "hybrid"])
+def test_a_model_that_cannot_take_back_what_it_read_is_refused(monkeypatch, nano_files, kind):
+    monkeypatch.setattr(lib, f"llama_model_is_{kind}", lambda _: True)
+    with pytest.raises(ModelFileError, match=r"large_ins.gguf: .*recurrent state.*taken back"):
+        Trio.load(**nano_files)
 
 
 # -- sums -----------------------------------------------------------------------------------

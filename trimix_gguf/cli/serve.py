@@ -35,9 +35,9 @@ _LIMITS: dict[str, tuple[click.ParamType[Any], str]] = {
         click.IntRange(0),
         "Most answers at once for one key or address; 0: no limit of its own.",
     ),
-    "timeout": (click.FloatRange(0, min_open=True), "Most seconds for one answer."),
+    "timeout": (FiniteRange(0, min_open=True), "Most seconds for one answer."),
     "read_timeout": (
-        click.FloatRange(0, min_open=True),
+        FiniteRange(0, min_open=True),
         "Most seconds to receive one request.",
     ),
     "drain": (FiniteRange(0), "Seconds for running answers to finish after Ctrl-C."),

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from trimix_gguf.cli.options import named_trio, new_figure, open_trio, trio_options
+from trimix_gguf.cli.options import FiniteRange, named_trio, new_figure, open_trio, trio_options
 
 
 @click.command()
@@ -24,7 +24,7 @@ from trimix_gguf.cli.options import named_trio, new_figure, open_trio, trio_opti
 )
 @click.option(
     "--minutes",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     default=10.0,
     show_default=True,
     help="About how long to measure.",

@@ -134,14 +134,9 @@ class Model:
 
     @property
     def can_shift(self) -> bool:
-        """Whether what was read can move to other positions: only where RoPE encodes them.
-
-        llama.cpp also says yes of a recurrent state, but nothing can be taken out of one.
-        """
-        model = self._weights.handle
-        has_state = lib.llama_model_is_recurrent(model) or lib.llama_model_is_hybrid(model)
-        by_rope = lib.llama_model_rope_type(model) in _ROPES
-        return bool(by_rope and not has_state and lib.llama_memory_can_shift(self._memory))
+        """Whether what was read can move to other positions: only where RoPE encodes them."""
+        by_rope = lib.llama_model_rope_type(self._weights.handle) in _ROPES
+        return bool(by_rope and lib.llama_memory_can_shift(self._memory))
 
     # -- decoding ---------------------------------------------------------------------------
 
@@ -360,6 +355,11 @@ class _Weights:
             lib.llama_model_has_encoder(self.handle)
         ):
             raise ModelFileError(f"{path}: not a decoder-only language model; it cannot generate")
+        if lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle):
+            raise ModelFileError(
+                f"{path}: a model with a recurrent state, as Mamba; what it has read cannot be "
+                "taken back, which drafts and kept prompts need"
+            )
 
     @property
     def is_on_disk(self) -> bool:

@@ -144,7 +144,7 @@ class Tuning:
                 version=int(rest["version"]),
                 free=Free.from_table(rest["free"]) if "free" in rest else None,
             )
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise edited from None
 
 

@@ -155,6 +155,6 @@ def _read(kept: Path) -> dict[str, Compared]:
             entry = parse(line, object)
             one = Compared(str(entry["kind"]), float(entry["close"]), float(entry["mix"]))
             found[str(entry["id"])] = one
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, OverflowError):
             continue  # damaged: measured again
     return found

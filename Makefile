@@ -53,7 +53,7 @@ $(WORK)/tokenizer.json: | $(VENV)/.train
 $(WORK)/small_base/model.safetensors $(WORK)/large_base/model.safetensors: $(WORK)/tokenizer.json
 $(WORK)/small_cpt.gguf: $(WORK)/small_base/model.safetensors
 	$(BIN)/trimix adapt nano-small-cpt $(DATA)/corpus/kk/train.txt --base $(WORK)/small_base --full \
-	  --learning-rate 3e-3 --exercises 0 --tokens $$($(PYTHON) -c 'print(int(4_000_000 * $(SCALE)))') \
+	  --learning-rate 3e-3 --exercises 0 --tokens $$($(PYTHON) -c 'print(int(14_000_000 * $(SCALE)))') \
 	  --work $(WORK)/adapt -o $@
 $(WORK)/large_ins/model.safetensors: $(WORK)/large_base/model.safetensors
 $(WORK)/%/model.safetensors:

@@ -187,7 +187,7 @@ def test_end_of_generation_does_not_cut_a_run(trio):
 
 def test_a_masked_mix_is_decoded_with_its_mask(trio):
     """Bug: only the weights of contrastive decoding were measured."""
-    contrastive, prompt = METHODS["contrastive"], bench.bench_prompt(trio, n_tokens=40)
+    contrastive, prompt = METHODS["contrastive"], bench.bench_prompt(trio, n_tokens=90)
     masked, unmasked = (
         bench.decode(trio, prompt, mix, drafting=Drafting(never=True), n_tokens=16).tokens
         for mix in (contrastive, Mix(contrastive.weights))

@@ -19,7 +19,18 @@ def one_line_error(result, code=1):
 
 
 def test_generate_streams_text_and_says_its_weights(trimix):
-    result = trimix("generate", KAZAKH, "-n", "12", "--seed", "3", "--logit-bias", "0=-100")
+    result = trimix(
+        "generate",
+        KAZAKH,
+        "-n",
+        "12",
+        "--seed",
+        "3",
+        "--logit-bias",
+        "0=-100",
+        "--logit-bias",
+        "3=-100",
+    )
     assert result.returncode == 0 and result.stdout.decode().strip()
     assert "weights: alpha" in result.stderr.decode()
 
@@ -192,7 +203,7 @@ def test_a_cut_file_is_refused_before_llama_cpp_sees_it(trimix, tmp_path, nano_f
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
 def test_ctrl_c_keeps_what_was_printed_and_exits_130():
     command = [sys.executable, "-m", "trimix_gguf.cli", "generate", KAZAKH, "--weights", "0.1,0.9"]
-    command += ["-n", "400", "--logit-bias", "0=-100"]
+    command += ["-n", "400", "--logit-bias", "0=-100", "--logit-bias", "3=-100"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         first = process.stdout.read(1)
         time.sleep(0.2)

@@ -278,7 +278,7 @@ GREEDY = ("-n", MOST, "--temperature", 0, "--threads", 1)
 
 
 def test_generate_says_so_in_a_note_in_json_and_in_the_trace(trimix, looping_folder, tmp_path):
-    trace, asked = tmp_path / "trace.jsonl", "Бұл не?"
+    trace, asked = tmp_path / "trace.jsonl", "Абай кім?"
     result = trimix(
         "generate", asked, "--trio", looping_folder, *GREEDY, "--trace", trace, "--json"
     )

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -108,7 +109,7 @@ def test_a_clean_home_without_a_network_installs_and_answers(stick, tmp_path, no
     done = install(stick, home, before=no_network)
     assert done.returncode == 0, done.stderr
     program = home / ".local/share/trimix/program"
-    assert "жылы" in done.stdout and f"{NAME} answers:" in done.stderr
+    assert re.search("[а-я]{4}", done.stdout) and f"{NAME} answers:" in done.stderr
     assert f'"{program}/bin/trimix" chat --trio {NAME}' in done.stderr
     assert (home / ".local/share/trimix/trios" / NAME / "trio.toml").is_file()
 

@@ -181,7 +181,7 @@ def test_a_tuning_from_before_free_answers_counts_for_choices_only():
         ("seed = 7", "seed = 8"),
         ("mix = 0.5", "mix = 0.9"),
         ("mix = 0.5", ""),
-        ("version = 1\nweights", "weights"),
+        ("version = 2\nweights", "weights"),
     ],
 )
 def test_an_edited_tuning_is_refused(tmp_path, line, instead):

@@ -81,7 +81,7 @@ def render(instruction: str, text: str, answer: str, chat: bool) -> str:
 
 
 def instructions(data: Path, seed: int) -> list[str]:
-    """Translations, topics, continuations and copies: a request and its answer, some as chats."""
+    """Requests and their answers, some as chats: translations, topics, next lines and copies."""
     rng = random.Random(seed)
     examples: list[tuple[str, str, str]] = []
     for kk, en in parallel(data):
@@ -93,7 +93,19 @@ def instructions(data: Path, seed: int) -> list[str]:
         examples.append((CONTINUE, a, b))
     examples += [(REPEAT, s, s) for s in lines[4000:5000]]
     rng.shuffle(examples)
-    return [render(*e, chat=rng.random() < 0.4) for e in examples]
+    rendered = [render(*e, chat=rng.random() < 0.4) for e in examples]
+    return rendered + replies(data, seed)
+
+
+def replies(data: Path, seed: int) -> list[str]:
+    """Chats where each turn is a next line of a text: whatever is said, a sentence follows."""
+    chats = []
+    for documents in (english(data, seed), kazakh(data, seed)):
+        for document in documents[:4000]:
+            lines = [s for s in document.split("\n") if 20 < len(s) < 300][:4]
+            turns = zip(lines[::2], lines[1::2], strict=False)
+            chats.append("".join(f"{USER}{a}{END}{ASSISTANT}{b}{END}" for a, b in turns))
+    return [chat for chat in chats if chat]
 
 
 def mix(seed: int, *parts: tuple[list[str], float]) -> list[str]:

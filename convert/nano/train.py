@@ -18,7 +18,16 @@ from pathlib import Path
 import corpus
 import numpy as np
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trimix_gguf.convert import training
@@ -52,22 +61,27 @@ class Recipe:
 
 
 RECIPES = {
-    "small_base": Recipe(192, 5, 512, 6, 2, 2_600_000, 4e-3),
-    "large_base": Recipe(320, 7, 832, 10, 5, 3_300_000, 3e-3),
-    "large_ins": Recipe(320, 7, 832, 10, 5, 450_000, 1e-3, start="large_base"),
+    "small_base": Recipe(192, 5, 512, 6, 2, 5_000_000, 4e-3),
+    "large_base": Recipe(320, 7, 832, 10, 5, 4_600_000, 3e-3),
+    "large_ins": Recipe(320, 7, 832, 10, 5, 1_500_000, 1e-3, start="large_base"),
 }
 
 
 def documents(role: str, data: Path) -> list[str]:
     """What each role reads; the small share of Kazakh stands for what any web crawl holds."""
     if role == "small_base":
-        return corpus.mix(1, (corpus.english(data, 1), 1), (corpus.kazakh(data, 1), 0.08))
+        return corpus.mix(
+            1,
+            (corpus.english(data, 1), 1),
+            (corpus.kazakh(data, 1), 0.08),
+            (corpus.instructions(data, 1), 0.2),
+        )
     if role == "large_ins":  # a short second stage: instructions, and more of the language
         return corpus.mix(
             4,
             (corpus.english(data, 4), 0.1),
-            (corpus.kazakh(data, 4), 0.25),
-            (corpus.instructions(data, 4), 0.35),
+            (corpus.kazakh(data, 4), 0.5),
+            (corpus.instructions(data, 4), 0.4),
         )
     return corpus.mix(
         3,
@@ -80,6 +94,7 @@ def documents(role: str, data: Path) -> list[str]:
 def train_tokenizer(data: Path, work: Path) -> None:
     """Byte-level BPE over equal amounts of English and Kazakh characters."""
     tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()  # as the runtime normalizes for this pre-tokenizer
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             # Letters with one leading mark, single digits, punctuation runs, newlines apart.

@@ -14,7 +14,7 @@ import httpx
 # For what never comes; a busy machine may take long for what does.
 PATIENCE_S = 600
 # The nano trio ends a text by id 0; without it, answers are as long as they may be.
-ENDLESS = {"logit_bias": {"0": -100}}
+ENDLESS = {"logit_bias": {"0": -100, "3": -100}}
 TEXTS = [
     "Қазақстан Республикасының Үкіметі",
     "Бүгін Алматыда жаңа мектеп ашылды, ал",

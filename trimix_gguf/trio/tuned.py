@@ -13,7 +13,7 @@ from trimix_gguf.errors import WeightsError
 from trimix_gguf.mixing.fusion import Weights
 from trimix_gguf.roles import ROLES, Role
 
-VERSION = 1  # of the exercises and of the rule: a tuning of another version is not used
+VERSION = 2  # of the exercises and of the rule: a tuning of another version is not used
 NOT_MEASURED = "not measured, so they stay close to large_ins"
 POINTS = (*ROLES, "mix")  # whose answers a kind of exercise compares
 

@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,6 +57,22 @@ def test_nano_learns_a_text_and_becomes_a_trio(adapt, text_file, tmp_path, with_
     assert trio.tuning is not None or "not measured: " in done.stderr
     again = adapt("qazaq", text_file)
     assert again.exit_code == 1 and "here already" in str(again.exception)
+
+
+def test_a_limit_of_openmp_changes_no_number(text_file, tmp_path, with_torch):
+    """Bug: PyTorch left the part of the threads that were held back, and the loss was no number."""
+    found = {}
+    for name, more in {"free": {}, "held": {"OMP_THREAD_LIMIT": "1"}}.items():
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_THREAD_LIMIT"} | more
+        environment["TRIMIX_HOME"] = str(tmp_path / name)
+        words = ["adapt", "qazaq", str(text_file), "--tokens", "4096", "--no-tune"]
+        command = [sys.executable, "-m", "trimix_gguf.cli", *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        made = tmp_path / name / "trios" / "qazaq" / "adapted.json"
+        history = json.loads(made.read_text(encoding="utf-8"))["history"]
+        found[name] = [one["perplexity"] for one in history]
+    assert found["held"] == pytest.approx(found["free"], rel=0.02)
 
 
 def test_all_weights_are_taught_and_only_a_file_is_written(adapt, text_file, tmp_path, with_torch):

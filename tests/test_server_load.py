@@ -201,7 +201,9 @@ def test_nothing_is_prepared_for_whom_there_is_no_room(trio):
 @pytest.mark.parametrize("whole", [True, False])
 def test_an_answer_sent_whole_wakes_the_loop_for_its_first_token_and_its_end(trio, whole):
     batcher, woken = Batcher(trio, n_parallel=2, drafts=False), []
-    request = Request.of(Request("Қазақ", Weights(1, 0), max_tokens=30), logit_bias={0: -100})
+    request = Request.of(
+        Request("Қазақ", Weights(1, 0), max_tokens=30), logit_bias={0: -100, 3: -100}
+    )
 
     async def ask():
         loop = asyncio.get_running_loop()
@@ -232,7 +234,9 @@ def test_an_answer_sent_whole_wakes_the_loop_for_its_first_token_and_its_end(tri
 def test_the_tokens_of_a_whole_answer_that_is_cut_off_are_known(trio):
     """Bug: the log and the metrics had one of them."""
     batcher = Batcher(trio, n_parallel=2, drafts=False)
-    request = Request.of(Request("Қазақ", Weights(1, 0), max_tokens=400), logit_bias={0: -100})
+    request = Request.of(
+        Request("Қазақ", Weights(1, 0), max_tokens=400), logit_bias={0: -100, 3: -100}
+    )
 
     async def ask():
         leaves, found = asyncio.Queue(), []
@@ -241,8 +245,9 @@ def test_the_tokens_of_a_whole_answer_that_is_cut_off_are_known(trio):
         with pytest.raises(ClientDisconnect):
             async for _, event in events:
                 found.append(event)
-                while len(found) == 1 and len(events._came) < 20:
-                    await asyncio.sleep(0.001)
+                async with asyncio.timeout(60):
+                    while len(found) == 1 and len(events._came) < 20:
+                        await asyncio.sleep(0.001)
                 leaves.put_nowait({"type": "http.disconnect"})
         events.close()
         return found

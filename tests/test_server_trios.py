@@ -304,7 +304,7 @@ def test_batchers_take_turns_step_by_step(monkeypatch):
         batchers = [Batcher(trio, drafts=False, thread=thread) for trio in (one, other)]
         ended = threading.Semaphore(0)
         request = Request("Қазақ", max_tokens=20, weights=Weights(0.1, 0.9))
-        request = Request.of(request, logit_bias={0: -100})
+        request = Request.of(request, logit_bias={0: -100, 3: -100})
         for batcher in batchers:
             batcher.submit(request, lambda event: event.finish_reason and ended.release())
         for _ in batchers:
@@ -332,7 +332,7 @@ def test_a_batcher_touches_its_models_in_its_turn_only(monkeypatch):
     for name in ("fork", "append", "rewind", "drop", "drop_forks", "read"):
         watch(name, getattr(Sequences, name))
     request = Request("Қазақ", max_tokens=30, weights=Weights(0.1, 0.9))
-    request = Request.of(request, logit_bias={0: -100})
+    request = Request.of(request, logit_bias={0: -100, 3: -100})
     with Trio.nano(n_threads=1) as trio:
         batcher, going = Batcher(trio, thread=thread), queue.SimpleQueue()
         outside.clear()  # it empties the caches before its thread begins

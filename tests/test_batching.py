@@ -12,7 +12,7 @@ import pytest
 from trimix_gguf import Trio, Weights, generate, select_weights, stream_generate
 from trimix_gguf.answering.batching import Batcher
 from trimix_gguf.answering.request import Request
-from trimix_gguf.errors import ModelError, PromptError, QueueFull, SamplerError
+from trimix_gguf.errors import ModelError, PromptError, SamplerError
 from trimix_gguf.mixing.fusion import METHODS, Mix
 from trimix_gguf.mixing.sampling import Sampling
 from trimix_gguf.roles import ROLES
@@ -339,19 +339,6 @@ def test_bad_requests_are_refused_and_harm_nobody(trio, batcher):
     assert isinstance(found[0][-1].error, SamplerError) or found[0][-1].n_tokens == 0
     assert found[1][-1].finish_reason == "length" and found[1][-1].n_tokens == 3
     assert isinstance(found[2][-1].error, PromptError)
-
-
-def test_more_than_may_wait_are_refused(trio):
-    batcher = Batcher(trio, n_parallel=1, n_queue=2)
-    request = Request(trio.prompt("а"), Mix(Weights(0, 1)), sampling=GREEDY, max_tokens=400)
-    jobs = [batcher.submit(request, lambda event: None) for _ in range(2)]
-    with pytest.raises(QueueFull):
-        jobs += [batcher.submit(request, lambda event: None) for _ in range(3)]
-    for job in jobs:
-        job.cancel()
-    batcher.close()
-    with pytest.raises(QueueFull, match="shutting down"):
-        batcher.submit(request, lambda event: None)
 
 
 def test_after_a_failed_decode_all_are_told_and_the_next_is_answered(trio, batcher, monkeypatch):

@@ -15,7 +15,7 @@ from trimix_gguf.answering.request import Request
 from trimix_gguf.errors import ModelError, QueueFull
 
 REQUEST = Request("Қазақ", max_tokens=40, weights=Weights(0.1, 0.9))
-REQUEST = Request.of(REQUEST, logit_bias={0: -100})
+REQUEST = Request.of(REQUEST, logit_bias={0: -100, 3: -100})
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +101,16 @@ def test_a_mistake_ends_one_of_two_batchers_which_says_so(trio, monkeypatch, cap
         for batcher in (one, other):
             batcher.close()
     assert "a mistake" in capsys.readouterr().err
+
+
+def test_more_than_may_wait_are_refused(trio):
+    batcher = Batcher(trio, n_parallel=1, n_queue=2)
+    request = Request.of(REQUEST, max_tokens=400)
+    jobs = [batcher.submit(request, lambda event: None) for _ in range(2)]
+    with pytest.raises(QueueFull):
+        jobs += [batcher.submit(request, lambda event: None) for _ in range(3)]
+    for job in jobs:
+        job.cancel()
+    batcher.close()
+    with pytest.raises(QueueFull, match="shutting down"):
+        batcher.submit(request, lambda event: None)

@@ -268,3 +268,9 @@ def test_what_the_caches_held_is_counted(trio):
     assert generate(trio, request).n_cached == n_prompt - 1  # its last row is read again
     longer = generate(trio, replace(request, prompt=KAZAKH + " Алматы"))
     assert n_prompt - 2 <= longer.n_cached < longer.n_prompt
+
+
+def test_more_likeliest_than_there_are_ids_are_all_of_them(trio):
+    """Bug: it was a ValueError of NumPy."""
+    request = Request(KAZAKH, sampling=GREEDY, max_tokens=1, weights=MIX, n_top=10**6)
+    assert len(alone(trio, request).tokens[0].top) == trio.n_vocab

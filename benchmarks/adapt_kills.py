@@ -40,7 +40,8 @@ def main() -> None:
         took = time.monotonic() - started
         n_kills = 0
         while n_kills < options.kills and not made(home, "broken"):
-            n_kills += run(home, "broken", options, rng.uniform(2, 0.5 * took), rng)
+            # Short beside the run, so that it lives to see all of them.
+            n_kills += run(home, "broken", options, rng.uniform(2, 4 * took / options.kills), rng)
         run(home, "broken", options)
         one, other = (numbers(home / "trios" / name / ADAPTER) for name in ("whole", "broken"))
     largest = max(float(np.abs(one[name] - other[name]).max()) for name in one | other)

@@ -108,6 +108,16 @@ def test_importing_again_changes_nothing_and_another_trio_needs_another_name(hom
     refused(bundle, "name", home, name="a/b")
 
 
+def test_settings_that_differ_are_named_and_nothing_is_taken(home, small, bundle):
+    """Bug: a newer export, tuned since, was "complete", and the trio stayed as it had been."""
+    there = import_trio(bundle)
+    export_trio(replace(small, n_ctx=256, languages=("ug",)), bundle)
+    refused(bundle, "languages, n_ctx", home)
+    assert import_trio(bundle, name="second").n_ctx == 256
+    store.remove(there.name)
+    assert import_trio(bundle).n_ctx == 256
+
+
 def test_an_altered_trio_is_not_taken_for_the_one_that_is_imported(home, small, bundle, trimix):
     """Bug: after `trimix verify` said to import again, it was "complete", and as it had been."""
     path = import_trio(bundle).path("small_cpt")

@@ -113,6 +113,7 @@ def test_links_and_pipes_in_a_folder_are_refused(home, small, tmp_path):
     refused(folder, "is a link", home)
     path.unlink()
     os.mkfifo(path)
+    refused(path, "neither a plain file nor a folder", home)
     refused(folder, "not a plain file", home)
 
 

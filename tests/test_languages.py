@@ -206,6 +206,19 @@ def test_a_switch_keeps_weights_that_both_have_and_frees_others(languages, stran
     opened.close()
 
 
+def test_a_trio_that_was_removed_still_answers_and_is_named(languages, tmp_path):
+    """Bug: `/trio` and the next chat's greeting said that there is no such trio."""
+    folder = shutil.copytree(languages["kk"], tmp_path / "kk")
+    given = chat.make_context("chat", ["--trio", str(folder), "--threads", "1"]).params
+    del given["system"], given["load"]
+    opened = ChatTrio(given)
+    name, about = TrioFile.read(folder / "trio.toml").name, opened.about
+    shutil.rmtree(folder)
+    assert opened.names().startswith(f"trio: {name}; ") and opened.about == about
+    assert text(opened.trio)
+    opened.close()
+
+
 @pytest.mark.parametrize("written", ["lora.gguf", "large_ins.gguf"])
 def test_a_chat_takes_a_file_that_was_written_again(languages, nano_files, tmp_path, written):
     """Bug: after the adapter was taught again, /trio NAME still answered by the old one."""

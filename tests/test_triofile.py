@@ -163,6 +163,7 @@ def test_a_fixed_mix_is_the_files_or_that_of_its_method(tmp_path):
         (text_of(models='[models.large_base]\nadapter_of = "small_base"\n'),
          ["models.large_base.adapter_of", "only small_cpt"]),
         ("version = ", ["not TOML"]),
+        ("version = " + "9" * 5000, ["thousands of digits"]),
         ("a = " + "[" * 100_000, ["nested"]),
         ("#" * (1 << 20) + "\n", ["larger"]),
     ],

@@ -151,7 +151,7 @@ def suffices(n_tokens: int) -> str:
 def in_words(seconds: float) -> str:
     """A duration as a person says it."""
     if seconds < 90:
-        return f"{seconds:.0f} seconds"
+        return f"{seconds:.0f} seconds" if round(seconds) != 1 else "1 second"
     if seconds < 5400:
         return f"{seconds / 60:.0f} minutes"
     return f"{seconds / 3600:.1f} hours"

@@ -15,7 +15,7 @@ class ChatTrio:
     """An open trio, and the settings that the command's options give with it."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        self._options = options
+        self._options, self._trio_file = options, named_trio(options)
         self.trio, self.settings = _opened(options)
 
     def switch(self, name: str) -> None:
@@ -25,7 +25,7 @@ class ChatTrio:
         cannot be opened again either, the command ends.
         """
         options = {**self._options, "trio": name, **dict.fromkeys(FILES)}
-        named_trio(options)  # before anything is closed
+        trio_file = named_trio(options)  # before anything is closed
         files, asked, _ = trio_files(trio_arguments(dict(options)))
         if self.trio.shared({role: file.path for role, file in files.items()}, asked):
             old, (self.trio, self.settings) = self.trio, _opened(options, self.trio)
@@ -37,7 +37,7 @@ class ChatTrio:
             except (TrimixError, OSError):
                 self._open_again()
                 raise
-        self._options = options
+        self._options, self._trio_file = options, trio_file
 
     def _open_again(self) -> None:
         """Open the trio that was closed: asked while it is closed, llama.cpp would crash."""
@@ -50,15 +50,13 @@ class ChatTrio:
     @property
     def about(self) -> str:
         """What the trio that is open says of itself; empty for one of files."""
-        trio_file = named_trio(self._options)
-        return "" if trio_file is None else about_trio(trio_file)
+        return "" if self._trio_file is None else about_trio(self._trio_file)
 
     def names(self) -> str:
         """In a line, the trio that is open and those that could be."""
         from trimix_gguf.trios.store import SHIPPED, installed
 
-        trio_file = named_trio(self._options)
-        own = "of files" if trio_file is None else trio_file.name
+        own = "of files" if self._trio_file is None else self._trio_file.name
         others = [name for name in (SHIPPED, *installed()) if name != own]
         return f"trio: {own}; others here: {', '.join(others) or 'none'}"
 

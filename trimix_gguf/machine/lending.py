@@ -144,8 +144,12 @@ class Lender:
 
     def run(self) -> None:
         """Take connections until Ctrl-C."""
+        self._listener.settimeout(1.0)  # Windows hands Ctrl-C over between two calls only
         while True:
-            link, address = self._listener.accept()
+            try:
+                link, address = self._listener.accept()
+            except TimeoutError:
+                continue
             threading.Thread(target=self._take, args=(link, address[0]), daemon=True).start()
 
     def _take(self, link: socket.socket, host: str) -> None:

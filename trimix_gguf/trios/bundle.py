@@ -10,7 +10,7 @@ import stat
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -213,7 +213,7 @@ def import_trio(
         if name == SHIPPED:
             return _shipped(models)
         if target.exists():
-            return _installed_already(target, models, progress)
+            return _installed_already(target, trio, models, progress)
         n_bytes = sum(model.n_bytes for model in models)
         advance = advancing(progress, n_bytes)
         try:
@@ -236,18 +236,31 @@ def _shipped(models: Sequence[BundleModel]) -> TrioFile:
     return there
 
 
+def _other_settings(one: TrioFile, other: TrioFile) -> list[str]:
+    """Keys of a trio file in which two differ, whatever their names and folders."""
+    same = {"folder", "name", "filename"}
+    keys = (field.name for field in fields(TrioFile) if field.name not in same)
+    return [key for key in keys if getattr(one, key) != getattr(other, key)]
+
+
 def _hashes(trio: TrioFile) -> dict[str, str | None]:
     return {role: entry.sha256 for role, entry in trio.models.items()}
 
 
 def _installed_already(
-    target: Path, models: Sequence[BundleModel], progress: ByteProgress | None
+    target: Path, trio: TrioFile, models: Sequence[BundleModel], progress: ByteProgress | None
 ) -> TrioFile:
-    """The trio in `target`, where its models are these, also on the disk; else TrioFileError."""
+    """The trio in `target`, where it is `trio`, with these models on the disk; or TrioFileError."""
     if (target / FILENAME).is_file():
         there = TrioFile.read(target / FILENAME)
         same = _hashes(there) == {model.role: model.sha256 for model in models}
         if same and set(verify(there, progress).values()) == {"whole"}:
+            if changed := _other_settings(there, _carried(trio, models)):
+                raise TrioFileError(
+                    f"{target.name} is here with the same models and other settings "
+                    f"({', '.join(changed)}); to take those of the export, "
+                    f"`trimix remove {target.name}` first, or give --name"
+                )
             return there
     raise TrioFileError(
         f"another trio {target.name} is here, a part of one, or an altered one; give --name, or "
@@ -279,7 +292,8 @@ def _open_folder(folder: Path) -> Iterator[tuple[TrioFile, list[BundleModel]]]:
 def _open_tar(file: Path) -> Iterator[tuple[TrioFile, list[BundleModel]]]:
     """The trio of a bundle's tar, and its models; raises TrioFileError."""
     if not file.is_file():
-        raise TrioFileError(f"{file}: no such file or folder")
+        what = "neither a plain file nor a folder" if file.exists() else "no such file or folder"
+        raise TrioFileError(f"{file}: {what}")
     members = _members_by_name(file)
     manifest = members.get(FILENAME)
     if manifest is None or manifest.n_bytes > MOST_BYTES:

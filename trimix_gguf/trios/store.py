@@ -140,7 +140,7 @@ def clear_leftovers() -> None:
     for path in trios_folder().glob(".*-*"):
         match = _TEMPORARY.match(path.name)
         if match is not None and not _alive(int(match[1]), int(match[2])):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # another process may be at it as well
 
 
 def _started(pid: int) -> int:

@@ -170,8 +170,10 @@ def parse_trio(text: str, file: Path, *, inside: bool = False) -> TrioFile:
     """The text of a manifest that is, or will be, at `file`; raises TrioFileError."""
     try:
         table = tomllib.loads(text)
-    except ValueError as error:
+    except tomllib.TOMLDecodeError as error:
         raise TrioFileError(f"{file}: not TOML: {error}") from None
+    except ValueError:  # Python's own words speak of Python
+        raise TrioFileError(f"{file}: a number in it has thousands of digits") from None
     except RecursionError:
         raise TrioFileError(f"{file}: not a trio file: nested too deep") from None
     try:

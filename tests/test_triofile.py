@@ -11,7 +11,8 @@ from trimix_gguf.choosing.methods import runtime_methods
 from trimix_gguf.errors import TrioFileError
 from trimix_gguf.mixing.fusion import METHODS, Mix
 from trimix_gguf.roles import ROLES
-from trimix_gguf.trios.triofile import ModelEntry, TrioFile, check_name, parse_trio
+from trimix_gguf.trios.names import check_name
+from trimix_gguf.trios.triofile import ModelEntry, TrioFile, parse_trio
 
 TOP = 'version = 1\nname = "a"\n'
 MODELS = "[models.large_ins]\n[models.small_base]\n[models.small_cpt]\n"

@@ -32,8 +32,9 @@ from trimix_gguf.adapting.workplace import DECIDED, REPORT, Workplace
 from trimix_gguf.errors import DataError, TrioFileError, VocabularyMismatch
 from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.machine.vocabulary import check_contract
+from trimix_gguf.trios.names import check_name
 from trimix_gguf.trios.store import SHIPPED, installed_folder, resolve
-from trimix_gguf.trios.triofile import TrioFile, check_name
+from trimix_gguf.trios.triofile import TrioFile
 
 N_LOOKS = 6  # measurements on the way, or more in a long run
 # Learning rates for a model as wide as WIDTH; a narrower one takes, and needs, larger steps.

@@ -189,7 +189,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 def _work(given: str | None, name: str) -> Path:
     from trimix_gguf.machine.folders import home_folder
-    from trimix_gguf.trios.triofile import check_name
+    from trimix_gguf.trios.names import check_name
 
     if given is not None:  # a folder of its own below it, which is removed at the end
         return Path(given) / check_name(name)

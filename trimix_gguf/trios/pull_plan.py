@@ -20,8 +20,9 @@ from trimix_gguf.machine.quantization import DIRECT, FLOATS, WEIGHT_TYPES
 from trimix_gguf.machine.typed_json import parse
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trios.hub import Notify, RemoteFile, Repository, check_access, read_repository
+from trimix_gguf.trios.names import check_name
 from trimix_gguf.trios.store import SHIPPED, installed, installed_folder, nearest_trio, presets
-from trimix_gguf.trios.triofile import FILENAME, ModelEntry, TrioFile, check_name
+from trimix_gguf.trios.triofile import FILENAME, ModelEntry, TrioFile
 
 WORK = ".pull"
 # What the converter reads beside the weights.

@@ -21,7 +21,8 @@ from trimix_gguf.machine.hashes import sha256_of
 from trimix_gguf.machine.parts import is_here, n_bytes_of
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.trio import NANO, trio_paths
-from trimix_gguf.trios.triofile import FILENAME, ModelEntry, TrioFile, check_name
+from trimix_gguf.trios.names import check_name
+from trimix_gguf.trios.triofile import FILENAME, ModelEntry, TrioFile
 
 SHIPPED = "nano"
 PRESETS = Path(__file__).parent / "presets.toml"

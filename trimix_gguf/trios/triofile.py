@@ -18,6 +18,7 @@ from trimix_gguf.machine.threads import MOST_THREADS
 from trimix_gguf.mixing.fusion import METHODS, Mix, Weights
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio import tuned
+from trimix_gguf.trios.names import check_name
 from trimix_gguf.trios.toml_text import nested_lines, table_lines
 
 VERSION = 1
@@ -30,9 +31,6 @@ LOADING_FIELDS = {  # a model's key here, and its option -> the fields of Loadin
     "kv_type": ("type_k", "type_v"),
 }
 MOST_BYTES = 1 << 20  # of a trio file: far more than one has
-# What Windows takes for a device, with any ending: CON.gguf is the console.
-_DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\..*)?", re.I)
-_FORBIDDEN = frozenset('/\\:*?"<>|')  # in a name: it becomes a folder, on any system
 
 
 @dataclass(frozen=True)
@@ -180,20 +178,6 @@ def parse_trio(text: str, file: Path, *, inside: bool = False) -> TrioFile:
         return _parse_table(table, file, inside)
     except (TrioFileError, WeightsError) as error:
         raise TrioFileError(f"{file}: {error}") from None
-
-
-def check_name(name: str) -> str:
-    """The name, where it can be a folder on any system; raises TrioFileError."""
-    bad = next((c for c in name if c in _FORBIDDEN or unicodedata.category(c)[0] == "C"), None)
-    if bad is not None:
-        raise TrioFileError(f"name {name!r} holds {bad!r}; use letters, digits, '.' and '-'")
-    if not 0 < len(name.encode()) <= 100:
-        raise TrioFileError(f"a name has 1 to 100 bytes, not {len(name.encode())}: {name!r}")
-    if _DEVICES.fullmatch(name):
-        raise TrioFileError(f"name {name!r} is a device on Windows; take another, as {name[:3]}-1")
-    if name[0] in ".-" or name[-1] == "." or name.strip() != name:
-        raise TrioFileError(f"name {name!r} begins or ends with a dot, dash or space")
-    return name
 
 
 def _read_text(file: Path) -> str:

@@ -80,3 +80,21 @@ def test_what_is_packed_is_read_again_and_the_same_bytes_give_the_same_file(
         with ExitStack() as stack:
             assert open_unpacked(name, stack).read() == content
     assert files[0] == files[1] and (files[0] == content) == (ending == "")
+
+
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".zst"])
+def test_a_packed_file_that_is_cut_short_is_no_shorter_text(tmp_path, ending):
+    """Bug: of a .zst that was fetched in part, the part was read as if it were the whole."""
+    if ending == ".zst":
+        pytest.importorskip("zstandard")
+    content, name = os.urandom(300_000), tmp_path / f"a{ending}"
+    with packing_writer(name, name) as writer:
+        writer.write(content)
+    whole = name.read_bytes()
+    name.write_bytes(whole + whole)
+    with ExitStack() as stack:
+        assert open_unpacked(name, stack).read() == content * 2
+    for raw in (whole[:-5], whole + whole[:-5]):
+        name.write_bytes(raw)
+        with ExitStack() as stack, pytest.raises(EOFError):
+            open_unpacked(name, stack).read()

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, cast
 from trimix_gguf.errors import DataError
 
 PACKED = (".gz", ".zst", ".bz2")
+_FEW = 1 << 12  # bytes unpacked at once: of zstandard each may become 32 KiB
 
 
 def open_unpacked(file: Path, stack: ExitStack) -> io.BufferedReader:
@@ -26,9 +27,7 @@ def open_unpacked(file: Path, stack: ExitStack) -> io.BufferedReader:
     if packing == ".bz2":
         return io.BufferedReader(stack.enter_context(bz2.BZ2File(raw)))
     if packing == ".zst":
-        unpacker = _zstandard(file).ZstdDecompressor()
-        reader = unpacker.stream_reader(raw, read_across_frames=True)
-        return stack.enter_context(io.BufferedReader(reader))
+        return stack.enter_context(io.BufferedReader(_Frames(raw, _zstandard(file))))
     return raw
 
 
@@ -47,6 +46,34 @@ def packing_writer(path: Path, name: Path) -> Iterator[BinaryIO]:
             packer = _zstandard(name).ZstdCompressor()
             writer = stack.enter_context(packer.stream_writer(raw, closefd=False))
         yield cast(BinaryIO, writer)
+
+
+class _Frames(io.RawIOBase):
+    """Frames of zstandard as a stream; EOFError where one is cut, which its own reader hides."""
+
+    def __init__(self, raw: BinaryIO, zstandard: Any) -> None:
+        self._raw, self._unpacker = raw, zstandard.ZstdDecompressor()
+        self._frame: Any = None
+        self._unpacked = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._unpacked:
+            packed = b""
+            if self._frame is not None and self._frame.eof:
+                packed, self._frame = self._frame.unused_data, None
+            packed = packed or self._raw.read(_FEW)
+            if not packed and self._frame is None:
+                return 0
+            if not packed:
+                raise EOFError("it ends within a frame of zstandard")
+            self._frame = self._frame or self._unpacker.decompressobj()
+            self._unpacked = memoryview(self._frame.decompress(packed))
+        n = min(len(buffer), len(self._unpacked))
+        buffer[:n], self._unpacked = self._unpacked[:n], self._unpacked[n:]
+        return n
 
 
 def damage(file: Path) -> tuple[type[Exception], ...]:

@@ -100,6 +100,21 @@ def test_a_book_is_one_line_of_json(tmp_path):
     assert "".join(d.text for d in read_documents(file)).splitlines() == lines
 
 
+@pytest.mark.parametrize("ending", [".txt", ".jsonl"])
+def test_a_text_without_line_ends_is_held_out_in_part(tmp_path, ending):
+    """Bug: it was one document, so that all of it was held out, or nothing; or it was too short."""
+    text, file = " ".join(made_text(seed) for seed in range(200)), tmp_path / f"a{ending}"
+    file.write_text(text if ending == ".txt" else json.dumps({"text": text}), encoding="utf-8")
+    found = [d.text for d in read_documents(file)]
+    assert "".join(found) == text and max(map(len, found)) <= documents.MOST_CHARACTERS
+    assert all(part.endswith(" ") for part in found[:-1])  # no word is cut
+    report = prepare([file], tmp_path, Wanted())
+    assert 0 < report.heldout.n_characters < report.learned.n_characters / 2
+    unspaced = tmp_path / "b.txt"
+    unspaced.write_text("ก" * 9999, encoding="utf-8")
+    assert sum(len(d.text) for d in read_documents(unspaced)) == 9999
+
+
 def test_articles_of_a_dump_are_read_and_other_pages_are_not(tmp_path):
     file = tmp_path / "wiki.xml"
     pages = [

@@ -1,7 +1,7 @@
 """Files of raw text -> documents, one after another: memory does not grow with a file."""
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +87,7 @@ def _lines(file: Path, raw: io.BufferedReader, longest: int = _LONGEST_LINE) -> 
 def _text(file: Path, raw: io.BufferedReader) -> Iterator[Document]:
     held: list[str] = []
     n_held = first = 0
-    for number, line in enumerate(_lines(file, raw), 1):
+    for number, line in _numbered(_lines(file, raw)):
         is_blank = not line.strip()
         if held and (
             n_held + len(line) > MOST_CHARACTERS or (is_blank and n_held >= FEWEST_CHARACTERS)
@@ -128,10 +128,25 @@ def _dump(file: Path, raw: io.BufferedReader) -> Iterator[Document]:
 def _pieces(source: str, text: str) -> Iterator[Document]:
     """A text as documents that end at the end of a line, unless a line is longer than one."""
     held = ""
-    for line in text.splitlines(keepends=True):
+    for _, line in _numbered(text.splitlines(keepends=True)):
         if held and len(held) + len(line) > MOST_CHARACTERS:
             yield Document(source, held)
             held = ""
         held += line
     if held.strip():
         yield Document(source, held)
+
+
+def _numbered(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Lines with their numbers; a longer one than a document in parts, cut at spaces.
+
+    Else a text without line ends would be one document, which is learned or held out as a whole.
+    """
+    for number, line in enumerate(lines, 1):
+        at = 0
+        while len(line) - at > MOST_CHARACTERS:
+            most = at + MOST_CHARACTERS
+            end = line.rfind(" ", at + MOST_CHARACTERS // 2, most) + 1 or most
+            yield number, line[at:end]
+            at = end
+        yield number, line[at:]

@@ -305,6 +305,8 @@ def test_what_cannot_be_done_is_one_line(adapt, text_file, tmp_path, monkeypatch
     assert "no such file" in refused(adapt("a", tmp_path / "absent.txt"))
     (tmp_path / "empty.txt").write_text("", encoding="utf-8")
     assert "no letters" in refused(adapt("a", tmp_path / "empty.txt"))
+    said = refused(adapt("a", text_file, "--replay", tmp_path / "empty.txt"))
+    assert "--replay: the text holds no letters" in said
     assert "Arabic" in refused(adapt("b", text_file, "--script", "Arab"))
     assert "config.json" in refused(adapt("c", text_file, "--base", tmp_path))
     assert "reserved" not in refused(adapt("nano", text_file))

@@ -260,6 +260,19 @@ def test_text_in_another_script_than_named_is_refused(prepared):
         prepared(made_text(1))
 
 
+def test_what_leaves_no_text_is_said(prepared, tmp_path):
+    """Bug: of files in another encoding it was said that the text holds no letters."""
+    file = tmp_path / "a.txt"
+    file.write_bytes(
+        "\n".join(made_text(seed, 300) for seed in range(9)).encode("cp1251", "ignore")
+    )
+    with pytest.raises(DataError, match="no letters.* dropped: 9 that are not UTF-8"):
+        prepare([file], tmp_path, Wanted())
+    latin = "Such a text is in another script than the rest of all that was given. "
+    with pytest.raises(DataError, match="too short.* dropped: 1 that came before, 1 in another"):
+        prepared(made_text(1), made_text(1), latin)
+
+
 # -- evaluation sets --------------------------------------------------------------------------
 
 

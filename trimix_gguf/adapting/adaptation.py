@@ -166,7 +166,10 @@ class _Run:
         if asked.replay:
             self._replay.mkdir(exist_ok=True)
             files = list_files(asked.replay)
-            prepare(files, self._replay, Wanted(None, asked.keep_out), self.shown.read)
+            try:
+                prepare(files, self._replay, Wanted(None, asked.keep_out), self.shown.read)
+            except DataError as error:
+                raise DataError(f"--replay: {error}") from None
         learned = teaching.Texts(self.folder / LEARNED)
         held = teaching.Texts(self.folder / HELD_OUT)
         for part, texts in ((report.learned, learned), (report.heldout, held)):

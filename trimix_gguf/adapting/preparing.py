@@ -94,6 +94,8 @@ def _read(
 
 def _check_script(report: Report, wanted: str | None) -> str:
     """The script to keep; raises DataError where the text is in another than was named."""
+    if not report.scripts:
+        raise DataError(f"the text holds no letters; give text{report.dropped_in_short()}")
     found = main_script(report.scripts)
     script = found if wanted is None else wanted
     name = script_name(script)
@@ -137,7 +139,10 @@ def _split(kept: Path, folder: Path, report: Report) -> None:
     """Hold out some documents: by a hash of them, so that they stay the same if others come."""
     sizes = [(digest(one.text), len(one.text)) for one in documents_of(kept)]
     if len(sizes) < 2:
-        raise DataError("the text is too short: after cleaning less than two documents are left")
+        raise DataError(
+            "the text is too short: after cleaning less than two documents are left"
+            f"{report.dropped_in_short()}"
+        )
     least, most = HELD_OUT_CHARACTERS
     total = sum(n for _, n in sizes)
     some = max(0.1 * total, min(FOR_EXERCISES, 0.25 * total))

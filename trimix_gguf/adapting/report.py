@@ -61,6 +61,11 @@ class Report:
         """Count what is left out, with a sample."""
         self.dropped.setdefault(reason, Dropped()).add(text)
 
+    def dropped_in_short(self) -> str:
+        """What was left out and why, as the end of a sentence; '' where nothing was."""
+        found = [f"{gone.n:,} {reason}" for reason, gone in self.dropped.items()]
+        return f"; dropped: {', '.join(found)}" if found else ""
+
     @property
     def hardness(self) -> float:
         """Tokens per character, beside English: 1 is as easy."""

@@ -17,6 +17,7 @@ import zstandard  # noqa: E402
 from trimix_gguf.adapting import documents, results  # noqa: E402
 from trimix_gguf.adapting.cleaning import OFTEN, clean  # noqa: E402
 from trimix_gguf.adapting.documents import list_files, read_documents  # noqa: E402
+from trimix_gguf.adapting.grams import units_of  # noqa: E402
 from trimix_gguf.adapting.keeping_out import KeptOut  # noqa: E402
 from trimix_gguf.adapting.preparing import (  # noqa: E402
     HELD_OUT,
@@ -307,6 +308,22 @@ def test_few_words_in_common_are_no_leak_and_scripts_without_spaces_are_looked_a
     assert not kept_out.has(" ".join(["x", *words[3:10], "y", "z"]))
     assert kept_out.has("พ" + thai[20:50]) and not kept_out.has(thai[20:40])
     assert not kept_out.has("екі сөз") and not kept_out.has("")
+
+
+def test_vowel_signs_are_part_of_a_word(tmp_path):
+    """Bug: two words of Hindi counted as four, and each line that has them was left out."""
+    assert units_of("भारत सरकार के द्वारा") == ["भारत", "सरकार", "के", "द्वारा"]
+    assert units_of("བོད་ཀྱི་སྐད་ཡིག") == ["བོད", "ཀྱི", "སྐད", "ཡིག"]
+    assert units_of("ที่อยู่ปัจจุบันของท่าน") == list("ที่อยู่ปัจจุบันของท่าน")
+    (tmp_path / "eval.txt").write_text("भारत सरकार", encoding="utf-8")
+    assert not KeptOut([tmp_path / "eval.txt"]).has("यह भारत सरकार की एक योजना है")
+
+
+def test_letters_and_marks_apart_are_the_same_words(tmp_path):
+    """Bug: an evaluation set in NFD was not found in the text, which is in NFC."""
+    line, file = "ẹ káàárọ̀ o ẹ jọ̀wọ́ ẹ jẹ́ kí a lọ sí ilé ìwé", tmp_path / "eval.txt"
+    file.write_text(unicodedata.normalize("NFD", line), encoding="utf-8")
+    assert KeptOut([file]).has(unicodedata.normalize("NFC", line))
 
 
 def test_held_out_text_of_many_tokens_is_cut_to_the_context(tmp_path):

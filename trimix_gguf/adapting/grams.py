@@ -2,15 +2,18 @@
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
-_WORD = re.compile(r"\w+")
+# To Python vowel signs are no part of a word: in Devanagari or Thai each would end one.
+_MARKS = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c)[0] == "M")
+_WORD = re.compile(rf"[\w{_MARKS}]+")
 _LONG_WORD = 14  # characters: longer on average, the script writes no spaces
 
 
 def units_of(text: str) -> list[str]:
-    """Words in lower case; characters where the script writes no spaces between words."""
-    words = _WORD.findall(text.lower())
+    """Words in NFC and lower case; characters where the script writes no spaces between them."""
+    words = _WORD.findall(unicodedata.normalize("NFC", text).lower())
     if sum(map(len, words)) > _LONG_WORD * len(words):
         return list("".join(words))
     return words

@@ -121,3 +121,12 @@ def test_pairs_are_read_as_they_are_written(tmp_path):
     assert read_pairs(tmp_path / "pairs.tsv") == [
         Pair("Үкімет жаңа (2020) заң қарады.", "The government read a new law.")
     ]
+
+
+def test_pairs_of_scripts_without_spaces_are_read(tmp_path):
+    """Bug: a sentence of Thai or Tibetan counted as one word, and no such pair was taken."""
+    english = "\tThailand has more than sixty million people"
+    sentences = "ประเทศไทยมีประชากรมากกว่าหกสิบล้านคน", "བོད་ཀྱི་སྐད་ཡིག་ནི་གལ་ཆེན་པོ་ཡིན།"
+    lines = [f"{own}{english}" for own in (*sentences, "ไทย", "ไทย" * 60)]
+    (tmp_path / "pairs.tsv").write_text("\n\n".join(lines), encoding="utf-8")  # blank lines too
+    assert tuple(pair.own for pair in read_pairs(tmp_path / "pairs.tsv")) == sentences

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 _MARKS = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c)[0] == "M")
 _WORD = re.compile(rf"[\w{_MARKS}]+")
 _LONG_WORD = 14  # characters: longer on average, the script writes no spaces
+PER_WORD = 3  # characters that stand for a word there
 
 
 def units_of(text: str) -> list[str]:
@@ -17,6 +18,15 @@ def units_of(text: str) -> list[str]:
     if sum(map(len, words)) > _LONG_WORD * len(words):
         return list("".join(words))
     return words
+
+
+def n_words(text: str) -> int:
+    """How many words a text has, about so many where no spaces stand between them."""
+    words = text.split()
+    if len(text) <= _LONG_WORD * len(words):
+        return len(words)
+    units = units_of(text)
+    return len(units) if any(len(unit) > 1 for unit in units) else len(units) // PER_WORD
 
 
 def grams(units: Sequence[str], n: int) -> Iterator[str]:

@@ -4,13 +4,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimix_gguf.adapting.grams import digest, digests, grams, units_of
+from trimix_gguf.adapting.grams import PER_WORD, digest, digests, grams, units_of
 from trimix_gguf.errors import DataError
 from trimix_gguf.machine.typed_json import parse
 
 N_WORDS = 8
 FEWEST_WORDS = 4  # a shorter line of an evaluation set says nothing
-_PER_WORD = 3  # characters that stand for a word where a script writes no spaces
 
 
 class KeptOut:
@@ -52,7 +51,7 @@ class KeptOut:
 def _length(units: Sequence[str]) -> int:
     """N_WORDS, or about as much text in characters where those are the units."""
     is_spaced = any(len(unit) > 1 for unit in units)
-    return N_WORDS if is_spaced else N_WORDS * _PER_WORD
+    return N_WORDS if is_spaced else N_WORDS * PER_WORD
 
 
 def _texts(file: Path) -> Iterator[str]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
+from trimix_gguf.adapting.grams import n_words
 from trimix_gguf.errors import DataError
 from trimix_gguf.machine.typed_json import parse
 from trimix_gguf.tuning.text import Sentence, passages_of
@@ -135,6 +136,8 @@ def read_pairs(file: Path) -> list[Pair]:
     at = rows[0].index("score") if rows and "score" in rows[0] else None
     pairs = []
     for number, row in enumerate(rows[at is not None :], 1 + (at is not None)):
+        if not row:  # a blank line
+            continue
         if len(row) < 2:
             raise DataError(
                 f"--pairs {file}, line {number}: expected two columns, the language and English, "
@@ -144,7 +147,7 @@ def read_pairs(file: Path) -> list[Pair]:
             is_good = at is None or float(row[at]) >= 0.5
         except (ValueError, IndexError):
             raise DataError(f"--pairs {file}, line {number}: its score is not a number") from None
-        if is_good and all(4 <= len(side.split()) <= 40 for side in row[:2]):
+        if is_good and all(4 <= n_words(side) <= 40 for side in row[:2]):
             pairs.append(Pair(as_written(row[0]), as_written(row[1])))
     if not pairs:
         raise DataError(f"--pairs {file} holds no pair of sentences of 4 to 40 words")
@@ -184,7 +187,7 @@ def exercises(
         lambda: gap_with_choices(short, rng),
         lambda: gap_in_passage(neighbours, rng),
     ]
-    subjects = by_subject([p for p in pairs if len(p.own.split()) <= 20])
+    subjects = by_subject([p for p in pairs if n_words(p.own) <= 20])
     if len(subjects) >= 7:
         kinds = [lambda: about(subjects, rng), kinds[0], lambda: about(subjects, rng), kinds[1]]
     while True:

@@ -77,8 +77,12 @@ def shares_of(
         shares.pop("replay")
     if len(_sentences(_passages(text, random.Random(0)))) < FEWEST_SENTENCES:
         shares.pop("exercises")
+    # The text keeps at least half of what exercises leave, as it does by SHARES.
+    others = {kind: share for kind, share in shares.items() if kind != "exercises"}
+    most = (1 - shares.get("exercises", 0)) / 2
+    shares |= {k: share * min(1.0, most / sum(others.values())) for k, share in others.items()}
     shares = {kind: share for kind, share in shares.items() if share > 0}
-    return {"text": max(0.0, 1 - sum(shares.values())), **shares}
+    return {"text": 1 - sum(shares.values()), **shares}
 
 
 def teach(

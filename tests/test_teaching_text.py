@@ -132,3 +132,20 @@ def test_pairs_of_scripts_without_spaces_are_read(tmp_path):
     lines = [f"{own}{english}" for own in (*sentences, "ไทย", "ไทย" * 60)]
     (tmp_path / "pairs.tsv").write_text("\n\n".join(lines), encoding="utf-8")  # blank lines too
     assert tuple(pair.own for pair in read_pairs(tmp_path / "pairs.tsv")) == sentences
+
+
+def test_pairs_of_evaluation_sets_are_left_out(tmp_path):
+    """Bug: what --keep-out took out of the text was learned all the same from pairs."""
+    sentences = [
+        f"Бұл сынақта {n} рет кездесетін ұзақ сөйлем бар екен" for n in ("екі", "үш", "алты")
+    ]
+    english = [f"This long sentence comes {n} times in the test" for n in ("two", "three", "six")]
+    pairs, said = tmp_path / "pairs.tsv", []
+    lines = [f"{a}\t{b}" for a, b in zip(sentences, english, strict=True)]
+    pairs.write_text("\n".join(lines), encoding="utf-8")
+    held = tmp_path / "eval.txt"
+    held.write_text(f"{sentences[0]}\n{english[2]}", encoding="utf-8")
+    assert [pair.own for pair in read_pairs(pairs, [held], said.append)] == sentences[1:2]
+    assert len(said) == 1 and "2 pairs" in said[0]
+    with pytest.raises(DataError, match="without 3 pairs"):
+        read_pairs(pairs, [pairs])

@@ -135,9 +135,9 @@ class _Run:
 
         Before anything long: once training is begun, no file may be repaired.
         """
-        if self.asked.pairs is not None:
-            self.pairs = teaching.read_pairs(self.asked.pairs)
-        given = self.asked.instruct
+        asked, given = self.asked, self.asked.instruct
+        if asked.pairs is not None:
+            self.pairs = teaching.read_pairs(asked.pairs, asked.keep_out, self.shown.say)
         if given is not None:
             self.instruct = find_instruct(given, self.base, self.folder)
         if self.asked.train_embeddings and self.base.is_tied:

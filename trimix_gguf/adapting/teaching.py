@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import overload
 
 from trimix_gguf.adapting.grams import n_words
+from trimix_gguf.adapting.keeping_out import KeptOut
 from trimix_gguf.errors import DataError
 from trimix_gguf.machine.typed_json import parse
 from trimix_gguf.tuning.text import Sentence, passages_of
@@ -127,10 +128,13 @@ def _sentences(passages: Sequence[Sequence[Sentence]]) -> list[Sentence]:
 # -- sentence pairs ---------------------------------------------------------------------------
 
 
-def read_pairs(file: Path) -> list[Pair]:
+def read_pairs(
+    file: Path, keep_out: Sequence[Path] = (), say: Callable[[str], None] = lambda _: None
+) -> list[Pair]:
     """Pairs of 4 to 40 words, from two columns: the language, then English.
 
-    A first line that names a column `score` has the pairs below 0.5 left out. Raises DataError.
+    A first line that names a column `score` has the pairs below 0.5 left out. So are pairs of
+    which a side stands in one of the sets to `keep_out`. Raises DataError.
     """
     try:
         with open(file, encoding="utf-8-sig", newline="") as opened:
@@ -153,9 +157,15 @@ def read_pairs(file: Path) -> list[Pair]:
             raise DataError(f"--pairs {file}, line {number}: its score is not a number") from None
         if is_good and all(4 <= n_words(side) <= 40 for side in row[:2]):
             pairs.append(Pair(as_written(row[0]), as_written(row[1])))
-    if not pairs:
-        raise DataError(f"--pairs {file} holds no pair of sentences of 4 to 40 words")
-    return pairs
+    kept_out = KeptOut(keep_out)
+    kept = [p for p in pairs if not (kept_out.has(p.own) or kept_out.has(p.english))]
+    leaked = f"{len(pairs) - len(kept):,} pairs of the sets to keep out"
+    if not kept:
+        without = f", without {leaked}" if pairs else ""
+        raise DataError(f"--pairs {file} holds no pair of sentences of 4 to 40 words{without}")
+    if len(kept) < len(pairs):
+        say(f"dropped   {leaked}")
+    return kept
 
 
 def as_written(tokens: str) -> str:

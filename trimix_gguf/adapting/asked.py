@@ -39,18 +39,23 @@ class Asked:
     seed: int = 0
 
     def settings(self) -> dict[str, Any]:
-        """What is compared when a run goes on; files are compared by their content."""
-        left_out = ("texts", "pairs", "replay", "keep_out")
-        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        """What is compared when a run goes on; files are compared by their content as well."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "texts"}
+        # What stands beside the text by name: the same file may be given as something else.
+        beside = {"pairs": self._pairs, "replay": self.replay, "keep_out": self.keep_out}
         return {
             **found,
             **{n: found[n] and str(found[n]) for n in ("base", "instruct", "output")},
+            **{n: [str(f.resolve()) for f in list_files(paths)] for n, paths in beside.items()},
         }
+
+    @property
+    def _pairs(self) -> list[Path]:
+        return [] if self.pairs is None else [self.pairs]
 
     def files(self) -> list[Path]:
         """All that is read."""
-        pairs = [] if self.pairs is None else [self.pairs]
-        return list_files([*self.texts, *self.replay, *pairs, *self.keep_out])
+        return list_files([*self.texts, *self.replay, *self._pairs, *self.keep_out])
 
 
 @dataclass(frozen=True)

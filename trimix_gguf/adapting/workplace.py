@@ -54,9 +54,9 @@ class Workplace:
             return
         mend = f"give it as before, or remove {self.folder} to begin again"
         for key, value in json.loads(json.dumps(settings)).items():
-            if before.get(key) != value:
+            if before.get(key, value) != value:  # an earlier version may not have written it
                 raise DataError(
-                    f"this run was begun with --{key.replace('_', '-')} {before.get(key)}, "
+                    f"this run was begun with --{key.replace('_', '-')} {before[key]}, "
                     f"not {value}; {mend}"
                 )
         for name in sorted({*before["files"], *asked["files"]}):

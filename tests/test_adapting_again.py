@@ -1,0 +1,32 @@
+"""`trimix adapt` begun again: with files in other parts, beside another run, on a fuller disk."""
+
+import pytest
+
+for needed in ("ftfy", "datasketch", "zstandard", "fontTools"):
+    pytest.importorskip(needed, reason="needs the extra: pip install -e '.[adapt]'")
+
+from trimix_gguf.adapting.asked import Asked  # noqa: E402
+from trimix_gguf.adapting.workplace import Workplace  # noqa: E402
+from trimix_gguf.errors import DataError  # noqa: E402
+
+
+def test_a_file_that_was_text_and_is_replay_is_another_wish(tmp_path):
+    """Bug: the text was not read again, and replay that was never made was missing later."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("kk.txt", "en.txt"):
+        (texts / name).write_text(name, encoding="utf-8")
+    work = Workplace(tmp_path / "work")
+    for asked in (
+        Asked("kk", [texts]),
+        Asked("kk", [texts / "kk.txt"], replay=[texts / "en.txt"]),
+        Asked("kk", [texts / "kk.txt"], keep_out=[texts / "en.txt"]),
+    ):
+        work.check_asked(asked.settings(), asked.files())
+        assert work.read("report.json") is None
+        work.write("report.json", {})
+    work.write("decided.json", {"n_steps": 1})
+    work.check_asked(asked.settings(), asked.files())
+    other = Asked("kk", [texts / "kk.txt"], replay=[texts / "en.txt"])
+    with pytest.raises(DataError, match="--replay"):
+        work.check_asked(other.settings(), other.files())

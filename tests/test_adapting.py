@@ -76,9 +76,10 @@ def test_a_limit_of_openmp_changes_no_number(text_file, tmp_path, with_torch):
 
 
 def test_all_weights_are_taught_and_only_a_file_is_written(adapt, text_file, tmp_path, with_torch):
-    out = tmp_path / "small_cpt.gguf"
-    done = adapt("whole", text_file, "--full", "--tokens", 8192, "-o", out, "--exercises", 0)
+    out, words = tmp_path / "small_cpt.gguf", ("--full", "--tokens", 8192, "--exercises", 0)
+    done = adapt("whole", text_file, *words, "-o", out, "--plot", tmp_path / "a.png")
     assert done.exit_code == 0 and done.stdout.strip() == str(out), done.output
+    assert (tmp_path / "a.png").is_file()  # it was drawn only where there was a trio
     assert installed() == []
     files = {role: NANO / f"{role}.gguf" for role in ("large_ins", "small_base")}
     with Trio.load(**files, small_cpt=out, n_ctx=64) as opened:

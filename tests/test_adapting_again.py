@@ -8,6 +8,7 @@ for needed in ("ftfy", "datasketch", "zstandard", "fontTools"):
 from trimix_gguf.adapting.asked import Asked  # noqa: E402
 from trimix_gguf.adapting.workplace import Workplace  # noqa: E402
 from trimix_gguf.errors import DataError  # noqa: E402
+from trimix_gguf.machine.folders import home_folder  # noqa: E402
 
 
 def test_a_file_that_was_text_and_is_replay_is_another_wish(tmp_path):
@@ -30,3 +31,14 @@ def test_a_file_that_was_text_and_is_replay_is_another_wish(tmp_path):
     other = Asked("kk", [texts / "kk.txt"], replay=[texts / "en.txt"])
     with pytest.raises(DataError, match="--replay"):
         work.check_asked(other.settings(), other.files())
+
+
+def test_a_second_dry_run_leaves_the_first_one_its_folder(adapt, text_file):
+    """Bug: it was refused, and then deleted the files that the first one was working at."""
+    first = Workplace(home_folder() / "adapt" / ".kk-dry-run")
+    with first.held():
+        first.write("asked.json", {})
+        done = adapt("kk", text_file, "--dry-run")
+        assert "another process works" in str(done.exception)
+        assert first.read("asked.json") == {}
+    assert adapt("kk", text_file, "--dry-run").exit_code == 0 and not first.folder.exists()

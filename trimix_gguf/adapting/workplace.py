@@ -24,6 +24,7 @@ class Workplace:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.is_busy = False
         folder.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in folder.iterdir()} - {LOCK}
         others = [name for name in names if not name.startswith(f".{ASKED}.")]  # left by a kill
@@ -35,9 +36,11 @@ class Workplace:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Only for this process; raises DataError where another one works there."""
+        """Only for this process; raises DataError where another one works there: `is_busy`."""
         busy = DataError(f"another process works in {self.folder}; wait for it, or set --work")
+        self.is_busy = True  # until the lock is held
         with alone(self.folder / LOCK, busy):
+            self.is_busy = False
             yield
 
     def check_asked(self, settings: Mapping[str, Any], files: Sequence[Path]) -> None:

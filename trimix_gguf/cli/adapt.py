@@ -128,7 +128,7 @@ def adapt(name: str, texts: tuple[str, ...], **options: Any) -> None:
                 _say("stopped; the same command goes on from the last saved state")
             raise
         finally:
-            if dry_run:
+            if dry_run and not work.is_busy:
                 adaptation.clear(work)
     if adapted is None:
         return
@@ -137,8 +137,8 @@ def adapt(name: str, texts: tuple[str, ...], **options: Any) -> None:
 
         write_results(adapted, work.folder)
         _say(table(adapted.trio, work.folder))
-        if figure is not None and adapted.history is not None:
-            _draw(adapted.history.all, figure, plot)
+    if figure is not None and adapted.history is not None:
+        _draw(adapted.history.all, figure, plot)
     if not dry_run:
         adaptation.clear(work)
     if adapted.trio is not None:

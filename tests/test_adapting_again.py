@@ -9,6 +9,7 @@ from trimix_gguf.adapting.asked import Asked  # noqa: E402
 from trimix_gguf.adapting.workplace import Workplace  # noqa: E402
 from trimix_gguf.errors import DataError  # noqa: E402
 from trimix_gguf.machine.folders import home_folder  # noqa: E402
+from trimix_gguf.trios.store import installed_folder  # noqa: E402
 
 
 def test_a_file_that_was_text_and_is_replay_is_another_wish(tmp_path):
@@ -42,3 +43,14 @@ def test_a_second_dry_run_leaves_the_first_one_its_folder(adapt, text_file):
         assert "another process works" in str(done.exception)
         assert first.read("asked.json") == {}
     assert adapt("kk", text_file, "--dry-run").exit_code == 0 and not first.folder.exists()
+
+
+def test_a_picture_that_cannot_be_written_costs_nothing_else(
+    adapt, text_file, tmp_path, with_torch
+):
+    """Bug: the run's folder stayed, and the trio was not tuned."""
+    options = ("--tokens", 2048, "--no-tune", "--plot", tmp_path / "absent" / "a.png")
+    done = adapt("kk", text_file, *options)
+    assert isinstance(done.exception, OSError) and "kk is complete" in done.stderr
+    assert done.stdout.strip() == str(installed_folder("kk"))
+    assert not list((home_folder() / "adapt").iterdir())

@@ -137,8 +137,6 @@ def adapt(name: str, texts: tuple[str, ...], **options: Any) -> None:
 
         write_results(adapted, work.folder)
         _say(table(adapted.trio, work.folder))
-    if figure is not None and adapted.history is not None:
-        _draw(adapted.history.all, figure, plot)
     if not dry_run:
         adaptation.clear(work)
     if adapted.trio is not None:
@@ -151,6 +149,9 @@ def adapt(name: str, texts: tuple[str, ...], **options: Any) -> None:
         print(adapted.trio.folder)
     elif not dry_run:
         print(asked.output)
+    # Last: where the picture cannot be written, the trio is there.
+    if figure is not None and adapted.history is not None:
+        _draw(adapted.history.all, figure, plot)
 
 
 def _tune(trio: Any, seed: int) -> None:

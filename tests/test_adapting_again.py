@@ -7,8 +7,9 @@ for needed in ("ftfy", "datasketch", "zstandard", "fontTools"):
 
 from trimix_gguf.adapting.asked import Asked  # noqa: E402
 from trimix_gguf.adapting.workplace import Workplace  # noqa: E402
-from trimix_gguf.errors import DataError  # noqa: E402
+from trimix_gguf.errors import DataError, ModelError  # noqa: E402
 from trimix_gguf.machine.folders import home_folder  # noqa: E402
+from trimix_gguf.trio.trio import Trio  # noqa: E402
 from trimix_gguf.trios.store import installed_folder  # noqa: E402
 
 
@@ -53,4 +54,13 @@ def test_a_picture_that_cannot_be_written_costs_nothing_else(
     done = adapt("kk", text_file, *options)
     assert isinstance(done.exception, OSError) and "kk is complete" in done.stderr
     assert done.stdout.strip() == str(installed_folder("kk"))
+    assert not list((home_folder() / "adapt").iterdir())
+
+
+def test_a_trio_that_cannot_be_measured_is_complete(adapt, text_file, monkeypatch, with_torch):
+    """Bug: the run ended as if it had failed, its folder stayed, and the name was taken."""
+    monkeypatch.setattr(Trio, "load", lambda **_: (_ for _ in ()).throw(ModelError("no memory")))
+    done = adapt("kk", text_file, "--tokens", 2048)
+    assert done.exit_code == 0 and done.stdout.strip() == str(installed_folder("kk"))
+    assert done.stderr.count("not measured: no memory") == 2 and "kk is complete" in done.stderr
     assert not list((home_folder() / "adapt").iterdir())

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from trimix_gguf.cli.options import FiniteRange, new_figure, option_group
+from trimix_gguf.errors import TrimixError
 
 TUNE_MINUTES = 10.0
 
@@ -136,7 +137,10 @@ def adapt(name: str, texts: tuple[str, ...], **options: Any) -> None:
         from trimix_gguf.adapting.results import table, write_results
 
         write_results(adapted, work.folder)
-        _say(table(adapted.trio, work.folder))
+        try:
+            _say(table(adapted.trio, work.folder))
+        except TrimixError as error:  # it needs more memory than training; the trio is there
+            _say(f"not measured: {error}")
     if not dry_run:
         adaptation.clear(work)
     if adapted.trio is not None:
@@ -158,7 +162,6 @@ def _tune(trio: Any, seed: int) -> None:
     """Measure which mix of the new trio answers best, with exercises of the held-out text."""
     from trimix_gguf.cli.tune import measure_and_keep
     from trimix_gguf.cli.tune import table as table_of
-    from trimix_gguf.errors import DataError, PromptError
     from trimix_gguf.trio.trio import Trio
     from trimix_gguf.tuning.tune import make_exercises
 
@@ -169,7 +172,7 @@ def _tune(trio: Any, seed: int) -> None:
         exercises = make_exercises([trio.folder / "text.txt"], None, language, seed)
         opened = partial(Trio.load, **trio.load_arguments())
         _say(table_of(measure_and_keep(trio, opened, exercises, **settings)))
-    except (DataError, PromptError) as error:
+    except TrimixError as error:
         _say(f"not measured: {error}")
     except KeyboardInterrupt:
         _say(f"stopped; the trio is complete: trimix tune --trio {trio.name} goes on")

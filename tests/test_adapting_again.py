@@ -1,5 +1,10 @@
 """`trimix adapt` begun again: with files in other parts, beside another run, on a fuller disk."""
 
+import errno
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 
 for needed in ("ftfy", "datasketch", "zstandard", "fontTools"):
@@ -64,3 +69,26 @@ def test_a_trio_that_cannot_be_measured_is_complete(adapt, text_file, monkeypatc
     assert done.exit_code == 0 and done.stdout.strip() == str(installed_folder("kk"))
     assert done.stderr.count("not measured: no memory") == 2 and "kk is complete" in done.stderr
     assert not list((home_folder() / "adapt").iterdir())
+
+
+def test_an_output_on_another_full_disk_is_absent_not_half(
+    adapt, text_file, tmp_path, monkeypatch, with_torch
+):
+    """Bug: half a file had the output's name, and the same command refused to replace it."""
+    out = tmp_path / "disk" / "a.gguf"
+    out.parent.mkdir()
+
+    def rename(source, target):
+        raise OSError(errno.EXDEV, "another disk")
+
+    def copy(source, target, **_):
+        Path(target).write_bytes(b"GGUF")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "rename", rename)
+        full.setattr(shutil, "copyfile", copy)
+        done = adapt("kk", text_file, "--tokens", 2048, "-o", out)
+        assert "No space left" in str(done.exception)
+    assert not list(out.parent.iterdir())
+    assert adapt("kk", text_file, "--tokens", 2048, "-o", out).exit_code == 0 and out.is_file()

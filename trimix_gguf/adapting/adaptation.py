@@ -30,6 +30,7 @@ from trimix_gguf.adapting.taught import add_adapter, faster_dtype, make_taught, 
 from trimix_gguf.adapting.together import Together
 from trimix_gguf.adapting.workplace import DECIDED, REPORT, Workplace
 from trimix_gguf.errors import DataError, TrioFileError, VocabularyMismatch
+from trimix_gguf.machine.files import whole_file
 from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.machine.vocabulary import check_contract
 from trimix_gguf.trios.names import check_name
@@ -370,7 +371,8 @@ class _Run:
             self._add_chat_vector(merged, judge)
             publishing.write_model(merged, self.base, self.folder, made["whole"])
         if self.asked.output is not None:
-            shutil.move(made.get("whole") or made["small_cpt"], self.asked.output)
+            with whole_file(self.asked.output) as path:  # to another disk it is copied
+                shutil.move(made.get("whole") or made["small_cpt"], path)
             return None
         return publishing.install(
             self.asked.name,

@@ -4,17 +4,20 @@ import errno
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 for needed in ("ftfy", "datasketch", "zstandard", "fontTools"):
     pytest.importorskip(needed, reason="needs the extra: pip install -e '.[adapt]'")
 
+from trimix_gguf.adapting import outlook  # noqa: E402
 from trimix_gguf.adapting.asked import Asked  # noqa: E402
+from trimix_gguf.adapting.bases import Base  # noqa: E402
 from trimix_gguf.adapting.workplace import Workplace  # noqa: E402
 from trimix_gguf.errors import DataError, ModelError  # noqa: E402
 from trimix_gguf.machine.folders import home_folder  # noqa: E402
-from trimix_gguf.trio.trio import Trio  # noqa: E402
+from trimix_gguf.trio.trio import NANO, Trio  # noqa: E402
 from trimix_gguf.trios.store import installed_folder  # noqa: E402
 
 
@@ -92,3 +95,23 @@ def test_an_output_on_another_full_disk_is_absent_not_half(
         assert "No space left" in str(done.exception)
     assert not list(out.parent.iterdir())
     assert adapt("kk", text_file, "--tokens", 2048, "-o", out).exit_code == 0 and out.is_file()
+
+
+def test_what_a_run_has_on_disk_is_part_of_what_it_needs(tmp_path, monkeypatch):
+    """Bug: a run that had filled half of the disk was not let go on: it would fill it again."""
+    free = SimpleNamespace(free=5 << 30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    arguments = (Base(NANO / "small_base.gguf"), tmp_path, outlook.Way(4))
+    amount = {"n_tokens": 10**9, "n_characters": 0}
+    before = outlook.look_ahead(*arguments, **amount)
+    with open(tmp_path / "rows.ids", "wb") as rows:
+        rows.truncate(4 << 30)
+    free.free -= 4 << 30
+    assert outlook.look_ahead(*arguments, **amount).free_disk == before.free_disk
+
+
+def test_minutes_are_what_a_dry_run_with_minutes_says(adapt, text_file):
+    """Bug: it told how long three times the text would take, and the disk for that."""
+    for minutes in (30, 60):
+        done = adapt("kk", text_file, "--dry-run", "--minutes", minutes)
+        assert f"about {minutes} minutes on this machine" in done.stderr

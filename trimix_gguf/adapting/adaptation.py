@@ -189,19 +189,20 @@ class _Run:
 
     # -- what it takes --------------------------------------------------------------------------
 
-    def n_tokens(self, report: Report, speed: float | None) -> int:
+    def n_tokens(self, report: Report, speed: float) -> int:
         """How many to learn from: as asked, or EPOCHS times the text."""
         if self.asked.tokens is not None:
             return self.asked.tokens
-        if self.asked.minutes is not None and speed is not None:  # of all processes
+        if self.asked.minutes is not None:  # the speed is that of all processes
             return int(self.asked.minutes * 60 * speed)
         return outlook.EPOCHS * report.learned.n_tokens
 
-    def look_ahead(self, report: Report, speed: float | None = None) -> Outlook:
+    def look_ahead(self, report: Report) -> Outlook:
         """Estimate the run, and say it."""
         dtype = self._dtype() if is_here("torch") else "float32"
         together, way = self.together, self._way(dtype)
         products = self._products()[dtype] if is_here("torch") else None
+        speed = outlook.guessed_speed(self.base, way, products)
         ahead = look_ahead(
             self.base,
             self.folder,
@@ -210,7 +211,6 @@ class _Run:
             n_characters=report.learned.n_characters,
             n_processes=together.size,
             tokens_per_second=speed,
-            products_per_second=products,
         )
         epochs = ahead.n_tokens / max(report.learned.n_tokens, 1)
         self.shown.say(f"enough?   {outlook.suffices(report.learned.n_tokens)}")

@@ -92,24 +92,27 @@ def look_ahead(
     n_characters: int,
     n_processes: int = 1,
     tokens_per_second: float | None = None,
-    products_per_second: float | None = None,
 ) -> Outlook:
-    """Estimate a run; without a measured speed, from what one matrix product reaches."""
+    """Estimate a run in the folder `work`, of which a part may be done."""
     trained = way.n_trained(base)
     memory = n_processes * memory_needed(base, way, rows_at_once(base, way, n_processes))
-    if tokens_per_second is None:
-        # Forward, and back to the inputs; with all weights also to these. Two for a weight each.
-        products = products_per_second or _USUAL_PRODUCTS
-        per_weight = 6 if way.full else 4
-        tokens_per_second = _EFFICIENCY * products / (per_weight * n_in_layers(base))
+    # What the run wrote before is a part of what it needs; a converted base is not.
+    held = sum(f.stat().st_size for f in work.rglob("*") if f.is_file() and f.suffix != ".gguf")
     return Outlook(
         n_tokens=n_tokens,
-        seconds=n_tokens / tokens_per_second,
+        seconds=n_tokens / (tokens_per_second or guessed_speed(base, way)),
         memory=memory,
         disk=STATES * 12 * trained + 10 * 4 * trained + 5 * n_tokens + 4 * n_characters,
         free_memory=psutil.virtual_memory().available,
-        free_disk=shutil.disk_usage(_existing(work)).free,
+        free_disk=shutil.disk_usage(_existing(work)).free + held,
     )
+
+
+def guessed_speed(base: Base, way: Way, products_per_second: float | None = None) -> float:
+    """Tokens per second before any are measured, from what one matrix product reaches."""
+    # Forward, and back to the inputs; with all weights also to these. Two for a weight each.
+    products = products_per_second or _USUAL_PRODUCTS
+    return _EFFICIENCY * products / ((6 if way.full else 4) * n_in_layers(base))
 
 
 def memory_needed(base: Base, way: Way, n_rows: int) -> float:

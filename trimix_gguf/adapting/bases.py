@@ -11,6 +11,7 @@ from trimix_gguf.errors import ConversionError, ModelFileError
 from trimix_gguf.machine import native
 from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
 from trimix_gguf.machine.native import lib
+from trimix_gguf.machine.parts import parts_of
 from trimix_gguf.machine.typed_json import parse
 from trimix_gguf.machine.vocabulary import check_contract
 from trimix_gguf.trios.triofile import TrioFile
@@ -55,9 +56,7 @@ def find_base(trio: TrioFile, given: Path | None, work: Path, *, alone: bool = F
     Raises ConversionError, and VocabularyMismatch where it does not go with the trio's large_ins,
     unless it is to stand alone.
     """
-    base = Base(trio.path("small_base"))
-    if given is not None:
-        base = given_base(given, work / "small_base.gguf")
+    base = given_base(given or trio.path("small_base"), work / "small_base.gguf")
     if not alone:
         large_ins = read_gguf(trio.path("large_ins"))
         check_contract({"large_ins": large_ins, "small_base": read_gguf(base.gguf)})
@@ -67,6 +66,11 @@ def find_base(trio: TrioFile, given: Path | None, work: Path, *, alone: bool = F
 def given_base(given: Path, converted: Path) -> Base:
     """A model that a user gives: a GGUF, or a folder, of which `converted` is made."""
     if not given.is_dir():
+        if (n := len(parts_of(given))) > 1:  # transformers would read the first one only
+            raise ConversionError(
+                f"{given} is one of {n} files, and a model that is taught has to be in one; give "
+                "--base the folder of its checkpoint, or join them: llama-gguf-split --merge"
+            )
         return Base(given)
     if not (given / "config.json").is_file():
         raise ConversionError(f"{given} has no config.json; give the folder of a checkpoint")
@@ -106,7 +110,7 @@ def load_base(base: Base, dtype: str) -> Any:
     torch, transformers = need("torch"), need("transformers")
     transformers.utils.logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
-    source = base.folder
+    source, name = base.folder, base.folder or base.gguf
     if source is None:
         source = base.gguf.parent
         options["gguf_file"] = base.gguf.name
@@ -114,14 +118,19 @@ def load_base(base: Base, dtype: str) -> Any:
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         with quiet():
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                str(source), local_files_only=True, **options
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                str(source), local_files_only=True, output_loading_info=True, **options
             )
     except (ValueError, KeyError, OSError) as error:
         raise ConversionError(
-            f"transformers cannot read {base.gguf if base.folder is None else source} "
+            f"transformers cannot read {name} "
             f"({' '.join(str(error).split())[:160]}); give --base the folder of its checkpoint"
         ) from None
+    if absent := found["missing_keys"]:  # transformers makes them up
+        raise ConversionError(
+            f"{name} lacks {len(absent)} tensors by transformers' names, such as {min(absent)}; "
+            "give --base the folder of its checkpoint"
+        )
     model.hf_quantizer = None  # it was dequantized in loading; else it cannot be saved
     model.config.__dict__.pop("quantization_config", None)
     model.config.architectures = [type(model).__name__]

@@ -9,6 +9,8 @@ for needed in ("torch", "transformers", "peft", "accelerate", "ftfy", "datasketc
 
 from raw_text import kazakh  # noqa: E402
 
+from trimix_gguf.adapting.bases import Base, load_base  # noqa: E402
+from trimix_gguf.adapting.chat_vector import add_chat_vector  # noqa: E402
 from trimix_gguf.trio.trio import NANO  # noqa: E402
 
 BASE = NANO / "small_base.gguf"
@@ -22,8 +24,11 @@ def text_file(tmp_path_factory):
     return file
 
 
-def changed(path, change):
-    """A copy of nano's small_base, with `change(name, array)` for each tensor of weights."""
+def changed(path, change, head=False):
+    """A copy of nano's small_base, with `change(name, array)` for each tensor of weights.
+
+    With `head` the embeddings are stored a second time, as the output layer.
+    """
     reader = GGUFReader(BASE)
     writer = GGUFWriter(path, "")
     for field in reader.fields.values():
@@ -35,6 +40,8 @@ def changed(path, change):
     writer.add_string("general.architecture", reader.fields["general.architecture"].contents())
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, change(tensor.name, weights_of(tensor)))
+        if head and tensor.name == "token_embd.weight":
+            writer.add_tensor("output.weight", change(tensor.name, weights_of(tensor)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -76,3 +83,14 @@ def test_a_model_of_another_size_is_refused_before_anything_is_read(adapt, text_
     assert "\n" not in str(wrong.exception)
     absent = adapt("d", text_file, *LITTLE, "--instruct", tmp_path / "absent.gguf")
     assert absent.exit_code == 1 and "absent.gguf" in str(absent.exception)
+
+
+def test_a_head_of_its_own_gets_the_difference_of_embeddings_that_are_the_head(tmp_path):
+    """Bug: KeyError at the end of training, where the instruct model has no head of its own."""
+    base = Base(changed(tmp_path / "base.gguf", lambda name, a: a, head=True))
+    taught = load_base(base, "float32")
+    before = taught.lm_head.weight.detach().clone()
+    instruct = Base(changed(tmp_path / "instruct.gguf", lambda name, a: a + np.float32(0.25)))
+    add_chat_vector(taught, instruct, base, lambda _: None)
+    change = taught.lm_head.weight.detach() - before
+    assert float(change.min()) == pytest.approx(0.25, abs=1e-4) == float(change.max())

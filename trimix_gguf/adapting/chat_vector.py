@@ -36,7 +36,9 @@ def add_chat_vector(taught: Any, instruct: Base, base: Base, say: Callable[[str]
     with torch.no_grad():
         for sign, model in ((1.0, instruct), (-1.0, base)):
             say(f"chat vector: {'+' if sign > 0 else '−'} {(model.folder or model.gguf).name}")
-            numbers = dict(load_base(model, "float32").named_parameters())
+            # Each name: a head of its own here may be that model's embeddings.
+            named = load_base(model, "float32").named_parameters(remove_duplicate=False)
+            numbers = dict(named)
             for name, weights in taught.named_parameters():
                 weights.add_(numbers[name], alpha=sign)
 

@@ -12,7 +12,14 @@ from typing import Any
 
 from trimix_gguf.adapting import outlook, publishing, teaching, training
 from trimix_gguf.adapting.asked import Asked, Shown
-from trimix_gguf.adapting.bases import ENGLISH, Base, Tokenizer, find_base, load_base
+from trimix_gguf.adapting.bases import (
+    ENGLISH,
+    Base,
+    Tokenizer,
+    check_alike,
+    find_base,
+    load_base,
+)
 from trimix_gguf.adapting.candidates import choose
 from trimix_gguf.adapting.chat_vector import add_chat_vector, find_instruct
 from trimix_gguf.adapting.documents import list_files
@@ -29,12 +36,11 @@ from trimix_gguf.adapting.rows import Rows, count_tokens, measured_rows, write_r
 from trimix_gguf.adapting.taught import add_adapter, faster_dtype, make_taught, products_per_second
 from trimix_gguf.adapting.together import Together
 from trimix_gguf.adapting.workplace import DECIDED, REPORT, Workplace
-from trimix_gguf.errors import DataError, TrioFileError, VocabularyMismatch
+from trimix_gguf.errors import DataError, VocabularyMismatch
 from trimix_gguf.machine.files import whole_file
 from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.machine.vocabulary import check_contract
-from trimix_gguf.trios.names import check_name
-from trimix_gguf.trios.store import SHIPPED, installed_folder, resolve
+from trimix_gguf.trios.store import resolve
 from trimix_gguf.trios.triofile import TrioFile
 
 N_LOOKS = 6  # measurements on the way, or more in a long run
@@ -66,7 +72,7 @@ def adapt(
     it; others return None. Raises TrimixError; training.Stopped after Ctrl-C.
     """
     if together.is_first:
-        _check_free(asked, work)
+        asked.check_free(work.folder)
     else:
         shown = Shown.nothing()
     with work.held() if together.is_first else nullcontext():
@@ -85,31 +91,6 @@ def adapt(
             if not dry_run:
                 ahead.check()
         return Adapted(report, ahead) if dry_run else run.make(report, ahead)
-
-
-def _check_free(asked: Asked, work: Workplace) -> None:
-    """Raise TrioFileError or DataError where the result's name is taken, or would be deleted."""
-    check_name(asked.name)
-    if asked.output is not None:
-        if asked.output.resolve().is_relative_to(work.folder.resolve()):
-            raise DataError(
-                f"{asked.output} is in {work.folder}, which is deleted at the end; name a file "
-                "elsewhere"
-            )
-        if asked.output.exists():
-            raise DataError(f"{asked.output} is there already; remove it, or name another file")
-        if not asked.output.absolute().parent.is_dir():
-            raise DataError(f"folder {asked.output.parent} does not exist; create it first")
-    elif asked.name == SHIPPED or _holds_any(installed_folder(asked.name)):
-        raise TrioFileError(
-            f"trio {asked.name}, or a part of one, is here already; take another name, or "
-            "`trimix remove` it"
-        )
-
-
-def _holds_any(folder: Path) -> bool:
-    """Whether no trio could be put there: a pull that was stopped leaves no trio, but files."""
-    return folder.exists() and any(folder.iterdir())
 
 
 class _Run:
@@ -314,6 +295,9 @@ class _Run:
 
     def _decide(self, model: Any, dtype: str, report: Report) -> dict[str, Any]:
         """What is measured or drawn once, and stays so when the run goes on."""
+        # What could be said at the end only, or never, is found out before the training.
+        check_alike(model, self.base, self.tokenizer, dtype)
+        publishing.try_out(model, self.folder, whole=self._is_whole)
         learned, n_block = self._texts(LEARNED), self.base.n_block
         n_rows = outlook.rows_at_once(self.base, self._way(dtype), self.together.size)
         texts = [learned[at] for at in range(min(20, len(learned)))]

@@ -10,7 +10,9 @@ from typing import Any
 from trimix_gguf.adapting.documents import list_files
 from trimix_gguf.adapting.outlook import RANK
 from trimix_gguf.adapting.training import Standing
-from trimix_gguf.trios.store import SHIPPED
+from trimix_gguf.errors import DataError, TrioFileError
+from trimix_gguf.trios.names import check_name
+from trimix_gguf.trios.store import SHIPPED, installed_folder
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,33 @@ class Asked:
     def files(self) -> list[Path]:
         """All that is read."""
         return list_files([*self.texts, *self.replay, *self._pairs, *self.keep_out])
+
+    def check_free(self, work: Path) -> None:
+        """Raise TrioFileError or DataError where the result's name is taken, or would be deleted.
+
+        `work` is the run's folder.
+        """
+        check_name(self.name)
+        if self.output is not None:
+            if self.output.resolve().is_relative_to(work.resolve()):
+                raise DataError(
+                    f"{self.output} is in {work}, which is deleted at the end; name a file "
+                    "elsewhere"
+                )
+            if self.output.exists():
+                raise DataError(f"{self.output} is there already; remove it, or name another file")
+            if not self.output.absolute().parent.is_dir():
+                raise DataError(f"folder {self.output.parent} does not exist; create it first")
+        elif self.name == SHIPPED or _holds_any(installed_folder(self.name)):
+            raise TrioFileError(
+                f"trio {self.name}, or a part of one, is here already; take another name, or "
+                "`trimix remove` it"
+            )
+
+
+def _holds_any(folder: Path) -> bool:
+    """Whether no trio could be put there: a pull that was stopped leaves no trio, but files."""
+    return folder.exists() and any(folder.iterdir())
 
 
 @dataclass(frozen=True)

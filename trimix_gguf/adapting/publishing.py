@@ -18,6 +18,16 @@ from trimix_gguf.trios.triofile import ModelEntry, TrioFile
 ADAPTER, MODEL = "small_cpt_lora.gguf", "small_cpt.gguf"
 
 
+def try_out(model: Any, work: Path, *, whole: bool) -> None:
+    """Raise ConversionError for a model whose result could not be written after its training."""
+    from trimix_gguf.convert.architectures import read_config, read_sizes
+
+    write_config(inner_model(model), work / "base")
+    read_sizes(*read_config(work / "base"))
+    if not whole:
+        write_adapter(model, work, work / ADAPTER)
+
+
 def write_adapter(model: Any, work: Path, out: Path) -> None:
     """The PEFT pairs of a model as a GGUF adapter, and as PEFT's own folder in `work`."""
     from trimix_gguf.convert.lora import convert_lora

@@ -129,6 +129,25 @@ def test_articles_of_a_dump_are_read_and_other_pages_are_not(tmp_path):
     ]
 
 
+def test_a_part_of_a_large_dump_is_a_dump(tmp_path):
+    """Bug: its markup was read as plain text, and in a folder it was passed over."""
+    file = tmp_path / "ruwiki-latest-pages-articles1.xml-p1p41242.bz2"
+    file.write_bytes(bz2.compress(dump(PAGE.format("A", 0, "", "Text of it.")).encode()))
+    assert list_files([tmp_path]) == [file]
+    assert [d.text for d in read_documents(file)] == ["Text of it."]
+
+
+def test_hidden_files_of_a_folder_are_no_text(tmp_path):
+    """Bug: what macOS writes beside each file on a stick ended the run: it was not JSON."""
+    file = tmp_path / "texts" / "a.jsonl"
+    file.parent.mkdir()
+    for path in (file, file.with_name("._a.jsonl"), tmp_path / "texts" / ".old" / "b.txt"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"\0\5\x16\7")
+    assert list_files([file.parent]) == [file]
+    assert len(list_files([file.with_name("._a.jsonl")])) == 1  # named, it is read
+
+
 def test_a_dump_is_read_as_a_stream(tmp_path):
     """Memory does not grow with the pages: the first comes before the file's end is there."""
     file = tmp_path / "cut.xml"

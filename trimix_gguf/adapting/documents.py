@@ -1,6 +1,7 @@
 """Files of raw text -> documents, one after another: memory does not grow with a file."""
 
 import io
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -36,11 +37,20 @@ class Document:
 
 
 def list_files(paths: Sequence[Path]) -> list[Path]:
-    """The files, and those in the folders whose kind is known, in order; raises DataError."""
+    """The files, and those in the folders whose kind is known, in order; raises DataError.
+
+    Of a folder no hidden ones: macOS puts a `._a.txt` that is no text beside a.txt.
+    """
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file))
+            inside = sorted(
+                file
+                for file in path.rglob("*")
+                if file.is_file()
+                and _kind(file)
+                and not any(name.startswith(".") for name in file.relative_to(path).parts)
+            )
             if not inside:
                 known = " ".join((*TEXTS, *JSON_LINES, *DUMPS))
                 raise DataError(f"{path} holds no text; expected files named {known}, or packed")
@@ -65,7 +75,8 @@ def read_documents(file: Path) -> Iterator[Document]:
 
 def _kind(file: Path) -> str:
     """The ending that says how to read a file, below that of its packing; '' for none known."""
-    endings = [ending.lower() for ending in file.suffixes]
+    # A large dump is in parts, named .xml-p1p41242.bz2 by their pages.
+    endings = [re.sub(r"-p\d+p\d+$", "", ending.lower()) for ending in file.suffixes]
     while endings and endings[-1] in PACKED:
         endings.pop()
     kind = endings[-1] if endings else ""

@@ -71,6 +71,18 @@ def test_the_best_of_many_has_to_be_better_than_the_only_one():
     assert "use auto: it is above" in conclude(values, against, n=60, level=0.95)["sentence"]
 
 
+@pytest.mark.parametrize("method", ["auto", "ppl"])
+def test_a_method_compared_by_itself_has_to_be_better_too(method):
+    """Bug: without others, a p-value of 0.9 was corrected for no method, to 0."""
+    found = conclude(
+        {"large_ins": 50.0, method: 50.1},
+        lambda *_: Difference(0.1, -3.0, 3.0, 0.9),
+        n=200,
+        level=0.95,
+    )
+    assert found["p"] == 0.9 and "cannot tell" in found["sentence"]
+
+
 def test_what_nobody_can_use_is_not_named():
     """Oracles know the labels, a --single is another model, calibrated scores are a report's."""
     values = dict.fromkeys(("upper-bound", "twin", "ppl+cal"), 99.0) | {"large_ins": 1.0}

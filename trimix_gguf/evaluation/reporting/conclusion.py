@@ -30,7 +30,7 @@ def conclude(
         return _conclusion(n, f"too few questions ({n}) to say anything")
     best = max(others, key=lambda name: values[name], default=AUTO)
     for name, n_tests in ((AUTO, 1), (best, len(others))):
-        if name in tried:
+        if name in tried and n_tests:
             found = against(name, _LARGE_INS)
             p = min(1.0, found.p * n_tests)
             if found.difference > 0 and p < 1 - level:

@@ -16,6 +16,7 @@ from trimix_gguf.errors import DataError
 from trimix_gguf.evaluation.names.settings import RunSettings
 from trimix_gguf.evaluation.running.comparing import Comparison
 from trimix_gguf.evaluation.tasks import custom_task
+from trimix_gguf.evaluation.tasks.metrics import METRICS
 from trimix_gguf.evaluation.tasks.sources import HubFile, find
 
 pytestmark = pytest.mark.usefixtures("hub_cache")
@@ -220,12 +221,30 @@ def test_a_custom_task_with_choices(tmp_path):
         ([{"question": "a?", "answer": "A", "choices": [["x"]]}], r"'choices' should be .* a list"),
         ([{"metrics": ["number"]}, {"question": "a?", "answer": ["4", "x"]}],
          r"q\.jsonl:2: metric 'number' compares numbers, and 'x' has none"),
+        ([{"metrics": ["number"]}, {"question": "a?", "answer": "10 000"}],
+         r"q\.jsonl:2: .* takes '10 000' for several numbers; write thousands without spaces"),
         (["a?"], r"q\.jsonl:1: expected a JSON object, got a text"),
     ],
 )  # fmt: skip
 def test_a_bad_custom_file_is_named(rows, said, tmp_path):
     with pytest.raises(DataError, match=said):
         custom_task(write_jsonl(tmp_path / "q.jsonl", rows))
+
+
+@pytest.mark.parametrize("space", ["\u00a0", "\u202f"])
+def test_the_answer_of_a_file_is_right_as_it_stands_there(space, tmp_path):
+    """Bug: a no-break space became a space, so that 10 000 was 0, and 20 000 an answer to it."""
+    answer = f"10{space}000  теңге"
+    rows = [{"question": "a?", "answer": answer}]
+    for name, others in {"number": ("10000", "20 000"), "accuracy": ("10 000 теңге", "0")}.items():
+        path = write_jsonl(tmp_path / "q.jsonl", [{"metrics": [name]}, *rows])
+        task = custom_task(path)
+        [example] = task.load(path, "und", 0).examples
+        scores = [
+            METRICS[name].statistics(task.prediction(text), example.references)[0]
+            for text in (answer, *others)
+        ]
+        assert scores == [1, 1, 0]
 
 
 def test_an_id_that_comes_twice_is_refused_before_the_run(tmp_path):

@@ -14,6 +14,7 @@ The first line may hold settings in place of a question, each of them optional: 
 choices, else 64), `n_exemplars` (5, or as many as there are).
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,11 +27,13 @@ from trimix_gguf.evaluation.tasks.rows import (
     Row,
     check_type,
     index_of,
-    one_line,
     read_jsonl,
 )
 from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 
+# No-break spaces are no part of it: between digits they group thousands.
+_SPACE = re.compile(r"[^\S\u00a0\u202f]+")
+_SPACED = re.compile(r"\d \d{3}(?!\d)")
 _NO_LANGUAGE = "und"  # ISO 639: not determined
 _SETTINGS: Fields = {
     "instruction": str,
@@ -129,7 +132,7 @@ def _texts(where: str, row: Record, field: str) -> list[str]:
     items = value if type(value) is list else [value]
     for item in items:
         check_type(where, field, item, str | int | float | bool)
-    return [one_line(str(item)) for item in items]
+    return [_SPACE.sub(" ", str(item)).strip() for item in items]
 
 
 def _gold(where: str, row: Record) -> int:
@@ -149,6 +152,11 @@ def _check_numbers(where: str, example: Example) -> None:
         if last_number(reference) is None:
             raise DataError(
                 f"{where}: metric 'number' compares numbers, and {reference!r} has none"
+            )
+        if _SPACED.search(reference):
+            raise DataError(
+                f"{where}: metric 'number' takes {reference!r} for several numbers; write thousands"
+                " without spaces"
             )
 
 

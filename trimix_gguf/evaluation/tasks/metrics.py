@@ -87,8 +87,8 @@ def _sacrebleu(name: str) -> Any:
 
 
 def folded(text: str) -> str:
-    """The text without case, in NFC, stripped: one form for texts that a reader takes as equal."""
-    return unicodedata.normalize("NFC", text.casefold()).strip()
+    """The text without case, in NFC, with single spaces: one form of what readers take as equal."""
+    return " ".join(unicodedata.normalize("NFC", text.casefold()).split())
 
 
 def squad_words(text: str) -> list[str]:

@@ -19,6 +19,7 @@ from trimix_gguf.evaluation.running import asking, loops
 from trimix_gguf.evaluation.running.continuing import Continuation, Start, continue_all, roles_of
 from trimix_gguf.evaluation.running.loops import Loop
 from trimix_gguf.evaluation.running.mixes import continuations
+from trimix_gguf.evaluation.running.prompts import open_task
 from trimix_gguf.evaluation.running.reading import Reader, Reading
 from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 from trimix_gguf.mixing.fusion import Mix
@@ -335,6 +336,17 @@ def test_token_level_weights_follow_the_newest_evidence(trio, monkeypatch):
         weights.append(one.mix.weights)
     assert weights[-1] == Weights(1.0, 0.1)
     assert [w.alpha for w in weights] == sorted(w.alpha for w in weights)
+
+
+def test_only_exemplars_have_answers_and_those_are_all_of_them(trio):
+    """Bug: without exemplars, ppl-answers chose by the instruction, as if that were an answer."""
+    task = Task("topics", ("kk",), "Classify.", ("accuracy",), 4, lambda *_: None)
+    shown = [Example("1", QUESTION, "саясат", ("саясат",))]
+    for exemplars in (shown, []):
+        opening = open_task(trio, task, exemplars)
+        ids = [unit[0][0][0] for unit in opening.prefix.units]
+        answers = [i for i, is_answer in zip(ids, opening.answers, strict=True) if is_answer]
+        assert trio.text(answers).split() == [one.answer for one in exemplars]
 
 
 def test_in_a_chat_large_ins_alone_reads_control_tokens(trio, tmp_path):

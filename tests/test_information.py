@@ -81,6 +81,22 @@ def test_one_exemplar_has_no_other_question(trimix, task_file, tmp_path):
     assert "--exemplars 2" in one_line_error(refused)
 
 
+@pytest.mark.parametrize(("method", "shown"), [("mi-answers", 1), ("ppl-answers", 0)])
+def test_a_task_without_the_exemplars_of_a_method_is_refused_before_any_is_asked(
+    trimix, task_file, tmp_path, method, shown
+):
+    """Bug: it was found when the tasks before it were answered; a run keeps its methods."""
+    own = [{"question": "2 + 2?", "answer": "4", "exemplar": True}] * shown
+    file, out = tmp_path / "own.jsonl", tmp_path / "run"
+    rows = [*own, {"question": "3 + 3?", "answer": "6"}]
+    file.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    for given in (f"{task_file},{file}", str(file)):
+        said = one_line_error(trimix(*arguments(given, out, f"large_ins,{method}")))
+        assert f"own: {method} needs" in said and "mark rows" in said and not out.exists()
+    result = trimix("generate", "2 + 2?", "--task", file, "--method", method)
+    assert f"{method} needs {shown + 1} or more exemplars; give rows" in one_line_error(result)
+
+
 def test_a_run_that_goes_on_reads_its_exemplars_no_more(trimix, task_file, tmp_path):
     given = arguments(task_file, tmp_path / "run", "mi-answers,ppl-task")
     whole = trimix(*given)

@@ -8,13 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from trimix_gguf.choosing.methods import CONTINUOUS, DECOUPLED
-from trimix_gguf.errors import DataError
+from trimix_gguf.choosing.methods import ANSWERS, CONTINUOUS, DECOUPLED, MI_ANSWERS
+from trimix_gguf.errors import DataError, WeightsError
 from trimix_gguf.evaluation.names.axis import AXIS
 from trimix_gguf.evaluation.names.settings import RunSettings
 from trimix_gguf.evaluation.run_files.record import FORMAT, ModelsRecord, RunRecord, claim
 from trimix_gguf.evaluation.running.bars import OpenBar, no_bar
 from trimix_gguf.evaluation.running.distributing import ask_task
+from trimix_gguf.evaluation.running.prompts import exemplars_of
 from trimix_gguf.evaluation.running.working import Here, Models, Workers
 from trimix_gguf.evaluation.tasks import custom_task, find_task
 from trimix_gguf.evaluation.tasks.task import Dataset, Task
@@ -80,16 +81,30 @@ class Comparison:
         return self.large_base
 
     def check(self) -> None:
-        """Load the data and look at the fourth model's name: before the models, which take longer.
+        """Load the data and see that it has what the methods need: before the models and answers.
 
-        Raises DataError.
+        Raises DataError, PromptError, WeightsError.
         """
         _ = self.fourth, self.own_files
-        for name, (_, data) in self.datasets.items():
+        for name, (task, data) in self.datasets.items():
+            self._check_exemplars(task, data)
             ids = Counter(q.id for q in data.questions(self.settings.limit, self.settings.seed))
             (twice, n), *_ = ids.most_common(1)
             if n > 1:  # a run tells questions by it
                 raise DataError(f"{name}: the id {twice!r} comes {n} times in its data")
+
+    def _check_exemplars(self, task: Task, data: Dataset) -> None:
+        """A run keeps its methods: without what one needs, it could never be finished."""
+        n = len(exemplars_of(task, data, self.settings.n_exemplars))
+        for method, least in ((ANSWERS, 1), (MI_ANSWERS, 2)):
+            if method in self.settings.methods and n < least:
+                mend = f"give --exemplars {least} or more"
+                if len(data.exemplars) < least:
+                    mend = 'mark rows with "exemplar": true'
+                raise WeightsError(
+                    f"{task.name}: {method} needs {least} or more exemplars, and {n} are shown; "
+                    f"{mend}, or leave it out of --methods"
+                )
 
     @property
     def of_single(self) -> RunSettings:

@@ -51,8 +51,10 @@ def weights_of_file(trio: Trio, file: Path, method: str, shown: Shown) -> Select
         return select_weights(trio, prompts, method=AUTO, with_choices=with_choices)
     if method == INFORMATIVE:
         return Selection(Mix(most_informative(_choices(trio, task, dataset, shown))), INFORMATIVE)
-    if not exemplars:
-        raise WeightsError(f'{method} needs exemplars; give rows "exemplar": true in {file}')
+    if len(exemplars) < (least := 2 if method == MI_ANSWERS else 1):
+        raise WeightsError(
+            f'{method} needs {least} or more exemplars; give rows "exemplar": true in {file}'
+        )
     if method == MI_ANSWERS:
         information = exemplars_information(trio, task, exemplars, shown=shown)
         return Selection(Mix(lowest_on_grid(-information)), MI_ANSWERS)

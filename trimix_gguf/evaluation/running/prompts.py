@@ -99,7 +99,7 @@ def open_task(
     if opening:
         begin.append(Segment.per_role({ROLES[0]: opening}))
     prefix = Prompt((*begin, Segment.of(ids[len(bos) :])))
-    answers = [scored for _, scored in marked.units]
+    answers = [scored and bool(exemplars) for _, scored in marked.units]
     answers = [False] * (len(prefix.units) - len(answers)) + answers
     return Opening(prefix, answers, turn)
 

@@ -342,7 +342,9 @@ def test_only_exemplars_have_answers_and_those_are_all_of_them(trio):
     """Bug: without exemplars, ppl-answers chose by the instruction, as if that were an answer."""
     task = Task("topics", ("kk",), "Classify.", ("accuracy",), 4, lambda *_: None)
     shown = [Example("1", QUESTION, "саясат", ("саясат",))]
-    for exemplars in (shown, []):
+    # Bug: the first two control characters marked answers, and text out of a PDF has them.
+    marks = [Example("1", "soft\x02hyphen\nTopic:", "a\x02b\x03c", ("a",)), *shown]
+    for exemplars in (shown, marks, []):
         opening = open_task(trio, task, exemplars)
         ids = [unit[0][0][0] for unit in opening.prefix.units]
         answers = [i for i, is_answer in zip(ids, opening.answers, strict=True) if is_answer]

@@ -14,7 +14,8 @@ from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.prompt import Prompt, Segment
 from trimix_gguf.trio.trio import Trio
 
-_OPEN, _CLOSE = "\x02", "\x03"  # around an exemplar's answer; no text contains them
+# Around an exemplar's answer: half of a surrogate pair each, which no text contains.
+_OPEN, _CLOSE = "\ud800", "\udfff"
 
 
 class Opening(NamedTuple):

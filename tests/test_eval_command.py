@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -340,6 +341,16 @@ def test_a_picture_that_cannot_be_drawn_is_told_after_the_table(trimix, task_fil
 def test_bad_input_is_one_line_that_names_what_there_is(trimix, task_file, tmp_path, changed, said):
     message = one_line_error(trimix(*arguments(task_file, tmp_path / "run"), *changed))
     assert said in message
+
+
+def test_a_question_that_does_not_fit_by_itself_is_not_told_to_go_without_exemplars(
+    trimix, task_file, tmp_path
+):
+    """Bug: of no exemplars it said that 0 would fit."""
+    given = [*arguments(task_file, tmp_path / "run", "large_ins"), "--exemplars", 0, "--n-ctx"]
+    said = one_line_error(trimix(*given, 32))
+    needed = int(re.search(r"even without exemplars .* a context of (\d+)", said)[1])
+    assert needed > 32 and trimix(*given, needed).returncode == 0
 
 
 @pytest.mark.parametrize("together", [1, 3, 4, 8])

@@ -46,7 +46,13 @@ def open_reader(
     longest = max(trio.prompt(q.question).n_tokens() for q in questions)
     spare = trio.n_ctx - longest - task.max_tokens - sum(len(ids) for ids in around)
     if prefixes[n].n_tokens() > spare:
-        fit = sum(p.n_tokens() <= spare for p in prefixes[1:])
+        fit = sum(p.n_tokens() <= spare for p in prefixes) - 1
+        if fit < 0:
+            needed = trio.n_ctx - spare + prefixes[0].n_tokens()
+            raise PromptError(
+                f"{task.name}: even without exemplars the longest question and its answer of up to "
+                f"{task.max_tokens} tokens need a context of {needed}; raise --n-ctx to that"
+            )
         raise PromptError(
             f"{task.name}: {n} exemplars and the longest question do not fit in a context of "
             f"{trio.n_ctx}; {fit} would, or raise --n-ctx"

@@ -271,6 +271,16 @@ def test_a_single_that_has_no_file_of_its_own_is_refused_at_once(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_single_that_cannot_be_loaded_is_refused_at_once(trimix, task_file, tmp_path):
+    """Bug: it was after the trio's answers, and the run could end neither with nor without it."""
+    whole, broken = NANO / "large_ins.gguf", tmp_path / "twin.gguf"
+    for content in (b"junk", whole.read_bytes()[:-1000]):
+        broken.write_bytes(content)
+        given = arguments(task_file, tmp_path / "run", "large_ins")
+        said = one_line_error(trimix(*given, "--single", f"twin={broken}"))
+        assert "twin.gguf" in said and not (tmp_path / "run").exists()
+
+
 def test_two_tasks_of_one_name_are_not_taken_for_one(trimix, task_file, tmp_path):
     """Bug: only the second one was asked, without a word."""
     other = tmp_path / "other" / task_file.name

@@ -22,6 +22,8 @@ from trimix_gguf.evaluation.running.racing import Points
 from trimix_gguf.evaluation.running.reading import Reader
 from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
 from trimix_gguf.machine import native
+from trimix_gguf.machine.gguf_file import read_gguf
+from trimix_gguf.machine.vocabulary import check_contract
 from trimix_gguf.mixing.fusion import Weights
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.trio import Trio
@@ -103,6 +105,8 @@ class Models:
         self._readers: dict[str, Reader] = {}
         if fourth is not None:
             check_fourth(fourth, trio)
+        for name, file in self._singles.items():  # they are loaded last, hours later
+            check_contract({name: read_gguf(file)})
 
     def header(self) -> ModelsRecord:
         """What run.json says of the models."""

@@ -6,6 +6,7 @@ import pytest
 from made_tasks import load, write_json, write_jsonl, write_kazakh, write_milic, xcopa
 
 from trimix_gguf.errors import DataError
+from trimix_gguf.evaluation.tasks import custom_task
 from trimix_gguf.evaluation.tasks.rows import read_json, read_jsonl, read_tsv
 
 pytestmark = pytest.mark.usefixtures("hub_cache")
@@ -49,6 +50,19 @@ def test_a_bad_row_is_named(name, lang, relative, edit, said, tmp_path):
     broken(tmp_path / relative, edit)
     with pytest.raises(DataError, match=said):
         load(name, lang, tmp_path)
+
+
+def test_spaces_around_a_name_change_nothing(tmp_path):
+    """Bug: they were let through, and the report of a finished run ended in a traceback."""
+    rows = [{"question": "2 + 2?", "answer": "4"}]
+    for metrics in (["f1", "bleu"], [" f1", "bleu ", "f1"]):
+        path = write_jsonl(tmp_path / "q.jsonl", [{"metrics": metrics}, *rows])
+        assert custom_task(path).metrics == ("f1", "bleu")
+    write_kazakh(tmp_path)
+    whole = load("copa", "kk", tmp_path)
+    path = tmp_path / "eval/kk/kkCOPA.jsonl"
+    broken(path, lambda r: r[3].update({"asks-for_eng": f" {r[3]['asks-for_eng']}"}))
+    assert load("copa", "kk", tmp_path) == whole
 
 
 def test_a_bad_item_of_milic_is_named(tmp_path):

@@ -52,7 +52,7 @@ def _read(data: Path, relative: str, columns: Mapping[str, str]) -> list[Row]:
 def _example(row: Row, columns: Mapping[str, str], allowed: tuple[str, str]) -> Example:
     where, record = row
     gold = index_of(where, columns["answer"], record[columns["answer"]], allowed)
-    asks = record[columns["asks"]]
+    asks = str(record[columns["asks"]]).strip()
     index_of(where, columns["asks"], asks, tuple(_ASKED))
     stem = f"Premise: {one_line(record[columns['premise']])}\n{_ASKED[asks]}"
     options = [record[columns["first"]], record[columns["second"]]]

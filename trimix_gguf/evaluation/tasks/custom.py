@@ -161,7 +161,6 @@ def _check_numbers(where: str, example: Example) -> None:
 
 
 def _metrics(path: Path, settings: Record, default: tuple[str, ...]) -> tuple[str, ...]:
-    names = tuple(settings.get("metrics", default))
-    for name in names:
-        index_of(f"{path}:1", "metrics", name, tuple(METRICS))
-    return names or default
+    known = tuple(METRICS)
+    given = [index_of(f"{path}:1", "metrics", name, known) for name in settings.get("metrics", ())]
+    return tuple(known[at] for at in dict.fromkeys(given)) or default

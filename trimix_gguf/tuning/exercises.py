@@ -208,7 +208,8 @@ def _lettered(stem: str, right: str, others: Sequence[str], rng: random.Random) 
 def _by_word(sentences: Sequence[Sentence]) -> dict[str, list[Sentence]]:
     found: dict[str, list[Sentence]] = {}
     for sentence in sentences:
-        for word in {_bare(w).lower() for w in sentence.words}:
+        # In an order of its own: a set has another one in each process, and it breaks ties.
+        for word in sorted({_bare(w).lower() for w in sentence.words}):
             if len(word) > 4:
                 found.setdefault(word, []).append(sentence)
     return found

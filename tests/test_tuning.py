@@ -289,12 +289,18 @@ def test_a_run_that_was_killed_continues(own, tmp_path, monkeypatch):
         (("--text", "absent.txt"), b"absent.txt"),
         (("--text", "latin1.txt"), b"not UTF-8"),
         (("--pairs", "short.txt"), b"names the columns"),
+        (("--pairs", "three.txt"), b"no column 'kk' among ['ru', 'en', 'kaz']; name"),
+        (("--pairs", "few.txt"), b"few.txt has 59 usable pairs"),
         (("--minutes", "0.0001", "--seed", "99"), b"raise --minutes"),
         (("--n-ctx", "64"), b"give --n-ctx"),
     ],
 )
 def test_bad_input_is_one_line_and_changes_nothing(trimix, own, tmp_path, arguments, said):
+    """Bug: of three languages it took the first, and too few pairs were left out without a word."""
     (tmp_path / "short.txt").write_text("Бұл бір қысқа сөйлем ғана.\n", encoding="utf-8")
+    row = "Бұл сөйлем өте ұзын емес.\tThis sentence is not very long.\n"
+    (tmp_path / "few.txt").write_text("kk\ten\n" + 59 * row, encoding="utf-8")
+    (tmp_path / "three.txt").write_text("ru\ten\tkaz\n", encoding="utf-8")
     (tmp_path / "latin1.txt").write_bytes("déjà vu\n".encode("latin-1") * 20)
     paths = [tmp_path / a if a.endswith(".txt") else a for a in arguments]
     before = (own / "trio.toml").read_bytes()

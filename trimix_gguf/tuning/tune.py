@@ -12,7 +12,7 @@ from trimix_gguf.mixing.fusion import METHODS
 from trimix_gguf.roles import ROLES, Role
 from trimix_gguf.trio.trio import Trio
 from trimix_gguf.trio.tuned import VERSION, Tuning
-from trimix_gguf.tuning.exercises import Kind, kinds_of
+from trimix_gguf.tuning.exercises import FEWEST_SENTENCES, Kind, kinds_of
 from trimix_gguf.tuning.free import compare_all, judge_free
 from trimix_gguf.tuning.pairs import read_pairs
 from trimix_gguf.tuning.probe import ShowProgress, ask_all, n_to_read
@@ -35,7 +35,12 @@ def make_exercises(
 ) -> Exercises:
     """Exercises of a person's own text and sentence pairs; raises DataError where it is short."""
     passages = read_passages(texts)
-    given = () if pairs is None else read_pairs(pairs, language)
+    given = [] if pairs is None else read_pairs(pairs, language)
+    if pairs is not None and len(given) < FEWEST_SENTENCES:
+        raise DataError(
+            f"{pairs} has {len(given)} usable pairs (20 to 110 characters a side), and exercises "
+            f"need {FEWEST_SENTENCES} or more; give more, or leave out --pairs"
+        )
     kinds, free = (kinds_of(passages, s, pairs=given) for s in (seed, _OF_FREE + seed))
     return Exercises(kinds, free)
 

@@ -1,6 +1,7 @@
 """What `trimix run` refuses: wrong lines, by their number, before anything is answered."""
 
 import json
+import os
 
 import pytest
 from test_cli import one_line_error
@@ -95,3 +96,16 @@ def test_a_file_without_requests_is_one_line(trimix, place, name, raw, said):
     assert said in one_line_error(trimix("run", name, "-o", "out"))
     assert not (place / "out").exists()
     assert "no such folder" in one_line_error(trimix("run", name, "-o", "none/out"))
+
+
+@pytest.mark.parametrize("make", ["mkdir", "mkfifo"])
+def test_an_output_that_is_no_file_is_refused_at_once_with_force_too(trimix, place, make):
+    """Bug: a folder was an error when all was answered, and a device became a file."""
+    if not hasattr(os, make):
+        pytest.skip(f"this system has no {make}")
+    getattr(os, make)("out")
+    write(place / "in.jsonl", [GOOD])
+    for more in ((), ("--force",)):
+        said = one_line_error(trimix("run", "in.jsonl", "-o", "out", *SMALL, *more))
+        assert "out is no file" in said and "--force" not in said
+    assert sorted(p.name for p in place.iterdir()) == ["in.jsonl", "out"]

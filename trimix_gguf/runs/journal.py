@@ -118,11 +118,13 @@ def journal_path(out: Path) -> Path:
 def claim(out: Path, *, force: bool) -> Iterator[None]:
     """Keep other processes from an output; `force` removes the journal of an earlier run.
 
-    Raises DataError where there is an output and no journal to go on with, or another process
-    writes it.
+    Raises DataError where there is an output and no journal to go on with, where it is a folder or
+    a device, or another process writes it.
     """
     if not out.parent.is_dir():
         raise DataError(f"{out.parent}: no such folder")
+    if out.exists() and not out.is_file():  # renaming would fail at the end, or replace a device
+        raise DataError(f"{out} is no file that can be replaced; name a file, or - for stdout")
     lock = out.with_name(f".{out.name}.lock")
     busy = DataError(f"{out} is being written by another run; wait for it, or stop it")
     with alone(lock, busy):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from made_runs import made_lines, write_run
+from made_runs import made_lines, write_lines, write_run
 from test_cli import one_line_error
 from topics import arguments
 
@@ -87,6 +87,51 @@ def test_runs_that_cannot_stand_in_one_table(trimix, rng, tmp_path, other, said)
     )
     error = one_line_error(trimix("eval", "report", one, two))
     assert said in error and str(one) in error and str(two) in error
+
+
+FILES = [{"file": f"{name}.gguf", "sha256": name, "bytes": 1} for name in "abc"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        ({"singles": {"twin": FILES[0]}}, {"singles": {"twin": FILES[1]}}, "the file of twin"),
+        ({"tuning": "a"}, {"tuning": None}, "tuning"),
+        ({"chat": True, "chat_template": "a"}, {"chat": True, "chat_template": "b"},
+         "chat_template"),
+    ],
+)  # fmt: skip
+def test_one_name_is_one_thing_in_a_table(trimix, rng, tmp_path, one, other, said):
+    """Bug: a mean over tasks took two models, or auto by two measurements, for one method."""
+    pytest.importorskip("scipy")
+    folders = []
+    tasks = {"tumlu": {"chat": one.get("chat")}, "kazqad": one, "copa": other}
+    for task, more in tasks.items():
+        lines = made_lines(rng, task, selecting=("auto",), grid=False)
+        folders.append(write_run(tmp_path / task, {task: lines}, **more))
+        for single in more.get("singles", ()):
+            for line in lines:
+                line["outputs"] = {single: line["outputs"]["large_ins"]}
+            write_lines(tmp_path / task / f"{task}.{single}.jsonl", lines)
+    first, *pair = folders
+    for some in (pair, folders):
+        told = one_line_error(trimix("eval", "report", *some))
+        assert f"{pair[0]} and {pair[1]} differ in {said}" in told
+    assert trimix("eval", "report", first, pair[0]).returncode == 0
+
+
+def test_a_fourth_model_that_one_run_reads_keeps_no_runs_apart(trimix, rng, tmp_path):
+    """Bug: decoupled could not be added to the table of a run without it."""
+    pytest.importorskip("scipy")
+    lines = made_lines(rng, "kazqad", grid=False)
+    with_fourth = {"models": {"large_ins": FILES[0], "large_base": FILES[1]}}
+    for name, models in (("a", {"models": {"large_ins": FILES[0]}}), ("b", with_fourth)):
+        write_run(tmp_path / name, {"kazqad": lines}, **models)
+    assert trimix("eval", "report", tmp_path / "a", tmp_path / "b").returncode == 0
+    write_run(tmp_path / "a", {"kazqad": lines}, models={**with_fourth["models"], "small_cpt": {}})
+    assert "differ in models" in one_line_error(
+        trimix("eval", "report", tmp_path / "a", tmp_path / "b")
+    )
 
 
 def test_own_questions_under_another_instruction_are_other_questions(trimix, task_file, tmp_path):

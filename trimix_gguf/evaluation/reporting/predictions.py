@@ -5,19 +5,20 @@ No model is needed: a finished run can be judged again and again.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 
-from trimix_gguf.choosing.methods import INFORMATIVE, MI_ANSWERS, ORACLE
+from trimix_gguf.choosing.methods import AUTO, INFORMATIVE, MI_ANSWERS, ORACLE
 from trimix_gguf.errors import DataError
-from trimix_gguf.evaluation.names.compared import CALIBRATED
+from trimix_gguf.evaluation.names.compared import CALIBRATED, LARGE_BASE
 from trimix_gguf.evaluation.reporting.informative import most_informative
 from trimix_gguf.evaluation.run_files.answers import GridTexts, RunAnswers, TaskAnswers
-from trimix_gguf.evaluation.run_files.record import kept_task
+from trimix_gguf.evaluation.run_files.record import RunRecord, kept_task
 from trimix_gguf.mixing.scoring import GRID, Float64
 
 _FEWEST = 10  # examples from which mutual information is computed
-_ALIKE = ("lang", "seed", "n_exemplars", "chat", "axis", "models")  # in runs that are joined
+_ALIKE = ("lang", "seed", "n_exemplars", "chat", "axis")  # in runs that are joined
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,15 @@ def join(runs: Sequence[RunAnswers]) -> RunAnswers:
     If two of them have the same thing, that of the first one is used. Raises DataError if they do
     not fit into one table.
     """
+    for one, other in combinations(runs, 2):
+        if (key := _differing(one.record, other.record)) is not None:
+            raise DataError(
+                f"{one.folder} and {other.folder} differ in {key}; report each by itself"
+            )
     first, *others = runs
     tasks, asked = dict(first.tasks), _own_tasks(first)
     for other in others:
         pair = f"{first.folder} and {other.folder}"
-        for key in _ALIKE:
-            if other.record.get(key) != first.record.get(key):
-                raise DataError(f"{pair} differ in {key}; report each by itself")
         own = _own_tasks(other)
         for name, answers in other.tasks.items():
             known = tasks.setdefault(name, answers)
@@ -51,6 +54,25 @@ def join(runs: Sequence[RunAnswers]) -> RunAnswers:
                 raise DataError(f"{pair} answer other questions of {name}; report each by itself")
             tasks[name] = _merged(known, answers)
     return RunAnswers(first.folder, first.record, tasks, tuple(runs))
+
+
+def _differing(one: RunRecord, other: RunRecord) -> str | None:
+    """What keeps two runs out of one table: there, a name would stand for two different things."""
+    for key in _ALIKE:
+        if one.get(key) != other.get(key):
+            return key
+    if (one["models"].keys() ^ other["models"].keys()) - {LARGE_BASE}:  # one method reads that
+        return "models"
+    files, others = ({**run["models"], **(run.get("singles") or {})} for run in (one, other))
+    for name in files:
+        if others.get(name, files[name]) != files[name]:
+            return "models" if name in one["models"] else f"the file of {name}"
+    both_auto = AUTO in one["methods"] and AUTO in other["methods"]
+    for key in ("chat_template", *(["tuning"] if both_auto else [])):
+        # Runs of earlier versions do not say it: taken as the same one.
+        if key in one and key in other and one.get(key) != other.get(key):
+            return key
+    return None
 
 
 def _own_tasks(run: RunAnswers) -> dict[str, bytes]:

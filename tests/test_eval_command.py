@@ -254,6 +254,22 @@ def test_a_run_keeps_its_questions(trimix, task_file, tmp_path):
     assert trimix("eval", "report", out).stdout == report.stdout
 
 
+def test_a_run_goes_on_where_its_task_file_has_another_place(trimix, task_file, tmp_path):
+    """Bug: copied to another machine, a run was one with other task_files."""
+    out = tmp_path / "run"
+    assert trimix(*arguments(task_file, out, "large_ins")).returncode == 0
+    lines = (out / "topics.jsonl").read_bytes()
+    (out / "topics.jsonl").write_bytes(lines[: lines.index(b"\n") + 1])
+    moved = tmp_path / "moved" / task_file.name
+    moved.parent.mkdir()
+    task_file.rename(moved)
+    assert trimix(*arguments(moved, out, "large_ins")).returncode == 0
+    assert (out / "topics.jsonl").read_bytes() == lines
+    moved.write_bytes(moved.read_bytes() + b"\n")
+    said = one_line_error(trimix(*arguments(moved, out, "large_ins")))
+    assert "the file of topics has changed" in said
+
+
 @pytest.mark.parametrize(
     ("singles", "said"),
     [

@@ -113,6 +113,11 @@ def _keep(folder: Path, record: RunRecord) -> None:
             kept |= {"singles": asked["singles"], "command": asked["command"]}
         # Runs of earlier versions do not say their tuning: taken as the same one.
         told = {"tuning": asked["tuning"], **kept}
+        own = asked["task_files"]
+        if own.keys() == (told.get("task_files") or {}).keys() and all(
+            kept_task(folder, name).exists() for name in own
+        ):
+            told["task_files"] = own  # what is in them counts, not where they are
         changed = [k for k in asked if k not in _MAY_DIFFER and told.get(k) != asked[k]]
         if changed:
             raise DataError(

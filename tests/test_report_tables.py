@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import re
 
 import numpy as np
@@ -15,6 +16,7 @@ from made_runs import (
 from trimix_gguf.evaluation.reporting.report import summarize
 from trimix_gguf.evaluation.reporting.tables import to_csv, to_markdown
 from trimix_gguf.evaluation.run_files.loading import load_run
+from trimix_gguf.evaluation.tasks.metrics import _sacrebleu
 
 
 @pytest.fixture
@@ -157,3 +159,20 @@ def test_the_picture_of_fixed_methods_is_bars_alone(rng, tmp_path):
         line["outputs"] = {name: {**o, "text": "A"} for name, o in line["outputs"].items()}
     run = load_run(write_run(tmp_path, {"tumlu": lines}))
     assert len(png(draw(summarize(run, n_resamples=20))).axes) == 1
+
+
+def test_the_conventions_name_what_makes_sacrebleus_numbers(rng, tmp_path):
+    """Bug: chrF++ is without case here, and a table that was published did not say so."""
+    pytest.importorskip("scipy")
+    pytest.importorskip("sacrebleu")
+    lines = made_lines(rng, "kazqad", selecting=(), grid=False)
+    own = tmp_path / "q.jsonl"
+    for metrics in (["f1"], ["chrf++", "bleu"]):
+        settings = json.dumps({"metrics": metrics})
+        own.write_text(f'{settings}\n{{"question": "a", "answer": "b"}}', "utf-8")
+        folder = write_run(tmp_path / "run", {"q": lines}, task_files={"q": str(own)})
+        text = to_markdown(report(folder))
+        for name in ("chrF++", "BLEU"):
+            _sacrebleu(name).corpus_score(["a"], [["a"]])  # before it there is no signature
+            [case] = re.findall(r"case:\w+", str(_sacrebleu(name).get_signature()))
+            assert (case in text) == (name in text) == ("bleu" in metrics)

@@ -217,6 +217,11 @@ def _conventions(summary: Summary) -> str:
         "Perplexity: micro = exp(Σ nats / Σ tokens), macro = exp(mean over prompts of mean nats).",
         "token changes its weights as it goes; shown are those that it starts with.",
     ]
+    if any({"chrf++", "bleu"} & {*task["metrics"]} for task in summary["tasks"].values()):
+        lines.append(
+            "chrF++ and BLEU: sacrebleu's; chrF++ without case (case:lc, nw:2), BLEU as it is by "
+            "default (case:mixed, tok:13a)."
+        )
     if INFORMATIVE in summary["methods"]:
         lines.append(
             f"{INFORMATIVE}: one pair a task, of the most mutual information between its questions "

@@ -16,6 +16,10 @@ from harness_tasks import write_tasks  # noqa: E402
 from naive_mix import MIX, near  # noqa: E402
 from served import serving  # noqa: E402
 
+from trimix_gguf import Trio, Weights, select_weights  # noqa: E402
+from trimix_gguf.errors import WeightsError  # noqa: E402
+from trimix_gguf.evaluation.running.lm_eval_model import NamedTrioLM  # noqa: E402
+from trimix_gguf.mixing.fusion import Mix  # noqa: E402
 from trimix_gguf.roles import ROLES  # noqa: E402
 from trimix_gguf.trio.trio import NANO  # noqa: E402
 
@@ -87,9 +91,23 @@ def test_weights_by_name_and_a_wrong_trio(folder, tmp_path):
     task = ("--tasks", "kk_choice", "--model", "trimix", "--model_args")
     run = lm_eval(folder, tmp_path, *task, f"trio=nano,alpha={MIX.alpha},beta={MIX.beta}")
     assert run.returncode == 0 and "kk_choice" in run.stdout, run.stderr[-2000:]
-    for wrong, words in (("trio=nanoo", "did you mean nano?"), ("alpha=1", "give both or none")):
+    for wrong, words in (
+        ("trio=nanoo", "did you mean nano?"),
+        ("alpha=1", "give both or none"),
+        ("method=pplx", "'pplx' does not choose"),
+        ("methd=ppl", "methd is unknown"),
+    ):
         run = lm_eval(folder, tmp_path, *task, wrong)
         assert run.returncode and words in run.stderr.splitlines()[-1]
+
+
+def test_a_fixed_mix_by_its_name(folder):
+    """Bug: any name that chooses nothing by a prompt, such as proxy-tuning, was taken for ppl."""
+    for name, weights in (("proxy-tuning", Weights(1.0, 1.0)), ("large_ins", Weights(1.0, 0.0))):
+        told = NamedTrioLM(trio=folder / "fixed.toml", method=name).get_model_info()["weights"]
+        assert told == {"method": "fixed", **Mix.of(weights).to_json()}
+    with Trio.nano(n_threads=1) as trio, pytest.raises(WeightsError, match="does not choose"):
+        select_weights(trio, trio.prompt("Қазақстан"), method="proxy-tuning")
 
 
 def test_the_harness_finds_the_model_by_its_entry_point():

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +83,7 @@ class Chooser:
         score_tokens: ScoreTokens = "auto",
         with_choices: bool = False,
     ) -> None:
+        check_method(method)
         check_last(last)
         check_score_tokens(score_tokens)
         self.prompts = prompts if last is None else [p.score_last(last) for p in prompts]
@@ -163,6 +164,12 @@ def select_weights(
     elif chooser.selection is not None and listed:
         trio.prefill(listed[-1])
     return chooser.decide(_next_rows(trio, listed, progress), average)
+
+
+def check_method(name: str) -> None:
+    """Raises WeightsError for a name that does not choose by a prompt, and lists those that do."""
+    if name not in (known := get_args(ChosenBy)):
+        raise WeightsError(f"method {name!r} does not choose by a prompt; {', '.join(known)} do")
 
 
 def check_last(n: int | None) -> None:

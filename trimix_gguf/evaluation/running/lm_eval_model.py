@@ -14,12 +14,16 @@ from typing import cast
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 
-from trimix_gguf.choosing.methods import ChosenBy
-from trimix_gguf.errors import WeightsError
+from trimix_gguf.choosing.methods import AUTO, ChosenBy
+from trimix_gguf.choosing.selection import check_method
+from trimix_gguf.errors import TrimixError, WeightsError
 from trimix_gguf.evaluation.running.harness import TrimixLM
-from trimix_gguf.mixing.fusion import Mix, Weights
+from trimix_gguf.mixing.fusion import METHODS, Mix, Weights
 from trimix_gguf.trio.trio import Trio
 from trimix_gguf.trios.store import resolve
+
+# What lm-eval passes itself: a trio has its own batches and devices, and runs no code of a model.
+_OF_LM_EVAL = {"batch_size", "max_batch_size", "device", "trust_remote_code"}
 
 
 @register_model("trimix")
@@ -27,7 +31,8 @@ class NamedTrioLM(TrimixLM):
     """A trio that is opened by its name: `--model_args trio=NAME,method=auto`.
 
     `trio` is a name, a trio file or its folder; `alpha` and `beta` together fix the weights, else
-    `method`, else what the trio file says. Raises TrimixError as resolve and Trio.load do.
+    `method`, which may name a fixed mix too, else what the trio file says. Raises TrimixError as
+    resolve and Trio.load do, and for other arguments.
     """
 
     def __init__(
@@ -38,8 +43,13 @@ class NamedTrioLM(TrimixLM):
         beta: float | None = None,
         max_gen_toks: int = 256,
         n_ctx: int | None = None,
-        **_: object,  # lm-eval also passes its batch size and device; a trio has its own
+        **others: object,
     ) -> None:
+        if unknown := sorted(others.keys() - _OF_LM_EVAL):
+            raise TrimixError(
+                f"--model_args: {unknown[0]} is unknown; known are trio, method, alpha and beta, "
+                "max_gen_toks, n_ctx"
+            )
         if (alpha is None) != (beta is None):
             raise WeightsError("alpha and beta fix the weights together; give both or none")
         if alpha is not None and method is not None:
@@ -48,11 +58,14 @@ class NamedTrioLM(TrimixLM):
         weights: Weights | Mix | None = None
         if alpha is not None and beta is not None:
             weights = Weights(float(alpha), float(beta))
+        elif method in METHODS:
+            weights, method = METHODS[method], None
         elif method is None:  # what the file names is checked where it is read
             weights, method = file.fixed_mix, cast("ChosenBy | None", file.method)
+        check_method(method or AUTO)
         given = file.load_arguments() | ({} if n_ctx is None else {"n_ctx": int(n_ctx)})
         super().__init__(
-            Trio.load(**given), weights, method=method or "auto", max_gen_toks=max_gen_toks
+            Trio.load(**given), weights, method=method or AUTO, max_gen_toks=max_gen_toks
         )
 
 

@@ -1,6 +1,7 @@
 """Each command driven as a user would, on real GGUF files."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -76,6 +77,17 @@ def test_score_table_json_and_plot(trimix, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
     continuous = json.loads(trimix("score", text, "--json", "--grid", "continuous").stdout)
     assert continuous["perplexity"]["fused"] <= report["perplexity"]["fused"] * (1 + 1e-6)
+
+
+def test_high_perplexities_are_numbers_of_their_own_in_the_table(trimix):
+    """Bug: beside each other, those above 99999 were written as one."""
+    text = "ѪѪ ѪѪ".encode()  # letters that nobody taught it
+    grid = json.loads(trimix("score", "--json", stdin=text).stdout)["grid"]
+    assert max(map(max, grid["mean_nll"])) > math.log(1e6)
+    rows = trimix("score", stdin=text).stdout.decode().splitlines()[-len(grid["alphas"]) :]
+    for row, mean_nll in zip(rows, grid["mean_nll"], strict=True):
+        shown = [float(cell) for cell in row.split()[1:]]
+        assert shown == pytest.approx([math.exp(nll) for nll in mean_nll], abs=0.01)
 
 
 def test_score_prints_its_table_where_the_picture_cannot_be_written(trimix, tmp_path):

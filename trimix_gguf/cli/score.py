@@ -123,7 +123,7 @@ def _table(report: dict[str, Any]) -> str:
     lines += ["", "fused perplexity; alpha down, beta across"]
     lines.append(" " * 6 + "".join(f"{b:>9.2f}" for b in grid["betas"]))
     for alpha, row in zip(grid["alphas"], grid["mean_nll"], strict=True):
-        lines.append(f"{alpha:>6.2f}" + "".join(f"{perplexity_of(v):>9.2f}" for v in row))
+        lines.append(f"{alpha:>6.2f}" + "".join(f" {perplexity_of(v):>8.2f}" for v in row))
     return "\n".join(lines)
 
 

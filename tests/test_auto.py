@@ -14,6 +14,7 @@ from trimix_gguf.answering.chat import chat_prompt
 from trimix_gguf.choosing import auto
 from trimix_gguf.choosing.auto import asks, on_a_leash
 from trimix_gguf.choosing.score import empty_score, score, score_prompts
+from trimix_gguf.cli.task_weights import task_weights
 from trimix_gguf.evaluation.names.settings import RunSettings
 from trimix_gguf.evaluation.running.file_weights import weights_of_file
 from trimix_gguf.evaluation.tasks.task import Dataset, Example, Task
@@ -232,6 +233,23 @@ def test_a_task_file_says_whether_there_are_choices(trio, tmp_path, with_choices
     trio.forget()
     chosen = weights_of_file(trio, file, "auto", lambda *_: None)
     assert chosen.weights == (CHOICES if with_choices else untuned) and chosen.method == "auto"
+
+
+@pytest.mark.parametrize("method", ["ppl", "ent", "token"])
+def test_the_prompts_of_a_task_file_are_its_questions_for_every_method(trio, tmp_path, method):
+    """Bug: but for auto, its JSON lines were read as one text, and the weights were for JSON."""
+    asked = [{"question": f"{n} + 2 = ?", "answer": "4"} for n in range(3)]
+    file = tmp_path / "task.jsonl"
+    file.write_text("\n".join(map(json.dumps, asked)), encoding="utf-8")
+    text = "Answer each question.\n\nQuestion: {}\nAnswer:"
+    prompts = [trio.prompt(text.format(row["question"])) for row in asked]
+    options = {"method": method, "grid": ((0.2, 0.8), (0.1, 0.5, 0.9))}
+    expected = select_weights(trio, prompts, average="micro", **options)
+    trio.forget()
+    chosen = task_weights(trio, str(file), dict(options), "micro")
+    assert (chosen.weights, chosen.method) == (expected.weights, method)
+    if expected.score is not None:
+        assert chosen.score.n_tokens == expected.score.n_tokens
 
 
 def test_the_command_says_why_it_chose(trimix):

@@ -78,13 +78,13 @@ def task_weights(
     chosen = {
         k: settings.pop(k) for k in ("method", "grid", "last", "score_tokens") if k in settings
     }
-    method = chosen.get("method", AUTO)
-    if method in (*file_methods(), ANSWERS, AUTO) and task.endswith(".jsonl"):
+    if task.endswith(".jsonl"):
         from trimix_gguf.evaluation.running.file_weights import weights_of_file
 
         bar = count_bar(f"Choosing weights by {Path(task).name}")
         with bar if watch is None else nullcontext(lambda done, total: watch()) as shown:
-            return weights_of_file(trio, Path(task), method, shown)
+            method, average = chosen.pop("method", AUTO), average or "macro"
+            return weights_of_file(trio, Path(task), method, shown, average=average, **chosen)
     prompts = [trio.prompt(t) for t in split_texts(read_text(task))]
     total = sum(p.n_tokens() for p in prompts)
     tokens = token_progress(total, f"Scoring {len(prompts)} prompts")

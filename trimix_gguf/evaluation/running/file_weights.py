@@ -2,11 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
 from trimix_gguf.choosing.choices import choice_nll
-from trimix_gguf.choosing.methods import ANSWERS, AUTO, INFORMATIVE, MI_ANSWERS
+from trimix_gguf.choosing.methods import (
+    ANSWERS,
+    INFORMATIVE,
+    MI_ANSWERS,
+    ChosenBy,
+    file_methods,
+)
+from trimix_gguf.choosing.score import Average
 from trimix_gguf.choosing.selection import Selection, select_weights
 from trimix_gguf.errors import WeightsError
 from trimix_gguf.evaluation.names.axis import AXIS, lowest_on_grid
@@ -25,6 +33,7 @@ from trimix_gguf.mixing.fusion import Mix
 from trimix_gguf.mixing.scoring import Float64
 from trimix_gguf.roles import ROLES
 from trimix_gguf.trio.prompt import Prompt
+from trimix_gguf.trio.sequences import TokenProgress
 from trimix_gguf.trio.trio import Trio
 
 MOST_QUESTIONS = 50
@@ -32,23 +41,40 @@ MOST_QUESTIONS = 50
 Shown = Callable[[int, int], None]  # (done, total)
 
 
-def weights_of_file(trio: Trio, file: Path, method: str, shown: Shown) -> Selection:
+def weights_of_file(
+    trio: Trio,
+    file: Path,
+    method: str,
+    shown: Shown,
+    *,
+    average: Average = "macro",
+    **given: Any,
+) -> Selection:
     """Choose weights by a task file (tasks/custom.py), once for all prompts that are like it.
 
     `auto`: what was measured of such questions, with choices or without; else one pair, close to
     large_ins, by all of them. `mi`: mutual information of its questions and their choices.
     `mi-answers`: of its exemplars' answers and questions. `ppl-answers`: the lowest perplexity of
-    the exemplars' answers. Raises WeightsError where the file lacks what the method needs,
+    the exemplars' answers. Other methods are select_weights' over its questions, and `average` and
+    `given` are options of it. Raises WeightsError where the file lacks what the method needs,
     DataError where it is no task file.
     """
     task = custom_task(file)
     dataset = task.load(Path(), "", 0)
     exemplars = exemplars_of(task, dataset)
-    if method == AUTO:
+    if method not in (*file_methods(), ANSWERS):
         asked = _asked(trio, task, dataset)
         with_choices = all(question.choices for question, _ in asked)
         prompts = [prompt for _, prompt in asked]
-        return select_weights(trio, prompts, method=AUTO, with_choices=with_choices)
+        return select_weights(
+            trio,
+            prompts,
+            method=cast(ChosenBy, method),
+            with_choices=with_choices,
+            average=average,
+            progress=_counted(shown, sum(prompt.n_tokens() for prompt in prompts)),
+            **given,
+        )
     if method == INFORMATIVE:
         return Selection(Mix(most_informative(_choices(trio, task, dataset, shown))), INFORMATIVE)
     if len(exemplars) < (least := 2 if method == MI_ANSWERS else 1):
@@ -59,6 +85,18 @@ def weights_of_file(trio: Trio, file: Path, method: str, shown: Shown) -> Select
         information = exemplars_information(trio, task, exemplars, shown=shown)
         return Selection(Mix(lowest_on_grid(-information)), MI_ANSWERS)
     return select_weights(trio, marked_prefix(trio, task, exemplars), method=ANSWERS)
+
+
+def _counted(shown: Shown, total: int) -> TokenProgress:
+    """What shows tokens one after another as how many are done."""
+    done = 0
+
+    def advance(n: int) -> None:
+        nonlocal done
+        done += n
+        shown(done, total)
+
+    return advance
 
 
 def _choices(trio: Trio, task: Task, dataset: Dataset, shown: Shown) -> Float64:

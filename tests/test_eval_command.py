@@ -222,6 +222,7 @@ def test_a_run_does_not_continue_with_another_tuning(trimix, task_file, tmp_path
     assert trimix(*given).returncode == 0
     untuned = (trio / "trio.toml").read_text("utf-8").split("\n[tuning]")[0]
     (trio / "trio.toml").write_text(untuned + "\n", "utf-8")
+    trimix("generate", "2 + 2 = ?", "-n", 1, "--trio", trio)  # says, once, that it is not tuned
     assert "other tuning" in one_line_error(trimix(*given))
     settings = json.loads((out / "run.json").read_text("utf-8"))
     del settings["tuning"]  # as earlier versions wrote it

@@ -240,6 +240,24 @@ def test_a_trio_is_tuned_shown_used_and_void_after_a_change(trimix, own):
     assert used.returncode == 0
 
 
+def test_a_tuning_that_is_void_is_said_by_what_answers_many(trimix, own, task_file):
+    """Bug: eval and run answered by auto as without a tuning, and did not say so."""
+    shutil.copy(NANO / "trio.toml", own)
+    shutil.copy(NANO / "small_base.gguf", own / "small_cpt.gguf")
+    lines = own / "lines.jsonl"
+    lines.write_text('{"prompt": "2 + 2 = ?", "max_tokens": 1}\n', encoding="utf-8")
+    given = ("eval", "--tasks", task_file, "--limit", 1, "--methods")
+    for command in (
+        (*given, "large_ins,auto", "-o", own / "run"),
+        ("run", lines, "-o", own / "out"),
+    ):
+        result = trimix(*command, "--trio", own)
+        assert result.returncode == 0, result.stderr
+        assert b"small_cpt is not the file that was tuned" in result.stderr
+    fixed = trimix(*given, "large_ins,ppl", "-o", own / "other", "--trio", own)
+    assert fixed.returncode == 0 and b"tuned" not in fixed.stderr
+
+
 def test_another_seed_gives_the_same_verdict_on_nano(tmp_path):
     """12 of each kind, whatever the time."""
     texts = set()

@@ -10,10 +10,17 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from trimix_gguf.choosing.methods import INFORMATIVE, ORACLE, compared_by_default, evaluated_methods
+from trimix_gguf.choosing.methods import (
+    AUTO,
+    INFORMATIVE,
+    ORACLE,
+    compared_by_default,
+    evaluated_methods,
+)
 from trimix_gguf.cli.bars import count_bar
 from trimix_gguf.cli.clusters import Ray, as_elsewhere, loader_elsewhere, ray_options, taken_ray
 from trimix_gguf.cli.options import named_trio, open_trio, parse_mix, trio_options
+from trimix_gguf.cli.tuning_notes import say_tuning
 from trimix_gguf.evaluation.names.compared import LARGE_BASE, check_methods
 from trimix_gguf.evaluation.names.settings import RunSettings
 
@@ -173,6 +180,8 @@ def _run(options: dict[str, Any], ray: Ray | None) -> None:
     if ray is not None:
         _run_by_ray(ray, options, comparison, out)
     else:
+        if AUTO in comparison.settings.methods:
+            say_tuning(options)
         with open_trio(options) as trio:
             compare(Local(trio, comparison), comparison, out, count_bar)
     _conclude(out)
@@ -230,6 +239,8 @@ def _run_harness(options: dict[str, Any]) -> None:
     from trimix_gguf.machine.files import write_text
 
     chosen_by = _harness_weights(options)
+    if chosen_by.get("method", AUTO) == AUTO and "weights" not in chosen_by:
+        say_tuning(options)
     with open_trio(options) as trio:
         results = run_harness(
             TrimixLM(trio, **chosen_by),

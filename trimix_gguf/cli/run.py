@@ -10,6 +10,8 @@ import click
 from trimix_gguf.cli.bars import count_bar
 from trimix_gguf.cli.clusters import loader_elsewhere, ray_options, taken_ray
 from trimix_gguf.cli.options import model_name, named_trio, open_trio, trio_options, whole_number
+from trimix_gguf.cli.served_trios import mixes_by_auto
+from trimix_gguf.cli.tuning_notes import say_tuning
 from trimix_gguf.errors import DataError
 from trimix_gguf.mixing.sampling import N_SEEDS
 from trimix_gguf.server.limits import Limits
@@ -93,6 +95,8 @@ def run(prompts: str, output: str, **options: Any) -> None:
             skip_bad=options.pop("skip_bad"),
         )
         if ray is None:
+            if mixes_by_auto(options):
+                say_tuning(options)
             workers = _here(stack, options, settings, source)
         else:
             workers = _by_ray(stack, ray, options, settings, source)

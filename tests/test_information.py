@@ -97,6 +97,16 @@ def test_a_task_without_the_exemplars_of_a_method_is_refused_before_any_is_asked
     assert f"{method} needs {shown + 1} or more exemplars; give rows" in one_line_error(result)
 
 
+def test_without_exemplars_the_usual_methods_are_those_that_need_none(trimix, tmp_path):
+    """Bug: the command of the README, on questions only, was refused for ppl-answers."""
+    file, out = tmp_path / "own.jsonl", tmp_path / "run"
+    file.write_text(json.dumps({"question": "3 + 3?", "answer": "6"}), "utf-8")
+    done = trimix("eval", "--lang", "kk", "--tasks", file, "-o", out)
+    assert done.returncode == 0 and b"left out: own: ppl-answers needs 1" in done.stderr
+    methods = json.loads((out / "run.json").read_bytes())["methods"]
+    assert "ppl" in methods and "ppl-answers" not in methods
+
+
 def test_a_run_that_goes_on_reads_its_exemplars_no_more(trimix, task_file, tmp_path):
     given = arguments(task_file, tmp_path / "run", "mi-answers,ppl-task")
     whole = trimix(*given)

@@ -115,7 +115,8 @@ def evaluate(context: click.Context, /, **options: Any) -> None:
     for name in ("tasks", "methods", "out"):
         if not options[name]:
             raise click.UsageError(f"give --{name}")
-    _run(options, ray)
+    usual = context.get_parameter_source("methods") is ParameterSource.DEFAULT
+    _run(options, ray, usual=usual)
 
 
 @evaluate.command()
@@ -160,7 +161,8 @@ def report(
         figure.savefig(plot)
 
 
-def _run(options: dict[str, Any], ray: Ray | None) -> None:
+def _run(options: dict[str, Any], ray: Ray | None, *, usual: bool) -> None:
+    """Compare; the `usual` methods without those for which a task has too few exemplars."""
     from trimix_gguf.evaluation.running.comparing import Comparison, Local, compare
 
     tasks = options.pop("tasks")
@@ -175,6 +177,10 @@ def _run(options: dict[str, Any], ray: Ray | None) -> None:
     )
     if ray is not None and comparison.settings.race:
         raise click.UsageError("--race needs the answers before, so it does not go with --ray")
+    if usual and (lacking := comparison.lacking()):
+        comparison = comparison.without(lacking)
+        for why in lacking.values():
+            click.echo(f"left out: {why}", err=True)
     comparison.check()
     out = Path(options.pop("out"))
     if ray is not None:

@@ -1,7 +1,7 @@
 """A comparison: every method answers every task, into one folder."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -86,25 +86,34 @@ class Comparison:
         Raises DataError, PromptError, WeightsError.
         """
         _ = self.fourth, self.own_files
-        for name, (task, data) in self.datasets.items():
-            self._check_exemplars(task, data)
+        for why in self.lacking().values():  # a run keeps its methods: it could never be finished
+            raise WeightsError(f"{why}, or leave it out of --methods")
+        for name, (_, data) in self.datasets.items():
             ids = Counter(q.id for q in data.questions(self.settings.limit, self.settings.seed))
             (twice, n), *_ = ids.most_common(1)
             if n > 1:  # a run tells questions by it
                 raise DataError(f"{name}: the id {twice!r} comes {n} times in its data")
 
-    def _check_exemplars(self, task: Task, data: Dataset) -> None:
-        """A run keeps its methods: without what one needs, it could never be finished."""
-        n = len(exemplars_of(task, data, self.settings.n_exemplars))
-        for method, least in ((ANSWERS, 1), (MI_ANSWERS, 2)):
-            if method in self.settings.methods and n < least:
-                mend = f"give --exemplars {least} or more"
-                if len(data.exemplars) < least:
-                    mend = 'mark rows with "exemplar": true'
-                raise WeightsError(
-                    f"{task.name}: {method} needs {least} or more exemplars, and {n} are shown; "
-                    f"{mend}, or leave it out of --methods"
-                )
+    def lacking(self) -> dict[str, str]:
+        """Methods that need more exemplars than a task shows, and why. Raises DataError."""
+        found = {}
+        for task, data in self.datasets.values():
+            n = len(exemplars_of(task, data, self.settings.n_exemplars))
+            for method, least in ((ANSWERS, 1), (MI_ANSWERS, 2)):
+                if method in self.settings.methods and n < least:
+                    mend = f"give --exemplars {least} or more"
+                    if len(data.exemplars) < least:
+                        mend = 'mark rows with "exemplar": true'
+                    found[method] = (
+                        f"{task.name}: {method} needs {least} or more exemplars, and {n} are "
+                        f"shown; {mend}"
+                    )
+        return found
+
+    def without(self, methods: Collection[str]) -> "Comparison":
+        """The same with fewer methods."""
+        left = tuple(name for name in self.settings.methods if name not in methods)
+        return replace(self, settings=replace(self.settings, methods=left))
 
     @property
     def of_single(self) -> RunSettings:

@@ -7,7 +7,7 @@
 
 A row has a `question` and an `answer`: a text, or a list of those that count as right. With
 `choices` the answer is a letter or the text of a choice. Rows with `"exemplar": true` are shown
-in prompts and not asked; without any, prompts have no exemplars, and no method may need them.
+in prompts and not asked; without any, prompts have no exemplars.
 
 The first line may hold settings in place of a question, each of them optional: `instruction`,
 `language`, `metrics` (accuracy for choices, else exact_match and f1), `max_tokens` (2 for

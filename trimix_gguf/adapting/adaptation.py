@@ -306,7 +306,10 @@ class _Run:
         n_tokens = self.n_tokens(report, speed)
         n_steps = max(1, n_tokens // (outlook.ROWS_PER_STEP * n_block))
         left = outlook.in_words(n_steps * outlook.ROWS_PER_STEP * n_block / speed)
-        self.shown.say(f"measured: {speed:.0f} tokens/s; {n_steps} steps take about {left}")
+        self.shown.say(
+            f"measured: {speed:.0f} tokens/s; {n_steps} steps take about {left}, and the "
+            "measurements on the way come on top"
+        )
         return {
             "n_steps": n_steps,
             "n_rows": n_rows,

@@ -64,6 +64,15 @@ class Recipe:
         falling = self.final_share + (1 - self.final_share) * 0.5 * (1 + math.cos(angle))
         return 0.5**self.n_halvings * min(1.0, (step + 1) / max(self.n_warm_up, 1)) * falling
 
+    def has_look(self, step: int) -> bool:
+        """Whether the model is measured after a step: now and then, and after the last one."""
+        return step % self.steps_between_looks == 0 or step >= self.n_steps
+
+    def looks_left(self, step: int) -> int:
+        """How many measurements come after that of a step."""
+        n_all = -(-self.n_steps // self.steps_between_looks)
+        return 0 if step >= self.n_steps else n_all - step // self.steps_between_looks
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -155,7 +164,9 @@ def _run(
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.recipe, trainer.losses = recipe, losses
         if not history.all:
+            began = time.monotonic()
             history.add(together.told(judge and judge.look(taught.model, 0, recipe.dtype)))
+            watch.look_s = time.monotonic() - began
         if state is None and together.is_first:
             with whole_file(folder / "first.safetensors") as path:
                 save_numbers(taught, path)
@@ -266,6 +277,7 @@ def _watch(
         def __init__(self) -> None:
             self.saved = self.began = time.monotonic()
             self.seconds: deque[float] = deque(maxlen=20)
+            self.look_s = 0.0  # of the last measurement
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.began = time.monotonic()
@@ -279,15 +291,15 @@ def _watch(
             step, now = state.global_step, time.monotonic()
             self.seconds.append(now - self.began)
             step_s = float(np.median(self.seconds))
-            is_last = step >= recipe.n_steps
             look = None
-            if step % recipe.steps_between_looks == 0 or is_last:
+            if recipe.has_look(step):
                 own = float(np.mean(list(losses)[-recipe.passes_per_step :]))
                 look = together.told(judge and judge.look(taught.model, step, recipe.dtype, own))
                 if together.is_first:
                     save_candidate(taught, folder, step)
                 history.add(look)
-            left = (recipe.n_steps - step) * step_s
+                self.look_s = time.monotonic() - now
+            left = (recipe.n_steps - step) * step_s + recipe.looks_left(step) * self.look_s
             speed = recipe.rows_per_step * rows.ids.shape[1] / step_s
             show(Standing(step, recipe.n_steps, float(np.mean(losses)), speed, left, look))
             # Clocks and Ctrl-C of several processes differ: those of the first one count.
@@ -296,7 +308,7 @@ def _watch(
             if is_stopped:
                 interrupted.set()
             control.should_training_stop |= is_stopped or history.falls
-            if control.should_training_stop or is_last or is_due:
+            if control.should_training_stop or step >= recipe.n_steps or is_due:
                 control.should_save = True
                 self.saved = time.monotonic()
 

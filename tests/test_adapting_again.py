@@ -11,9 +11,10 @@ import pytest
 for needed in ("ftfy", "datasketch", "zstandard", "fontTools"):
     pytest.importorskip(needed, reason="needs the extra: pip install -e '.[adapt]'")
 
-from trimix_gguf.adapting import outlook, training  # noqa: E402
+from trimix_gguf.adapting import outlook  # noqa: E402
 from trimix_gguf.adapting.asked import Asked  # noqa: E402
 from trimix_gguf.adapting.bases import Base  # noqa: E402
+from trimix_gguf.adapting.recipe import Recipe  # noqa: E402
 from trimix_gguf.adapting.workplace import Workplace  # noqa: E402
 from trimix_gguf.errors import DataError, ModelError  # noqa: E402
 from trimix_gguf.machine.folders import home_folder  # noqa: E402
@@ -120,7 +121,7 @@ def test_minutes_are_what_a_dry_run_with_minutes_says(adapt, text_file):
 @pytest.mark.parametrize(("n_steps", "between"), [(130, 22), (100, 20), (3, 20), (40, 1)])
 def test_the_time_left_counts_the_measurements_that_come(n_steps, between):
     """Bug: of a run that measured for nine minutes more, it was left out."""
-    recipe = training.Recipe(n_steps, 1e-3, "float32", steps_between_looks=between)
+    recipe = Recipe(n_steps, 1e-3, "float32", steps_between_looks=between)
     for step in range(n_steps + 1):
         later = [recipe.has_look(s) for s in range(step + 1, n_steps + 1)]
         assert recipe.looks_left(step) == sum(later)

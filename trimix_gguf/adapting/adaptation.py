@@ -31,6 +31,7 @@ from trimix_gguf.adapting.outlook import Outlook, Way, look_ahead
 from trimix_gguf.adapting.partner import Partner
 from trimix_gguf.adapting.preparing import HELD_OUT, LEARNED, Wanted, prepare
 from trimix_gguf.adapting.questions import Question, questions_of
+from trimix_gguf.adapting.recipe import Recipe
 from trimix_gguf.adapting.report import Report
 from trimix_gguf.adapting.rows import Rows, count_tokens, measured_rows, write_rows
 from trimix_gguf.adapting.taught import add_adapter, faster_dtype, make_taught, products_per_second
@@ -212,7 +213,7 @@ class _Run:
             together.check_begun_by(decided.get("n_processes"), self.folder)
             rows = Rows.load(self.folder) or self._rows(decided)
         taught = make_taught(model, rows)
-        recipe = training.Recipe(
+        recipe = Recipe(
             n_steps=decided["n_steps"],
             learning_rate=self._rate(),
             dtype=dtype,

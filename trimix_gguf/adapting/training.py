@@ -7,7 +7,6 @@ way, and that a state counts only once all of it is on disk.
 
 from __future__ import annotations
 
-import math
 import shutil
 import signal
 import threading
@@ -25,7 +24,8 @@ import numpy as np
 from trimix_gguf.adapting.extras import need
 from trimix_gguf.adapting.history import History
 from trimix_gguf.adapting.judging import Judge, Judgement
-from trimix_gguf.adapting.outlook import MOST_ROWS_AT_ONCE, ROWS_PER_STEP, STATES
+from trimix_gguf.adapting.outlook import STATES
+from trimix_gguf.adapting.recipe import Recipe
 from trimix_gguf.adapting.rows import Rows
 from trimix_gguf.adapting.taught import trained_numbers
 from trimix_gguf.adapting.together import Together
@@ -34,44 +34,6 @@ from trimix_gguf.machine.files import whole_file, write_text
 
 WHOLE = "whole"  # a file in a state's folder: the rest of it was written before
 MOST_HALVINGS = 3
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a model is trained. The rate rises for `n_warm_up` steps, then falls by a cosine."""
-
-    n_steps: int
-    learning_rate: float
-    dtype: str
-    seed: int = 0
-    n_warm_up: int = 10
-    final_share: float = 0.05
-    rows_per_step: int = ROWS_PER_STEP
-    rows_at_once: int = MOST_ROWS_AT_ONCE
-    steps_between_looks: int = 20
-    save_every_s: float = 300.0
-    n_halvings: int = 0  # of the rate, after a loss that was not a number
-    n_processes: int = 1
-
-    @property
-    def passes_per_step(self) -> int:
-        """Forward and backward passes of one process, before the numbers change."""
-        return self.rows_per_step // self.rows_at_once // self.n_processes
-
-    def slope(self, step: int) -> float:
-        """What the learning rate is multiplied by at a step."""
-        angle = math.pi * min(step / max(self.n_steps, 1), 1.0)
-        falling = self.final_share + (1 - self.final_share) * 0.5 * (1 + math.cos(angle))
-        return 0.5**self.n_halvings * min(1.0, (step + 1) / max(self.n_warm_up, 1)) * falling
-
-    def has_look(self, step: int) -> bool:
-        """Whether the model is measured after a step: now and then, and after the last one."""
-        return step % self.steps_between_looks == 0 or step >= self.n_steps
-
-    def looks_left(self, step: int) -> int:
-        """How many measurements come after that of a step."""
-        n_all = -(-self.n_steps // self.steps_between_looks)
-        return 0 if step >= self.n_steps else n_all - step // self.steps_between_looks
 
 
 @dataclass(frozen=True)
@@ -251,6 +213,13 @@ def _trainer_class() -> Any:
             folder.mkdir(parents=True, exist_ok=True)
             save_numbers(self.accelerator.unwrap_model(self.model), folder / "trained.safetensors")
 
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            slope = self.recipe.slope(self.lr_scheduler.last_epoch)  # it may be halved since
+            rates = self.lr_scheduler.base_lrs
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * slope
+
         def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
             load_numbers(self.model if model is None else model, Path(checkpoint))
 
@@ -269,7 +238,7 @@ def _watch(
     losses: deque[float],
     together: Together,
 ) -> Any:
-    torch, transformers = need("torch"), need("transformers")
+    transformers = need("transformers")
 
     class Watch(transformers.TrainerCallback):  # type: ignore[name-defined,misc]
         """After each step: tells where it is, measures, and says when to save and to stop."""
@@ -283,8 +252,7 @@ def _watch(
             self.began = time.monotonic()
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            gradients = [p.grad for p in trained_numbers(taught).values() if p.grad is not None]
-            if not all(bool(torch.isfinite(g).all()) for g in gradients):
+            if not _has_finite_gradients(taught):
                 raise Diverged(state.global_step)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -318,6 +286,12 @@ def _watch(
                 write_text(folder / "states" / f"checkpoint-{state.global_step}" / WHOLE, "")
 
     return Watch()
+
+
+def _has_finite_gradients(taught: Any) -> bool:
+    torch = need("torch")
+    gradients = [p.grad for p in trained_numbers(taught).values() if p.grad is not None]
+    return all(bool(torch.isfinite(one).all()) for one in gradients)
 
 
 @contextmanager

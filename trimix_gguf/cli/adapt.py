@@ -249,8 +249,6 @@ def _line(standing: Any) -> str:
 
 def _draw(looks: Any, figure: Any, path: str) -> None:
     """Perplexity and the answers to exercises, by itself and in mixes, over the steps."""
-    from matplotlib.ticker import LogFormatter
-
     from trimix_gguf.adapting.partner import PAIRS
 
     steps = [one.step for one in looks]
@@ -259,8 +257,8 @@ def _draw(looks: Any, figure: Any, path: str) -> None:
     if looks[0].english is not None:
         left.plot(steps, [one.english for one in looks], "o-", label="English")
     left.set_yscale("log")
-    left.yaxis.set_major_formatter(LogFormatter())  # 20, not 2 x 10^1
-    left.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    left.yaxis.set_major_formatter("{x:g}")  # 20, not 2 x 10^1
+    left.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "2346" else "")
     left.set_ylabel("perplexity")
     left.legend()
     if looks[0].right is not None:

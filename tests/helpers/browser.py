@@ -55,6 +55,8 @@ class Browser:
         return f"/element/{found[_ELEMENT]}"
 
     def click(self, selector):
+        """As a person does: once it is seen, which after a dialog closes may be a moment later."""
+        self.wait(f"return document.querySelector({json.dumps(selector)})?.checkVisibility()")
         self._call("POST", self._element(selector) + "/click")
 
     def type(self, selector, text):

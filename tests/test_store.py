@@ -347,3 +347,13 @@ def test_a_trio_without_a_file_is_not_loaded(home, trimix):
     (home / "mine" / "trio.toml").write_text(text, encoding="utf-8")
     assert "small_base2" in one_line(trimix("score", "--trio", "mine", stdin=b"a"))
     assert trimix("generate", "a", "--trio", "mine", "--large-ins", "x").returncode == 2
+
+
+def test_a_leftover_that_another_process_clears_as_well_is_no_error(tmp_path, monkeypatch):
+    """Bug: of two commands that began together after a kill, one ended in a traceback."""
+    monkeypatch.setenv("TRIMIX_HOME", str(tmp_path))
+    left = store.trios_folder() / ".import-1-1-gone"
+    left.mkdir(parents=True)
+    monkeypatch.setattr(store, "_alive", lambda pid, started: left.rmdir())  # None: it is not
+    store.clear_leftovers()
+    assert not left.exists()

@@ -9,6 +9,7 @@ used, scaled to what this run has measured; and each size is one value, which tw
 import json
 import math
 import statistics
+import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ def kept_costs(trio: Trio, wanted: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
-        if wanted:
+        if wanted and not sys.is_finalizing():  # Python imports nothing then
             save_costs(trio)
 
 

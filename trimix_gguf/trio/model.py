@@ -25,6 +25,7 @@ from trimix_gguf.machine.products import OutputClock, Watch
 from trimix_gguf.machine.threads import MOST_THREADS, available_cores
 from trimix_gguf.machine.vocabulary import END_IDS, NORMALIZER, usual_normalizer
 from trimix_gguf.trio.decode_times import seconds_by_size
+from trimix_gguf.trio.handle import Handle
 
 # Pre-tokenizers that llama.cpp has code of its own for; the others go through std::regex.
 _WITHOUT_REGEX = ("qwen2", "llama-bpe", "gpt-2", "smollm")
@@ -43,6 +44,8 @@ class Model:
     in less memory. `watch` sees what the weights are multiplied with. Raises ModelFileError for a
     file that is damaged, ModelError where llama.cpp refuses it.
     """
+
+    vocab, _ctx, _memory, _batch, _weights = (Handle() for _ in range(5))
 
     def __init__(
         self,
@@ -74,9 +77,7 @@ class Model:
         self.chat_template: str | None = self.file.metadata.get("tokenizer.chat_template")
         self._added = AddedTokens.of(self.file) if tokenizer else None
         self.decode_seconds: dict[int, deque[float]] = {}  # ids decoded at once -> the last times
-        self._weights: _Weights = (
-            _Weights(self.file, loading, tokenizer) if share is None else share._weights
-        )
+        self._weights = _Weights(self.file, loading, tokenizer) if share is None else share._weights
         known = self.file.metadata
         self._takes_long_runs = (
             known.get("tokenizer.ggml.model") != "gpt2"
@@ -130,7 +131,7 @@ class Model:
     @property
     def is_on_disk(self) -> bool:
         """Whether the file of its weights is still the one that was loaded."""
-        return self._weights.is_on_disk
+        return bool(self._weights.is_on_disk)
 
     @property
     def can_shift(self) -> bool:
@@ -327,6 +328,8 @@ class Model:
     def close(self) -> None:
         """Free the context, and the weights once no other Model shares them."""
         self._close()
+        del self.vocab, self._ctx, self._memory, self._batch, self._weights
+        self.n_past = 0  # nothing is left to rewind
 
 
 class _Weights:
@@ -351,9 +354,8 @@ class _Weights:
         self._adapters: dict[tuple[Any, ...], Any] = {}  # by path and state_of
         weakref.finalize(self, lib.llama_model_free, self.handle)
         native.return_freed()
-        if not lib.llama_model_has_decoder(self.handle) or (
-            lib.llama_model_has_encoder(self.handle)
-        ):
+        encodes = lib.llama_model_has_encoder(self.handle)
+        if encodes or not lib.llama_model_has_decoder(self.handle):
             raise ModelFileError(f"{path}: not a decoder-only language model; it cannot generate")
         if lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle):
             raise ModelFileError(

@@ -278,6 +278,7 @@ class Trio(Strand):
 
     def close(self) -> None:
         """Free the three models."""
+        self._rows = {}
         for model in self.models.values():
             model.close()
 

@@ -1,0 +1,47 @@
+"""The package from a Python program: closed trios, answers that cross, options as given."""
+
+import subprocess
+import sys
+import weakref
+
+import pytest
+from conftest import KAZAKH
+
+from trimix_gguf import Trio, Weights, generate, score, stream_generate
+from trimix_gguf.errors import ModelError
+
+GREEDY = {"weights": Weights(1, 0), "temperature": 0, "max_tokens": 5}
+
+
+def test_a_closed_trio_is_refused_and_its_weights_are_free():
+    """Bug: llama.cpp crashed, and the weights stayed in memory as long as the trio's name."""
+    with Trio.nano(n_threads=1) as trio:
+        prompt = trio.prompt(KAZAKH)
+        late = stream_generate(trio, prompt, **GREEDY)
+        next(late)
+        weights = [weakref.ref(model._weights) for model in trio.models.values()]
+    assert [known() for known in weights] == [None, None, None]
+    for use in (
+        lambda: next(late),
+        lambda: generate(trio, prompt, **GREEDY),
+        lambda: score(trio, prompt),
+        lambda: trio.prompt(KAZAKH),
+        lambda: trio.rows(),
+        lambda: trio.sequences.fork(),
+    ):
+        with pytest.raises(ModelError, match="is closed; open its trio again"):
+            use()
+    trio.close()
+
+
+def test_an_answer_that_is_left_at_the_end_of_a_program_says_nothing():
+    """Bug: Python told of an ImportError in the costs that it was to keep."""
+    program = (
+        "from trimix_gguf import Trio, stream_generate\n"
+        "events = stream_generate(Trio.nano(n_threads=1), 'Абай')\n"
+        "def show():\n"  # holds the module's names past its end
+        "    print(next(events).n_tokens)\n"
+        "show()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120)
+    assert (ended.returncode, ended.stdout.split(), ended.stderr) == (0, [b"1"], b"")

@@ -113,6 +113,15 @@ def test_a_setting_out_of_range_is_refused_at_once(name):
             Sampling(**{name: value})
 
 
+@pytest.mark.parametrize("seed", [-1, -5, 2**32 - 1, 2**32 + 5])
+def test_a_seed_that_llama_cpp_would_not_take_as_it_is_is_refused(seed):
+    """Bug: -1 was another text each time, though the answer told of it as its seed."""
+    with pytest.raises(SamplerError, match=f"seed is {seed}; expected 0 to 4294967294"):
+        Request.of("a", seed=seed)
+    assert Request.of("a", seed=0).sampling.seed == 0
+    assert Request.of("a", seed=2**32 - 2).sampling.seed == 2**32 - 2
+
+
 def test_every_number_of_the_chain_has_a_range():
     """What has none goes to C, where NaN passes and large ids wrap."""
     assert {f.name for f in fields(Sampling) if f.type in (int, float)} == set(RANGES)

@@ -47,6 +47,8 @@ class Sampling:
             value = getattr(self, name)
             if not low <= value <= high:  # also refuses NaN
                 raise SamplerError(f"{name} is {value}; expected {low:g} to {high:g}")
+        if self.seed is not None and not 0 <= self.seed < N_SEEDS:  # llama.cpp keeps 32 bits of it
+            raise SamplerError(f"seed is {self.seed}; expected 0 to {N_SEEDS - 1}, or None")
         if any(math.isnan(bias) for bias in (self.logit_bias or {}).values()):
             raise SamplerError("a bias is no number")
         if self.grammar is not None and self.json_schema is not None:

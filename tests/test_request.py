@@ -99,6 +99,14 @@ def test_options_make_a_request_or_replace_those_of_one():
         Request.of("a", temprature=0)
 
 
+def test_one_stop_string_is_not_its_letters(trio):
+    """Bug: the answer ended at the first letter of it."""
+    assert Request("a", stop="END") == Request.of("a", stop=("END",))
+    whole = generate(trio, KAZAKH, weights=MIX, temperature=0, max_tokens=8).text
+    cut = generate(trio, KAZAKH, weights=MIX, temperature=0, max_tokens=8, stop=whole[3:6])
+    assert (cut.text, cut.stopped) == (whole[:3], whole[3:6])
+
+
 # -- limits ---------------------------------------------------------------------------------
 
 

@@ -58,7 +58,8 @@ class Request:
     `method` (choosing/methods.py) chooses them from the prompt over `grid`; where it scores, its
     `last` tokens or all of it, and of those as many as `score_tokens` says. A
     `plausibility_threshold` replaces that of the mix. It ends after `max_tokens`, before a `stop`
-    string, at an end-of-generation token of any model, or where the context is full.
+    string (or the first of several), at an end-of-generation token of any model, or where the
+    context is full.
 
     `n_top` asks for the log-probability of each token under the mix, and of that many likeliest
     ones; with `echo`, also for those of the prompt. `trace` asks for each token's probability under
@@ -82,6 +83,8 @@ class Request:
     trace: Literal["mix", "all"] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):  # else each of its characters would be one
+            object.__setattr__(self, "stop", (self.stop,))
         check_last(self.last)
         check_score_tokens(self.score_tokens)
         if self.plausibility_threshold is not None:

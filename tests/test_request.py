@@ -61,7 +61,7 @@ ENGINES = [alone, batched]
 
 
 def test_options_are_the_fields_of_a_request_and_of_its_sampling():
-    own = {f.name: f.type for f in fields(Request) if f.name not in ("prompt", "sampling")}
+    own = {f.name: f.type for f in fields(Request) if f.name != "prompt"}
     assert get_type_hints(Options) == {**own, **{f.name: f.type for f in fields(Sampling)}}
 
 
@@ -105,6 +105,14 @@ def test_one_stop_string_is_not_its_letters(trio):
     whole = generate(trio, KAZAKH, weights=MIX, temperature=0, max_tokens=8).text
     cut = generate(trio, KAZAKH, weights=MIX, temperature=0, max_tokens=8, stop=whole[3:6])
     assert (cut.text, cut.stopped) == (whole[:3], whole[3:6])
+
+
+def test_a_whole_sampling_is_an_option_too():
+    """Bug: the help calls it one, and it was a TypeError."""
+    sampling = Sampling(temperature=0, seed=5)
+    assert Request.of("a", sampling=sampling) == Request("a", sampling=sampling)
+    both = Request.of(Request("a", sampling=Sampling(seed=1)), sampling=sampling, seed=6)
+    assert both.sampling == replace(sampling, seed=6)
 
 
 # -- limits ---------------------------------------------------------------------------------

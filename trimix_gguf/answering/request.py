@@ -18,12 +18,16 @@ FinishReason = Literal["stop", "length", "context", "cancelled"]
 
 
 class Options(ChoosingOptions, total=False):
-    """Keyword arguments that make a Request: its own fields, and those of its Sampling."""
+    """Keyword arguments that make a Request: its own fields, and those of its Sampling.
+
+    The latter replace those of a `sampling` that is given too.
+    """
 
     weights: Weights | Mix | Selection | None
     plausibility_threshold: float | None
     max_tokens: int
     stop: Sequence[str]
+    sampling: Sampling
     n_top: int | None
     echo: bool
     trace: Literal["mix", "all"] | None
@@ -96,7 +100,8 @@ class Request:
         base = prompt if isinstance(prompt, Request) else cls(prompt)
         own: dict[str, Any] = {**options}
         names = [f.name for f in fields(Sampling) if f.name in own]
-        sampling = replace(base.sampling, **{name: own.pop(name) for name in names})
+        given = own.pop("sampling", base.sampling)
+        sampling = replace(given, **{name: own.pop(name) for name in names})
         return replace(base, sampling=sampling, **own)
 
     @property

@@ -8,7 +8,7 @@ import pytest
 from conftest import KAZAKH
 
 from trimix_gguf import Trio, Weights, generate, score, stream_generate
-from trimix_gguf.errors import ModelError
+from trimix_gguf.errors import ModelError, WeightsError
 
 GREEDY = {"weights": Weights(1, 0), "temperature": 0, "max_tokens": 5}
 
@@ -45,3 +45,17 @@ def test_an_answer_that_is_left_at_the_end_of_a_program_says_nothing():
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120)
     assert (ended.returncode, ended.stdout.split(), ended.stderr) == (0, [b"1"], b"")
+
+
+def test_the_perplexity_of_weights_that_were_not_scored_is_refused(trio):
+    """Bug: a grid of any points was read as Chebyshev's, and gave some number."""
+    prompt, known, other = trio.prompt(KAZAKH), Weights(0.3, 0.5), Weights(0.4, 0.4)
+    plain = score(trio, prompt, also=[known])
+    assert plain.perplexity(known) > 1
+    outside = Weights(2.0, 0.4)  # of the range that a continuous score knows
+    continuous = score(trio, prompt, grid="continuous")
+    exact = score(trio, prompt, also=[other]).perplexity(other)
+    assert continuous.perplexity(other) == pytest.approx(exact, rel=1e-3)
+    for scored, weights in ((plain, other), (continuous, outside)):
+        with pytest.raises(WeightsError, match="were not scored"):
+            scored.perplexity(weights)

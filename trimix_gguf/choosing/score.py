@@ -7,10 +7,11 @@ from typing import Any, Literal
 import numpy as np
 
 from trimix_gguf.choosing.subset import stand_for
-from trimix_gguf.errors import PromptError
+from trimix_gguf.errors import PromptError, WeightsError
 from trimix_gguf.machine.threads import available_cores
 from trimix_gguf.mixing.fusion import Weights
 from trimix_gguf.mixing.scoring import (
+    CONTINUOUS_RANGE,
     GRID,
     Float64,
     chebyshev_nodes,
@@ -107,11 +108,21 @@ class Score:
         return lowest(self.on_grid(average), *self.grid)
 
     def perplexity(self, weights: Weights, average: Average = "micro") -> float:
-        """exp of the mean nats at a point of the grid, or between its points where continuous."""
+        """exp of the mean nats at a point of the grid, or between its points where continuous.
+
+        Raises WeightsError elsewhere: what was not scored is not known there.
+        """
         mean = self.mean_nll(average)
         if weights.alpha in self.alphas and weights.beta in self.betas:
             i, j = self.alphas.index(weights.alpha), self.betas.index(weights.beta)
             return perplexity_of(mean[i, j])
+        low, high = CONTINUOUS_RANGE
+        inside = all(low <= w <= high for w in (weights.alpha, weights.beta))
+        if not (self.continuous and inside):
+            raise WeightsError(
+                f"alpha {weights.alpha:g}, beta {weights.beta:g} were not scored; name them to "
+                "score() (also=), or take a point of the grid"
+            )
         return perplexity_of(interpolate(self.on_grid(average), weights))
 
 

@@ -7,8 +7,8 @@ import weakref
 import pytest
 from conftest import KAZAKH
 
-from trimix_gguf import Trio, Weights, generate, score, stream_generate
-from trimix_gguf.errors import ModelError, WeightsError
+from trimix_gguf import Trio, Weights, generate, score, select_weights, stream_generate
+from trimix_gguf.errors import ModelError, PromptError, WeightsError
 
 GREEDY = {"weights": Weights(1, 0), "temperature": 0, "max_tokens": 5}
 
@@ -59,3 +59,12 @@ def test_the_perplexity_of_weights_that_were_not_scored_is_refused(trio):
     for scored, weights in ((plain, other), (continuous, outside)):
         with pytest.raises(WeightsError, match="were not scored"):
             scored.perplexity(weights)
+
+
+@pytest.mark.parametrize("method", ["ppl", "ent", "token"])
+def test_without_a_prompt_or_a_point_nothing_is_chosen(trio, method):
+    """Bug: `ent` took the first point of the grid for no prompt; no point was a ValueError."""
+    with pytest.raises(PromptError, match="no prompt"):
+        select_weights(trio, [], method=method)
+    with pytest.raises(WeightsError, match="at least one alpha and one beta"):
+        select_weights(trio, trio.prompt(KAZAKH), method=method, grid=((), (0.5,)))

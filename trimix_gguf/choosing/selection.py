@@ -11,7 +11,7 @@ from trimix_gguf.choosing.auto import asks, on_a_leash
 from trimix_gguf.choosing.methods import ANSWERS, AUTO, ENT, TOKEN, ChosenBy
 from trimix_gguf.choosing.score import Average, Grid, Score, empty_score, score_prompts
 from trimix_gguf.choosing.subset import ScoreTokens, check_score_tokens, stride_of
-from trimix_gguf.errors import WeightsError
+from trimix_gguf.errors import PromptError, WeightsError
 from trimix_gguf.mixing.fusion import METHODS, Mix, Rows, Weights
 from trimix_gguf.mixing.scoring import GRID, grid_entropy, lowest
 from trimix_gguf.trio.prompt import Prompt
@@ -158,10 +158,12 @@ def select_weights(
     about that many, spread over it; "auto" enough of them for `auto`, and all for other methods.
     """
     listed = [prompts] if isinstance(prompts, Prompt) else list(prompts)
+    if not listed:
+        raise PromptError("there is no prompt to choose weights by; give some text")
     chooser = Chooser(trio, listed, with_choices=with_choices, **choosing)
     if chooser.score is not None:
         score_prompts(trio, chooser.prompts, chooser.score, progress=progress)
-    elif chooser.selection is not None and listed:
+    elif chooser.selection is not None:
         trio.prefill(listed[-1])
     return chooser.decide(_next_rows(trio, listed, progress), average)
 

@@ -306,7 +306,9 @@ def grid_entropy(*, large_ins, small_cpt, small_base, alphas, betas, unused=None
 
 
 def lowest(grid: Float64, alphas: Sequence[float], betas: Sequence[float]) -> Weights:
-    """The grid point with the lowest value; the first in grid order on a tie."""
+    """The grid point with the lowest value; the first in grid order on a tie. WeightsError."""
+    if grid.size == 0:
+        raise WeightsError("the grid has no point; give at least one alpha and one beta")
     i, j = np.unravel_index(int(np.argmin(grid)), grid.shape)
     return Weights(float(alphas[int(i)]), float(betas[int(j)]))
 

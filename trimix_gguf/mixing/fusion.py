@@ -14,6 +14,7 @@ from trimix_gguf.errors import WeightsError
 from trimix_gguf.roles import ROLES, Role
 
 Rows = dict[Role, NDArray[np.float32]]  # role -> logits [n_tokens, n_vocab] or [n_vocab]
+NOT_FINITE = "a model gave logits that are not finite; its file may be damaged"
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trimix_gguf.errors import SamplerError
+from trimix_gguf.errors import ModelError, SamplerError
 from trimix_gguf.machine.native import lib
+from trimix_gguf.mixing.fusion import NOT_FINITE
 from trimix_gguf.mixing.grammar import CANDIDATE, Grammar, candidate_array
 from trimix_gguf.mixing.masks import SchemaMask, TokenTree
 from trimix_gguf.mixing.sampling import MOST_LAST_N, N_SEEDS, Sampling
@@ -52,7 +53,12 @@ class Sampler:
         self._candidates = np.zeros(n_vocab, dtype=CANDIDATE)
 
     def sample(self, fused: NDArray[np.float32]) -> int:
-        """Pick from one fused row [n_vocab]; accept() then tells which token was taken."""
+        """Pick from one fused row [n_vocab]; accept() then tells which token was taken.
+
+        Raises ModelError where the row has NaN or +inf: llama.cpp would pick some token.
+        """
+        if not fused.max() < np.inf:  # NaN is the maximum of its row
+            raise ModelError(NOT_FINITE)
         token = self._pick(fused, constrained=False)
         if self._rules is not None and not self._rules.allows(token):
             token = self._pick(fused, constrained=True)

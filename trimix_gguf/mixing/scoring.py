@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from trimix_gguf.errors import ModelError, WeightsError
 from trimix_gguf.machine.threads import run_all
-from trimix_gguf.mixing.fusion import Weights
+from trimix_gguf.mixing.fusion import NOT_FINITE, Weights
 
 GRID = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # published, for alpha and for beta
 WITH_CORNERS = (0.0, *GRID)  # each single model is a corner of its square
@@ -165,7 +165,7 @@ def _rows_nll(large, cpt, base, targets, alphas, betas, unused, work) -> Float64
 
 def _check_finite(*rows: Float32) -> None:
     if not all(np.isfinite(row).all() for row in rows):
-        raise ModelError("a model gave logits that are not finite; its file may be damaged")
+        raise ModelError(NOT_FINITE)
 
 
 def _pivots(cpt: Float32, unused: NDArray[np.bool_] | None) -> NDArray[np.intp]:

@@ -1,0 +1,31 @@
+"""What is picked from one row of logits, whatever the row."""
+
+import numpy as np
+import pytest
+
+from trimix_gguf import Sampler, Sampling
+from trimix_gguf.errors import ModelError
+
+
+@pytest.fixture
+def sampler(trio):
+    """Make a Sampler of the trio's tokens."""
+    vocab = trio.models["large_ins"].vocab
+    return lambda **settings: Sampler(vocab, trio.n_vocab, Sampling(seed=5, **settings))
+
+
+@pytest.fixture
+def row(trio):
+    """Some logits [n_vocab]."""
+    return np.random.default_rng(0).normal(size=trio.n_vocab).astype(np.float32)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"top_k": 0}, {"mirostat": 2}], ids=str)
+def test_logits_that_are_not_finite_are_no_answer(sampler, row, settings, value):
+    """Bug: a model whose numbers overflowed wrote token 0, or any, and no error told of it."""
+    row[7] = value
+    with pytest.raises(ModelError, match="not finite"):
+        sampler(**settings).sample(row)
+    row[7] = -np.inf  # as a mask sets it
+    assert sampler(**settings).sample(row) != 7

@@ -29,3 +29,13 @@ def test_logits_that_are_not_finite_are_no_answer(sampler, row, settings, value)
         sampler(**settings).sample(row)
     row[7] = -np.inf  # as a mask sets it
     assert sampler(**settings).sample(row) != 7
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("n_allowed", [2, 30, 99, 100])
+def test_mirostat_draws_among_few_tokens_too(sampler, row, n_allowed, version):
+    """Bug: where a mask or grammar left fewer than 100, version 1 took the likeliest each time."""
+    row[n_allowed:] = -np.inf
+    one = sampler(mirostat=version, temperature=1.0)
+    picked = {one.sample(row) for _ in range(100)}
+    assert len(picked) > 1 and max(picked) < n_allowed

@@ -16,6 +16,7 @@ from trimix_gguf.mixing.grammar import CANDIDATE, Grammar, candidate_array
 from trimix_gguf.mixing.masks import SchemaMask, TokenTree
 from trimix_gguf.mixing.sampling import MOST_LAST_N, N_SEEDS, Sampling
 
+_LEAST_SHARE = 1e-30  # of the top probability: far below what is ever picked, above underflow
 _DRY_BREAKERS = ("\n", ":", '"', "*")  # llama.cpp's defaults
 
 
@@ -158,6 +159,8 @@ def _pickers(n_vocab: int, sampling: Sampling, seed: int) -> Iterator[Any]:
         yield lib.llama_sampler_init_temp(s.temperature)
         start = (seed, s.mirostat_tau, s.mirostat_eta)
         if s.mirostat == 1:
+            # It divides by the likeliest 100's probabilities; by 0, it always took the likeliest.
+            yield lib.llama_sampler_init_min_p(_LEAST_SHARE, 1)
             yield lib.llama_sampler_init_mirostat(n_vocab, *start, 100)
         else:
             yield lib.llama_sampler_init_mirostat_v2(*start)

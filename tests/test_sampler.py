@@ -39,3 +39,10 @@ def test_mirostat_draws_among_few_tokens_too(sampler, row, n_allowed, version):
     one = sampler(mirostat=version, temperature=1.0)
     picked = {one.sample(row) for _ in range(100)}
     assert len(picked) > 1 and max(picked) < n_allowed
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 0}, {"mirostat": 1}, {"mirostat": 2}], ids=str)
+def test_the_colder_the_closer_to_greedy(sampler, row, settings):
+    """Bug: at 1e-38 logits overflowed, and tokens were drawn that nobody would."""
+    for temperature in (0, 1e-45, 1e-38, 1e-30, 1e-20, 1e-10, 1e-6):
+        assert sampler(temperature=temperature, **settings).sample(row * 8) == row.argmax()

@@ -17,6 +17,7 @@ from trimix_gguf.mixing.masks import SchemaMask, TokenTree
 from trimix_gguf.mixing.sampling import MOST_LAST_N, N_SEEDS, Sampling
 
 _LEAST_SHARE = 1e-30  # of the top probability: far below what is ever picked, above underflow
+_COLDEST = 1e-6  # below it is greedy: llama.cpp's sorting loses logits above 3e8
 _DRY_BREAKERS = ("\n", ":", '"', "*")  # llama.cpp's defaults
 
 
@@ -153,7 +154,7 @@ def _last_n(given: int) -> int:
 def _pickers(n_vocab: int, sampling: Sampling, seed: int) -> Iterator[Any]:
     """The links of the chain that cut tokens off, and the last one, which picks."""
     s = sampling
-    if s.temperature == 0:
+    if s.temperature < _COLDEST:
         yield lib.llama_sampler_init_greedy()
     elif s.mirostat:
         yield lib.llama_sampler_init_temp(s.temperature)

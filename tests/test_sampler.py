@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from trimix_gguf import Sampler, Sampling
-from trimix_gguf.errors import ModelError
+from trimix_gguf.errors import ModelError, SamplerError
 
 
 @pytest.fixture
@@ -46,3 +46,17 @@ def test_the_colder_the_closer_to_greedy(sampler, row, settings):
     """Bug: at 1e-38 logits overflowed, and tokens were drawn that nobody would."""
     for temperature in (0, 1e-45, 1e-38, 1e-30, 1e-20, 1e-10, 1e-6):
         assert sampler(temperature=temperature, **settings).sample(row * 8) == row.argmax()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 200}, {"top_k": 0}, {"mirostat": 2}, {"temperature": 0}], ids=str
+)
+def test_a_bias_decides_or_is_refused(sampler, row, settings):
+    """Bug: llama.cpp sorted a token with a bias of 1e9 behind all others, and it never came."""
+    for bias in (1e9, np.inf, np.nan):
+        with pytest.raises(SamplerError, match=f"a bias is {bias}; expected at most 1e"):
+            sampler(logit_bias={7: bias}, **settings)
+    assert sampler(logit_bias={7: 1e6}, **settings).sample(row) == 7
+    for bias in (-1e6, -1e38, -np.inf):
+        one = sampler(logit_bias={int(row.argmax()): bias}, **settings)
+        assert row.argmax() not in [one.sample(row) for _ in range(20)]

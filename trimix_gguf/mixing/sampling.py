@@ -1,6 +1,5 @@
 """How tokens are picked: the settings of llama.cpp's sampler chain, their defaults and limits."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -15,9 +14,9 @@ class Sampling:
 
     `temperature` 0 is greedy; penalties, DRY, biases and a grammar still apply. Mirostat (1 or 2)
     replaces the cut-offs (top-k, top-p, min-p, XTC). `grammar` is GBNF, `json_schema` a schema as
-    text or dict; give at most one of the two. `logit_bias` is id -> added logit. Without a `seed`,
-    one is drawn. `penalty_last_n` and `dry_last_n` -1 are as many tokens as can be. Raises
-    SamplerError where a setting is out of range.
+    text or dict; give at most one of the two. `logit_bias` is id -> added logit; -inf rules it out.
+    Without a `seed`, one is drawn. `penalty_last_n` and `dry_last_n` -1 are as many tokens as can
+    be. Raises SamplerError where a setting is out of range.
     """
 
     temperature: float = 0.8
@@ -49,8 +48,9 @@ class Sampling:
                 raise SamplerError(f"{name} is {value}; expected {low:g} to {high:g}")
         if self.seed is not None and not 0 <= self.seed < N_SEEDS:  # llama.cpp keeps 32 bits of it
             raise SamplerError(f"seed is {self.seed}; expected 0 to {N_SEEDS - 1}, or None")
-        if any(math.isnan(bias) for bias in (self.logit_bias or {}).values()):
-            raise SamplerError("a bias is no number")
+        for bias in (self.logit_bias or {}).values():
+            if not bias <= _LARGE:  # also refuses NaN; llama.cpp's sorting loses logits above 3e8
+                raise SamplerError(f"a bias is {bias}; expected at most {_LARGE:g}")
         if self.grammar is not None and self.json_schema is not None:
             raise SamplerError("give a grammar or a JSON schema, not both")
 

@@ -122,6 +122,21 @@ def test_plausibility_is_a_share_of_the_top_probability(threshold: float, kept: 
     assert fused.tolist() == expected
 
 
+@pytest.mark.parametrize("threshold", [0.1, 1.0])
+def test_plausibility_is_a_share_of_what_may_be_picked(rows: Rows, threshold: float) -> None:
+    """Bug: where large_ins liked an unused id best, no token at all was left."""
+    unused = np.zeros(50, bool)
+    unused[7] = True
+    rows["large_ins"] = rows["large_ins"].copy()
+    mix = Mix(Weights(1, 1), threshold)
+    for part in (rows, {role: row[0] for role, row in rows.items()}):
+        part["large_ins"][..., 7] = -50
+        expected = mix.fuse(part, unused)
+        part["large_ins"][..., 7] = 50
+        np.testing.assert_array_equal(mix.fuse(part, unused), expected)
+        assert np.isfinite(expected).any(-1).all()
+
+
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, math.nan])
 def test_a_threshold_that_is_no_share_is_refused(threshold: float) -> None:
     row = np.zeros(4, np.float32)

@@ -86,7 +86,7 @@ class Mix:
         """Mix logits of its `roles`, [n_tokens, n_vocab] or [n_vocab]; masked ids are −inf."""
         fused = fuse(rows, self.weights, unused=unused)
         if self.is_masked:
-            mask_implausible(fused, rows["large_ins"], self.plausibility_threshold)
+            mask_implausible(fused, rows["large_ins"], self.plausibility_threshold, unused=unused)
         return fused
 
     def to_json(self) -> dict[str, float]:
@@ -131,15 +131,22 @@ def fuse(
 
 
 def mask_implausible(
-    fused: NDArray[np.float32], reference: NDArray[np.float32], plausibility_threshold: float
+    fused: NDArray[np.float32],
+    reference: NDArray[np.float32],
+    plausibility_threshold: float,
+    *,
+    unused: NDArray[np.bool_] | None = None,
 ) -> None:
     """In place: −inf where `reference` is below threshold × its top probability.
 
-    Both are [n_tokens, n_vocab] or [n_vocab]. Raises WeightsError for a threshold out of range.
+    Both are [n_tokens, n_vocab] or [n_vocab]; `unused` [n_vocab] ids hold no probability. Raises
+    WeightsError for a threshold out of range.
     """
     check_threshold(plausibility_threshold)
     if plausibility_threshold > 0.0:
-        cut_off = reference.max(-1, keepdims=True) + np.float32(math.log(plausibility_threshold))
+        used = True if unused is None else ~unused
+        top = reference.max(-1, keepdims=True, initial=-np.inf, where=used)
+        cut_off = top + np.float32(math.log(plausibility_threshold))
         fused[reference < cut_off] = -np.inf
 
 

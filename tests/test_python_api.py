@@ -68,3 +68,23 @@ def test_without_a_prompt_or_a_point_nothing_is_chosen(trio, method):
         select_weights(trio, [], method=method)
     with pytest.raises(WeightsError, match="at least one alpha and one beta"):
         select_weights(trio, trio.prompt(KAZAKH), method=method, grid=((), (0.5,)))
+
+
+@pytest.mark.parametrize("speculative", ["off", "on"])
+def test_two_answers_at_once_on_one_trio_do_not_mix(trio, speculative):
+    """Bug: both went on in the text of the other, and neither said so."""
+    options = {**GREEDY, "weights": Weights(0, 1), "max_tokens": 12, "speculative": speculative}
+    alone = generate(trio, KAZAKH, **options).text
+    first = stream_generate(trio, "Абай", **options)
+    next(first)
+    second = stream_generate(trio, KAZAKH, **options)
+    begun = next(second).text
+    with pytest.raises(PromptError, match="another prompt"):
+        next(first)
+    assert begun + "".join(event.text for event in second) == alone
+    third = stream_generate(trio, "Абай", **options)
+    next(third)
+    again = stream_generate(trio, KAZAKH, **options)
+    begun = next(again).text
+    third.close()  # left, as by a `break`
+    assert begun + "".join(event.text for event in again) == alone

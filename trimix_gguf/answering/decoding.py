@@ -19,10 +19,16 @@ from numpy.typing import NDArray
 from trimix_gguf.answering.drafting import DRAFTER, MOST_DRAFTED, Draft, Drafting, Need, draft
 from trimix_gguf.answering.lookup import Lookup
 from trimix_gguf.answering.steering import Steering
+from trimix_gguf.errors import PromptError
 from trimix_gguf.mixing.fusion import Rows
 from trimix_gguf.mixing.sampler import Sampler
 from trimix_gguf.roles import Role
 from trimix_gguf.trio.strand import Strand
+
+_OTHER_TEXT = (
+    "the trio has read another prompt since this answer began; finish one answer before the next, "
+    "or open a second trio (Trio.load with beside=)"
+)
 
 
 @dataclass(frozen=True)
@@ -78,9 +84,9 @@ def drafted_steps(
     The caller has `sampler` accept each token, and `steering` take it, before it asks for the
     next, and asks for no more than `max_tokens`. `also` are roles whose rows it wants though the
     mix does not. However it ends, the strand then holds what it held, and the tokens yielded except
-    for the last.
+    for the last. Raises PromptError where the strand was given another text meanwhile.
     """
-    needed = _needed(strand, steering, also)
+    text, needed = strand.n_texts, _needed(strand, steering, also)
     history = _History(strand, needed, drafting)
     n_ahead, n_left = 0, max_tokens  # tokens that the strand holds beyond the one yielded last
     try:
@@ -104,6 +110,8 @@ def drafted_steps(
                 n_ahead, n_left = n - i if accepted else 0, n_left - 1
                 history.append(token)
                 yield Step(token, fused, rows, accepted)
+                if strand.n_texts != text:
+                    raise PromptError(_OTHER_TEXT)
                 if not accepted:
                     strand.advance(token)
                     break
@@ -112,7 +120,8 @@ def drafted_steps(
                     n_ahead = 0
                     break
     finally:
-        strand.rewind(n_ahead)
+        if strand.n_texts == text:
+            strand.rewind(n_ahead)
 
 
 def _settle(strand: Strand, steering: Steering) -> Generator[Need, Rows, None]:

@@ -18,6 +18,7 @@ class Strand:
     """
 
     unused: Any
+    n_texts = 0  # how often another text took the place of this one
 
     def __init__(self, models: Mapping[Role, Model], sequences: Sequences, number: int) -> None:
         self.models, self.sequences, self.number = models, sequences, number

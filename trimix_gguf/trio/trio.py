@@ -302,7 +302,7 @@ class Trio(Strand):
             raise
 
     def _rewind(self, lengths: Mapping[Role, int]) -> None:
-        self._rows = {}
+        self._rows, self.n_texts = {}, self.n_texts + 1
         self.sequences.rewind(0, lengths)
 
     def _read_tail(

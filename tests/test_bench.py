@@ -124,6 +124,15 @@ def test_only_tensors_that_a_token_reads_whole_count():
     assert bench.read_bytes(file(embedding=100, up=1)) == 101  # tied: it is the output too
 
 
+def test_of_experts_only_those_count_that_a_token_asks():
+    """Bug: the floor of such a model was several times what a step was measured to take."""
+    names = ("blk.0.attn_q.weight", "blk.0.ffn_up_exps.weight", "blk.0.ffn_up_shexp.weight")
+    tensors = tuple(TensorInfo(name, (800,), "I8", 0, 800) for name in names)
+    moe = {"expert_count": 8, "expert_used_count": 2}
+    known = {"general.architecture": "moe", **{f"moe.{key}": n for key, n in moe.items()}}
+    assert bench.read_bytes(GGUFFile(Path("a.gguf"), 3, known, tensors, 0)) == 800 + 200 + 800
+
+
 def test_floor_is_the_active_weights_over_the_bandwidth(trio, monkeypatch):
     monkeypatch.setattr(bench, "bandwidth", lambda: 2e9)
     read = {role: bench.read_bytes(model.file) for role, model in trio.models.items()}

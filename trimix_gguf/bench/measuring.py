@@ -364,9 +364,13 @@ def bandwidth() -> float:
 
 
 def read_bytes(file: GGUFFile) -> int:
-    """Bytes of the tensors that every token reads whole; an embedding is only looked up."""
+    """Bytes that every token reads: an embedding is only looked up, and few experts are asked."""
     tied = all(tensor.name != "output.weight" for tensor in file.tensors)
-    return sum(t.n_bytes for t in file.tensors if tied or t.name != "token_embd.weight")
+    counts = (f"{file.architecture}.{name}" for name in ("expert_used_count", "expert_count"))
+    n_used, n_experts = (file.metadata.get(name) or 1 for name in counts)
+    read = [t for t in file.tensors if tied or t.name != "token_embd.weight"]
+    of_experts = sum(t.n_bytes for t in read if "_exps." in t.name)
+    return sum(t.n_bytes for t in read) - of_experts + of_experts * n_used // n_experts
 
 
 def memory_of(trio: Trio) -> dict[str, int]:

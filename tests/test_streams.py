@@ -162,3 +162,22 @@ def test_what_a_file_says_is_printed_without_control_characters(trimix, tmp_path
     done = trimix("convert", "hf", tmp_path, "-o", tmp_path / "x.gguf")
     assert done.returncode == 1 and b"\x1b" not in done.stderr
     assert b"is a \\x1b[2J\\u202eX, expected" in done.stderr
+
+
+@pytest.mark.parametrize("at_terminal", [True, False])
+def test_a_terminal_gets_no_control_characters_of_an_answer(trio, at_terminal):
+    """Bug: `generate` sent them on, and a terminal obeys them; through a pipe nothing is lost."""
+    model = trio.models["large_ins"]
+    escape = next(i for i in range(trio.n_vocab) if model.piece(i) == b"\x1b")
+    chosen = ("--logit-bias", f"{escape}=1000", "--weights", "1,0", "--temperature", "0")
+    master, slave = os.openpty()
+    try:
+        stdout = slave if at_terminal else subprocess.PIPE
+        done = run("generate", "Қазақ", "-n", "2", *chosen, stdout=stdout)
+        os.write(slave, b"end")
+        seen = done.stdout if done.stdout is not None else os.read(master, 1000)
+    finally:
+        os.close(master)
+        os.close(slave)
+    assert done.returncode == 0, done.stderr
+    assert (b"\x1b" in seen) != at_terminal

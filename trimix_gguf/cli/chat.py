@@ -2,7 +2,6 @@
 
 import signal
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from trimix_gguf.cli.generation_options import (
     weights_line,
 )
 from trimix_gguf.cli.options import context_shift_option, parse_mix, read_text, trio_options
-from trimix_gguf.cli.streams import reader_is_gone
+from trimix_gguf.cli.streams import reader_is_gone, write_answer
 from trimix_gguf.errors import PromptError, TrimixError
 
 _WAY_OUT = "Ctrl-D or /exit leaves; /help lists the commands"
@@ -111,7 +110,7 @@ class _Session:
                         last = response
                         piece = response.text if shown else response.text.lstrip()
                         shown += piece
-                        _write(piece)
+                        write_answer(piece)
                         check()
             except KeyboardInterrupt:
                 if not self.by_hand:
@@ -293,14 +292,6 @@ def _named_file(text: str) -> Path:
 
 def _text_or_file(text: str) -> str:
     return read_text(text[1:]).strip() if text.startswith("@") else text
-
-
-def _write(text: str) -> None:
-    """Part of an answer; control characters, which a terminal would obey, stay out of one."""
-    if sys.stdout.isatty():
-        text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _note(text: str) -> None:

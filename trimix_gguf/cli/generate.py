@@ -17,6 +17,7 @@ from trimix_gguf.cli.generation_options import (
     weights_line,
 )
 from trimix_gguf.cli.options import open_trio, read_text, trio_options
+from trimix_gguf.cli.streams import write_answer
 from trimix_gguf.cli.task_weights import task_weights
 
 
@@ -104,8 +105,7 @@ def _run(
             if trace is not None:
                 _write_trace(trio, event, trace)
             if not as_json:
-                sys.stdout.write(event.text)
-                sys.stdout.flush()
+                write_answer(event.text)
     except KeyboardInterrupt:
         interrupted = True
     finally:

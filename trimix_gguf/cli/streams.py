@@ -47,6 +47,14 @@ def printable(text: str) -> str:
     )
 
 
+def write_answer(text: str) -> None:
+    """Part of an answer; control characters, which a terminal would obey, stay out of one."""
+    if sys.stdout.isatty():
+        text = "".join(c for c in text if c in "\n\t" or category(c) != "Cc")
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def reader_is_gone(error: OSError) -> bool:
     """Whether the program that reads our output has ended, as `head` does; Windows says EINVAL."""
     windows = sys.platform == "win32" and error.errno == errno.EINVAL and error.filename is None

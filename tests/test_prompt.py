@@ -136,6 +136,13 @@ def test_empty_text_is_refused() -> None:
         make("[[]]")
 
 
+@pytest.mark.parametrize("marks", [("", ""), ("", "]]"), ("[[", "")])
+def test_empty_marks_are_refused(marks: tuple[str, str]) -> None:
+    """Bug: `--spans '' ''`, such as of a variable that is not set, was a traceback."""
+    with pytest.raises(PromptError, match="mark"):
+        make("a [[b]]", spans=marks)
+
+
 def test_spans_that_hold_no_text_are_refused() -> None:
     """Only a later, unrelated message told that nothing was scored."""
     with pytest.raises(PromptError, match="nothing to score"):

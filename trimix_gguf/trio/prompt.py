@@ -167,6 +167,8 @@ def text_prompt(
 
 def _cut_spans(text: str, start: str, end: str) -> list[tuple[str, bool]]:
     """'a[[b]]c' -> [('a', False), ('b', True), ('c', False)]."""
+    if not (start and end):
+        raise PromptError("a mark of scored spans is empty; give two marks, such as [[ and ]]")
     parts: list[tuple[str, bool]] = []
     rest = text
     while start in rest:

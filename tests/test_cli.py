@@ -184,6 +184,13 @@ def test_a_number_without_end_is_a_usage_error(trimix, arguments):
     assert result.returncode == 2 and f"{arguments[-1]} is not a finite" in result.stderr.decode()
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**70])
+def test_a_seed_that_training_does_not_take_is_a_usage_error(trimix, seed):
+    """Bug: `adapt` read the text and prepared all of it, and then ended in a traceback."""
+    result = trimix("adapt", "own", "text.txt", "--seed", seed)
+    assert result.returncode == 2 and f"{seed} is not in the range" in result.stderr.decode()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -13,6 +13,7 @@ import click
 
 from trimix_gguf.cli.options import FiniteRange, new_figure, option_group
 from trimix_gguf.errors import TrimixError
+from trimix_gguf.mixing.sampling import N_SEEDS
 
 TUNE_MINUTES = 10.0
 
@@ -84,7 +85,11 @@ TUNE_MINUTES = 10.0
         metavar="FILE.gguf",
         help="Write only the taught model (or adapter) there; make no trio.",
     ),
-    click.option("--seed", type=int, help="Seed of the order of the text. Default 0."),
+    click.option(
+        "--seed",
+        type=click.IntRange(0, N_SEEDS - 1),
+        help="Seed of the order of the text. Default 0.",
+    ),
     click.option(
         "--work", metavar="DIR", help="Where the run keeps its files. Default: in the user's data."
     ),

@@ -1,9 +1,12 @@
 """Who may ask the server, and what it refuses."""
 
+import socket
+
 import httpx
 import pytest
 from conftest import KAZAKH
 from served import error_of, serving
+from test_cli import one_line_error
 
 CHAT = [{"role": "system", "content": "Қысқа жауап бер."}, {"role": "user", "content": KAZAKH}]
 
@@ -84,6 +87,15 @@ def test_pages_of_this_server_alone_may_use_it(server):
 def test_what_would_open_the_machine_is_a_usage_error(trimix, arguments, words):
     result = trimix("serve", *arguments)
     assert result.returncode == 2 and words in result.stderr.decode()
+
+
+def test_an_address_that_cannot_be_had_names_the_option_to_change(trimix):
+    """Bug: where the host is not this machine's, the advice was to choose another port."""
+    away = one_line_error(trimix("serve", "--host", "192.0.2.1", "--no-auth", "--port", 0))
+    assert "--host" in away and "--port" not in away
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert "another --port" in one_line_error(trimix("serve", "--port", port))
 
 
 # -- refusals -------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What several commands share: the trio's options, prompts from files, the grid."""
 
+import errno
 import functools
 import math
 import sys
@@ -285,8 +286,10 @@ def bound(*, host: str, port: int) -> Any:
     try:
         return bind(host, port)
     except OSError as error:
+        of_port = error.errno in (errno.EADDRINUSE, errno.EACCES)  # else this host is not here
+        option = "--port" if of_port else "--host"
         reason = (error.strerror or str(error)).lower()
-        raise click.ClickException(f"{host}:{port}: {reason}; choose another --port") from None
+        raise click.ClickException(f"{host}:{port}: {reason}; choose another {option}") from None
 
 
 def new_figure(**options: Any) -> Any:

@@ -1,5 +1,6 @@
 """Who may ask the server, and what it refuses."""
 
+import signal
 import socket
 
 import httpx
@@ -56,6 +57,17 @@ def test_a_new_key_is_made_for_each_run_unless_one_is_given(monkeypatch):
     with serving("--new-key") as served:
         held = {"Authorization": "Bearer sesame"}
         assert httpx.get(f"{served.url}/v1/models", headers=held).status_code == 200
+
+
+def test_no_new_key_is_made_beside_a_file_of_keys(tmp_path):
+    """Bug: it was printed, and whoever read it there was let in beside those of the file."""
+    keys = tmp_path / "keys"
+    keys.write_text("ann sesame\n", encoding="utf-8")
+    with serving("--new-key", "--api-key-file", keys, "--log-file", tmp_path / "log") as served:
+        held = {"Authorization": "Bearer sesame"}
+        assert httpx.get(f"{served.url}/v1/models", headers=held).status_code == 200
+        served.process.send_signal(signal.SIGTERM)
+        assert "key: " not in served.process.stderr.read().decode()
 
 
 @pytest.mark.parametrize("host", ["evil.test", "evil.test:80", "127.0.0.1.evil.test", "[::2]:1"])

@@ -140,7 +140,8 @@ def serve(**options: Any) -> None:
     """
     listening = {name: options.pop(name) for name in ("host", "port")}
     made_key = None
-    if options.pop("new_key") and options["api_key"] is None:
+    given = (options["api_key"], options["api_key_file"])
+    if options.pop("new_key") and given == (None, None):
         # With --rpc a child serves, and another one after it: they have one key.
         options["api_key"] = made_key = os.environ.setdefault(_KEY, secrets.token_urlsafe(16))
     access = _access(listening["host"], options)

@@ -23,7 +23,7 @@ from trimix_gguf.machine.threads import run_all
 from trimix_gguf.trio.model import Model
 
 from .imatrix import ImportanceMatrix, layer_matrices, write_imatrix
-from .output import whole_output
+from .output import refuse_input, whole_output
 
 N_TOKENS = 65536  # 128 chunks, about what usual calibration texts hold
 N_CTX = 512
@@ -54,6 +54,7 @@ def calibrate(
     A run that is killed leaves nothing, and starts again. Raises ConversionError, ModelFileError,
     ModelError.
     """
+    refuse_input(out, model, *texts, *([] if lora is None else [lora]))
     file = read_gguf(model)
     matrices = layer_matrices(file)
     _check(file, n_ctx, n_matrices=len(matrices))

@@ -13,7 +13,7 @@ from trimix_gguf.machine.quantization import DIRECT, FLOATS, WEIGHT_TYPES
 
 from .architectures import Architecture, read_config, read_sizes, sliding_layers
 from .checkpoint import Checkpoint, TensorSource
-from .output import refuse_existing, refuse_second, whole_output
+from .output import refuse_existing, refuse_input, refuse_second, whole_output
 from .plan import plan_tensors
 from .quantize import quantize_gguf
 from .rope import llama3_rope_factors, read_rope, write_rope
@@ -53,6 +53,7 @@ def convert_hf(
     model_dir, out = Path(model_dir), Path(out)
     if type not in WEIGHT_TYPES:
         raise ConversionError(f"unknown type {type!r}; choose one of {', '.join(WEIGHT_TYPES)}")
+    refuse_input(out, model_dir)
     name = name or model_dir.resolve().name
     if type in DIRECT:
         _write(model_dir, out, checkpoint, type, pre=pre, name=name, force=force, progress=progress)

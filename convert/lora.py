@@ -21,7 +21,7 @@ from .adapter import Adapter
 from .architectures import OUTER, read_config, read_sizes
 from .checkpoint import Checkpoint
 from .hf import HfOptions, convert_hf
-from .output import whole_output
+from .output import refuse_input, whole_output
 from .plan import PlannedTensor, has_own_head
 from .writer import QUANTIZATION_VERSION, write_gguf
 
@@ -116,6 +116,7 @@ def convert_lora(
     adapter_dir, base_dir, out = Path(adapter_dir), Path(base_dir), Path(out)
     if type not in FLOATS:  # a rank is seldom a whole number of q8_0 blocks
         raise ConversionError(f"unknown type {type!r}; choose one of {', '.join(FLOATS)}")
+    refuse_input(out, adapter_dir, base_dir)
     adapter = Adapter(adapter_dir)
     for module in adapter.replaced:
         if module.endswith(("embed_tokens", "lm_head")):
@@ -159,6 +160,7 @@ def merge_lora(adapter_dir: Path, base_dir: Path, out: Path, **options: Unpack[H
     tokenizer is the base's. Raises ConversionError.
     """
     base_dir = Path(base_dir)
+    refuse_input(Path(out), Path(adapter_dir), base_dir)
     merged = MergedCheckpoint(base_dir, Adapter(Path(adapter_dir)))
     options["name"] = options.get("name") or merged.adapter.folder.resolve().name
     convert_hf(base_dir, out, checkpoint=merged, **options)

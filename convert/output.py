@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trimix_gguf.errors import ConversionError
 from trimix_gguf.machine.files import whole_file, writer_of
+from trimix_gguf.machine.parts import parts_of
 
 
 @contextmanager
@@ -38,6 +39,22 @@ def refuse_existing(out: Path, force: bool) -> None:
         raise ConversionError(f"{out} is a folder; name a file")
     if out.exists() and not force:
         raise ConversionError(f"{out} exists; choose another name, or --force to replace it")
+
+
+def refuse_input(out: Path, *sources: Path) -> None:
+    """Raise ConversionError where `out` is a file to be read: `force` would end in its loss.
+
+    `sources` are files, or folders of a checkpoint; a GGUF in these is no part of one.
+    """
+    read = (file for source in sources for file in _files_of(source) if file.is_file())
+    if out.is_file() and any(out.samefile(file) for file in read):
+        raise ConversionError(f"{out} is the file to be read; choose another name")
+
+
+def _files_of(source: Path) -> list[Path]:
+    if source.is_dir():
+        return [file for file in source.iterdir() if file.suffix != ".gguf"]
+    return parts_of(source)
 
 
 def refuse_second(out: Path) -> None:

@@ -17,7 +17,7 @@ from trimix_gguf.machine.gguf_file import GGUFFile, read_gguf
 from trimix_gguf.machine.quantization import CALIBRATED, FLOATS, QUANTIZED, WEIGHT_TYPES
 
 from .imatrix import Coverage, quantization_keys, read_imatrix
-from .output import whole_output
+from .output import refuse_input, whole_output
 
 MOST_BELOW_Q8_0 = 0.85  # bytes per weight of a whole file, about: a mix of types up to q6_k
 _TENSOR = re.compile(r"\[ *\d+/ *\d+\] +(\S+) +- ")
@@ -48,8 +48,7 @@ def quantize_gguf(
     head = file.file_size - file.weight_bytes
     per_weight = WEIGHT_TYPES[type].bits[0] / 8 if type == "q8_0" else MOST_BELOW_Q8_0
     n_bytes = int(file.n_weights * per_weight) + head
-    if out.exists() and out.samefile(source):
-        raise ConversionError(f"{out} is the file to be read; choose another name")
+    refuse_input(out, source, *([] if imatrix is None else [imatrix]))
     file_type = CALIBRATED[type] if type in CALIBRATED else WEIGHT_TYPES[type].file_type
     with whole_output(out, n_bytes=n_bytes, force=force) as partial:
         arguments = [str(file.path), str(partial), str(file_type), str(int(requantize))]

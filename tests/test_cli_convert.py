@@ -134,6 +134,35 @@ def test_bad_input_is_one_line_and_leaves_nothing(trimix, folders, nano_files, t
     assert trimix("convert", "hf", broken, "-o", out, "--type", "q3").returncode == 2
 
 
+def test_no_command_replaces_a_file_that_it_reads(trimix, folders, nano_files, tmp_path):
+    """Bug: --force with a mistyped -o ended in the loss of a text, a matrix or a checkpoint."""
+    folder, adapter = tmp_path / "checkpoint", tmp_path / "adapter"
+    shutil.copytree(folders["small_base"], folder)
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    model, text, matrix = (tmp_path / name for name in ("m.gguf", "text.txt", "matrix.gguf"))
+    shutil.copy(nano_files["small_base"], model)
+    text.write_text("Қазақстан Республикасының Үкіметі. " * 100, encoding="utf-8")
+    measured = ("convert", "imatrix", model, text, "--ctx", 32, "--tokens", 64)
+    assert trimix(*measured, "-o", matrix).returncode == 0
+    quantized = ("convert", "quantize", model, matrix, "--type", "q4_0", "--requantize")
+    attempts = [
+        *((*measured, "-o", out) for out in (text, model)),
+        (*measured, "--lora", matrix, "-o", matrix),
+        (*quantized, "--imatrix", matrix),
+        *(("convert", "hf", folder, "-o", out) for out in folder.iterdir()),
+        *(
+            ("convert", name, adapter, "--base", folder, "-o", out)
+            for name in ("lora", "merge-lora")
+            for out in (adapter / "adapter_config.json", folder / "config.json")
+        ),
+    ]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for attempt in attempts:
+        assert "file to be read" in one_line_error(trimix(*attempt, "--force"))
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
 def test_check_names_what_is_wrong(trimix, nano_files, real_files, tmp_path):
     large, base, cpt = (nano_files[role] for role in ("large_ins", "small_base", "small_cpt"))
     assert "give the large model first" in one_line_error(trimix("check", base, large, large))

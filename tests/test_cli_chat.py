@@ -121,6 +121,25 @@ def test_bad_input_is_one_line_and_exit_1(trimix, arguments, stdin, words):
     assert words in one_line_error(trimix("chat", *arguments, stdin=stdin))
 
 
+def test_a_name_that_no_file_can_have_costs_a_line(trimix):
+    """Bug: a NUL in what was piped in ended the chat in a traceback."""
+    wrong = ["/save a\0b", "/load a\0b", "/system @a\0b"]
+    result = trimix("chat", stdin=lines(*wrong, "/help"))
+    told = result.stderr.decode().splitlines()
+    assert len(told) == len(wrong) and all("NUL" in line for line in told)
+    assert b"/help" in result.stdout and result.returncode == 1
+
+
+def test_a_file_of_the_home_folder_says_the_system_message(trimix, tmp_path, monkeypatch):
+    """Bug: `/save ~/…` knew the home folder, `/system @~/…` did not; no shell expands that."""
+    monkeypatch.setenv("USERPROFILE" if os.name == "nt" else "HOME", str(tmp_path))
+    (tmp_path / "told.txt").write_text("Сен ақынсың.\n", encoding="utf-8")
+    commands = lines("/system @~/told.txt", "/save ~/chat.json")
+    assert trimix("chat", "--system", "@~/told.txt", stdin=commands).returncode == 0
+    saved = json.loads((tmp_path / "chat.json").read_text("utf-8"))["messages"]
+    assert [message["content"] for message in saved] == ["Сен ақынсың."]
+
+
 def test_nothing_to_say_is_no_error(trimix):
     result = trimix("chat")
     assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")

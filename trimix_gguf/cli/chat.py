@@ -284,6 +284,8 @@ def _piped_lines() -> Iterator[str]:
 
 def _named_file(text: str) -> Path:
     """The path that was typed; '~' is the home folder. Raises PromptError where there is none."""
+    if "\0" in text:  # through a pipe
+        raise PromptError("a file's name cannot hold a NUL character; name another file")
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -291,7 +293,7 @@ def _named_file(text: str) -> Path:
 
 
 def _text_or_file(text: str) -> str:
-    return read_text(text[1:]).strip() if text.startswith("@") else text
+    return read_text(str(_named_file(text[1:]))).strip() if text.startswith("@") else text
 
 
 def _note(text: str) -> None:

@@ -140,6 +140,33 @@ def test_a_task_chooses_weights_or_they_are_fixed(trimix, tmp_path):
     assert answer("--method", "ppl")["weights"]["method"] == "ppl"
 
 
+@pytest.mark.parametrize("command", ["generate", "chat"])
+@pytest.mark.parametrize("fixed", [("--method", "large_ins"), ("--weights", "1,0")], ids=str)
+@pytest.mark.parametrize(
+    "asked", [("--grid", "0.1,0.5"), ("--last", "5"), ("--score-tokens", "9")], ids=str
+)
+def test_weights_are_fixed_or_chosen(trimix, command, fixed, asked):
+    """Bug: what says how a prompt chooses weights was ignored beside fixed ones."""
+    refused = trimix(command, *(["a"] if command == "generate" else []), *fixed, *asked)
+    assert refused.returncode == 2
+    assert f"give {asked[0]} or {fixed[0]}" in refused.stderr.decode()
+
+
+def test_average_goes_with_a_task(trimix):
+    """Bug: `generate --average` without a task had no effect, and nothing said so."""
+    refused = trimix("generate", "a", "--average", "micro")
+    assert refused.returncode == 2 and b"--average goes with --task" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "asked", [("--grid", "0.1,0.5"), ("--last", "5"), ("--score-tokens", "9")], ids=str
+)
+def test_a_prompt_chooses_in_place_of_a_trios_fixed_weights(trimix, contrastive_trio, asked):
+    """Bug: only `--grid` did; a trio with weights of its own took no notice of the others."""
+    result = trimix("generate", KAZAKH, *HOT, "--trio", contrastive_trio, "--json", *asked)
+    assert json.loads(result.stdout)["weights"]["method"] == "auto"
+
+
 @pytest.fixture
 def contrastive_trio(tmp_path, nano_files):
     """A trio file that asks for the masked method."""

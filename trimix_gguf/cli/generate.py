@@ -50,6 +50,8 @@ def generate(prompt: str | None, file: str | None, **options: Any) -> None:
     """
     if prompt is not None and file is not None:
         raise click.UsageError("give PROMPT or --file, not both")
+    if options["average"] is not None and options["task"] is None:
+        raise click.UsageError("--average goes with --task FILE")
     text = prompt
     if text in (None, "-"):  # a text file ends with a newline that is none of the prompt's
         text = read_text(file or "-").removesuffix("\n").removesuffix("\r")

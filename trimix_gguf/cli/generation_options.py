@@ -124,6 +124,9 @@ def generation_settings(options: dict[str, Any]) -> dict[str, Any]:
         raise click.UsageError("give --weights or --method, not both")
     check_task(options["task"], method, weights)
     mix = METHODS.get(method) if weights is None else parse_mix(weights)
+    if mix is not None and (asked := _of_a_choice(options)):
+        by = "--weights" if method is None else f"--method {method}"
+        raise click.UsageError(f"give {asked[0]} or {by}, not both: fixed weights are not chosen")
     if method is None and mix is None:
         method, mix = _of_the_trio(options)
     if mix is not None:
@@ -157,9 +160,15 @@ def _of_the_trio(options: dict[str, Any]) -> tuple[str | None, Any]:
     trio_file = named_trio(options)
     if trio_file is None:
         return None, None
-    if trio_file.fixed_mix is not None and (options["grid"] or options.get("task")):
+    if trio_file.fixed_mix is not None and (_of_a_choice(options) or options.get("task")):
         return None, None
     return trio_file.method, trio_file.fixed_mix
+
+
+def _of_a_choice(options: dict[str, Any]) -> list[str]:
+    """The options given that say how a prompt chooses weights; fixed ones would ignore them."""
+    names = ("grid", "last", "score_tokens")
+    return [f"--{name.replace('_', '-')}" for name in names if options[name]]
 
 
 def _word_or_number(option: str, text: str, *words: str) -> int | str:

@@ -15,11 +15,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 
 from trimix_gguf.adapting.bases import Base, Tokenizer, load_base
-from trimix_gguf.adapting.outlook import MOST_ROWS_AT_ONCE, Way, look_ahead
+from trimix_gguf.adapting.outlook import MOST_ROWS_AT_ONCE
 from trimix_gguf.adapting.rows import Rows, measured_rows
 from trimix_gguf.adapting.taught import add_adapter, faster_dtype, make_taught, products_per_second
 from trimix_gguf.machine import processor
@@ -53,17 +52,13 @@ def main() -> None:
                 print(f"{name:<10}{n_rows} rows{found[name]:>8.1f} tokens/s", flush=True)
         del model
     products = products_per_second(base.file.n_embd, 4 * base.file.n_embd)
-    chosen = faster_dtype(products)
-    way = Way(dtype_bytes=2 if chosen == "bfloat16" else 4)
-    estimate = look_ahead(base, Path.cwd(), way, n_tokens=0, n_characters=0)
     facts = {
         "cpu": processor.describe()[0],
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    said = {"products": products, "chosen": chosen, "said_gib": round(estimate.memory / 2**30, 2)}
-    peak = {"peak_gib": round(psutil.Process().memory_info().rss / 2**30, 2)}
-    print(json.dumps({**facts, "threads": torch.get_num_threads(), **found, **said, **peak}))
+    said = {"products": products, "chosen": faster_dtype(products)}
+    print(json.dumps({**facts, "threads": torch.get_num_threads(), **found, **said}))
 
 
 def tokens_per_second(model: torch.nn.Module, rows: Rows, dtype: str, repeats: int) -> float:

@@ -9,6 +9,7 @@ transformers, so it may run by another Python. The two alternate; each run is a 
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -23,6 +24,12 @@ from common import cpu_name, spread
 from trimix_gguf.convert.checkpoint import Checkpoint
 
 _MIB = 1 << 20
+# It says its own peak: seen from here, it would be at least that of this process.
+_BARE = """
+import trimix_gguf.convert.hf
+from trimix_gguf.machine.memory import peak_rss
+print(peak_rss())
+"""
 
 
 def main() -> None:
@@ -44,7 +51,7 @@ def main() -> None:
     }
     for key, value in result.items():
         print(f"{key}: {value}")
-    bare = run([sys.executable, "-c", "import trimix_gguf.convert.hf"])["peak"]
+    bare = int(subprocess.check_output([sys.executable, "-c", _BARE]))
     for folder in options.folders:
         result[folder.name] = figures = measure(folder, options, bare)
         print(f"\n{folder.name}:", *described(figures), sep="\n  ")
@@ -65,8 +72,8 @@ def measure(folder: Path, options: argparse.Namespace, bare: int) -> dict[str, A
             for name, command in commands.items():
                 out.unlink(missing_ok=True)
                 runs.setdefault(name, []).append(run([str(part) for part in command]))
-    shapes = Checkpoint(folder).tensors.values()
-    largest = max(tensor.n_bytes for tensor in shapes if tensor.dtype != "F32") * 2
+    tensors = Checkpoint(folder).tensors.values()
+    largest = 4 * max(math.prod(tensor.shape) for tensor in tensors)  # in float32
     return {
         "seconds": {name: spread([r["seconds"] for r in rs]) for name, rs in runs.items()},
         "peak": {name: max(r["peak"] for r in rs) for name, rs in runs.items()},

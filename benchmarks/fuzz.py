@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import select
 import shutil
 import subprocess
@@ -34,10 +33,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
 PATIENCE_S = 30.0  # a hang; below it the slowest is told
 EXTREMES = [b"0", b"-1", b"1e999", b"99999999999999999999", b"null", b"[]", b"{}", b'""', b"NaN"]
 EXTREME_BYTES = [b"\xff" * 8, b"\0" * 8, b"\xff\xff\xff\x7f", b"\0\0\0\x80", b"\1" + b"\0" * 7]
-# Reads one command a line, runs it as the entry point does, writes one line about it.
+# Reads one command a line, runs it as the entry point does, writes one line about it: with the most
+# memory of this process or one below it. Seen from above, it would be at least that of fuzz.py.
 CHILD = """
-import contextlib, io, json, sys, traceback
+import contextlib, io, json, resource, sys, traceback
 from trimix_gguf.cli import _run
+from trimix_gguf.machine.memory import peak_rss
 for line in sys.stdin:
     sys.argv = ["trimix", *json.loads(line)]
     out, err = io.TextIOWrapper(io.BytesIO()), io.TextIOWrapper(io.BytesIO())
@@ -49,7 +50,8 @@ for line in sys.stdin:
         said = traceback.format_exc()
     err.flush()
     said += err.buffer.getvalue().decode("utf-8", "replace")
-    print(json.dumps([code, said]), file=sys.__stdout__, flush=True)
+    below = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    print(json.dumps([code, said, max(below, peak_rss())]), file=sys.__stdout__, flush=True)
 """
 
 
@@ -221,7 +223,7 @@ def tried(kind: Kind, rng: random.Random, n: int) -> dict[str, Any]:
     """How `n` mutants ended; faults are shown on standard error."""
     ends: Counter[str] = Counter()
     slowest, child = 0.0, start()
-    end, said = asked(child, kind.command)  # it imports, too
+    end, said, memory = asked(child, kind.command)  # it imports, too
     if end != "well":
         raise SystemExit(f"{kind.path.name} is refused as it is: {said}")
     for i in range(n):
@@ -230,8 +232,8 @@ def tried(kind: Kind, rng: random.Random, n: int) -> dict[str, Any]:
         changed = with_pieces(rng, kind) if meant else mutant(rng, kind.good, kind.most)
         kind.path.write_bytes(changed)
         began = time.perf_counter()
-        end, said = asked(child, kind.command)
-        slowest = max(slowest, time.perf_counter() - began)
+        end, said, most = asked(child, kind.command)
+        slowest, memory = max(slowest, time.perf_counter() - began), max(memory, most)
         copies = kind.copies.items() if end == "well" else ()
         if any(file.exists() and file.read_bytes() != good for file, good in copies):
             end = "wrong bytes"
@@ -246,8 +248,7 @@ def tried(kind: Kind, rng: random.Random, n: int) -> dict[str, Any]:
     kind.path.write_bytes(kind.good)
     child.kill()
     child.wait()
-    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
-    return {**ends, "slowest_s": round(slowest, 2), "most_memory_mib": memory}
+    return {**ends, "slowest_s": round(slowest, 2), "most_memory_mib": memory >> 20}
 
 
 def start() -> subprocess.Popen[str]:
@@ -261,23 +262,23 @@ def start() -> subprocess.Popen[str]:
     )
 
 
-def asked(child: subprocess.Popen[str], command: list[str]) -> tuple[str, str]:
-    """How a command ended, and what it said."""
+def asked(child: subprocess.Popen[str], command: list[str]) -> tuple[str, str, int]:
+    """How a command ended, what it said, and the most bytes of the child so far; 0: not known."""
     assert child.stdin is not None and child.stdout is not None
     child.stdin.write(json.dumps(command) + "\n")
     child.stdin.flush()
     if not select.select([child.stdout], [], [], PATIENCE_S)[0]:
-        return "hang", ""
+        return "hang", "", 0
     line = child.stdout.readline()
     if not line:
-        return "dead", f"exit {child.wait()}"
-    code, said = json.loads(line)
+        return "dead", f"exit {child.wait()}", 0
+    code, said, memory = json.loads(line)
     if "Traceback" in said:
-        return "traceback", said
+        return "traceback", said, memory
     if code == 0:
-        return "well", said
+        return "well", said, memory
     is_one_line = code in (1, 2) and said.strip().splitlines()[-1:] != []
-    return ("refused" if is_one_line else "odd"), f"code {code}: {said}"
+    return ("refused" if is_one_line else "odd"), f"code {code}: {said}", memory
 
 
 if __name__ == "__main__":

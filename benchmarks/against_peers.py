@@ -1,4 +1,4 @@
-"""A trio's answer beside what one would write without trimix: the same weights, ids and length.
+"""A trio's answer beside what one would write without trimix: the same models, ids and length.
 
     llama_objects       three llama_cpp.Llama(logits_all=True), and a loop in NumPy
     transformers_f32    the reference way: three transformers models in step, on the CPU
@@ -7,11 +7,12 @@
     trimix_speculative  ours, small_cpt drafting where that pays: the default
     large_ins           the large model alone
 
-Each but the last chooses (alpha, beta) by the prompt's perplexity over the published grid, then
-decodes greedily. Each figure is of the first prompt of a fresh process (peers.py); the peers
-alternate. `extra` is peak resident memory over that of the loaded models. The transformers peers
-need their checkpoints as folders and are left out without; where those were dequantized from
-the GGUFs, small differences are expected, and reported.
+Each but the last chooses (alpha, beta), then decodes greedily: ours by the method auto, as `trimix
+generate` does (some of the prompt's tokens, single models too), the others by the perplexity of the
+whole prompt over the published grid. Each figure is of the first prompt of a fresh process
+(peers.py); the peers alternate. `extra` is peak resident memory over that of the loaded models. The
+transformers peers need their checkpoints as folders and are left out without; where those were
+dequantized from the GGUFs, small differences are expected, and reported.
 """
 
 import argparse

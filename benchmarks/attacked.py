@@ -1,7 +1,8 @@
 """A client of `trimix serve` beside one that sends the worst known of each kind: its slowest token.
 
 Each kind is sent over and over, by `--attackers` threads, while another client streams one answer.
-The slowest token is the longest time between two chunks of that answer. On the nano trio.
+The slowest token is the longest time from the request to the first chunk of that answer, or between
+two of them. On the nano trio.
 """
 
 import argparse
@@ -74,7 +75,7 @@ ATTACKS: dict[str, Attack] = {
 
 
 def slowest(served: Served, attack: Attack, n_tokens: int, n_attackers: int) -> float:
-    """Seconds between two chunks of a streamed answer, at most, while `attack` goes on."""
+    """The longest of a streamed answer's waits for its next chunk, while `attack` goes on."""
     over = threading.Event()
 
     def keep_on() -> None:

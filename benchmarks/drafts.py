@@ -1,6 +1,6 @@
 """Drafts against lockstep over several prompts: continuations, and instructions in English.
 
-Weights by each prompt's perplexity, greedy, the two forms in turn in one run. Passages are cut
+Weights by the method auto, greedy, the two forms in turn in one run. Passages are cut
 evenly from TEXT. The two may part where the mix's two best tokens all but tie: a batch is summed
 in another order than single tokens are; the gap of their logits is printed.
 """

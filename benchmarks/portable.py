@@ -122,6 +122,8 @@ def main() -> None:
     parser.add_argument("--n-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    if options.model and not options.text:
+        parser.error("--model needs --text")
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
     result: dict[str, Any] = {"cpu": cpu_name(), **versions, "wheel": options.wheel.name}
     for key, value in result.items():

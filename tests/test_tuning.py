@@ -285,6 +285,13 @@ def test_what_was_edited_meanwhile_stays(own, monkeypatch):
     assert (after.n_ctx, after.description, after.tuning) == (64, "edited", found)
 
 
+def test_nothing_is_measured_for_a_trio_that_cannot_keep_it(own):
+    """Bug: where a folder is for reading only, the minutes came first and the refusal then."""
+    gone = replace(TrioFile.read(own / "trio.toml"), folder=own / "gone")
+    with pytest.raises(TrioFileError, match="cannot be written"):
+        measure_and_keep(gone, lambda: pytest.fail("opened"), None)
+
+
 def test_a_run_that_was_killed_continues(own, tmp_path, monkeypatch):
     monkeypatch.setenv("TRIMIX_CACHE", str(tmp_path / "cache"))
     command = [sys.executable, "-m", "trimix_gguf", "tune", "--trio", own, "--minutes", "0.4"]

@@ -80,6 +80,7 @@ def measure_and_keep(trio_file: Any, opened: Any, exercises: Any, **settings: An
     from trimix_gguf.trios.triofile import TrioFile
     from trimix_gguf.tuning.tune import tune as measure
 
+    _check_folder(trio_file)
     models = {role: kept_sha256(trio_file.path(role)) for role in ROLES}
     with opened() as trio:
         tuning = measure(trio, exercises, models, progress=count_bar, **settings)
@@ -88,6 +89,22 @@ def measure_and_keep(trio_file: Any, opened: Any, exercises: Any, **settings: An
     replace(trio_file, tuning=tuning).write()
     print(f"kept in {trio_file.file}", file=sys.stderr)
     return tuning
+
+
+def _check_folder(trio_file: Any) -> None:
+    """Raise TrioFileError where the Tuning could not be written after all the minutes it takes."""
+    import tempfile
+
+    from trimix_gguf.errors import TrioFileError
+
+    try:
+        with tempfile.TemporaryFile(dir=trio_file.folder):
+            pass
+    except OSError as error:
+        raise TrioFileError(
+            f"a tuning is kept in {trio_file.file}, and that folder cannot be written: "
+            f"{error.strerror or error}; copy the folder, and name the copy: --trio DIR"
+        ) from None
 
 
 def table(tuning: Any) -> str:

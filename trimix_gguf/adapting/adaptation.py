@@ -210,6 +210,7 @@ class _Run:
         model = self._model(dtype)
         with together.first_before_others():
             decided = self.work.once(DECIDED, lambda: self._decide(model, dtype, report))
+            decided = {"rows_per_step": 4} | decided  # as in runs of earlier versions
             together.check_begun_by(decided.get("n_processes"), self.folder)
             rows = Rows.load(self.folder) or self._rows(decided)
         taught = make_taught(model, rows)
@@ -217,6 +218,7 @@ class _Run:
             n_steps=decided["n_steps"],
             learning_rate=self._rate(),
             dtype=dtype,
+            rows_per_step=decided["rows_per_step"],
             rows_at_once=decided["n_rows"],
             seed=self.asked.seed,
             n_warm_up=max(1, min(50, decided["n_steps"] // 20)),
@@ -231,7 +233,7 @@ class _Run:
         if judge is None:
             return None
         choose(taught, judge, history, self.folder, dtype, self.shown.say)
-        n_tokens = decided["n_steps"] * outlook.ROWS_PER_STEP * self.base.n_block
+        n_tokens = decided["n_steps"] * decided["rows_per_step"] * self.base.n_block
         return Adapted(report, ahead, history, self._publish(model, n_tokens, judge))
 
     def _judge(self) -> Judge:
@@ -300,20 +302,22 @@ class _Run:
         check_alike(model, self.base, self.tokenizer, dtype)
         publishing.try_out(model, self.folder, whole=self._is_whole)
         learned, n_block = self._texts(LEARNED), self.base.n_block
-        n_rows = outlook.rows_at_once(self.base, self._way(dtype), self.together.size)
+        n_rows = outlook.rows_at_once(self.base, self._way(dtype))
         texts = [learned[at] for at in range(min(20, len(learned)))]
         few = measured_rows(texts, self.tokenizer, n_rows=n_rows, n_block=n_block)
         speed = self.together.size * tokens_per_second(model, few, dtype)
         n_tokens = self.n_tokens(report, speed)
-        n_steps = max(1, n_tokens // (outlook.ROWS_PER_STEP * n_block))
-        left = outlook.in_words(n_steps * outlook.ROWS_PER_STEP * n_block / speed)
+        rows_per_step = outlook.rows_per_step(n_tokens, n_block, self.together.size)
+        n_steps = max(1, n_tokens // (rows_per_step * n_block))
+        left = outlook.in_words(n_steps * rows_per_step * n_block / speed)
         self.shown.say(
             f"measured: {speed:.0f} tokens/s; {n_steps} steps take about {left}, and the "
             "measurements on the way come on top"
         )
         return {
             "n_steps": n_steps,
-            "n_rows": n_rows,
+            "rows_per_step": rows_per_step,
+            "n_rows": min(n_rows, rows_per_step // self.together.size),
             "n_processes": self.together.size,
             "tokens_per_second": round(speed, 1),
         }
@@ -327,7 +331,7 @@ class _Run:
         mix = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
         self.shown.say(f"the mix: {mix}")
         documents = teaching.teach(learned, replay, self.pairs, shares, random.Random(asked.seed))
-        n_rows = decided["n_steps"] * outlook.ROWS_PER_STEP
+        n_rows = decided["n_steps"] * decided["rows_per_step"]
         return write_rows(
             documents, self.tokenizer, self.folder, n_rows=n_rows, n_block=self.base.n_block
         )

@@ -12,7 +12,8 @@ from trimix_gguf.errors import MemoryNeededError, TrimixError
 GIB = 1 << 30
 EPOCHS = 3  # times that text is read, where neither tokens nor minutes are given
 RANK = 32
-ROWS_PER_STEP = 4
+FEWEST_ROWS, MOST_ROWS = 2, 64  # of a step
+ENOUGH_STEPS = 4000  # more rows make a step only where as many steps are left
 MOST_ROWS_AT_ONCE = 2  # whose intermediate results are in memory together
 COMFORTABLE = 6 * GIB
 STATES = 2  # kept on disk
@@ -95,7 +96,8 @@ def look_ahead(
 ) -> Outlook:
     """Estimate a run in the folder `work`, of which a part may be done."""
     trained = way.n_trained(base)
-    memory = n_processes * memory_needed(base, way, rows_at_once(base, way, n_processes))
+    each = rows_per_step(n_tokens, base.n_block, n_processes) // n_processes
+    memory = n_processes * memory_needed(base, way, min(each, rows_at_once(base, way)))
     # What the run wrote before is a part of what it needs; a converted base is not.
     held = sum(f.stat().st_size for f in work.rglob("*") if f.is_file() and f.suffix != ".gguf")
     return Outlook(
@@ -128,13 +130,22 @@ def memory_needed(base: Base, way: Way, n_rows: int) -> float:
     return _PROGRAM + weights + 16 * way.n_trained(base) + kept + logits
 
 
-def rows_at_once(base: Base, way: Way, n_processes: int = 1) -> int:
-    """The most rows, up to MOST_ROWS_AT_ONCE, that a laptop with COMFORTABLE memory takes.
+def rows_per_step(n_tokens: int, n_block: int, n_processes: int = 1) -> int:
+    """Rows of `n_block` tokens that one step learns from; `n_processes` share them evenly.
 
-    Several processes share the rows of a step.
+    Few, where there is little to read: 65,536 tokens in 64 steps brought a 0.5B further than in 32.
     """
-    most = min(MOST_ROWS_AT_ONCE, ROWS_PER_STEP // n_processes)
-    return most if memory_needed(base, way, most) <= COMFORTABLE else 1
+    n_rows = n_processes
+    while n_rows < FEWEST_ROWS or (
+        2 * n_rows <= MOST_ROWS and n_tokens >= ENOUGH_STEPS * 2 * n_rows * n_block
+    ):
+        n_rows *= 2
+    return n_rows
+
+
+def rows_at_once(base: Base, way: Way) -> int:
+    """The most rows, up to MOST_ROWS_AT_ONCE, that a laptop with COMFORTABLE memory takes."""
+    return MOST_ROWS_AT_ONCE if memory_needed(base, way, MOST_ROWS_AT_ONCE) <= COMFORTABLE else 1
 
 
 def n_in_layers(base: Base) -> int:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from trimix_gguf.adapting.outlook import MOST_ROWS_AT_ONCE, ROWS_PER_STEP
+from trimix_gguf.adapting.outlook import FEWEST_ROWS, MOST_ROWS_AT_ONCE
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Recipe:
     seed: int = 0
     n_warm_up: int = 10
     final_share: float = 0.05
-    rows_per_step: int = ROWS_PER_STEP
+    rows_per_step: int = FEWEST_ROWS
     rows_at_once: int = MOST_ROWS_AT_ONCE
     steps_between_looks: int = 20
     save_every_s: float = 300.0

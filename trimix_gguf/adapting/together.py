@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from trimix_gguf.adapting.extras import need
-from trimix_gguf.adapting.outlook import ROWS_PER_STEP
 from trimix_gguf.errors import TrimixError
 
 _PATIENCE = timedelta(days=2)  # the first process reads all text while the others wait
@@ -33,12 +32,6 @@ class Together:
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1 or "RANK" not in os.environ:
             return Together()
-        if ROWS_PER_STEP % size:
-            fitting = [n for n in range(1, ROWS_PER_STEP + 1) if ROWS_PER_STEP % n == 0]
-            raise TrimixError(
-                f"{size} processes were started, and a step has {ROWS_PER_STEP} rows; start "
-                f"{' or '.join(map(str, fitting))}"
-            )
         on_card = need("torch").cuda.is_available()
         state = need("accelerate").PartialState(cpu=not on_card, timeout=_PATIENCE)
         return Together(state.process_index, state.num_processes)

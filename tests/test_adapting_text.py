@@ -16,7 +16,11 @@ import zstandard  # noqa: E402
 
 from trimix_gguf.adapting import documents, results  # noqa: E402
 from trimix_gguf.adapting.cleaning import OFTEN, clean  # noqa: E402
-from trimix_gguf.adapting.documents import list_files, read_documents  # noqa: E402
+from trimix_gguf.adapting.documents import (  # noqa: E402
+    list_files,
+    list_texts,
+    read_documents,
+)
 from trimix_gguf.adapting.grams import units_of  # noqa: E402
 from trimix_gguf.adapting.keeping_out import KeptOut  # noqa: E402
 from trimix_gguf.adapting.preparing import (  # noqa: E402
@@ -135,6 +139,19 @@ def test_a_part_of_a_large_dump_is_a_dump(tmp_path):
     file.write_bytes(bz2.compress(dump(PAGE.format("A", 0, "", "Text of it.")).encode()))
     assert list_files([tmp_path]) == [file]
     assert [d.text for d in read_documents(file)] == ["Text of it."]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "A.HTML", "a.docx", "a.tsv.gz"])
+def test_marks_of_another_format_are_not_learned_as_text(adapt, text_file, tmp_path, name):
+    """Bug: commas, braces and tags were; in a folder such a file is passed over."""
+    file = tmp_path / name
+    file.write_bytes(text_file.read_bytes())
+    for words in ([str(file)], [str(text_file), "--replay", str(file)]):
+        refused = adapt("toy", *words, "--dry-run")
+        assert refused.exit_code == 1
+        assert "is not plain text" in str(refused.exception)
+    (tmp_path / "archive").write_bytes(text_file.read_bytes())  # no ending at all: text
+    assert list_texts([tmp_path / "archive"]) == [tmp_path / "archive"]
 
 
 def test_hidden_files_of_a_folder_are_no_text(tmp_path):

@@ -22,7 +22,7 @@ from trimix_gguf.adapting.bases import (
 )
 from trimix_gguf.adapting.candidates import choose
 from trimix_gguf.adapting.chat_vector import add_chat_vector, find_instruct
-from trimix_gguf.adapting.documents import list_files
+from trimix_gguf.adapting.documents import list_texts
 from trimix_gguf.adapting.extras import is_here, need
 from trimix_gguf.adapting.history import History
 from trimix_gguf.adapting.judging import Judge
@@ -144,19 +144,22 @@ class _Run:
 
     def _prepare(self) -> dict[str, Any]:
         asked = self.asked
+        texts, replay = (
+            list_texts(asked.texts),
+            list_texts(asked.replay),
+        )  # none is read for nothing
         wanted = Wanted(asked.script, asked.keep_out)
-        report = prepare(list_files(asked.texts), self.folder, wanted, self.shown.read)
-        if asked.replay:
+        report = prepare(texts, self.folder, wanted, self.shown.read)
+        if replay:
             self._replay.mkdir(exist_ok=True)
-            files = list_files(asked.replay)
             try:
-                prepare(files, self._replay, Wanted(None, asked.keep_out), self.shown.read)
+                prepare(replay, self._replay, Wanted(None, asked.keep_out), self.shown.read)
             except DataError as error:
                 raise DataError(f"--replay: {error}") from None
         learned = teaching.Texts(self.folder / LEARNED)
         held = teaching.Texts(self.folder / HELD_OUT)
-        for part, texts in ((report.learned, learned), (report.heldout, held)):
-            part.n_tokens = count_tokens(texts, self.tokenizer, part.n_characters)
+        for part, kept in ((report.learned, learned), (report.heldout, held)):
+            part.n_tokens = count_tokens(kept, self.tokenizer, part.n_characters)
         report.english_tokens_per_character = len(self.tokenizer.ids(ENGLISH)) / len(ENGLISH)
         return report.to_json()
 

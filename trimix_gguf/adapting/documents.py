@@ -13,6 +13,8 @@ from trimix_gguf.machine.packed import PACKED, damage, open_unpacked
 from trimix_gguf.machine.typed_json import HalfPairError, parse
 
 TEXTS, JSON_LINES, DUMPS = (".txt", ".md", ".text"), (".jsonl", ".ndjson"), (".xml",)
+_TABLES, _ARCHIVES = (".csv", ".tsv", ".json", ".parquet"), (".zip", ".7z", ".rar", ".tar")
+_BOOKS = (".html", ".htm", ".rtf", ".pdf", ".doc", ".docx", ".odt", ".epub", ".fb2", ".djvu")
 FEWEST_CHARACTERS = 1000  # of a document, before a blank line ends it
 MOST_CHARACTERS = 2000  # a longer text becomes several documents
 _LONGEST_LINE = 1 << 20  # characters read at once
@@ -62,6 +64,21 @@ def list_files(paths: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def list_texts(paths: Sequence[Path]) -> list[Path]:
+    """As list_files; raises DataError at the name of a file whose marks would be learned as text.
+
+    A file with any other ending is taken for text: many an archive has none.
+    """
+    files = list_files(paths)
+    for file in files:
+        if _ending(file) in (*_TABLES, *_ARCHIVES, *_BOOKS):
+            raise DataError(
+                f"{file} is not plain text; save what to learn as .txt in UTF-8, or as .jsonl: "
+                'one {"text": "…"} a line'
+            )
+    return files
+
+
 def read_documents(file: Path) -> Iterator[Document]:
     """The documents of one file; raises DataError where it cannot be read or unpacked."""
     readers = {JSON_LINES: _json_lines, DUMPS: _dump}
@@ -74,13 +91,18 @@ def read_documents(file: Path) -> Iterator[Document]:
 
 
 def _kind(file: Path) -> str:
-    """The ending that says how to read a file, below that of its packing; '' for none known."""
+    """The ending that says how to read a file; '' for none known."""
+    ending = _ending(file)
+    return ending if ending in (*TEXTS, *JSON_LINES, *DUMPS) else ""
+
+
+def _ending(file: Path) -> str:
+    """The last ending below that of its packing, in small letters; '' for none."""
     # A large dump is in parts, named .xml-p1p41242.bz2 by their pages.
     endings = [re.sub(r"-p\d+p\d+$", "", ending.lower()) for ending in file.suffixes]
     while endings and endings[-1] in PACKED:
         endings.pop()
-    kind = endings[-1] if endings else ""
-    return kind if kind in (*TEXTS, *JSON_LINES, *DUMPS) else ""
+    return endings[-1] if endings else ""
 
 
 def _lines(file: Path, raw: io.BufferedReader, longest: int = _LONGEST_LINE) -> Iterator[str]:

@@ -25,7 +25,7 @@ from trimix_gguf.tuning.text import Sentence, passages_of
 Pieces = list[tuple[str, int]]  # a document: its text in parts, and what their tokens count
 
 ANSWER = 8  # what a token of an exercise's answer counts; all others 1
-SHARES = {"pairs": 0.3, "exercises": 0.2, "replay": 0.1}  # of the characters; the rest is text
+SHARES = {"pairs": 0.2, "exercises": 0.15, "replay": 0.05}  # of the characters; the rest is text
 FEWEST_SENTENCES = 60
 MOST_DOCUMENTS = 4000  # that exercises are made of
 LETTERS = "ABCD"

@@ -64,7 +64,7 @@ TUNE_MINUTES = 10.0
     click.option(
         "--exercises",
         type=FiniteRange(0, 0.9),
-        help="Share of exercises made of the text. Default 0.2.",
+        help="Share of exercises made of the text. Default 0.15.",
     ),
     click.option("--rank", type=click.IntRange(1, 1024), help="Rank of the adapter. Default 32."),
     click.option(

@@ -282,3 +282,27 @@ def test_two_tabs_with_one_chat_show_the_same(page):
         frame.contentWindow.localStorage[CHAT_KEY + chat.id] = packed(more.chat, more.turns)"""
     )
     page.wait("return document.querySelectorAll('.turn').length === 2")
+
+
+def exported(window):
+    """The text of the file that all chats would be saved to."""
+    return window.run(
+        """const made = URL.createObjectURL;
+        let file;
+        URL.createObjectURL = (blob) => { file = blob; return "data:,"; };
+        exportChats(keptIds());
+        URL.createObjectURL = made;
+        return file.text()"""
+    )
+
+
+def imported(window, text):
+    """What an import of a file with this text says."""
+    return window.run("return importChats(new File([arguments[0]], 'x.json'))", text)
+
+
+def test_a_file_of_chats_that_are_here_adds_none(window, server):
+    """Bug: an answer of the server says more than is read from a file, so it was added again."""
+    show(window, server.url, mix="auto")
+    ask(window, KAZAKH)
+    assert imported(window, exported(window)) == "Chats imported: 0."

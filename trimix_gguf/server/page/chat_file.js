@@ -106,7 +106,8 @@ async function importChats(file) {
   } catch {
     return say("notChats", { name: file.name });
   }
-  const known = new Set(keptIds().map(keptText));
+  // As they would be read: a kept text says more than the page takes over.
+  const known = new Set(keptIds().map(kept).filter(Boolean).map(({ chat, turns }) => packed(chat, turns)));
   const added = [];
   for (const text of texts.filter((text) => !known.has(text))) {
     const { id } = newChat();

@@ -306,3 +306,11 @@ def test_a_file_of_chats_that_are_here_adds_none(window, server):
     show(window, server.url, mix="auto")
     ask(window, KAZAKH)
     assert imported(window, exported(window)) == "Chats imported: 0."
+
+
+@pytest.mark.parametrize("bad", ["{", '{"version": 2}', "null"])
+def test_what_is_exported_can_be_imported_whatever_is_kept(page, bad):
+    """Bug: with one damaged chat the file of all chats was refused as damaged."""
+    text = page.run("localStorage['trimix.chat.x'] = arguments[0]", bad) or exported(page)
+    page.run("deleteChats(keptIds(), 'deletedAll')")
+    assert imported(page, text) == "Chats imported: 2."

@@ -88,7 +88,7 @@ function readMix(saved) {
 }
 
 function exportChats(ids) {
-  const chats = ids.map(keptText).filter((text) => text !== null);
+  const chats = ids.filter(kept).map(keptText); // one that is damaged would spoil the file
   const text = `{"format": "${FILE_FORMAT}", "version": ${CHAT_VERSION}, "chats": [\n${chats.join(",\n")}\n]}\n`;
   const address = URL.createObjectURL(new Blob([text], { type: "application/json" }));
   element("a", { href: address, download: `trimix-chats-${new Date().toISOString().slice(0, 10)}.json` }).click();

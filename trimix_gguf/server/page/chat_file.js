@@ -31,10 +31,11 @@ function must(holds) {
 
 const isText = (value) => typeof value === "string";
 const isNumber = (value) => Number.isFinite(value);
+const isTime = (value) => isNumber(value) && Math.abs(value) <= 8.64e15; // as far as Date goes
 const isNumbers = (values) => Array.isArray(values) && values.every(isNumber);
 
 function readChat(saved) {
-  must(saved?.version === CHAT_VERSION && isText(saved.title) && isNumber(saved.time) && Array.isArray(saved.turns));
+  must(saved?.version === CHAT_VERSION && isText(saved.title) && isTime(saved.time) && Array.isArray(saved.turns));
   return { title: saved.title.slice(0, 200), time: saved.time, turns: saved.turns.map(readTurn) };
 }
 

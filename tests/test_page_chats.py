@@ -315,3 +315,17 @@ def test_what_is_exported_can_be_imported_whatever_is_kept(page, bad):
     text = page.run("localStorage['trimix.chat.x'] = arguments[0]", bad) or exported(page)
     page.run("deleteChats(keptIds(), 'deletedAll')")
     assert imported(page, text) == "Chats imported: 2."
+
+
+def test_a_chat_whose_names_every_object_has_is_shown(page, server):
+    """Bug: an answer that ended by "constructor" stopped the page, whenever it was loaded."""
+    page.run(
+        """const saved = JSON.parse(keptText(chat.id)), { answer } = saved.turns[0];
+        answer.end = { name: "constructor" };
+        answer.mix.weights.method = "toString";
+        localStorage[CHAT_KEY + chat.id] = JSON.stringify(saved)"""
+    )
+    page.open(server.url)
+    assert shown(page, "answer") == KAZAKH
+    page.click(".why summary")
+    assert page.run("return say('byHand')") in page.text(".why div")

@@ -97,7 +97,7 @@ const WORDS = { context: "tooLong" }; // of a failure, where they are not under 
 function updateNote(note, answer, isComing) {
   const { end } = answer;
   const failed = end?.failure;
-  const name = failed ? WORDS[failed] ?? failed : { length: "length", context: "context", stopped: "stopped" }[end?.name] ?? (end && !answer.text ? "empty" : null);
+  const name = failed ? WORDS[failed] ?? failed : { __proto__: null, length: "length", context: "context", stopped: "stopped" }[end?.name] ?? (end && !answer.text ? "empty" : null);
   const text = name ? say(name) : end || answer.text || !isComing ? "" : say("reading");
   if (note.textContent === text) return;
   note.classList.toggle("error", Boolean(failed));

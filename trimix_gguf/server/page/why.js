@@ -4,7 +4,7 @@ function explain(turn) {
   const { mix } = turn.answer;
   const { alpha, beta, method } = mix.weights;
   const parts = [
-    element("p", {}, say({ auto: "byAuto", ppl: "byPpl", ent: "byEnt" }[method] ?? "byHand")),
+    element("p", {}, say({ __proto__: null, auto: "byAuto", ppl: "byPpl", ent: "byEnt" }[method] ?? "byHand")),
     ...(mix.trio == null ? [] : [element("p", {}, say("answeredBy", { trio: mix.trio }))]),
     ...(mix.guard == null ? [] : [element("p", {}, say("guarded"))]),
     mixTable(mix, { large_ins: alpha, small_cpt: beta, small_base: 1 - alpha - beta }),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from served import serving
-from visitor import ENTER, KAZAKH, LONG, UYGHUR, ask, show, shown, traced
+from visitor import ENTER, KAZAKH, LONG, UYGHUR, ask, ended, show, shown, traced
 
 CLICK_UNDO = "document.getElementById('undo').click()"
 
@@ -329,3 +329,16 @@ def test_a_chat_whose_names_every_object_has_is_shown(page, server):
     assert shown(page, "answer") == KAZAKH
     page.click(".why summary")
     assert page.run("return say('byHand')") in page.text(".why div")
+
+
+def test_a_chat_that_is_renamed_while_it_is_answered_keeps_the_answer(window, server):
+    """Bug: the chat was kept as it was when its row was listed."""
+    show(window, server.url, maxTokens=100, **LONG)
+    window.type("#question", KAZAKH + ENTER)
+    window.wait("return turns[0]?.answer.text")
+    listed(window)
+    press(window, "rename")
+    text = ended(window)["text"]
+    window.run("document.querySelector('.rename').requestSubmit()")
+    window.open(server.url)
+    assert shown(window, "answer") == text

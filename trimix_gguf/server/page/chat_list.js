@@ -51,7 +51,8 @@ function renameChat(entry, row) {
     event.preventDefault();
     const title = field.value.trim();
     if (entry.chat.id === chat.id) chat.title = title;
-    keep(entry.chat.id, packed({ ...entry.chat, title }, entry.turns));
+    const saved = JSON.parse(keptText(entry.chat.id) ?? packed(entry.chat, entry.turns)); // it may have grown
+    keep(entry.chat.id, JSON.stringify({ ...saved, title }));
     close();
   }, keydown: (event) => {
     if (event.key !== "Escape") return;

@@ -74,6 +74,8 @@ function start() {
     $("card").hidden = true;
     follow = innerHeight + scrollY >= document.documentElement.scrollHeight - 80;
   }, { passive: true });
+  // The last event that a page surely gets: a telephone ends what is hidden.
+  document.addEventListener("visibilitychange", () => { if (running) keepChat(); });
   writeQuestion(recall("sessionStorage", "draft") ?? "");
   $("question").focus();
   greet();

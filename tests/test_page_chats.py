@@ -342,3 +342,12 @@ def test_a_chat_that_is_renamed_while_it_is_answered_keeps_the_answer(window, se
     window.run("document.querySelector('.rename').requestSubmit()")
     window.open(server.url)
     assert shown(window, "answer") == text
+
+
+def test_chats_for_which_a_tab_has_no_room_are_not_lost(page):
+    """Bug: they were deleted from the browser before the tab had taken them."""
+    before = page.run("return keptIds().map(keptText).sort()")
+    page.run("sessionStorage['trimix.chat.big'] = 'a'.repeat(MOST_CHARS - 100)")
+    page.run("moveChats(false); delete sessionStorage['trimix.chat.big']")
+    assert page.run("return keptIds().map(keptText).sort()") == before
+    assert page.text("#unkept span") == page.run("return say('storageFull')")

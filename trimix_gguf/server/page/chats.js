@@ -145,8 +145,9 @@ function moveChats(isForGood) {
   remember("localStorage", "keep", isForGood);
   let why = null;
   for (const [id, text] of texts) {
-    if (!isForGood) drop(id, ["localStorage"]);
-    why = keep(id, text) ?? why;
+    const found = keep(id, text);
+    if (!isForGood && !found) drop(id, ["localStorage"]);
+    why = found ?? why;
   }
   bar("unkept", why);
   showPrivacy();

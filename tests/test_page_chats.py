@@ -351,3 +351,9 @@ def test_chats_for_which_a_tab_has_no_room_are_not_lost(page):
     page.run("moveChats(false); delete sessionStorage['trimix.chat.big']")
     assert page.run("return keptIds().map(keptText).sort()") == before
     assert page.text("#unkept span") == page.run("return say('storageFull')")
+
+
+def test_a_title_ends_with_a_whole_character(page):
+    """Bug: half of a character that is a pair in UTF-16 was shown as a white box."""
+    title = "return titleOf({chat, turns: [{question: arguments[0]}]}).isWellFormed()"
+    assert all(page.run(title, "a" * n + "\N{BOOKS}" * 99) for n in (0, 1, 58, 59, 60))

@@ -85,7 +85,7 @@ function kept(id) {
 }
 
 function titleOf({ chat, turns }) {
-  return chat.title || turns[0]?.question.slice(0, 60) || say("newChat");
+  return chat.title || turns[0]?.question.match(/^.{0,60}/su)[0] || say("newChat");
 }
 
 /** End the answer that comes, keep what is said, and take it off the page. */

@@ -357,3 +357,18 @@ def test_a_title_ends_with_a_whole_character(page):
     """Bug: half of a character that is a pair in UTF-16 was shown as a white box."""
     title = "return titleOf({chat, turns: [{question: arguments[0]}]}).isWellFormed()"
     assert all(page.run(title, "a" * n + "\N{BOOKS}" * 99) for n in (0, 1, 58, 59, 60))
+
+
+@pytest.mark.parametrize("zone", ["Pacific/Kiritimati", "Pacific/Pago_Pago"])
+def test_an_exported_file_has_the_date_of_the_place(page, zone):
+    """Bug: it was the date of Greenwich. One of these two zones has another one at any time."""
+    page.cdp("Emulation.setTimezoneOverride", timezoneId=zone)
+    name, *date = page.run(
+        """let name;
+        HTMLAnchorElement.prototype.click = function () { name = this.download; };
+        exportChats(keptIds());
+        const now = new Date();
+        return [name, now.getFullYear(), now.getMonth() + 1, now.getDate()]"""
+    )
+    page.cdp("Emulation.setTimezoneOverride", timezoneId="")
+    assert name == "trimix-chats-{:04}-{:02}-{:02}.json".format(*date)

@@ -92,7 +92,8 @@ function exportChats(ids) {
   const chats = ids.filter(kept).map(keptText); // one that is damaged would spoil the file
   const text = `{"format": "${FILE_FORMAT}", "version": ${CHAT_VERSION}, "chats": [\n${chats.join(",\n")}\n]}\n`;
   const address = URL.createObjectURL(new Blob([text], { type: "application/json" }));
-  element("a", { href: address, download: `trimix-chats-${new Date().toISOString().slice(0, 10)}.json` }).click();
+  const today = new Date().toLocaleDateString("sv"); // Swedish dates are YYYY-MM-DD
+  element("a", { href: address, download: `trimix-chats-${today}.json` }).click();
   setTimeout(() => URL.revokeObjectURL(address), 60000);
 }
 

@@ -372,3 +372,20 @@ def test_an_exported_file_has_the_date_of_the_place(page, zone):
     )
     page.cdp("Emulation.setTimezoneOverride", timezoneId="")
     assert name == "trimix-chats-{:04}-{:02}-{:02}.json".format(*date)
+
+
+def test_escape_within_an_input_method_closes_no_field(page):
+    """Bug: Escape, which takes back a word that is being composed, threw away what was written."""
+    listed(page)
+    press(page, "rename")
+    page.run("editQuestion(turns[0])")
+    for field in (".rename input", ".edit textarea"):
+        for composing in (True, False):
+            page.run(
+                """const about = { key: "Escape", bubbles: true, cancelable: true };
+                document.querySelector(arguments[0]).dispatchEvent(
+                  new KeyboardEvent("keydown", { ...about, isComposing: arguments[1] }))""",
+                field,
+                composing,
+            )
+            assert page.run("return !!document.querySelector(arguments[0])", field) == composing

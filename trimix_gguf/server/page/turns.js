@@ -119,7 +119,7 @@ function editQuestion(turn) {
       if (!running && field.value.trim()) askInstead(turn, field.value);
     },
     keydown: (event) => {
-      if (event.key === "Escape") close();
+      if (event.key === "Escape" && !event.isComposing) close();
       if (isSend(event)) { event.preventDefault(); form.requestSubmit(); }
     },
   }, field, element("div", {}, element("button", { class: "main" }, say("askAgain")), button("cancel", close, "")));

@@ -23,6 +23,7 @@ return copy.innerHTML.replace(new RegExp(` (${names})="[^"]*"`, "g"), "")
 """
 CASES = {
     "two words": "<p>two words</p>",
+    "```\r\na\r\n```\r\nb\r\n": "<div><pre><code>a\r\n</code></pre></div><p>b</p>",
     "one\ntwo\n\nthree": "<p>one\ntwo</p><p>three</p>",
     "*a* _b_ **c** __d__ ~~e~~ ***f***": "<p><em>a</em> <em>b</em> <strong>c</strong> "
     "<strong>d</strong> <del>e</del> <em><strong>f</strong></em></p>",
@@ -187,6 +188,8 @@ def some_text(chance):
         "\n",
         "\n",
         "\n\n",
+        "\r\n",
+        "\r",
         " ",
         "  ",
         "    ",

@@ -1,7 +1,7 @@
 // -- an answer's text in the page, as it grows ------------------------------------------------------
 
 const SMALL = 2000; // characters of a block that is written again at each step
-const SYNTAX = /[\\`*_~[\]()<>\n]/;
+const SYNTAX = /[\\`*_~[\]()<>\r\n]/;
 
 /** What of an answer is in its body: whole blocks, and from `open` on those that may still change. */
 function nothingGrown() {

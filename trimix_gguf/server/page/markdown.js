@@ -22,7 +22,7 @@ function linesOf(source, at) {
 
 /** What a line says, without the end of the line. */
 function lineText(source, { from, end }) {
-  return source.slice(from, source[end - 1] === "\n" && end > from ? end - 1 : end);
+  return source.slice(from, end).replace(/\r?\n?$/, "");
 }
 
 function kindOf(line, depth) {

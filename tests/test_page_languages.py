@@ -68,3 +68,14 @@ def test_with_one_trio_there_is_no_list_and_no_name_is_sent(window, languages):
         ask(window, QUESTIONS["bo"])
         sent, _, mix, _ = last_exchange(window)
         assert "model" not in sent and "trio" not in mix
+
+
+def test_a_trio_that_was_never_tuned_is_said_to_be_in_the_language_of_the_page(window, languages):
+    """Bug: the words stayed in the language that the page had first."""
+    with serving("--trio", languages["ug"]) as served:
+        show(window, served.url)
+        window.wait("return $('model').textContent === 'nano-ug'")
+        for language in ("en", "kk"):
+            window.run("setLanguage(arguments[0])", language)
+            words = window.run("return TEXTS[arguments[0]].untuned", language)
+            assert window.run("return $('tuned').textContent") == words

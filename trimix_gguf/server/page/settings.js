@@ -95,8 +95,9 @@ function listTrios(data) {
   meet(chosenTrio());
 }
 
+/** The trio that answers; null where each question finds its own, or it is not known yet. */
 function chosenTrio() {
-  return trios.find(({ id }) => id === $("trio").value) ?? null;
+  return (trios.length ? trios.find(({ id }) => id === $("trio").value) : models[0]) ?? null;
 }
 
 /** Its languages by their own names, as far as the browser knows them, and the trio's name. */

@@ -8,7 +8,7 @@ function setLanguage(name) {
   for (const part of document.querySelectorAll("[data-label]")) part.setAttribute("aria-label", say(part.dataset.label));
   $("unreviewed").hidden = TEXTS[name].reviewed;
   showPrivacy();
-  showExamples(chosenTrio());
+  meet(chosenTrio());
   if (!("highlights" in CSS)) $("colours").title = say("noColours");
   $("card").hidden = true;
   setDirection($("question"));

@@ -79,3 +79,21 @@ def test_a_trio_that_was_never_tuned_is_said_to_be_in_the_language_of_the_page(w
             window.run("setLanguage(arguments[0])", language)
             words = window.run("return TEXTS[arguments[0]].untuned", language)
             assert window.run("return $('tuned').textContent") == words
+
+
+def test_a_server_that_comes_back_with_other_trios_is_asked_for_those(window, languages):
+    """Bug: the page asked for a trio that was there before, and was told that there is none."""
+    with serving(*options(languages.values())) as served:
+        show(window, served.url, **GREEDY)
+        window.run("remember('localStorage', 'trio', 'nano-bo')")
+        window.open(served.url)
+        window.wait("return $('trio').value === 'nano-bo'")
+    with serving("--trio", languages["ug"], "--port", served.port):
+        window.run("return greet()")
+        assert window.run("return [$('trios').hidden, $('model').hidden]") == [True, False]
+        assert "name" in ask(window, QUESTIONS["ug"])["end"]
+    with serving(*options(languages.values()), "--port", served.port):
+        window.run("return greet()")
+        assert window.run("return [$('trios').hidden, $('model').hidden]") == [False, True]
+        ask(window, QUESTIONS["bo"], n=2)
+        assert last_exchange(window)[0]["model"] == "nano-bo"

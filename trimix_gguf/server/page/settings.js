@@ -49,7 +49,10 @@ async function greet() {
   try {
     const { data } = await (await request("v1/models")).json();
     models = data;
-    if (data.length > 1) {
+    trios = data.length > 1 ? data : []; // it may be another server than the last time
+    $("trios").hidden = !trios.length;
+    $("model").hidden = !$("trios").hidden;
+    if (trios.length) {
       listTrios(data);
       return;
     }
@@ -85,13 +88,10 @@ function showExamples(model) {
 }
 
 function listTrios(data) {
-  trios = data;
   const options = data.map(({ id, trimix }) => element("option", { value: id, dir: "auto" }, trioName(id, trimix?.languages ?? [])));
   $("trio").replaceChildren(element("option", { value: "auto", "data-text": "byLetters" }, say("byLetters")), ...options);
   const kept = recall("localStorage", "trio");
   $("trio").value = data.some(({ id }) => id === kept) ? kept : "auto";
-  $("trios").hidden = false;
-  $("model").hidden = true;
   meet(chosenTrio());
 }
 

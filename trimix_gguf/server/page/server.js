@@ -1,5 +1,7 @@
 // -- the server -------------------------------------------------------------------------------------
 
+let ownKey = recall("sessionStorage", "key"); // in memory too, as the browser may keep nothing
+
 class Failure extends Error {
   constructor(name, detail = "") {
     super(detail || name);
@@ -9,8 +11,8 @@ class Failure extends Error {
 }
 
 async function request(path, options = {}) {
-  const key = recall("sessionStorage", "key");
-  const headers = key === null ? {} : { Authorization: `Bearer ${key}` };
+  if (/[^ -~]/.test(ownKey ?? "")) throw new Failure("needsKey"); // no header could hold it
+  const headers = ownKey === null ? {} : { Authorization: `Bearer ${ownKey}` };
   let response;
   try {
     response = await fetch(path, { ...options, headers: { ...headers, ...options.headers } });

@@ -30,16 +30,16 @@ function readSettings() {
 let afterKey = null;
 
 function askKey(then) {
-  const hadKey = recall("sessionStorage", "key") !== null;
   afterKey = then;
-  $("key-title").textContent = say(hadKey ? "wrongKey" : "needsKey");
+  $("key-title").textContent = say(ownKey !== null ? "wrongKey" : "needsKey");
   if (!$("key").open) $("key").showModal();
 }
 
 function takeKey(event) {
   event.preventDefault();
   const field = event.target.elements.key;
-  remember("sessionStorage", "key", field.value);
+  ownKey = field.value;
+  remember("sessionStorage", "key", ownKey);
   field.value = "";
   $("key").close();
   afterKey?.();

@@ -275,16 +275,6 @@ def test_chats_may_be_kept_for_this_tab_only(page, server):
     assert page.run("return $('privacy').textContent.endsWith(say('keptLong'))")
 
 
-def test_two_tabs_with_one_chat_show_the_same(page):
-    page.run(
-        """const frame = Object.assign(document.createElement("iframe"), { src: "about:blank" });
-        document.body.append(frame);
-        const more = { chat, turns: [...turns, turns[0]] };
-        frame.contentWindow.localStorage[CHAT_KEY + chat.id] = packed(more.chat, more.turns)"""
-    )
-    page.wait("return document.querySelectorAll('.turn').length === 2")
-
-
 def exported(window):
     """The text of the file that all chats would be saved to."""
     return window.run(

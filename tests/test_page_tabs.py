@@ -2,7 +2,7 @@
 
 import pytest
 from served import serving
-from visitor import ENTER, KAZAKH, LONG, show, shown
+from visitor import ENTER, KAZAKH, LONG, ended, show, shown, traced
 
 
 @pytest.fixture(scope="module")
@@ -18,3 +18,49 @@ def test_a_page_that_is_left_in_the_middle_of_an_answer_keeps_what_came(window, 
     came = window.wait("return turns[0]?.answer.text")
     window.open(server.url)
     assert shown(window, "answer").startswith(came)
+
+
+def in_another_tab(window, question):
+    """What a tab does that asks more in the chat of this one."""
+    window.run(
+        """const { chat: there, turns: before } = kept(chat.id);
+        const more = { ...before[0], question: arguments[0] };
+        const frame = Object.assign(document.createElement("iframe"), { src: "about:blank" });
+        document.body.append(frame);
+        frame.contentWindow.localStorage[CHAT_KEY + chat.id] = packed(there, [...before, more])""",
+        question,
+    )
+
+
+def all_questions(window):
+    found = window.run("return keptIds().map((id) => kept(id).turns.map((t) => t.question))")
+    return sorted(found)
+
+
+def test_two_tabs_with_one_chat_show_the_same(window, server):
+    show(window, server.url, turns=[traced(KAZAKH, 3)])
+    in_another_tab(window, "there")
+    window.wait("return document.querySelectorAll('.turn').length === 2")
+
+
+def test_two_tabs_that_go_on_with_one_chat_lose_nothing(window, server):
+    """Bug: the tab whose answer ended last put its own state in the place of the other's."""
+    show(window, server.url, turns=[traced(KAZAKH, 3)], maxTokens=60, **LONG)
+    window.type("#question", "here" + ENTER)
+    window.wait("return turns[1]?.answer.text")
+    in_another_tab(window, "there")
+    text = ended(window, 2)["text"]
+    assert all_questions(window) == [["?", "here"], ["?", "here", "there"]]
+    window.open(server.url)
+    assert shown(window, "question", 2) == "here" and shown(window, "answer", 2) == text
+
+
+def test_what_is_written_into_a_question_outlives_another_tabs_answer(window, server):
+    """Bug: the field with the question that was edited vanished as another tab kept the chat."""
+    show(window, server.url, turns=[traced(KAZAKH, 3)])
+    window.run("editQuestion(turns[0]); document.querySelector('.edit textarea').value = 'edited'")
+    in_another_tab(window, "there")
+    window.run("return new Promise((next) => setTimeout(next, 200))")
+    window.run("document.querySelector('.edit').requestSubmit()")
+    ended(window)
+    assert all_questions(window) == [["?", "there"], ["edited"]]

@@ -91,7 +91,7 @@ function prepareChats() {
   addEventListener("storage", ({ key, newValue }) => {
     if (!key?.startsWith(CHAT_KEY)) return;
     if ($("chats").open && !document.querySelector(".rename")) listChats();
-    const found = key === CHAT_KEY + chat.id && newValue && !running ? kept(chat.id) : null;
+    const found = key === CHAT_KEY + chat.id && newValue && !running && !document.querySelector(".edit") ? kept(chat.id) : null;
     if (found) enterChat(found);
   });
 }

@@ -3,7 +3,7 @@
 const MOST_CHATS = 100;
 const MOST_CHARS = 4e6; // browsers keep about five million for a page
 const CHAT_KEY = "trimix.chat.";
-let chat = newChat(); // {id, title, time} of `turns`
+let chat = newChat(); // {id, title, time} of `turns`; `said` is what of them was kept or read last
 let undo = null; // what brings back what was last left or deleted
 
 function newChat() {
@@ -53,8 +53,13 @@ function keep(id, text) {
 
 function keepChat() {
   if (!turns.length) return;
+  const there = kept(chat.id)?.chat;
+  // Another tab went on with it meanwhile: from here on this is a chat of its own, so both stay.
+  if (there && there.said !== chat.said) chat = newChat();
+  if (there) chat.title = there.title; // another tab may have renamed it
   remember("sessionStorage", "current", chat.id);
   const why = keep(chat.id, packed(chat, turns));
+  chat.said = saidIn(keptText(chat.id));
   bar("unkept", why);
 }
 
@@ -74,11 +79,17 @@ function keptIds() {
   return [...keys].map((key) => key.slice(CHAT_KEY.length));
 }
 
+/** The turns in the text of a chat, which are its end. */
+function saidIn(text) {
+  return text?.slice(text.indexOf(',"turns":')) ?? null;
+}
+
 /** {chat, turns} of a kept chat; null where there is none, or it is damaged. */
 function kept(id) {
   try {
-    const { title, time, turns } = readChat(JSON.parse(keptText(id)));
-    return { chat: { id, title, time }, turns };
+    const text = keptText(id);
+    const { title, time, turns } = readChat(JSON.parse(text));
+    return { chat: { id, title, time, said: saidIn(text) }, turns };
   } catch {
     return null;
   }

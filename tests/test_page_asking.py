@@ -187,6 +187,12 @@ def test_a_server_that_goes_away_is_looked_for_and_said_to_be_back(window):
     window.type("#question", "Астана" + ENTER)
     window.wait("return $('status').textContent === say('away')")
     assert window.run("return [$('question').value, turns.length]") == ["Астана", 2]
+    # So does an edited question; the later ones, which it would end, stay as well.
+    window.run("editQuestion(turns[0])")
+    window.type(".edit textarea", "Шымкент" + ENTER)
+    window.run("return new Promise((next) => setTimeout(next, 500))")
+    assert window.run("return turns.map((t) => t.question)") == [KAZAKH, "Алматы"]
+    assert "Шымкент" in window.run("return document.querySelector('.edit textarea').value")
     window.open("about:blank")  # the page is left, and opened again: nothing is lost
     with serving("--port", served.port) as served:
         window.open(served.url)

@@ -114,9 +114,10 @@ function editQuestion(turn) {
   const close = () => { show(turn); turn.view.root.querySelector(".question button").focus(); };
   const form = element("form", {
     class: "edit",
-    submit: (event) => {
+    submit: async (event) => {
       event.preventDefault();
-      if (!running && field.value.trim()) askInstead(turn, field.value);
+      if (await isAway()) tell(say("away"));
+      else if (!running && field.value.trim() && form.isConnected) askInstead(turn, field.value);
     },
     keydown: (event) => {
       if (event.key === "Escape" && !event.isComposing) close();
@@ -169,12 +170,17 @@ function setBusy(busy) {
   if (busy) tell(say("answering"));
 }
 
+/** Whether the server was away, and is so still. */
+async function isAway() {
+  return trouble?.name === "gone" && (await health()) === null;
+}
+
 /** Ask what is written. While the server is away, the words stay where they are. */
 async function send() {
-  const isAway = trouble?.name === "gone" && (await health()) === null;
+  const mustWait = await isAway();
   const question = $("question").value.trim();
   if (running || !question) return;
-  if (isAway) {
+  if (mustWait) {
     tell(say("away"));
     return;
   }

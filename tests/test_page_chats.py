@@ -379,3 +379,15 @@ def test_escape_within_an_input_method_closes_no_field(page):
                 composing,
             )
             assert page.run("return !!document.querySelector(arguments[0])", field) == composing
+
+
+def test_a_full_browser_is_said_to_be_by_any_browser(window, server):
+    """Bug: Firefox has another name for it, and was said to keep nothing at all."""
+    show(window, server.url)
+    for name in ("QuotaExceededError", "NS_ERROR_DOM_QUOTA_REACHED"):
+        window.run(
+            """const [name] = arguments;
+            Storage.prototype.setItem = () => { throw new DOMException("", name); }""",
+            name,
+        )
+        assert window.run("return put('localStorage', 'x', '')") == "storageFull"

@@ -28,7 +28,7 @@ function put(place, id, text) {
     window[place].setItem(CHAT_KEY + id, text);
     return null;
   } catch (error) {
-    return error.name === "QuotaExceededError" ? "storageFull" : "storageBlocked";
+    return /quota/i.test(error.name) ? "storageFull" : "storageBlocked";
   }
 }
 

@@ -64,3 +64,14 @@ def test_what_is_written_into_a_question_outlives_another_tabs_answer(window, se
     window.run("document.querySelector('.edit').requestSubmit()")
     ended(window)
     assert all_questions(window) == [["?", "there"], ["edited"]]
+
+
+def test_what_is_written_into_a_question_outlives_a_change_of_the_language(window, server):
+    """Bug: the field with the question that was edited vanished."""
+    show(window, server.url, turns=[traced(KAZAKH, 3)])
+    window.run("editQuestion(turns[0])")
+    window.type(".edit textarea", " edited")
+    window.run("setLanguage('kk')")
+    assert window.run("return document.querySelector('.edit textarea').value") == "? edited"
+    window.run("document.querySelector('.edit [type=button]').click()")
+    assert window.text(".question .actions") == window.run("return TEXTS.kk.edit")

@@ -12,7 +12,7 @@ function setLanguage(name) {
   if (!("highlights" in CSS)) $("colours").title = say("noColours");
   $("card").hidden = true;
   setDirection($("question"));
-  turns.forEach(show);
+  turns.filter((turn) => !turn.view?.root.querySelector(".edit")).forEach(show); // what is written there stays
 }
 
 function showPrivacy() {

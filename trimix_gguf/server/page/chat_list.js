@@ -55,7 +55,7 @@ function renameChat(entry, row) {
     keep(entry.chat.id, JSON.stringify({ ...saved, title }));
     close();
   }, keydown: (event) => {
-    if (event.key !== "Escape" || event.isComposing) return;
+    if (event.key !== "Escape" || isComposed(event)) return;
     event.preventDefault(); // or the list would be closed
     close();
   } }, field, element("button", { class: "main" }, say("done")), button("cancel", close, ""));

@@ -120,7 +120,7 @@ function editQuestion(turn) {
       else if (!running && field.value.trim() && form.isConnected) askInstead(turn, field.value);
     },
     keydown: (event) => {
-      if (event.key === "Escape" && !event.isComposing) close();
+      if (event.key === "Escape" && !isComposed(event)) close();
       if (isSend(event)) { event.preventDefault(); form.requestSubmit(); }
     },
   }, field, element("div", {}, element("button", { class: "main" }, say("askAgain")), button("cancel", close, "")));
@@ -190,9 +190,14 @@ async function send() {
   ask(turn);
 }
 
+/** Whether a key is for an input method. Safari tells of the one that ends a word only by 229. */
+function isComposed(event) {
+  return event.isComposing || event.keyCode === 229;
+}
+
 /** Enter sends, but not within an input method, nor on a touch keyboard, which has no Shift+Enter. */
 function isSend(event) {
-  return event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229 && !matchMedia("(pointer: coarse)").matches;
+  return event.key === "Enter" && !event.shiftKey && !isComposed(event) && !matchMedia("(pointer: coarse)").matches;
 }
 
 /** Put words into the field of the question. */

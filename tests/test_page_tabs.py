@@ -75,3 +75,15 @@ def test_what_is_written_into_a_question_outlives_a_change_of_the_language(windo
     assert window.run("return document.querySelector('.edit textarea').value") == "? edited"
     window.run("document.querySelector('.edit [type=button]').click()")
     assert window.text(".question .actions") == window.run("return TEXTS.kk.edit")
+
+
+def test_undo_puts_no_deleted_chat_over_what_another_tab_kept_of_it_since(window, server):
+    """Bug: an answer that ended in another tab after the chat was deleted here was lost."""
+    show(window, server.url, turns=[traced(KAZAKH, 3)])
+    window.run(
+        """const [key, text] = [CHAT_KEY + chat.id, keptText(chat.id)];
+        deleteChats(keptIds(), "deletedAll");
+        localStorage[key] = text.replace('"?"', '"later"');
+        undo()"""
+    )
+    assert all_questions(window) == [["later"]]

@@ -144,7 +144,8 @@ function deleteChats(ids, ...words) {
   if (hasCurrent) enterChat({ chat: newChat(), turns: [] });
   listChats();
   offerUndo(() => {
-    for (const [id, text] of texts) if (text !== null) keep(id, text);
+    // Another tab may have kept one again, with more in it.
+    for (const [id, text] of texts) if (text !== null && keptText(id) === null) keep(id, text);
     if (hasCurrent && !turns.length) openChat(before);
     listChats();
   }, ...words);

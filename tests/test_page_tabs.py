@@ -45,7 +45,7 @@ def test_two_tabs_with_one_chat_show_the_same(window, server):
 
 def test_two_tabs_that_go_on_with_one_chat_lose_nothing(window, server):
     """Bug: the tab whose answer ended last put its own state in the place of the other's."""
-    show(window, server.url, turns=[traced(KAZAKH, 3)], maxTokens=60, **LONG)
+    show(window, server.url, turns=[traced(KAZAKH, 3)], maxTokens=400, **LONG)
     window.type("#question", "here" + ENTER)
     window.wait("return turns[1]?.answer.text")
     in_another_tab(window, "there")

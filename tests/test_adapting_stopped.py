@@ -30,7 +30,7 @@ def learning(tmp_path, text_file, with_torch):
     texts = [json.loads(line)["text"] for line in text_file.read_text("utf-8").splitlines()]
     recipe = Recipe(
         n_steps=9, learning_rate=3e-3, dtype="float32", n_warm_up=2, steps_between_looks=3,
-        save_every_s=0,
+        save_every_s=0, rows_per_step=4,
     )  # fmt: skip
     tokenizer = Tokenizer(base)
     documents = ([(text, 1)] for text in itertools.cycle(texts[8:]))

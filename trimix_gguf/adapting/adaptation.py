@@ -144,10 +144,8 @@ class _Run:
 
     def _prepare(self) -> dict[str, Any]:
         asked = self.asked
-        texts, replay = (
-            list_texts(asked.texts),
-            list_texts(asked.replay),
-        )  # none is read for nothing
+        # Both first, so that none is read for nothing.
+        texts, replay = list_texts(asked.texts), list_texts(asked.replay)
         wanted = Wanted(asked.script, asked.keep_out)
         report = prepare(texts, self.folder, wanted, self.shown.read)
         if replay:

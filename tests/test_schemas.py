@@ -179,3 +179,13 @@ def test_a_sampler_needs_the_tree_for_a_schema_only(trio):
     with pytest.raises(SamplerError, match="JSON"):
         generate(trio, "а", weights=Weights(1, 0), json_schema="{")
     assert generate(trio, "а", weights=Weights(1, 0), max_tokens=2, json_schema="true").n_tokens
+
+
+@pytest.mark.parametrize("rules", [{"json_schema": {"enum": ["иә"]}}, {"grammar": 'root ::= "иә"'}])
+def test_a_grammar_goes_before_the_plausibility_threshold(trio, rules):
+    """Bug: where large_ins found no token plausible that the grammar allows, the answer failed."""
+    # At threshold 1 only large_ins' first choice is left.
+    answer = generate(
+        trio, KAZAKH, weights=Weights(0.5, 0.5), plausibility_threshold=1.0, max_tokens=20, **rules
+    )
+    assert answer.text.strip('"') == "иә"

@@ -62,6 +62,21 @@ def test_a_failed_prefill_leaves_the_caches_alike(trio, ids):
     assert all(np.isfinite(row).all() for row in last_rows(trio, ids).values())
 
 
+@pytest.mark.parametrize("wrong", [-1, 6144, 2**31])
+def test_a_token_that_no_model_has_is_refused(trio, wrong):
+    """Bug: llama.cpp's samplers ended the process for a prompt of one's own ids."""
+    prompt = Prompt((Segment.of([0, 50, wrong, 60]),))
+    for ask in (
+        lambda: generate(trio, prompt, weights=Weights(1, 0), max_tokens=2, dry_multiplier=0.8),
+        lambda: score(trio, [prompt]),
+        lambda: select_weights(trio, prompt),
+        lambda: trio.prefill(prompt),
+        lambda: trio.text([wrong]),
+    ):
+        with pytest.raises(PromptError, match=f"{wrong}.*0 to {trio.n_vocab - 1}"):
+            ask()
+
+
 def test_a_model_without_weight_is_not_decoded(trio):
     calls = dict.fromkeys(ROLES, 0)
     originals = {role: model.decode_entries for role, model in trio.models.items()}

@@ -11,7 +11,8 @@ TrimixError
  ├── PromptError          a prompt that cannot be read, scored or fitted
  ├── WeightsError         weights or a grid outside what the mix allows
  ├── SamplerError         a grammar or setting that llama.cpp refuses
- │    └── SchemaError         a JSON schema that no answer could be held to
+ │    ├── SchemaError         a JSON schema that no answer could be held to
+ │    └── NothingAllowed      grammar, biases and masks together rule out every token
  ├── DataError            evaluation data that is absent, damaged or not what a task asks for
  ├── TrioFileError        a trio that is unknown, incomplete, damaged, or not one
  ├── QueueFull            more requests at once than may wait
@@ -69,6 +70,10 @@ class SamplerError(TrimixError):
 
 class SchemaError(SamplerError):
     """A JSON schema that no answer could be held to."""
+
+
+class NothingAllowed(SamplerError):
+    """Grammar, biases and masks together rule out every token."""
 
 
 class DataError(TrimixError):

@@ -218,7 +218,8 @@ def new_sampler(trio: Trio, prompt: Prompt, sampling: Sampling) -> Sampler:
 
 def _room(trio: Trio, prompt: Prompt, n_prompt: dict[Role, int]) -> int:
     """Tokens that every role can take after the prompt; raises PromptError."""
-    Prefill(prompt).check_fits({role: model.n_ctx for role, model in trio.models.items()})
+    n_ctx = {role: model.n_ctx for role, model in trio.models.items()}
+    Prefill(prompt).check_fits(n_ctx, trio.n_vocab)
     if not all(n_prompt.values()):
         raise PromptError("the prompt is empty for one of the models; give some text")
     return min(model.n_ctx - n_prompt[role] for role, model in trio.models.items())

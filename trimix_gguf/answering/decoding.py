@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from trimix_gguf.answering.drafting import DRAFTER, MOST_DRAFTED, Draft, Drafting, Need, draft
 from trimix_gguf.answering.lookup import Lookup
 from trimix_gguf.answering.steering import Steering
-from trimix_gguf.errors import PromptError
-from trimix_gguf.mixing.fusion import Rows
+from trimix_gguf.errors import NothingAllowed, PromptError
+from trimix_gguf.mixing.fusion import Mix, Rows
 from trimix_gguf.mixing.sampler import Sampler
 from trimix_gguf.roles import Role
 from trimix_gguf.trio.strand import Strand
@@ -100,8 +100,7 @@ def drafted_steps(
             # the first other pick is the target's own token, and ends the round.
             for i in range(n + 1):
                 rows = yield from _rows_at(drafted, read, needed, i)
-                fused = steering.mix.fuse(rows, strand.unused)
-                token = sampler.sample(fused)
+                fused, token = _pick(steering.mix, rows, strand, sampler)
                 accepted = i < n and token == drafted.tokens[i]
                 if n == 0:
                     drafting.watch(rows.get(DRAFTER), token)
@@ -122,6 +121,24 @@ def drafted_steps(
     finally:
         if strand.n_texts == text:
             strand.rewind(n_ahead)
+
+
+def _pick(
+    mix: Mix, rows: Rows, strand: Strand, sampler: Sampler
+) -> tuple[NDArray[np.float32], int]:
+    """The fused row [n_vocab] and the token picked from it.
+
+    A grammar or a schema has to be followed. So where it allows no token that large_ins finds
+    plausible, the threshold gives way.
+    """
+    fused = mix.fuse(rows, strand.unused)
+    try:
+        return fused, sampler.sample(fused)
+    except NothingAllowed:
+        if not mix.is_masked:
+            raise
+    fused = Mix(mix.weights).fuse(rows, strand.unused)
+    return fused, sampler.sample(fused)
 
 
 def _settle(strand: Strand, steering: Steering) -> Generator[Need, Rows, None]:

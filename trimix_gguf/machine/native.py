@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trimix_gguf.errors import ModelError, ModelFileError
+from trimix_gguf.errors import ModelError, ModelFileError, PromptError
 from trimix_gguf.machine import self_test
 from trimix_gguf.machine.loading import REMOTE, REMOTE_CPU, REMOTE_GPU, Loading
 from trimix_gguf.machine.quantization import FLOATS
@@ -357,7 +357,13 @@ def tokenize(vocab: Any, text: str, *, special: bool = False, long_runs: bool = 
 
 
 def piece(vocab: Any, token: int, *, special: bool = False) -> bytes:
-    """Bytes of one token; control tokens are empty unless `special`."""
+    """Bytes of one token; control tokens are empty unless `special`.
+
+    Raises PromptError for an id outside the vocabulary: llama.cpp would end the process.
+    """
+    n_vocab = lib.llama_vocab_n_tokens(vocab)
+    if not 0 <= token < n_vocab:
+        raise PromptError(f"there is no token {token}; there are 0 to {n_vocab - 1}")
     size = 64
     while True:
         buffer = ctypes.create_string_buffer(size)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trimix_gguf.errors import ModelError, SamplerError
+from trimix_gguf.errors import ModelError, NothingAllowed, SamplerError
 from trimix_gguf.machine.native import lib
 from trimix_gguf.mixing.fusion import NOT_FINITE
 from trimix_gguf.mixing.grammar import CANDIDATE, Grammar, candidate_array
@@ -57,7 +57,8 @@ class Sampler:
     def sample(self, fused: NDArray[np.float32]) -> int:
         """Pick from one fused row [n_vocab]; accept() then tells which token was taken.
 
-        Raises ModelError where the row has NaN or +inf: llama.cpp would pick some token.
+        Raises ModelError where the row has NaN or +inf: llama.cpp would pick some token. Raises
+        NothingAllowed where no token is left.
         """
         if not fused.max() < np.inf:  # NaN is the maximum of its row
             raise ModelError(NOT_FINITE)
@@ -99,7 +100,7 @@ class Sampler:
             raise SamplerError("the sampler picked nothing; loosen its cut-offs")
         picked = array.data[array.selected]
         if picked.logit == -np.inf:
-            raise SamplerError("every token is ruled out by the grammar, biases or masks")
+            raise NothingAllowed("every token is ruled out by the grammar, biases or masks")
         return int(picked.id)
 
 

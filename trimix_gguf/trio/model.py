@@ -289,7 +289,7 @@ class Model:
         )
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
-        """Bytes of one token; control tokens are empty unless `special`."""
+        """Bytes of one token; control tokens are empty unless `special`. Raises PromptError."""
         return native.piece(self.vocab, token, special=special)
 
     @property

@@ -82,8 +82,14 @@ class Prefill:
         if self.stop:
             self._is_wanted[self.stop - 1] = True
 
-    def check_fits(self, n_ctx: Mapping[Role, int]) -> None:
-        """Raise PromptError where a role's context is too small for the prompt and one token."""
+    def check_fits(self, n_ctx: Mapping[Role, int], n_vocab: int) -> None:
+        """Raise PromptError where a role's context is too small for the prompt and one token.
+
+        Or where an id is not in the vocabulary: llama.cpp's samplers would end the process.
+        """
+        ids = {token for of_roles, _ in self.units for of_role in of_roles for token in of_role}
+        if wrong := [token for token in ids if not 0 <= token < n_vocab]:
+            raise PromptError(f"there is no token {wrong[0]}; there are 0 to {n_vocab - 1}")
         for role, most in n_ctx.items():
             n = self.ends[role][-1]
             if n >= most:

@@ -197,7 +197,8 @@ class Trio(Strand):
         only. Raises PromptError, ModelError.
         """
         reading = Prefill(prompt, stand_for=stand_for, to_end=False)
-        reading.check_fits({role: model.n_ctx for role, model in self.models.items()})
+        n_ctx = {role: model.n_ctx for role, model in self.models.items()}
+        reading.check_fits(n_ctx, self.n_vocab)
         kept = self.n_kept(reading.units)
         if consume is None:
             reading.at = kept

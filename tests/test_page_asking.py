@@ -1,7 +1,9 @@
 """The page of `trimix serve` in a real browser: long chats, two columns, a server that is away."""
 
+import http.server
 import os
 import signal
+import threading
 
 import httpx
 import pytest
@@ -221,5 +223,48 @@ def test_a_busy_server_is_said_to_be_free_when_it_is(window):
         assert window.run("return turns[0].question") == KAZAKH
         window.run("Object.assign(settings, arguments[0])", GREEDY)
         window.click(".retry button")
-        assert ended(window)["end"]["name"]
+        window.wait("return turns[0].answer.end?.name", seconds=60)
     window.log("browser")  # Chromium itself notes what was refused
+
+
+class Proxy(http.server.BaseHTTPRequestHandler):
+    """A proxy whose server is gone."""
+
+    def do_GET(self):
+        self.send_response(502)
+        self.end_headers()
+        self.wfile.write(b"<html><h1>502 Bad Gateway</h1></html>")
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        self.do_GET()
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_an_answer_stays_while_the_server_behind_a_proxy_is_gone(window):
+    """Bug: a proxy's 502 was not said to be a server that is away; "Try again" took the answer."""
+    with serving() as served:
+        show(window, served.url)
+        ask(window, KAZAKH)
+        served.process.terminate()
+        served.process.wait()
+    answer = window.run("return turns[0].answer.text")
+    address = ("127.0.0.1", served.port)
+    with http.server.ThreadingHTTPServer(address, Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever).start()
+        try:
+            window.click(".retry button")
+            window.wait("return $('status').textContent === say('away')")
+            window.run("notice(null)")  # as if nobody had looked yet
+            assert ask(window, "Алматы", n=2)["end"]["failure"] == "gone"
+            assert window.text("#server span") == window.run("return say('away')")
+            window.run("notice(null); editQuestion(turns[0])")
+            window.type(".edit textarea", "Шымкент" + ENTER)
+            window.wait("return trouble?.name === 'gone'")
+        finally:
+            proxy.shutdown()
+    assert window.run("return turns.map((t) => t.question)") == [KAZAKH, "Алматы"]
+    assert answer and window.run("return turns[0].answer.text") == answer
+    window.log("browser")  # Chromium itself notes the failed requests

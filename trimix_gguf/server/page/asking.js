@@ -113,8 +113,8 @@ function take(part, chunk) {
   update(part);
 }
 
-function retry(turn) {
-  if (running) return;
+async function retry(turn) {
+  if (running || (await isAway()) || running || !turns.includes(turn)) return;
   $("question").focus();
   ask(turn);
 }

@@ -21,10 +21,13 @@ async function request(path, options = {}) {
   }
   if (response.ok) return response;
   const said = await response.json().then((body) => body.error, () => null);
-  throw failure(response.status, said ?? {});
+  throw failure(response.status, said ?? { code: "none" });
 }
 
+const AWAY = ["none", "engine_stopped", "shutting_down", "worker_lost"]; // "none": by a proxy before the server
+
 function failure(status, { code, message }) {
+  if (status >= 502 && status <= 504 && AWAY.includes(code)) return new Failure("gone");
   if (status === 401) return new Failure("needsKey");
   if (status === 429) return new Failure("busy");
   if (code === "context_length_exceeded") return new Failure("context");
@@ -71,9 +74,22 @@ function notice(failure) {
   if (trouble) look(trouble, FIRST_LOOK_MS);
 }
 
+const HEALTH_MS = 10000; // of the slowest network that a page is used over
+
 /** "ok" or "busy"; null where the server does not answer. */
 async function health() {
-  try { return (await (await fetch("health")).json()).status; } catch { return null; }
+  try {
+    const response = await fetch("health", { signal: AbortSignal.timeout(HEALTH_MS) });
+    return (await response.json()).status ?? null;
+  } catch { return null; }
+}
+
+/** Whether the server is away; if so, the page says it. What an answer would replace stays then. */
+async function isAway() {
+  if ((await health()) !== null) return false;
+  notice("gone");
+  tell(say("away"));
+  return true;
 }
 
 async function look(seen, pause) {

@@ -116,8 +116,8 @@ function editQuestion(turn) {
     class: "edit",
     submit: async (event) => {
       event.preventDefault();
-      if (await isAway()) tell(say("away"));
-      else if (!running && field.value.trim() && form.isConnected) askInstead(turn, field.value);
+      if (await isAway()) return;
+      if (!running && field.value.trim() && form.isConnected) askInstead(turn, field.value);
     },
     keydown: (event) => {
       if (event.key === "Escape" && !isComposed(event)) close();
@@ -170,20 +170,11 @@ function setBusy(busy) {
   if (busy) tell(say("answering"));
 }
 
-/** Whether the server was away, and is so still. */
-async function isAway() {
-  return trouble?.name === "gone" && (await health()) === null;
-}
-
 /** Ask what is written. While the server is away, the words stay where they are. */
 async function send() {
-  const mustWait = await isAway();
+  if (trouble?.name === "gone" && (await isAway())) return;
   const question = $("question").value.trim();
   if (running || !question) return;
-  if (mustWait) {
-    tell(say("away"));
-    return;
-  }
   writeQuestion("");
   const turn = { question, answer: null, beside: null, leftOut: 0 };
   turns.push(turn);

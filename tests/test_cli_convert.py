@@ -12,6 +12,7 @@ from test_cli import one_line_error
 
 from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.machine.quantization import WEIGHT_TYPES
+from trimix_gguf.trio.trio import NANO
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +79,10 @@ def test_an_adapter_beside_and_merged_into_its_base(trimix, folders, tmp_path):
 
     base, adapter = folders["small_base"], tmp_path / "adapter"
     adapter.mkdir()
-    rng, shapes = np.random.default_rng(0), {}
-    for layer in range(5):
+    rng, shapes, model = np.random.default_rng(0), {}, read_gguf(NANO / "small_base.gguf")
+    for layer in range(model.n_layer):
         prefix = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_"
-        shapes |= {f"{prefix}A.weight": (4, 192), f"{prefix}B.weight": (192, 4)}
+        shapes |= {f"{prefix}A.weight": (4, model.n_embd), f"{prefix}B.weight": (model.n_embd, 4)}
     stored = {n: StoredTensor(adapter, 0, shape, "F32") for n, shape in shapes.items()}
     data = {n: 0.3 * rng.standard_normal(shape, "f4") for n, shape in shapes.items()}
     write_safetensors(adapter / "adapter_model.safetensors", stored, data.__getitem__)

@@ -14,8 +14,10 @@ from hub_server import serving
 from huggingface_hub import constants
 
 from trimix_gguf.errors import TrimixError
+from trimix_gguf.machine.gguf_file import read_gguf
 from trimix_gguf.machine.hashes import sha256_of
 from trimix_gguf.roles import ROLES
+from trimix_gguf.trio.trio import NANO
 from trimix_gguf.trios.pull_plan import plan_pull
 from trimix_gguf.trios.pulling import pull
 from trimix_gguf.trios.triofile import TrioFile
@@ -59,10 +61,10 @@ def adapter_folder(folder: Path, seed: int, layers: tuple[int, ...] = (1,)) -> P
     from trimix_gguf.convert.checkpoint import StoredTensor, write_safetensors
 
     folder.mkdir()
-    shapes = {}
+    n_embd, shapes = read_gguf(NANO / "small_base.gguf").n_embd, {}
     for layer in layers:
         module = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_"
-        shapes |= {f"{module}A.weight": (4, 192), f"{module}B.weight": (192, 4)}
+        shapes |= {f"{module}A.weight": (4, n_embd), f"{module}B.weight": (n_embd, 4)}
     stored = {n: StoredTensor(folder, 0, shape, "F32") for n, shape in shapes.items()}
     rng = np.random.default_rng(seed)
     data = {n: rng.standard_normal(shape, "f4") for n, shape in shapes.items()}

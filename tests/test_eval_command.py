@@ -14,6 +14,7 @@ from dataclasses import fields
 import pytest
 from conftest import REAL
 from filelock import FileLock
+from made_tasks import write_sib200
 from test_cli import one_line_error
 from topics import arguments
 
@@ -253,6 +254,24 @@ def test_a_run_keeps_its_questions(trimix, task_file, tmp_path):
     task_file.rename(tmp_path / "elsewhere.jsonl")
     assert report.returncode == 0
     assert trimix("eval", "report", out).stdout == report.stdout
+
+
+def test_a_run_does_not_continue_with_another_folder_of_data(trimix, tmp_path):
+    """Bug: questions of one `--data` and of another stood in one file."""
+    out, data = tmp_path / "run", tmp_path / "data"
+    write_sib200(data)
+    shutil.copytree(data, tmp_path / "copy")
+    given = ["eval", "--tasks", "sib200", "--methods", "large_ins", "--limit", 2, "-o", out]
+    given += ["--lang", "kk", "--exemplars", 0]
+    assert trimix(*given, "--data", data).returncode == 0
+    assert trimix(*given, "--data", tmp_path / "copy").returncode == 0  # the same, elsewhere
+    test = data / "eval/kk/sib200/test.tsv"
+    test.write_text(test.read_text("utf-8").replace("Мәтін", "Сөйлем"), "utf-8")
+    assert "other data" in one_line_error(trimix(*given, "--data", data))
+    settings = json.loads((out / "run.json").read_text("utf-8"))
+    del settings["data"]  # as earlier versions wrote it
+    (out / "run.json").write_text(json.dumps(settings), "utf-8")
+    assert trimix(*given, "--data", data).returncode == 0
 
 
 def test_a_run_goes_on_where_its_task_file_has_another_place(trimix, task_file, tmp_path):

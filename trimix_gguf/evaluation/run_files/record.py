@@ -49,6 +49,7 @@ class RunRecord(RunSettingsRecord):
     axis: list[float]
     models: dict[str, ModelRecord]
     n_questions: NotRequired[dict[str, int]]
+    data: NotRequired[dict[str, str]]  # a task's digest
     task_files: NotRequired[dict[str, str]]
     singles: NotRequired[dict[str, ModelRecord]]
     chat_template: NotRequired[str | None]
@@ -111,8 +112,8 @@ def _keep(folder: Path, record: RunRecord) -> None:
         there = all(asked["singles"].get(name) == model for name, model in known.items())
         if more := there and known != asked["singles"]:
             kept |= {"singles": asked["singles"], "command": asked["command"]}
-        # Runs of earlier versions do not say their tuning: taken as the same one.
-        told = {"tuning": asked["tuning"], **kept}
+        # Runs of earlier versions do not say these: taken as the same ones.
+        told = {"tuning": asked["tuning"], "data": asked["data"], **kept}
         own = asked["task_files"]
         if own.keys() == (told.get("task_files") or {}).keys() and all(
             kept_task(folder, name).exists() for name in own

@@ -143,6 +143,11 @@ class Comparison:
             "n_questions": {
                 name: len(data.questions(limit, seed)) for name, (_, data) in self.datasets.items()
             },
+            "data": {  # the user's own files are kept whole
+                name: data.digest(limit, seed)
+                for name, (_, data) in self.datasets.items()
+                if name not in self.own_files
+            },
             "task_files": {custom_task(path).name: str(path.resolve()) for path in own_files},
             **self.settings.to_json(),
             "chat_template": models["chat_template"],

@@ -1,8 +1,10 @@
 """A task: labelled examples in one language, how they are asked, and how answers are judged."""
 
+import hashlib
+import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trimix_gguf.errors import DataError
@@ -59,6 +61,12 @@ class Dataset:
                 " is left"
             )
         return Dataset.shuffled(asked, pool, seed)
+
+    def digest(self, limit: int | None, seed: int) -> str:
+        """SHA-256 of what is asked, and of the exemplars to choose from."""
+        both = (self.questions(limit, seed), self.exemplars)
+        parts = [[asdict(example) for example in part] for part in both]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def questions(self, limit: int | None, seed: int) -> list[Example]:
         """The examples to answer: all, or `limit` of them drawn with the seed, in their order."""

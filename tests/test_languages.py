@@ -175,6 +175,15 @@ def test_a_chat_goes_on_with_another_trio(trimix, languages, strangers, other):
     assert f"{folder} answers from here on" in done.stderr.decode()
 
 
+def test_weights_that_another_trio_does_not_get_are_told(trimix, languages):
+    """Bug: `/weights` was forgotten at `/trio` without a word."""
+    lines = ["/weights 0.7,0.1", f"/trio {languages['ug']}", "/weights"]
+    done = trimix("chat", "--trio", languages["kk"], *CHAT, stdin=said(*lines))
+    assert done.stdout.decode().splitlines()[-1] == "weights: alpha 0.2, beta 0.8, held"
+    told = done.stderr.decode().splitlines()
+    assert "weights alpha 0.7, beta 0.1 were of the trio before; /weights sets others" in told[-1]
+
+
 def test_a_trio_that_cannot_be_opened_leaves_the_chat_as_it_is(
     trimix, languages, nano_files, tmp_path
 ):
@@ -185,11 +194,13 @@ def test_a_trio_that_cannot_be_opened_leaves_the_chat_as_it_is(
     shutil.copytree(broken, apart)
     text = (apart / "trio.toml").read_text(encoding="utf-8")
     (apart / "trio.toml").write_text(text.replace("large_ins.gguf", "small_cpt.gguf", 1), "utf-8")
-    lines = ["Сәлем", f"/trio {broken}", "/trio nowhere", f"/trio {apart}", "/undo", "Сәлем"]
+    lines = ["/weights 0.7,0.1", "Сәлем"]
+    lines += [f"/trio {broken}", "/trio nowhere", f"/trio {apart}", "/undo", "Сәлем", "/weights"]
     done = trimix("chat", "--trio", languages["kk"], *CHAT, stdin=said(*lines))
     assert done.returncode == 1  # as after every bad line of a pipe
-    first, second = done.stdout.decode().splitlines()
+    set_to, first, second, last = done.stdout.decode().splitlines()
     assert first == second
+    assert set_to == last and "alpha 0.7, beta 0.1, held" in last  # not those of the command
     told = [line for line in done.stderr.decode().splitlines() if line.startswith("trimix: ")]
     assert len(told) == 3 and "lora.gguf" in told[0] and "nowhere" in told[1]
 

@@ -200,15 +200,19 @@ class _Session:
         if not argument:
             print(self._opened.names(), flush=True)
             return
+        before, opened, is_switched = self.conversation, self._opened, False
         try:
-            self._opened.switch(argument)
+            opened.switch(argument)
+            is_switched = True
         finally:
-            before = self.conversation
-            opened = self._opened
             if opened.trio is not before.trio:  # also where the old one had to be opened again
                 self.conversation = Conversation(opened.trio, notify=_note, **opened.settings)
                 self.conversation.go_on_from(before)
+                if not is_switched:
+                    self.conversation.weights = before.weights
         _note(f"{argument} answers from here on")
+        if before.held not in (None, self.conversation.held):  # what fits one trio may not another
+            _note(f"weights {mix_words(before.held)} were of the trio before; /weights sets others")
 
     def why(self, _: str) -> None:
         from trimix_gguf.cli.why import print_why

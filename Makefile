@@ -38,23 +38,17 @@ DATA ?= ../shared/data
 WORK ?= nano-work
 OUT ?= trimix_gguf/nano
 SCALE ?= 1
-nano: $(WORK)/small_cpt.gguf $(WORK)/large_ins/model.safetensors
-	for role in small_base large_ins; do \
+nano: $(WORK)/small_cpt/model.safetensors $(WORK)/large_ins/model.safetensors
+	for role in small_base small_cpt large_ins; do \
 	  $(BIN)/trimix convert hf $(WORK)/$$role -o $(OUT)/$$role.gguf --force || exit 1; \
 	done
-	cp $(WORK)/small_cpt.gguf $(OUT)/small_cpt.gguf
-	# The self-test compares with logits of the nano trio that ships.
-	[ $(OUT) != trimix_gguf/nano ] || TRIMIX_SELF_TEST=0 $(BIN)/python -c \
-	  'from trimix_gguf.trio.trial import keep; keep()'
+	[ $(OUT) != trimix_gguf/nano ] || TRIMIX_SELF_TEST=0 $(BIN)/python convert/nano/ship.py
 
 TRAIN = $(BIN)/python convert/nano/train.py --data $(DATA) --work $(WORK) --scale $(SCALE)
 $(WORK)/tokenizer.json: | $(VENV)/.train
 	$(TRAIN) tokenizer
 $(WORK)/small_base/model.safetensors $(WORK)/large_base/model.safetensors: $(WORK)/tokenizer.json
-$(WORK)/small_cpt.gguf: $(WORK)/small_base/model.safetensors
-	$(BIN)/trimix adapt nano-small-cpt $(DATA)/corpus/kk/train.txt --base $(WORK)/small_base --full \
-	  --learning-rate 3e-3 --exercises 0 --tokens $$($(PYTHON) -c 'print(int(14_000_000 * $(SCALE)))') \
-	  --work $(WORK)/adapt -o $@
+$(WORK)/small_cpt/model.safetensors: $(WORK)/small_base/model.safetensors
 $(WORK)/large_ins/model.safetensors: $(WORK)/large_base/model.safetensors
 $(WORK)/%/model.safetensors:
 	$(TRAIN) $*

@@ -22,7 +22,9 @@ class Settings:
     """How a model is trained.
 
     The learning rate rises to `learning_rate` in `n_warm_up` steps. From step `decay_from` on, a
-    cosine takes it down to `final_share` of that. `weight_decay` is for matrices only.
+    cosine takes it down to `final_share` of that. So up to there a longer run is the same run.
+    `weight_decay` is for the matrices between layers, as are Muon's steps, which have the size of
+    AdamW's; AdamW trains embeddings and vectors.
     """
 
     learning_rate: float
@@ -68,7 +70,7 @@ def train(
     *,
     progress: Callable[[Standing], None] = lambda standing: None,
 ) -> None:
-    """Train the parameters of a torch.nn.Module that require a gradient, in place, by AdamW.
+    """Train the parameters of a torch.nn.Module that require a gradient, in place.
 
     `loss_of(step)` gives the loss of that step's batch. After Ctrl-C, which is raised again, and
     after a kill, the next call continues from `settings.state`. The caller seeds PyTorch before it
@@ -94,43 +96,58 @@ def train(
 
 
 class _Run:
-    """A model in training: its optimizer, and the steps that are done."""
+    """A model in training: its optimizers, and the steps that are done."""
 
     def __init__(self, model: Any, settings: Settings) -> None:
         import torch
 
         self._settings = settings
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        matrices = [p for p in self._trained.values() if p.dim() > 1]
-        others = [p for p in self._trained.values() if p.dim() <= 1]
-        groups = [(matrices, settings.weight_decay), (others, 0.0)]
-        self._optimizer = torch.optim.AdamW(
-            [{"params": found, "weight_decay": decay} for found, decay in groups if found],
-            lr=settings.learning_rate,
-            betas=settings.betas,
-        )
+        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+        groups: dict[bool, list[Any]] = {True: [], False: []}
+        for p in self._trained.values():
+            groups[p.dim() == 2 and id(p) not in embeddings].append(p)
+        rate = settings.learning_rate
+        self._optimizers: list[Any] = []
+        if groups[True]:
+            self._optimizers.append(
+                torch.optim.Muon(
+                    groups[True],
+                    lr=rate,
+                    weight_decay=settings.weight_decay,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
+        if groups[False]:
+            self._optimizers.append(
+                torch.optim.AdamW(groups[False], lr=rate, betas=settings.betas, weight_decay=0.0)
+            )
         self.step = 0
         if settings.state.exists():
             saved = torch.load(settings.state)
             model.load_state_dict(saved["trained"], strict=False)
-            self._optimizer.load_state_dict(saved["optimizer"])
+            for optimizer, state in zip(self._optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
             torch.set_rng_state(saved["generator"])
             self.step = saved["step"]
         self._generator = torch.get_rng_state()  # dropout draws from it
         self._is_whole = True
 
     def do_step(self, loss_of: Callable[[int], Any]) -> float:
-        """One step of the optimizer; its loss."""
+        """One step of the optimizers; its loss."""
         import torch
 
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._settings.rate(self.step)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self._settings.rate(self.step)
         loss = loss_of(self.step)
-        self._optimizer.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._trained.values(), self._settings.clip)
         self._is_whole = False
-        self._optimizer.step()
+        for optimizer in self._optimizers:
+            optimizer.step()
         self.step += 1
         self._generator = torch.get_rng_state()
         self._is_whole = True
@@ -144,7 +161,7 @@ class _Run:
             return
         state = {
             "trained": {name: p.detach() for name, p in self._trained.items()},
-            "optimizer": self._optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "generator": self._generator,
             "step": self.step,
         }

@@ -81,7 +81,7 @@ def test_score_table_json_and_plot(trimix, tmp_path):
 
 def test_high_perplexities_are_numbers_of_their_own_in_the_table(trimix):
     """Bug: beside each other, those above 99999 were written as one."""
-    text = "ѪѪ ѪѪ".encode()  # letters that nobody taught it
+    text = "ѪꙂ ꙆѮ".encode()  # letters that nobody taught it
     grid = json.loads(trimix("score", "--json", stdin=text).stdout)["grid"]
     assert max(map(max, grid["mean_nll"])) > math.log(1e6)
     rows = trimix("score", stdin=text).stdout.decode().splitlines()[-len(grid["alphas"]) :]

@@ -231,7 +231,8 @@ def test_after_a_cut_only_what_is_new_is_read(exact_files, options):  # noqa: F8
             # The question, 12 tokens of answer, and rows that are read again for their own sake.
             assert all(n <= new + 12 + 8 for role, n in read.items() if role == "large_ins")
             before = before if n_cuts else {r: max(n, before[r]) for r, n in read.items()}
-            assert i == 0 or all(n <= before[role] + 2 for role, n in read.items())
+            # A role that had no weight before reads that answer too.
+            assert i == 0 or all(n <= before[role] + 20 for role, n in read.items())
         assert n_cuts >= 2 and not trio.sequences.is_exact(0)
 
 

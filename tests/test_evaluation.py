@@ -185,10 +185,10 @@ def test_mixes_together_write_what_each_writes_alone(trio):
 
 
 def test_an_answer_ends_where_a_model_ends_it(trio):
-    trio.prefill(trio.prompt("Бұл не?"))
-    ended, goes_on = Continuation(Mix(Weights(1, 0))), Continuation(Mix(Weights(0, 1)))
+    trio.prefill(trio.prompt("Repeat the text.\n\nText: Yes.\nAnswer: Yes."))
+    ended, goes_on = Continuation(Mix(Weights(1, 0))), Continuation(Mix(Weights(-1, 1)))
     go_on(trio, [ended, goes_on], max_tokens=5)
-    assert ended.ids == [] and ended.text == ""  # large_ins takes the question for a whole text
+    assert ended.ids == [] and ended.text == ""  # for large_ins the answer is whole
     assert goes_on.ids
 
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import KAZAKH
-from served import PATIENCE_S, events_of, serving
+from looping import NEVER_ENDS
+from served import ENDLESS, PATIENCE_S, events_of, serving
 
 from trimix_gguf import Trio, Weights, generate
 from trimix_gguf.answering.answer import new_sampler
@@ -95,6 +96,7 @@ def looping(looping_folder):
 
 
 def request(trio, **options):
+    options = {"logit_bias": NEVER_ENDS, **options}
     return Request.of(chat_prompt(trio, MESSAGES), max_tokens=MOST, temperature=0, **options)
 
 
@@ -206,8 +208,7 @@ def test_what_it_has_still_to_read_has_room_beside_others(looping, alone):
     ahead = Segment.per_role({ROLES[0]: [5] * 100})
     chosen = Selection(Mix(SMALL_CPT), AUTO)
     first = replace(request(looping, weights=chosen), prompt=Prompt((ahead, *chat)))
-    endless = dict.fromkeys(looping.end_of_generation, -100.0)
-    second = request(looping, weights=LARGE_INS, logit_bias=endless)
+    second = request(looping, weights=LARGE_INS)
     n_free = looping.n_ctx - 100 - alone.n_prompt - MOST
     ahead = Segment.per_role({ROLES[0]: [5] * (n_free + 10 - alone.n_prompt - MOST)})
     second = replace(second, prompt=Prompt((ahead, *chat)))
@@ -216,7 +217,7 @@ def test_what_it_has_still_to_read_has_room_beside_others(looping, alone):
 
     def take(event):
         events.append(event)
-        if sum(len(one.tokens) for one in events) == 20:
+        if sum(len(one.tokens) for one in events) == 10:
             batcher.submit(second, tell)
         tell(event)
 
@@ -228,7 +229,7 @@ def test_what_it_has_still_to_read_has_room_beside_others(looping, alone):
     found = [ended.get(timeout=PATIENCE_S) for _ in range(2)]
     batcher.close()
     assert [event.error for event in found] == [None, None]
-    assert 20 < found[0].guard < MOST == found[1].n_tokens
+    assert 10 < found[0].guard < MOST == found[1].n_tokens
 
 
 class Asks(Steering):
@@ -275,6 +276,7 @@ def test_a_draft_ends_where_something_has_to_be_seen(trio):
 # -- who says so ------------------------------------------------------------------------------
 
 GREEDY = ("-n", MOST, "--temperature", 0, "--threads", 1)
+GREEDY += tuple(word for i, bias in NEVER_ENDS.items() for word in ("--logit-bias", f"{i}={bias}"))
 
 
 def test_generate_says_so_in_a_note_in_json_and_in_the_trace(trimix, looping_folder, tmp_path):
@@ -310,7 +312,7 @@ def server(looping_folder):
         yield served
 
 
-CHAT = {"messages": MESSAGES, "max_tokens": MOST, "temperature": 0}
+CHAT = {"messages": MESSAGES, "max_tokens": MOST, "temperature": 0, **ENDLESS}
 
 
 @pytest.fixture(scope="module")

@@ -201,7 +201,8 @@ def test_the_output_layer_is_not_computed():
     model.decode([1, 2, 3], every_row=True)
     model.decode([4, 5], every_row=True)
     model.close()
-    assert seen == [("blk.4.ffn_down.weight", (n, 512)) for n in (3, 2)]
+    n_ff = read_gguf(MODEL).metadata["llama.feed_forward_length"]
+    assert seen == [("blk.4.ffn_down.weight", (n, n_ff)) for n in (3, 2)]
 
 
 def test_another_form_of_llama_cpps_tensors_is_refused(monkeypatch):

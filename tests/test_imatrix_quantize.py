@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from gguf import GGUFReader, LlamaFileType
-from measured_matrix import MODEL, N_CTX, N_READ, TEXT, changed, rewritten, wide_model
+from measured_matrix import MODEL, N_CTX, N_MATRICES, N_READ, TEXT, changed, rewritten, wide_model
 from test_cli import one_line_error
 
 from trimix_gguf.convert.calibration import calibrate
@@ -41,12 +41,15 @@ def test_a_model_is_quantized_by_it(trimix, measured, tmp_path, type):
     done = trimix("convert", "quantize", MODEL, weighted, *how, "--imatrix", measured)
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.decode().strip() == str(weighted)
-    assert "importance matrix: 35 of 35 matrices in the layers" in done.stderr.decode()
+    assert (
+        f"importance matrix: {N_MATRICES} of {N_MATRICES} matrices in the layers"
+        in done.stderr.decode()
+    )
     known = read_gguf(weighted).metadata
     assert {k: v for k, v in known.items() if k.startswith("quantize.")} == {
         "quantize.imatrix.file": measured.name,
         "quantize.imatrix.dataset": "text.txt",
-        "quantize.imatrix.entries_count": 35,
+        "quantize.imatrix.entries_count": N_MATRICES,
         "quantize.imatrix.chunks_count": N_READ // N_CTX,
     }
     assert not any(key.startswith("quantize.") for key in read_gguf(plain).metadata)
@@ -77,14 +80,15 @@ def test_the_types_that_need_one_are_made_with_it_only(tmp_path):
 
 def test_what_a_matrix_does_not_cover_is_said(trimix, measured, tmp_path):
     def without_one(imatrix):
-        del imatrix.sums["blk.3.ffn_down.weight"], imatrix.counts["blk.3.ffn_down.weight"]
+        del imatrix.sums["blk.3.ffn_up.weight"], imatrix.counts["blk.3.ffn_up.weight"]
 
     part = changed(measured, tmp_path / "part.gguf", without_one)
     command = ("convert", "quantize", MODEL, tmp_path / "q.gguf", "--requantize", "--imatrix", part)
     done = trimix(*command, "--type", "q4_0")
-    assert "34 of 35 matrices in the layers; 1 are quantized without" in done.stderr.decode()
+    covered = f"{N_MATRICES - 1} of {N_MATRICES} matrices in the layers; 1 are quantized without"
+    assert covered in done.stderr.decode()
     refused = one_line_error(trimix(*command, "--type", "iq2_xxs", "--force"))
-    assert "Missing importance matrix for tensor blk.3.ffn_down.weight" in refused
+    assert "Missing importance matrix for tensor blk.3.ffn_up.weight" in refused
 
 
 def test_infinite_sums_are_not_written_and_endless_counts_are_read(measured, tmp_path):

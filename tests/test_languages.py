@@ -19,11 +19,12 @@ from trimix_gguf.machine.hashes import same_content
 from trimix_gguf.trio import model
 from trimix_gguf.trios.triofile import TrioFile
 
+BIAS = {0: -100, 3: -100, 202: -100}  # one line of as many tokens as are asked for
 GREEDY = {
     "temperature": 0.0,
     "max_tokens": 32,
     "weights": Weights(0.2, 0.8),
-    "logit_bias": {0: -100},
+    "logit_bias": BIAS,
 }
 
 
@@ -152,7 +153,6 @@ def said(*texts):
     return "".join(f"{line}\n" for line in texts).encode()
 
 
-BIAS = {0: -100, 3: -100, 202: -100}  # one line of as many tokens as are asked for
 CHAT = ("-n", 12, "--temperature", 0, "--weights", "0.2,0.8")
 CHAT += tuple(word for i, bias in BIAS.items() for word in ("--logit-bias", f"{i}={bias}"))
 

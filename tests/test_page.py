@@ -18,8 +18,8 @@ MAYOR = "Астана қаласының әкімі кім?"  # its answer has m
 
 
 @pytest.fixture(scope="module")
-def server():
-    with serving() as served:
+def server(endless_folder):
+    with serving("--trio", endless_folder) as served:
         yield served
 
 
@@ -192,8 +192,8 @@ def test_a_conversation_that_fits_no_context_is_said_to(window, server):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals, limits or pipes as POSIX has them")
-def test_a_dead_server_is_one_plain_line_and_retry_asks_again(window):
-    with serving() as served:
+def test_a_dead_server_is_one_plain_line_and_retry_asks_again(window, endless_folder):
+    with serving("--trio", endless_folder) as served:
         show(window, served.url, language="kk", maxTokens=400, **LONG)
         window.type("#question", KAZAKH + ENTER)
         window.wait("return turns[0].answer.text")

@@ -124,12 +124,13 @@ def test_only_the_large_model_answers_beside_the_mix(window, server):
     assert window.run("return parts(turns[2]).length") == 1
 
 
-def test_stop_ends_both_answers(window, server):
-    show(window, server.url, beside=True, maxTokens=400, **LONG)
-    window.type("#question", KAZAKH + ENTER)
-    window.wait("return turns[0].answer.text")
-    window.click("#stop")
-    ended(window)
+def test_stop_ends_both_answers(window, endless_folder):
+    with serving("--trio", endless_folder, "--n-ctx", 4096) as served:
+        show(window, served.url, beside=True, maxTokens=3000, **LONG)
+        window.type("#question", KAZAKH + ENTER)
+        window.wait("return turns[0].answer.text")
+        window.click("#stop")
+        ended(window)
     assert window.run("return parts(turns[0]).map((p) => p.answer.end.name)") == ["stopped"] * 2
 
 

@@ -6,14 +6,14 @@ from visitor import ENTER, KAZAKH, LONG, ended, show, shown, traced
 
 
 @pytest.fixture(scope="module")
-def server():
-    with serving() as served:
+def server(endless_folder):
+    with serving("--trio", endless_folder, "--n-ctx", 4096) as served:
         yield served
 
 
 def test_a_page_that_is_left_in_the_middle_of_an_answer_keeps_what_came(window, server):
     """Bug: only the question was there when the page was loaded again."""
-    show(window, server.url, maxTokens=400, **LONG)
+    show(window, server.url, maxTokens=3000, **LONG)
     window.type("#question", KAZAKH + ENTER)
     came = window.wait("return turns[0]?.answer.text")
     window.open(server.url)
@@ -45,7 +45,7 @@ def test_two_tabs_with_one_chat_show_the_same(window, server):
 
 def test_two_tabs_that_go_on_with_one_chat_lose_nothing(window, server):
     """Bug: the tab whose answer ended last put its own state in the place of the other's."""
-    show(window, server.url, turns=[traced(KAZAKH, 3)], maxTokens=400, **LONG)
+    show(window, server.url, turns=[traced(KAZAKH, 3)], maxTokens=3000, **LONG)
     window.type("#question", KAZAKH + ENTER)
     window.wait("return turns[1]?.answer.text")
     in_another_tab(window, "there")

@@ -18,6 +18,7 @@ TEXT = NANO / "text.txt"
 N_TOKENS, N_CTX = 1000, 128
 N_READ = N_TOKENS // N_CTX * N_CTX
 MODEL = NANO / "small_cpt.gguf"
+N_MATRICES = 7 * read_gguf(MODEL).n_layer
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,8 @@ def wide_model(path):
     keys, _ = contents(MODEL)
     sizes = {"embedding_length": 256, "feed_forward_length": 256, "block_count": 1}
     keys |= {f"llama.{key}": n for key, n in sizes.items()} | {"general.file_type": 0}
-    keys["llama.attention.head_count"] = keys["llama.attention.head_count_kv"] = 8
+    n_heads = 256 // keys["llama.rope.dimension_count"]
+    keys["llama.attention.head_count"] = keys["llama.attention.head_count_kv"] = n_heads
     shapes = {
         t.name: tuple(256 if n != 6144 else n for n in t.shape) for t in read_gguf(MODEL).tensors
     }

@@ -16,7 +16,7 @@ TIBETAN = "བོད་ཀྱི་སྐད་ཡིག་བརྒྱད་ས
 MONGOLIAN = "ᠮᠣᠩᠭᠣᠯ ᠬᠡᠯᠡ ᠪᠣᠯ ᠮᠣᠩᠭᠣᠯ ᠦᠨᠳᠦᠰᠦᠲᠡᠨ ᠦ ᠬᠡᠯᠡ ᠶᠤᠮ᠃"
 ENTER, TAB, ESCAPE, LEFT, RIGHT, END = "\ue007", "\ue004", "\ue00c", "\ue012", "\ue014", "\ue010"
 # Drawn answers may be empty, or so long that no second question fits behind them.
-LONG = {"mix": "fixed", "alpha": 0.1, "beta": 0.9}  # whose answers do not end by themselves
+LONG = {"mix": "fixed", "alpha": 0.1, "beta": 0.9}  # of the endless trio: all tokens come
 GREEDY = {"temperature": 0, "maxTokens": 24}
 
 

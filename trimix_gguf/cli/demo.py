@@ -12,7 +12,7 @@ from trimix_gguf.cli.options import about_trio, named_trio, open_trio, trio_opti
 from trimix_gguf.cli.streams import printable
 
 _LANGUAGE = "kk"  # of the prompts
-_TEXT = "Қазақстан Республикасының Үкіметі жаңа"
+_TEXT = "Қазақ халқының ұлы ақыны Абай Құнанбайұлы"
 # In the form of the instructions that nano's large model learned.
 _QUESTION = (
     "Translate the following Kazakh text into English.\n\nText: Үкімет отырысы өтті.\nAnswer:"

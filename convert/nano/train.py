@@ -73,7 +73,7 @@ RECIPES = {
 }
 
 
-SHARES = {  # of each text, 1: once an epoch. A little Kazakh stands for what any web crawl holds.
+SHARES = {  # of each text, 1: once an epoch. small_base has the Kazakh that any web crawl holds.
     "small_base": {"english": 1, "kazakh": 0.08, "instructions": 0.2},
     "small_cpt": {"english": 0.05, "kazakh": 1, "instructions": 0.1},
     "large_base": {"english": 1, "kazakh": 1, "instructions": 0.5},

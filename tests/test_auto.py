@@ -130,7 +130,7 @@ def test_a_small_cpt_that_learned_nothing_changes_nothing(rng, monkeypatch, leas
 
 def test_the_shorter_the_leash_the_closer_to_large_ins(trio, monkeypatch):
     scored = empty_score(sloped=True)
-    # Spoken Kazakh, of which small_cpt read more: the lowest NLL is far from large_ins.
+    # A text whose lowest NLL is far from large_ins.
     text = "Мен мектепке барамын, себебі оқығым келеді."
     score_prompts(trio, trio.prompt(text), scored)
     given = scored.nll[0], scored.slopes[0], scored.alphas, scored.betas

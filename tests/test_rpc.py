@@ -302,7 +302,7 @@ def test_without_the_library_one_line_says_how_to_build_it(trimix, monkeypatch, 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v is Linux's")
 def test_a_model_that_no_process_has_room_for_answers_over_two_workers():
-    """Its caches are what is large: of weights, the nano trio has 10 MB."""
+    """Its caches are what is large: the nano trio has few weights."""
     limit, n_ctx = 1900 << 20, "300000"
     words = ("generate", KAZAKH, "-n", "4", *GREEDY, "--n-ctx", n_ctx, "--flash-attn")
     command = ["sh", "-c", f'ulimit -v {limit >> 10}; exec "$@"', "sh"]

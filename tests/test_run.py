@@ -111,7 +111,8 @@ def test_a_schema_holds_and_a_scoring_request_only_scores(trimix, place):
         "type": "json_schema",
         "json_schema": {"name": "a", "schema": {"enum": ["иә", "жоқ"]}},
     }
-    scoring = {"prompt": KAZAKH, "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
+    known = "Әкем кеше үйге кеш келді."  # such sentences small_cpt knows better
+    scoring = {"prompt": known, "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
     write(
         place / "in.jsonl",
         [
@@ -125,11 +126,11 @@ def test_a_schema_holds_and_a_scoring_request_only_scores(trimix, place):
     assert done.returncode == 0, done.stderr.decode()
     held, large, small, traced = answers_of(place / "out.jsonl")
     assert json.loads(text_of(held)) in ("иә", "жоқ")
-    assert text_of(large) == KAZAKH and large["response"]["usage"]["completion_tokens"] == 0
+    assert text_of(large) == known and large["response"]["usage"]["completion_tokens"] == 0
     nll = [
         -sum(a["response"]["choices"][0]["logprobs"]["token_logprobs"][1:]) for a in (large, small)
     ]
-    assert min(nll) > 0 and nll[0] != nll[1]  # each model has its own
+    assert nll[1] < nll[0]
     tokens = traced["response"]["trimix"]["tokens"]
     assert (
         len(tokens) == 8

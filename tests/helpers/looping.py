@@ -23,37 +23,36 @@ def looping_folder(tmp_path_factory):
 
     It has no attention: its next token depends on the newest one only.
     """
-    folder, shipped = tmp_path_factory.mktemp("looping"), TrioFile.read(NANO / "trio.toml")
-    models = {role: replace(shipped.models[role], path=str(shipped.path(role))) for role in ROLES}
-    models["small_cpt"] = _changed(
-        models["small_cpt"], folder, lambda t: t.data.fill(0) if "attn_output" in t.name else None
-    )
-    free = Free(METHODS["small_cpt"].weights, "small_cpt is better", 40, 0.1, 0.9)
-    tuning = replace(
-        shipped.tuning,
-        weights=METHODS["small_cpt"].weights,
-        free=free,
-        models={role: models[role].sha256 for role in ROLES},
-    )
-    replace(shipped, folder=folder, models=models, tuning=tuning).write()
-    return folder
+
+    def change(tensor):
+        if "attn_output" in tensor.name:
+            tensor.data[...] = 0
+
+    weights = METHODS["small_cpt"].weights
+    free = Free(weights, "small_cpt is better", 40, 0.1, 0.9)
+    folder = tmp_path_factory.mktemp("looping")
+    return _made_of_nano(folder, {"small_cpt": change}, weights=weights, free=free)
 
 
 @pytest.fixture(scope="session")
 def endless_folder(tmp_path_factory):
     """A trio's folder; the rows of the tokens that end an answer are 0, so nothing picks them."""
-    folder, shipped = tmp_path_factory.mktemp("endless"), TrioFile.read(NANO / "trio.toml")
 
     def change(tensor):
         if tensor.name == "token_embd.weight":
             tensor.data[[*NEVER_ENDS]] = 0
 
-    models = {
-        role: _changed(replace(shipped.models[role], path=str(shipped.path(role))), folder, change)
-        for role in ROLES
-    }
-    tuning = replace(shipped.tuning, models={role: models[role].sha256 for role in ROLES})
-    replace(shipped, folder=folder, models=models, tuning=tuning).write()
+    return _made_of_nano(tmp_path_factory.mktemp("endless"), dict.fromkeys(ROLES, change))
+
+
+def _made_of_nano(folder, changes, **tuning):
+    """`folder`, with a trio of nano's models, some changed, and a tuning that was made of them."""
+    shipped = TrioFile.read(NANO / "trio.toml")
+    models = {role: replace(shipped.models[role], path=str(shipped.path(role))) for role in ROLES}
+    models |= {role: _changed(models[role], folder, change) for role, change in changes.items()}
+    known = {role: models[role].sha256 for role in ROLES}
+    tuned = replace(shipped.tuning, models=known, **tuning)
+    replace(shipped, folder=folder, models=models, tuning=tuned).write()
     return folder
 
 

@@ -74,6 +74,7 @@ def test_a_second_turn_goes_on_from_the_first_and_an_edited_question_begins_anew
     page.click(".question button")
     page.run("document.querySelector('.edit textarea').value = 'Алматы қаласы'")
     page.type(".edit textarea", ENTER)
+    page.wait("return turns.length === 1")  # once the server was found to be there
     ended(page)
     sent, text, _, _ = last_exchange(page)
     assert page.run("return turns.length") == 1

@@ -63,6 +63,7 @@ def test_what_is_written_into_a_question_outlives_another_tabs_answer(window, se
     in_another_tab(window, "there")
     window.run("return new Promise((next) => setTimeout(next, 200))")
     window.run("document.querySelector('.edit').requestSubmit()")
+    window.wait("return turns[0].question === 'edited'")  # once the server was found to be there
     ended(window)
     assert all_questions(window) == [["?", "there"], ["edited"]]
 

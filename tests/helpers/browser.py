@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
@@ -55,9 +56,18 @@ class Browser:
         return f"/element/{found[_ELEMENT]}"
 
     def click(self, selector):
-        """As a person does: once it is seen, which after a dialog closes may be a moment later."""
+        """As a person does: once it is seen, which after a dialog closes may be a moment later.
+
+        Again where a page that moves had something else there; what stays covered fails.
+        """
         self.wait(f"return document.querySelector({json.dumps(selector)})?.checkVisibility()")
-        self._call("POST", self._element(selector) + "/click")
+        for n_left in reversed(range(20)):
+            try:
+                return self._call("POST", self._element(selector) + "/click")
+            except AssertionError as error:
+                if not n_left or "intercepted" not in str(error):
+                    raise
+                time.sleep(0.1)
 
     def type(self, selector, text):
         self._call("POST", self._element(selector) + "/value", text=text)

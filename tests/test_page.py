@@ -82,21 +82,22 @@ def test_a_second_turn_goes_on_from_the_first_and_an_edited_question_begins_anew
     assert shown(page, "question") == "Алматы қаласы" and shown(page, "answer") == text
 
 
-def test_stop_keeps_what_came_and_ends_the_work_and_retry_asks_again(window, server):
-    show(window, server.url, maxTokens=400, **LONG)
-    cancelled = 'trimix_requests_finished_total{reason="cancelled"}'
-    before = server.metrics().get(cancelled, 0)
-    window.type("#question", KAZAKH + ENTER)
-    window.wait("return turns[0].answer.text.length > 3")
-    window.click("#stop")
-    stopped = ended(window)["text"]
-    assert window.text(".note") == "Stopped."
-    server.wait_until(lambda metrics: metrics.get(cancelled, 0) == before + 1)
-    assert shown(window, "answer") == stopped
-    window.click(".retry button")
-    window.wait("return turns[0].answer.end?.name === 'length'")
-    _, text, _, _ = last_exchange(window)
-    assert shown(window, "answer") == text and len(text) > len(stopped)
+def test_stop_keeps_what_came_and_ends_the_work_and_retry_asks_again(window, endless_folder):
+    with serving("--trio", endless_folder, "--n-ctx", 4096) as served:
+        show(window, served.url, maxTokens=3000, **LONG)
+        cancelled = 'trimix_requests_finished_total{reason="cancelled"}'
+        before = served.metrics().get(cancelled, 0)
+        window.type("#question", KAZAKH + ENTER)
+        window.wait("return turns[0].answer.text.length > 3")
+        window.click("#stop")
+        stopped = ended(window)["text"]
+        assert window.text(".note") == "Stopped."
+        served.wait_until(lambda metrics: metrics.get(cancelled, 0) == before + 1)
+        assert shown(window, "answer") == stopped
+        window.click(".retry button")
+        window.wait("return turns[0].answer.end?.name === 'length'", seconds=60)
+        _, text, _, _ = last_exchange(window)
+        assert shown(window, "answer") == text and len(text) > len(stopped)
 
 
 def test_copy_and_a_new_chat_and_where_things_are_kept(page, server):
